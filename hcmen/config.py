@@ -1,0 +1,248 @@
+"""Configurations: frozen dataclasses that are saved as JSON beside what they describe.
+
+`ModelConfig` fixes the architecture (it is part of every checkpoint and bundle), `TrainConfig` one training run.
+`PRESETS` holds the sizes of each data set; where a size comes from is said in the README under "reconstruction".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hcmen.errors import InputError
+from hcmen.modalities import MODALITIES
+
+__all__ = ["PRESETS", "FeatureConfig", "ModelConfig", "TrainConfig", "preset_named"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """What one modality looks like: `features` numbers per step, at most `max_steps` steps."""
+
+    features: int
+    max_steps: int
+
+    def __post_init__(self) -> None:
+        _require(self.features >= 1, f"features is {self.features}, expected at least 1")
+        _require(self.max_steps >= 1, f"max_steps is {self.max_steps}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture of one HCMEN.
+
+    width: d, the size of every token after projection. tokens: L, the number of tokens every modality is pooled to.
+    states: N of the selective scan (mamba_ssm's d_state). expand: scan channels are `expand * width`.
+    conv_width: taps of the causal convolution (mamba_ssm's d_conv). backbone_depth: CNN + BiMamba pairs after fusion.
+    alignment_tokens: tokens per modality in the alignment loss, used in training only.
+    label_min, label_max: the range of the data set's labels, for reporting; the head itself is not squashed.
+    """
+
+    text: FeatureConfig
+    audio: FeatureConfig
+    vision: FeatureConfig
+    width: int = 128
+    tokens: int = 50
+    states: int = 16
+    expand: int = 4
+    conv_width: int = 4
+    backbone_depth: int = 1
+    dropout: float = 0.1
+    alignment_tokens: int = 8
+    label_min: float = -3.0
+    label_max: float = 3.0
+
+    def __post_init__(self) -> None:
+        for name in ("width", "tokens", "states", "expand", "backbone_depth", "alignment_tokens"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected at least 1")
+        _require(2 <= self.conv_width <= 16, f"conv_width is {self.conv_width}, expected 2 to 16")
+        _require(0.0 <= self.dropout < 1.0, f"dropout is {self.dropout}, expected 0 <= dropout < 1")
+        _require(
+            math.isfinite(self.label_min) and math.isfinite(self.label_max) and self.label_min < self.label_max,
+            f"label range is [{self.label_min}, {self.label_max}], expected two finite numbers in rising order",
+        )
+
+    @property
+    def channels(self) -> int:
+        """Channels of the selective scan (mamba_ssm's d_inner)."""
+        return self.expand * self.width
+
+    @property
+    def dt_rank(self) -> int:
+        """Rank of the step-size projection, ceil(width / 16) as in mamba_ssm."""
+        return math.ceil(self.width / 16)
+
+    def modality(self, name: str) -> FeatureConfig:
+        """The feature sizes of the modality `name`."""
+        _require(name in MODALITIES, f"unknown modality '{name}': choose from {', '.join(MODALITIES)}")
+        found: FeatureConfig = getattr(self, name)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary that `from_json` reads back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelConfig:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            InputError: a key is missing, unknown, of the wrong type or out of range.
+        """
+        values = dict(_checked(cls, data))
+        for name in MODALITIES:
+            values[name] = FeatureConfig(**_checked(FeatureConfig, values[name], f"{name}."))
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Rates are probabilities per sample and epoch, drawn from (seed, epoch, index)."""
+
+    epochs: int = 30
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    warmup_fraction: float = 0.1
+    gradient_clip_norm: float = 1.0
+    alignment_weight: float = 0.01
+    complete_probability: float = 0.3
+    modality_drop_probability: float = 0.5
+    max_step_drop_rate: float = 0.9
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, f"epochs is {self.epochs}, expected at least 1")
+        _require(self.batch_size >= 1, f"batch_size is {self.batch_size}, expected at least 1")
+        _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}, expected a positive number")
+        _require(self.seed >= 0, f"seed is {self.seed}, expected 0 or more")
+        for name in (
+            "warmup_fraction",
+            "complete_probability",
+            "modality_drop_probability",
+            "max_step_drop_rate",
+        ):
+            _require(0.0 <= getattr(self, name) <= 1.0, f"{name} is {getattr(self, name)}, expected 0 to 1")
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary that `from_json` reads back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TrainConfig:
+        """Reads what `to_json` wrote; raises InputError on unknown keys, wrong types or values out of range."""
+        return cls(**_checked(cls, data))
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "FeatureConfig": (Mapping,),
+}
+
+
+def _checked(cls: type, data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`data` with every key known to the dataclass `cls`, required keys there, and values of the declared type."""
+    _require(isinstance(data, Mapping), f"config {prefix or cls.__name__} is {type(data).__name__}, expected an object")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in data:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f", did you mean '{near[0]}'?" if near else ""
+            raise InputError(f"unknown config key '{prefix}{key}'{hint}")
+    for name, f in fields.items():
+        if name not in data:
+            required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            _require(not required, f"config key '{prefix}{name}' is missing")
+            continue
+        kinds = _KINDS[str(f.type)]
+        value = data[name]
+        _require(
+            isinstance(value, kinds) and not isinstance(value, bool),
+            f"config key '{prefix}{name}' is {value!r}, expected {f.type}",
+        )
+    return {name: data[name] for name in fields if name in data}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named pair of configurations with one line on what it is for."""
+
+    name: str
+    about: str
+    model: ModelConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def _presets() -> dict[str, Preset]:
+    sibling_training = TrainConfig(epochs=200, learning_rate=1e-4)
+    mosi = ModelConfig(
+        FeatureConfig(768, 50), FeatureConfig(5, 375), FeatureConfig(20, 500), states=12, expand=4, dropout=0.1
+    )
+    mosei = ModelConfig(
+        FeatureConfig(768, 50),
+        FeatureConfig(74, 500),
+        FeatureConfig(35, 500),
+        states=16,
+        expand=4,
+        backbone_depth=2,
+        dropout=0.2,
+    )
+    sims = ModelConfig(
+        FeatureConfig(768, 39),
+        FeatureConfig(33, 400),
+        FeatureConfig(709, 55),
+        tokens=39,
+        states=16,
+        expand=2,
+        backbone_depth=2,
+        dropout=0.2,
+        label_min=-1.0,
+        label_max=1.0,
+    )
+    simsv2 = dataclasses.replace(
+        sims, text=FeatureConfig(768, 50), audio=FeatureConfig(25, 925), vision=FeatureConfig(177, 232), tokens=50
+    )
+    tiny = ModelConfig(
+        FeatureConfig(32, 24),
+        FeatureConfig(5, 60),
+        FeatureConfig(20, 48),
+        width=32,
+        tokens=8,
+        states=8,
+        expand=2,
+        alignment_tokens=4,
+        dropout=0.1,
+    )
+    return {
+        p.name: p
+        for p in (
+            Preset("mosi", "CMU-MOSI, unaligned_50", mosi, sibling_training),
+            Preset("mosei", "CMU-MOSEI, unaligned_50", mosei, sibling_training),
+            Preset("sims", "CH-SIMS, unaligned_39", sims, sibling_training),
+            Preset("simsv2", "CH-SIMS v2(s)", simsv2, sibling_training),
+            Preset("tiny", "the synthetic demo: seconds per epoch on two cores", tiny),
+        )
+    }
+
+
+PRESETS: dict[str, Preset] = _presets()
+
+
+def preset_named(name: str) -> Preset:
+    """The preset called `name`; raises InputError with the nearest name if there is none."""
+    found = PRESETS.get(name)
+    if found is None:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise InputError(f"unknown preset '{name}': {hint}choose from {', '.join(PRESETS)}")
+    return found

@@ -1,0 +1,577 @@
+"""Selective scan and causal convolution for PyTorch: one meaning, several implementations.
+
+Glossary (sizes: batch b, time t, channel c, state n, group g; the layout is channels last throughout)
+    u       [b, t, c]       input of the scan                    (paper: x)
+    delta   [b, t, c]       step size before bias and softplus   (paper: Delta)
+    A       [c, n]          decay, negative                      (paper: A)
+    B, C    [b, t, n]       input and output projections, or [b, t, g, n]: channel i uses group i // (c / g)
+    D       [c]             skip connection
+    z       [b, t, c]       gate: y is multiplied by silu(z)
+
+`selective_scan_ref` and `causal_conv1d_ref` are plain PyTorch in the precision of their inputs, float64 included: the
+oracle of every other implementation. `selective_scan` and `causal_conv1d` are what models call. They pick
+
+    native   the C++ kernels of libhcmen_ops.so, through torch.library custom ops with autograd (CPU tensors)
+    ref      the reference above (any device, any dtype)
+    onnx     while torch.onnx.export traces: one node hcmen::SelectiveScan or hcmen::CausalConv1d
+
+`implementation(...)` overrides the choice, so that tests and benchmarks run each on purpose.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hcmen.errors import BackendError, InputError
+from hcmen.runtime.library import ConvArguments, ConvGradients, ScanArguments, ScanGradients, load_library
+
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_ref",
+    "implementation",
+    "selective_scan",
+    "selective_scan_ref",
+]
+
+OP_DOMAIN = "hcmen"
+OP_VERSION = 1
+IMPLEMENTATIONS = ("auto", "native", "ref")
+
+_chosen: ContextVar[str] = ContextVar("hcmen_scan_implementation", default="auto")
+
+
+@contextmanager
+def implementation(name: str) -> Iterator[None]:
+    """Within the block, `selective_scan` and `causal_conv1d` run as `name`: "native", "ref" or "auto".
+
+    Raises:
+        InputError: there is no such implementation.
+    """
+    if name not in IMPLEMENTATIONS:
+        raise InputError(f"unknown scan implementation '{name}': choose from {', '.join(IMPLEMENTATIONS)}")
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+# --- reference ------------------------------------------------------------------------------------------------------
+
+
+def selective_scan_ref(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    *,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Selective scan (Mamba, arXiv 2312.00752, section 3; zero-order hold for A, Euler for B), step by step.
+
+    The semantics are those of mamba_ssm's `selective_scan_ref` with time and channel swapped, an initial state, and a
+    direction. It computes in float64 if `u` is float64, else in float32; half-precision inputs are widened first, and
+    silu(z) is taken in that precision too, as mamba_ssm's CUDA kernel does (its Python reference rounds it to half).
+
+    Args:
+        u, delta, z: [batch, time, channel].
+        A: [channel, state]. B, C: [batch, time, state] or [batch, time, group, state].
+        D, delta_bias: [channel], zero if absent.
+        initial_state: [batch, channel, state], the state before the first step scanned, zero if absent.
+        delta_softplus: delta + delta_bias goes through softplus (linear above 20).
+        reverse: scan from the last step to the first.
+        return_last_state: also return the state after the last step scanned, [batch, channel, state].
+
+    Returns:
+        y [batch, time, channel] in the dtype of u; with `return_last_state`, (y, last_state).
+    """
+    work = torch.float64 if u.dtype == torch.float64 else torch.float32
+    dtype, channel = u.dtype, u.shape[2]
+    u, delta, A, B, C = (x.to(work) for x in (u, delta, A, B, C))
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(work)
+    if delta_softplus:
+        delta = F.softplus(delta, beta=1.0, threshold=20.0)
+    B, C = (_per_channel(x, channel) for x in (B, C))
+
+    state = A.new_zeros(u.shape[0], channel, A.shape[1]) if initial_state is None else initial_state.to(work)
+    outputs: list[Tensor] = [u] * u.shape[1]
+    steps = range(u.shape[1])
+    for t in reversed(steps) if reverse else steps:
+        decay = torch.exp(delta[:, t, :, None] * A)
+        state = decay * state + (delta[:, t] * u[:, t])[..., None] * B[:, t]
+        outputs[t] = (state * C[:, t]).sum(-1)
+    y = torch.stack(outputs, dim=1)
+    if D is not None:
+        y = y + u * D.to(work)
+    if z is not None:
+        y = y * F.silu(z.to(work))
+    y = y.to(dtype)
+    return (y, state) if return_last_state else y
+
+
+def _per_channel(x: Tensor, channel: int) -> Tensor:
+    """[b, t, n] or [b, t, g, n] -> [b, t, 1 or c, n], ready to broadcast against [b, t, c, n]."""
+    if x.dim() == 3:
+        return x[:, :, None]
+    return x.repeat_interleave(channel // x.shape[2], dim=2)
+
+
+def causal_conv1d_ref(
+    x: Tensor, weight: Tensor, bias: Tensor, *, activation: str = "silu", reverse: bool = False
+) -> Tensor:
+    """Depthwise causal convolution over time; step t sees steps t - width + 1 .. t, or t .. t + width - 1 if `reverse`.
+
+    Args:
+        x: [batch, time, channel]. weight: [channel, width], the last tap is the current step. bias: [channel].
+        activation: "silu" or "none".
+        reverse: mirror time, the same as flipping x, convolving, and flipping the result.
+
+    Returns:
+        [batch, time, channel] in the dtype of x; computed in float64 if x is float64, else in float32.
+    """
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    taps = weight.shape[1]
+    series = x.to(work).transpose(1, 2)
+    weight = weight.to(work)
+    if reverse:
+        weight = weight.flip(1)
+        series = F.pad(series, (0, taps - 1))
+    else:
+        series = F.pad(series, (taps - 1, 0))
+    y = F.conv1d(series, weight[:, None], bias.to(work), groups=x.shape[2]).transpose(1, 2)
+    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+
+
+# --- the functions models call --------------------------------------------------------------------------------------
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    *,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The selective scan, by the best implementation at hand; arguments and result as in `selective_scan_ref`.
+
+    u, delta, B, C, z share one dtype (float32 or float16; float64 runs on the reference). Gradients flow to every
+    tensor argument.
+
+    Raises:
+        InputError: shapes or dtypes disagree; the message names the argument with got and expected.
+        BackendError: "native" was demanded and the tensors are not on the CPU, or the library cannot be loaded.
+    """
+    _check_scan(u, delta, A, B, C, D, delta_bias, z, initial_state)
+    flags = {"delta_softplus": delta_softplus, "reverse": reverse, "return_last_state": return_last_state}
+    if torch.onnx.is_in_onnx_export():
+        return _symbolic_scan(u, delta, A, B, C, D, delta_bias, z, initial_state, **flags)
+    if not _use_native(u):
+        return selective_scan_ref(u, delta, A, B, C, D, delta_bias, z, initial_state, **flags)
+    zeros = u.new_zeros(u.shape[2], dtype=torch.float32)
+    y, last_state = torch.ops.hcmen.selective_scan(
+        u,
+        delta,
+        A.float(),
+        B if B.dim() == 4 else B[:, :, None],
+        C if C.dim() == 4 else C[:, :, None],
+        zeros if D is None else D.float(),
+        zeros if delta_bias is None else delta_bias.float(),
+        z,
+        None if initial_state is None else initial_state.float(),
+        delta_softplus,
+        reverse,
+    )
+    return (y, last_state) if return_last_state else y
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, *, activation: str = "silu", reverse: bool = False) -> Tensor:
+    """The causal convolution, by the best implementation at hand; arguments and result as in `causal_conv1d_ref`.
+
+    Raises:
+        InputError: shapes or dtypes disagree, or the activation is unknown.
+        BackendError: "native" was demanded and cannot be had.
+    """
+    if activation not in ("silu", "none"):
+        raise InputError(f"activation is '{activation}', expected 'silu' or 'none'")
+    _check("x", x, (None, None, None))
+    channel = x.shape[2]
+    _check("weight", weight, (channel, None))
+    _check("bias", bias, (channel,))
+    if torch.onnx.is_in_onnx_export():
+        attributes = {**_plugin_attributes(reverse), "activation": activation}
+        return torch.onnx.ops.symbolic(
+            f"{OP_DOMAIN}::CausalConv1d", (x, weight, bias), attributes, dtype=x.dtype, shape=x.shape, version=OP_VERSION
+        )
+    if not _use_native(x):
+        return causal_conv1d_ref(x, weight, bias, activation=activation, reverse=reverse)
+    return torch.ops.hcmen.causal_conv1d(x, weight.float(), bias.float(), activation == "silu", reverse)
+
+
+def _use_native(x: Tensor) -> bool:
+    chosen = _chosen.get()
+    if chosen == "ref":
+        return False
+    fits = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float16)
+    if chosen == "native":
+        if not fits:
+            raise BackendError(
+                f"the native scan takes float32 or float16 on the CPU, got {x.dtype} on {x.device}: "
+                "convert the tensors or choose 'ref'"
+            )
+        load_library()
+        return True
+    return fits and _library_works()
+
+
+@functools.cache
+def _library_works() -> bool:
+    """Whether the library loads; if not, says so once, for "auto" then means a run some 25 times slower."""
+    try:
+        load_library()
+    except BackendError as error:
+        import warnings
+
+        warnings.warn(f"the native scan is unavailable, the slow reference runs instead: {error}", stacklevel=3)
+        return False
+    return True
+
+
+def _check(name: str, x: Tensor, expected: tuple[int | None, ...]) -> None:
+    """Rank and sizes of `x`; None leaves a size open. Fails with got and expected."""
+    fits = x.dim() == len(expected) and all(e is None or e == s for s, e in zip(x.shape, expected, strict=True))
+    if not fits:
+        want = ", ".join("any" if e is None else str(e) for e in expected)
+        raise InputError(f"{name} has shape {list(x.shape)}, expected [{want}]")
+
+
+def _check_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+) -> None:
+    _check("u", u, (None, None, None))
+    batch, time, channel = u.shape
+    _check("delta", delta, (batch, time, channel))
+    _check("A", A, (channel, None))
+    state = A.shape[1]
+    grouped = B.dim() == 4
+    shape = (batch, time, B.shape[2], state) if grouped else (batch, time, state)
+    _check("B", B, shape)
+    _check("C", C, shape)
+    if grouped and channel % B.shape[2]:
+        raise InputError(f"B has {B.shape[2]} groups, expected a divisor of the {channel} channels")
+    for name, x in (("D", D), ("delta_bias", delta_bias)):
+        if x is not None:
+            _check(name, x, (channel,))
+    if z is not None:
+        _check("z", z, (batch, time, channel))
+    if initial_state is not None:
+        _check("initial_state", initial_state, (batch, channel, state))
+    for name, x in (("delta", delta), ("B", B), ("C", C), ("z", z)):
+        if x is not None and x.dtype != u.dtype:
+            raise InputError(f"{name} is {x.dtype}, expected {u.dtype}, the dtype of u")
+
+
+# --- ONNX -----------------------------------------------------------------------------------------------------------
+
+
+def _plugin_attributes(reverse: bool) -> dict[str, Any]:
+    """Attributes of both ops. The Scan directions repeat `reverse` in the form the model-local function can bind."""
+    return {"reverse": int(reverse), "plugin_namespace": OP_DOMAIN, "plugin_version": str(OP_VERSION)}
+
+
+def _symbolic_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    *,
+    delta_softplus: bool,
+    reverse: bool,
+    return_last_state: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One hcmen::SelectiveScan node. A stateful node has both initial_state and last_state, any other has neither."""
+    batch, _, channel = u.shape
+    stateful = initial_state is not None or return_last_state
+    inputs = [u, delta, A, B, C]
+    inputs += [torch.zeros(channel) if x is None else x for x in (D, delta_bias)]
+    if z is not None:
+        inputs.append(z)
+    if stateful:
+        zeros = torch.zeros(batch, channel, A.shape[1])
+        inputs.append(zeros if initial_state is None else initial_state)
+    attributes = {
+        **_plugin_attributes(reverse),
+        "delta_softplus": int(delta_softplus),
+        "gated": int(z is not None),
+        "stateful": int(stateful),
+    }
+    # Scan's per-input directions, one for each of its four scanned inputs and its one scanned output; see
+    # export/scan_function.py, whose body binds them by reference.
+    attributes["scan_input_directions"] = [int(reverse)] * 4
+    attributes["scan_output_directions"] = [int(reverse)]
+    op = f"{OP_DOMAIN}::SelectiveScan"
+    if not stateful:
+        return torch.onnx.ops.symbolic(op, inputs, attributes, dtype=u.dtype, shape=u.shape, version=OP_VERSION)
+    y, last_state = torch.onnx.ops.symbolic_multi_out(
+        op,
+        inputs,
+        attributes,
+        dtypes=(u.dtype, torch.float32),
+        shapes=(u.shape, (batch, channel, A.shape[1])),
+        version=OP_VERSION,
+    )
+    return (y, last_state) if return_last_state else y
+
+
+# --- native: torch.library custom ops over the C interface ----------------------------------------------------------
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def _call(name: str, *structures: ctypes.Structure) -> None:
+    status = getattr(load_library(), name)(*(ctypes.byref(s) for s in structures), torch.get_num_threads())
+    if status == 2:
+        raise MemoryError(f"{name}: the working memory could not be allocated")
+    if status != 0:
+        raise InputError(f"{name} refused its arguments (status {status}): sizes must be at least 1 and fit each other")
+
+
+def _scan_arguments(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    y: Tensor | None,
+    last_state: Tensor | None,
+) -> ScanArguments:
+    return ScanArguments(
+        batch=u.shape[0],
+        time=u.shape[1],
+        channel=u.shape[2],
+        state=A.shape[1],
+        group=B.shape[2],
+        dtype=int(u.dtype == torch.float16),
+        delta_softplus=int(delta_softplus),
+        reverse=int(reverse),
+        u=_pointer(u),
+        delta=_pointer(delta),
+        A=_pointer(A),
+        B=_pointer(B),
+        C=_pointer(C),
+        D=_pointer(D),
+        delta_bias=_pointer(delta_bias),
+        z=_pointer(z),
+        initial_state=_pointer(initial_state),
+        y=_pointer(y),
+        last_state=_pointer(last_state),
+    )
+
+
+@torch.library.custom_op("hcmen::selective_scan", mutates_args=(), device_types="cpu")
+def _selective_scan_op(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    tensors = _dense(u, delta, A, B, C, D, delta_bias, z, initial_state)
+    y = torch.empty(u.shape, dtype=u.dtype)
+    last_state = torch.empty(u.shape[0], u.shape[2], A.shape[1], dtype=torch.float32)
+    _call(
+        "hcmen_selective_scan_forward",
+        _scan_arguments(*tensors, delta_softplus, reverse, y, last_state),  # type: ignore[arg-type]
+    )
+    return y, last_state
+
+
+@_selective_scan_op.register_fake
+def _(u, delta, A, B, C, D, delta_bias, z, initial_state, delta_softplus, reverse):  # type: ignore[no-untyped-def]
+    return torch.empty_like(u, memory_format=torch.contiguous_format), A.new_empty(u.shape[0], u.shape[2], A.shape[1])
+
+
+@torch.library.custom_op("hcmen::selective_scan_backward", mutates_args=(), device_types="cpu")
+def _selective_scan_backward_op(
+    dy: Tensor,
+    dlast_state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+) -> list[Tensor]:
+    """Gradients in the order of the tensor arguments; those of an absent z or initial_state are empty tensors."""
+    # The backward kernels are float32; half-precision inputs are widened here, their gradients narrowed on return.
+    wide = [None if x is None else x.float().contiguous() for x in (u, delta, A, B, C, D, delta_bias, z, initial_state)]
+    dy, dlast_state = dy.float().contiguous(), dlast_state.float().contiguous()
+    grads = [None if x is None else torch.empty_like(x) for x in wide]
+    du, ddelta, dA, dB, dC, dD, dbias, dz, dinitial = grads
+    _call(
+        "hcmen_selective_scan_backward",
+        _scan_arguments(*wide, delta_softplus, reverse, None, None),  # type: ignore[arg-type]
+        ScanGradients(
+            dy=_pointer(dy),
+            dlast_state=_pointer(dlast_state),
+            du=_pointer(du),
+            ddelta=_pointer(ddelta),
+            dA=_pointer(dA),
+            dB=_pointer(dB),
+            dC=_pointer(dC),
+            dD=_pointer(dD),
+            ddelta_bias=_pointer(dbias),
+            dz=_pointer(dz),
+            dinitial_state=_pointer(dinitial),
+        ),
+    )
+    originals = (u, delta, A, B, C, D, delta_bias, z, initial_state)
+    return [
+        torch.empty(0) if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, originals, strict=True)
+    ]
+
+
+@_selective_scan_backward_op.register_fake
+def _(dy, dlast_state, u, delta, A, B, C, D, delta_bias, z, initial_state, delta_softplus, reverse):  # type: ignore[no-untyped-def]
+    originals = (u, delta, A, B, C, D, delta_bias, z, initial_state)
+    return [
+        u.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in originals
+    ]
+
+
+def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.delta_softplus, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _scan_backward(ctx: Any, dy: Tensor, dlast_state: Tensor) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    grads = torch.ops.hcmen.selective_scan_backward(dy, dlast_state, *tensors, ctx.delta_softplus, ctx.reverse)
+    return (*(None if x is None else g for g, x in zip(grads, tensors, strict=True)), None, None)
+
+
+_selective_scan_op.register_autograd(_scan_backward, setup_context=_scan_setup)
+
+
+def _conv_arguments(
+    x: Tensor, weight: Tensor, bias: Tensor, silu: bool, reverse: bool, y: Tensor | None
+) -> ConvArguments:
+    return ConvArguments(
+        batch=x.shape[0],
+        time=x.shape[1],
+        channel=x.shape[2],
+        width=weight.shape[1],
+        dtype=int(x.dtype == torch.float16),
+        silu=int(silu),
+        reverse=int(reverse),
+        x=_pointer(x),
+        weight=_pointer(weight),
+        bias=_pointer(bias),
+        y=_pointer(y),
+    )
+
+
+@torch.library.custom_op("hcmen::causal_conv1d", mutates_args=(), device_types="cpu")
+def _causal_conv1d_op(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, reverse: bool) -> Tensor:
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+    y = torch.empty_like(x)
+    _call("hcmen_causal_conv1d_forward", _conv_arguments(x, weight, bias, silu, reverse, y))
+    return y
+
+
+@_causal_conv1d_op.register_fake
+def _(x, weight, bias, silu, reverse):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("hcmen::causal_conv1d_backward", mutates_args=(), device_types="cpu")
+def _causal_conv1d_backward_op(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, silu: bool, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide, dy = x.float().contiguous(), dy.float().contiguous()
+    weight, bias = weight.contiguous(), bias.contiguous()
+    dx, dweight, dbias = torch.empty_like(wide), torch.empty_like(weight), torch.empty_like(bias)
+    _call(
+        "hcmen_causal_conv1d_backward",
+        _conv_arguments(wide, weight, bias, silu, reverse, None),
+        ConvGradients(dy=_pointer(dy), dx=_pointer(dx), dweight=_pointer(dweight), dbias=_pointer(dbias)),
+    )
+    return dx.to(x.dtype), dweight, dbias
+
+
+@_causal_conv1d_backward_op.register_fake
+def _(dy, x, weight, bias, silu, reverse):  # type: ignore[no-untyped-def]
+    return tuple(torch.empty_like(a, memory_format=torch.contiguous_format) for a in (x, weight, bias))
+
+
+def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, bias, ctx.silu, ctx.reverse = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _conv_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    dx, dweight, dbias = torch.ops.hcmen.causal_conv1d_backward(dy, *ctx.saved_tensors, ctx.silu, ctx.reverse)
+    return dx, dweight, dbias, None, None
+
+
+_causal_conv1d_op.register_autograd(_conv_backward, setup_context=_conv_setup)
