@@ -209,7 +209,9 @@ def selective_scan(
     return (y, last_state) if return_last_state else y
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, *, activation: str = "silu", reverse: bool = False) -> Tensor:
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor, *, activation: str = "silu", reverse: bool = False
+) -> Tensor:
     """The causal convolution, by the best implementation at hand; arguments and result as in `causal_conv1d_ref`.
 
     Raises:
@@ -225,7 +227,12 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, *, activation: str = 
     if torch.onnx.is_in_onnx_export():
         attributes = {**_plugin_attributes(reverse), "activation": activation}
         return torch.onnx.ops.symbolic(
-            f"{OP_DOMAIN}::CausalConv1d", (x, weight, bias), attributes, dtype=x.dtype, shape=x.shape, version=OP_VERSION
+            f"{OP_DOMAIN}::CausalConv1d",
+            (x, weight, bias),
+            attributes,
+            dtype=x.dtype,
+            shape=x.shape,
+            version=OP_VERSION,
         )
     if not _use_native(x):
         return causal_conv1d_ref(x, weight, bias, activation=activation, reverse=reverse)
@@ -486,9 +493,7 @@ def _selective_scan_backward_op(
         ),
     )
     originals = (u, delta, A, B, C, D, delta_bias, z, initial_state)
-    return [
-        torch.empty(0) if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, originals, strict=True)
-    ]
+    return [torch.empty(0) if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, originals, strict=True)]
 
 
 @_selective_scan_backward_op.register_fake

@@ -23,7 +23,7 @@ _i32, _i64, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 class ScanArguments(ctypes.Structure):
     """`hcmen_scan` of runtime/csrc/selective_scan.h."""
 
-    _fields_ = [  # noqa: RUF012 - the form ctypes asks for
+    _fields_ = [
         *((name, _i64) for name in ("batch", "time", "channel", "state", "group")),
         *((name, _i32) for name in ("dtype", "delta_softplus", "reverse", "reserved")),
         *((name, _pointer) for name in ("u", "delta", "A", "B", "C", "D", "delta_bias", "z", "initial_state")),
@@ -34,7 +34,7 @@ class ScanArguments(ctypes.Structure):
 class ScanGradients(ctypes.Structure):
     """`hcmen_scan_grad` of runtime/csrc/selective_scan.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         (name, _pointer)
         for name in (
             *("dy", "dlast_state", "du", "ddelta", "dA", "dB", "dC", "dD"),
@@ -46,7 +46,7 @@ class ScanGradients(ctypes.Structure):
 class ConvArguments(ctypes.Structure):
     """`hcmen_conv` of runtime/csrc/causal_conv1d.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, _i64) for name in ("batch", "time", "channel", "width")),
         *((name, _i32) for name in ("dtype", "silu", "reverse", "reserved")),
         *((name, _pointer) for name in ("x", "weight", "bias", "y")),
@@ -56,7 +56,7 @@ class ConvArguments(ctypes.Structure):
 class ConvGradients(ctypes.Structure):
     """`hcmen_conv_grad` of runtime/csrc/causal_conv1d.h."""
 
-    _fields_ = [(name, _pointer) for name in ("dy", "dx", "dweight", "dbias")]  # noqa: RUF012
+    _fields_ = [(name, _pointer) for name in ("dy", "dx", "dweight", "dbias")]
 
 
 _FUNCTIONS = {

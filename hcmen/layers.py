@@ -1,0 +1,156 @@
+"""The building blocks of HCMEN: CNN block, BiMamba block, attention pooling.
+
+Glossary (sizes: batch b, time t, width d, scan channels c = expand * d, states n)
+    x          [b, t, d]   tokens of one modality, or of the fused stream
+    mask       [b, t]      true where a step is real; None means that all are. Padding is always at the end.
+    u, z       [b, t, c]   the two halves of in_proj: input of the scan and its gate   (mamba_ssm: x, z)
+    delta      [b, t, c]   step sizes, from dt_rank numbers per step                   (mamba_ssm: dt)
+    A, D, B, C             as in hcmen/scan.py
+
+Every block masks what it mixes over time (convolution, scan, pooling), so the value of a real step depends neither on
+how far its clip is padded nor on the other clips of its batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hcmen.scan import causal_conv1d, selective_scan
+
+__all__ = ["AttentionPooling", "BiMamba", "BiMambaBlock", "CNNBlock"]
+
+# Far below any real logit or step size, yet inside float16: exp and softplus of it are exactly zero in both formats.
+MASKED = -1e4
+
+
+class CNNBlock(nn.Module):
+    """Local detail: x + dropout(relu(norm(conv(x)))), kernel 3, after DepMamba's local block.
+
+    LayerNorm stands where DepMamba has BatchNorm: half of the training batches hold absent modalities, which would
+    shift batch statistics, and a score must not depend on its batch.
+    """
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(width, width, kernel_size=3, padding=1, bias=False)
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.xavier_uniform_(self.conv.weight)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [b, t, d], mask [b, t] -> [b, t, d]."""
+        local = self.conv(_zero_padding(x, mask).transpose(1, 2)).transpose(1, 2)
+        return x + self.dropout(F.relu(self.norm(local)))
+
+
+class BiMamba(nn.Module):
+    """A bidirectional Mamba mixer: one input and one output projection, two scans ("v2" of Vision Mamba, 2401.09417).
+
+    Weights are named as in mamba_ssm, those of the reverse direction as in Vision Mamba and DepMamba (`conv1d_b`,
+    `x_proj_b`, `dt_proj_b`, `A_b_log`, `D_b`), so that checkpoints of those projects load by name.
+    """
+
+    def __init__(self, width: int, states: int, expand: int, conv_width: int) -> None:
+        super().__init__()
+        channels, dt_rank = expand * width, math.ceil(width / 16)
+        self.states, self.dt_rank = states, dt_rank
+        self.in_proj = nn.Linear(width, 2 * channels, bias=False)
+        for suffix in ("", "_b"):
+            conv = nn.Conv1d(channels, channels, conv_width, groups=channels, padding=conv_width - 1)
+            x_proj = nn.Linear(channels, dt_rank + 2 * states, bias=False)
+            setattr(self, f"conv1d{suffix}", conv)
+            setattr(self, f"x_proj{suffix}", x_proj)
+            setattr(self, f"dt_proj{suffix}", _step_size_projection(dt_rank, channels))
+        self.A_log, self.A_b_log = (nn.Parameter(_initial_a_log(channels, states)) for _ in range(2))
+        self.D, self.D_b = (nn.Parameter(torch.ones(channels)) for _ in range(2))
+        self.out_proj = nn.Linear(channels, width, bias=False)
+        for parameter in (self.A_log, self.A_b_log, self.D, self.D_b):
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [b, t, d], mask [b, t] -> [b, t, d]."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u = _zero_padding(u, mask)
+        forward = self._scan(u, z, mask, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D, reverse=False)
+        backward = self._scan(
+            u, z, mask, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True
+        )
+        return self.out_proj(0.5 * (forward + backward))
+
+    def _scan(
+        self,
+        u: Tensor,
+        z: Tensor,
+        mask: Tensor | None,
+        conv1d: nn.Conv1d,
+        x_proj: nn.Linear,
+        dt_proj: nn.Linear,
+        A_log: Tensor,
+        D: Tensor,
+        *,
+        reverse: bool,
+    ) -> Tensor:
+        """One direction: convolution, step sizes and projections from its output, selective scan, gate."""
+        u = causal_conv1d(u, conv1d.weight[:, 0], conv1d.bias, activation="silu", reverse=reverse)
+        dt, B, C = x_proj(u).split([self.dt_rank, self.states, self.states], dim=-1)
+        delta = F.linear(dt, dt_proj.weight)
+        if mask is not None:
+            # A step of size zero leaves the state as it was: padding before the reverse scan's first real step
+            # and after the forward scan's last one changes nothing.
+            delta = delta.masked_fill(~mask[..., None], MASKED)
+        A = -torch.exp(A_log)
+        return selective_scan(u, delta, A, B, C, D, dt_proj.bias, z, delta_softplus=True, reverse=reverse)
+
+
+class BiMambaBlock(nn.Module):
+    """Global context: x + norm(mixer(x)), norm on the branch and no feed-forward part, as in DepMamba and TF-Mamba."""
+
+    def __init__(self, width: int, states: int, expand: int, conv_width: int) -> None:
+        super().__init__()
+        self.mixer = BiMamba(width, states, expand, conv_width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [b, t, d], mask [b, t] -> [b, t, d]."""
+        return x + self.norm(self.mixer(x, mask))
+
+
+class AttentionPooling(nn.Module):
+    """Pools a sequence of any length to a fixed number of tokens: learned queries attend to the real steps."""
+
+    def __init__(self, width: int, tokens: int) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(tokens, width))
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [b, t, d], mask [b, t] -> [b, tokens, d]."""
+        scores = self.queries @ self.key(x).transpose(1, 2) / math.sqrt(x.shape[-1])
+        weights = scores.masked_fill(~mask[:, None], MASKED).softmax(dim=-1)
+        return weights @ self.value(x)
+
+
+def _zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask[..., None].to(x.dtype)
+
+
+def _initial_a_log(channels: int, states: int) -> Tensor:
+    """log(1..n) for every channel: A = -(1..n), the S4D-real initialisation that mamba_ssm uses."""
+    return torch.log(torch.arange(1, states + 1, dtype=torch.float32)).repeat(channels, 1)
+
+
+def _step_size_projection(dt_rank: int, channels: int) -> nn.Linear:
+    """dt_proj of mamba_ssm: weight uniform within dt_rank^-0.5, bias such that softplus(bias) is log-uniform in
+    [1e-3, 1e-1] with a floor of 1e-4."""
+    projection = nn.Linear(dt_rank, channels)
+    nn.init.uniform_(projection.weight, -(dt_rank**-0.5), dt_rank**-0.5)
+    low, high = math.log(1e-3), math.log(1e-1)
+    step = torch.exp(torch.rand(channels) * (high - low) + low).clamp(min=1e-4)
+    with torch.no_grad():
+        projection.bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+    return projection

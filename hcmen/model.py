@@ -1,0 +1,291 @@
+"""HCMEN: a sentiment score from text, audio and vision that keeps working when a modality is missing.
+
+Reconstructed from the abstract of arXiv 2507.23444 and the code of its siblings; the README lists which choice comes
+from where. `HCMEN.forward` reads like the paper's three parts:
+
+    1. hierarchical unimodal modelling   features -> H_m   local detail (CNN), global context (Mamba), L tokens
+    2. cross-modal enhancement           H -> P_m, E_m     proxies from the other modalities' mixed tokens
+    3. multimodal mix-up fusion          E -> score        gated sum, CNN-Mamba backbone, head
+
+Glossary (batch b, L tokens, width d)
+    H_m   [b, L, d]   tokens of modality m
+    M_m   [b, L, d]   mixed tokens for target m: convex sum of the H_k of the other modalities that are present
+    P_m   [b, L, d]   proxy of m, generated from M_m
+    E_m   [b, L, d]   enhanced tokens: H_m and what P_m adds to it, or P_m itself where m is absent
+
+Presence. A modality may be absent in two ways: statically, when it is not among the features (an exported variant:
+everything that served it is left out), or per sample, when `present` says so (training). Both give the same numbers.
+`Presence` below is that knowledge: True, False, or a boolean tensor [b].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hcmen.config import FeatureConfig, ModelConfig
+from hcmen.errors import InputError
+from hcmen.layers import MASKED, AttentionPooling, BiMambaBlock, CNNBlock
+from hcmen.modalities import MODALITIES
+
+__all__ = ["HCMEN", "Outputs", "Prediction"]
+
+Presence = bool | Tensor
+
+
+class Prediction(NamedTuple):
+    """score [batch] in label units; modality_weights [batch, 3], the fusion gate in the order of MODALITIES.
+
+    The weight of an absent modality is that of its proxy, which is made from the modalities that are there.
+    """
+
+    score: Tensor
+    modality_weights: Tensor
+
+
+class Outputs(NamedTuple):
+    """A prediction and what the training losses look at; proxies exist where some other modality is in the features."""
+
+    score: Tensor
+    modality_weights: Tensor
+    tokens: dict[str, Tensor]
+    proxies: dict[str, Tensor]
+    present: Tensor
+
+
+class ModalityEncoder(nn.Module):
+    """Part 1 for one modality: features [b, t, f] -> tokens [b, L, d]."""
+
+    def __init__(self, features: FeatureConfig, config: ModelConfig) -> None:
+        super().__init__()
+        self.features = features.features
+        self.register_buffer("mean", torch.zeros(features.features))
+        self.register_buffer("std", torch.ones(features.features))
+        self.input_norm = nn.LayerNorm(features.features)
+        self.projection = nn.Linear(features.features, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.local = CNNBlock(config.width, config.dropout)
+        self.context = BiMambaBlock(config.width, config.states, config.expand, config.conv_width)
+        self.pool = AttentionPooling(config.width, config.tokens)
+
+    def forward(self, x: Tensor, length: Tensor) -> Tensor:
+        mask = torch.arange(x.shape[1], device=x.device) < length[:, None]
+        x = (x - self.mean) / self.std
+        x = self.dropout(self.projection(self.input_norm(x)))
+        x = self.local(x, mask)
+        x = self.context(x, mask)
+        return self.pool(x, mask)
+
+
+class HCMEN(nn.Module):
+    """The model. `config` fixes every size; see hcmen/config.py for the presets."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        d, mamba = config.width, (config.width, config.states, config.expand, config.conv_width)
+
+        self.encoders = nn.ModuleDict({m: ModalityEncoder(config.modality(m), config) for m in MODALITIES})
+
+        self.proxies = nn.ModuleDict(
+            {m: nn.Sequential(CNNBlock(d, config.dropout), BiMambaBlock(*mamba)) for m in MODALITIES}
+        )
+        self.mix_logits = nn.ParameterDict({m: nn.Parameter(torch.zeros(len(MODALITIES) - 1)) for m in MODALITIES})
+        # exp of it scales the cosine similarity; CLIP's initial temperature 0.07 and its ceiling of 100.
+        self.log_similarity_scale = nn.ParameterDict(
+            {m: nn.Parameter(torch.tensor(math.log(1 / 0.07))) for m in MODALITIES}
+        )
+
+        self.absent_tokens = nn.ParameterDict({m: nn.Parameter(0.02 * torch.randn(d)) for m in MODALITIES})
+        self.gate = nn.Linear(len(MODALITIES) * d, len(MODALITIES))
+        self.backbone = nn.ModuleList(
+            nn.Sequential(CNNBlock(d, config.dropout), BiMambaBlock(*mamba)) for _ in range(config.backbone_depth)
+        )
+        self.norm = nn.LayerNorm(d)
+        self.head = nn.Linear(d, 1)
+
+    def forward(
+        self, features: Mapping[str, Tensor], lengths: Mapping[str, Tensor], present: Tensor | None = None
+    ) -> Prediction:
+        """Scores a batch.
+
+        Args:
+            features: per modality float32 [batch, m_time, m_features], zero padded at the end. A modality that is not
+                among the keys is absent for the whole batch.
+            lengths: per modality int64 [batch], how many steps are real.
+            present: bool [batch, 3] in the order of MODALITIES, which modalities each sample has; None means all
+                that `features` holds. At least one per row.
+
+        Raises:
+            InputError: no modality, an unknown one, or a shape that does not fit the configuration.
+        """
+        outputs = self.training_step_outputs(features, lengths, present)
+        return Prediction(outputs.score, outputs.modality_weights)
+
+    def training_step_outputs(
+        self, features: Mapping[str, Tensor], lengths: Mapping[str, Tensor], present: Tensor | None = None
+    ) -> Outputs:
+        """As `forward`, with the tokens and proxies that the alignment loss compares."""
+        self._check(features, lengths, present)
+        presence: dict[str, Presence] = {
+            m: (True if present is None else present[:, i]) if m in features else False
+            for i, m in enumerate(MODALITIES)
+        }
+        # Part 1: hierarchical unimodal modelling
+        tokens = {m: self.encoders[m](features[m], lengths[m]) for m in MODALITIES if m in features}
+        # Part 2: cross-modal enhancement
+        proxies = {
+            m: self.proxies[m](mixed) for m in MODALITIES if (mixed := self._mix(m, tokens, presence)) is not None
+        }
+        enhanced = {m: self._enhance(m, tokens, proxies, presence) for m in MODALITIES}
+        # Part 3: multimodal mix-up fusion
+        weights = self._gate(tokens, presence)
+        fused = sum(weights[:, i, None, None] * enhanced[m] for i, m in enumerate(MODALITIES))
+        for block in self.backbone:
+            fused = block(fused)
+        pooled = self.norm(fused).amax(dim=1)
+        score = self.head(pooled)[:, 0]
+        return Outputs(score, weights, tokens, proxies, self._presence_tensor(presence, score))
+
+    def set_normalisation(self, statistics: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+        """Stores mean and standard deviation [features] per modality; the model applies them to raw features.
+
+        A feature that never varies (std 0) is only centred.
+
+        Raises:
+            InputError: a size does not fit, or a number is not finite or negative.
+        """
+        for m, (mean, std) in statistics.items():
+            encoder = self.encoders[m]
+            std = np.where(np.asarray(std) == 0, 1.0, std)
+            for name, values in (("mean", mean), ("std", std)):
+                fits = np.shape(values) == (encoder.features,) and np.isfinite(values).all()
+                if not fits or (name == "std" and np.min(values) < 0):
+                    raise InputError(
+                        f"{name} of {m} has shape {list(np.shape(values))}, expected {encoder.features} finite numbers"
+                        + (", none negative" if name == "std" else "")
+                    )
+                getattr(encoder, name).copy_(torch.from_numpy(np.asarray(values, dtype=np.float32)))
+
+    # --- part 2 -----------------------------------------------------------------------------------------------------
+
+    def _mix(self, target: str, tokens: Mapping[str, Tensor], presence: Mapping[str, Presence]) -> Tensor | None:
+        """M_m, or None where no other modality is in the features."""
+        others = [m for m in MODALITIES if m != target]
+        sources = [(i, m) for i, m in enumerate(others) if m in tokens]
+        if not sources:
+            return None
+        logits = self.mix_logits[target][[i for i, _ in sources]]
+        there = [presence[m] for _, m in sources]
+        if all(p is True for p in there):
+            weights = logits.softmax(dim=0)
+            return sum(weights[j] * tokens[m] for j, (_, m) in enumerate(sources))
+        batch = tokens[sources[0][1]].shape[0]
+        mask = torch.stack([_expand(p, batch, logits) for p in there], dim=1)
+        weights = logits.expand(batch, -1).masked_fill(~mask, MASKED).softmax(dim=1)
+        return sum(weights[:, j, None, None] * tokens[m] for j, (_, m) in enumerate(sources))
+
+    def _enhance(
+        self,
+        target: str,
+        tokens: Mapping[str, Tensor],
+        proxies: Mapping[str, Tensor],
+        presence: Mapping[str, Presence],
+    ) -> Tensor:
+        """E_m: H_m with its proxy's matching content added; P_m where m is absent; H_m where nothing else is there."""
+        others = [presence[m] for m in MODALITIES if m != target]
+        company = _any(others)
+        return _choose(
+            presence[target],
+            lambda: _choose(
+                company,
+                lambda: self._add_matching(target, tokens[target], proxies[target]),
+                lambda: tokens[target],
+            ),
+            lambda: proxies[target],
+        )
+
+    def _add_matching(self, target: str, tokens: Tensor, proxy: Tensor) -> Tensor:
+        """H + relu(softmax(s cos(H, P)) - 1/L) P: every token takes from the proxy tokens that match it best.
+
+        TF-Mamba keeps the entries above 1/L as they are. That rule jumps at 1/L, so a last-bit difference between two
+        runtimes could move the score by more than any parity bound; subtracting 1/L is its continuous form.
+        """
+        scale = self.log_similarity_scale[target].exp().clamp(max=100.0)
+        cosine = _unit(tokens) @ _unit(proxy).transpose(1, 2)
+        similarity = (scale * cosine).softmax(dim=-1)
+        return tokens + F.relu(similarity - 1.0 / self.config.tokens) @ proxy
+
+    # --- part 3 -----------------------------------------------------------------------------------------------------
+
+    def _gate(self, tokens: Mapping[str, Tensor], presence: Mapping[str, Presence]) -> Tensor:
+        """Weights [b, 3] of the three streams, from the mean token of each modality or its learned absent token."""
+        batch = next(iter(tokens.values())).shape[0]
+
+        def summary(m: str) -> Tensor:
+            absent = self.absent_tokens[m].expand(batch, -1)
+            return _choose(presence[m], lambda: tokens[m].mean(dim=1), lambda: absent)
+
+        return self.gate(torch.cat([summary(m) for m in MODALITIES], dim=-1)).softmax(dim=-1)
+
+    # --- checks -----------------------------------------------------------------------------------------------------
+
+    def _check(self, features: Mapping[str, Tensor], lengths: Mapping[str, Tensor], present: Tensor | None) -> None:
+        if not features:
+            raise InputError(f"no modality is present: at least one of {', '.join(MODALITIES)} is needed")
+        batch = None
+        for m, x in features.items():
+            if m not in MODALITIES:
+                raise InputError(f"unknown modality '{m}': choose from {', '.join(MODALITIES)}")
+            expected = self.config.modality(m).features
+            if x.dim() != 3 or x.shape[2] != expected or x.shape[1] < 1:
+                raise InputError(f"{m} has shape {list(x.shape)}, expected [batch, time, {expected}] with time >= 1")
+            batch = x.shape[0] if batch is None else batch
+            if m not in lengths:
+                raise InputError(f"{m} has no length: lengths holds {', '.join(lengths) or 'nothing'}")
+            if x.shape[0] != batch or lengths[m].shape != (batch,):
+                raise InputError(
+                    f"{m} has batch {x.shape[0]} and lengths {list(lengths[m].shape)}, expected batch {batch}"
+                )
+        if present is not None and (present.dtype != torch.bool or present.shape != (batch, len(MODALITIES))):
+            raise InputError(
+                f"present is {present.dtype} {list(present.shape)}, expected torch.bool [{batch}, {len(MODALITIES)}]"
+            )
+
+    @staticmethod
+    def _presence_tensor(presence: Mapping[str, Presence], like: Tensor) -> Tensor:
+        return torch.stack([_expand(presence[m], like.shape[0], like) for m in MODALITIES], dim=1)
+
+
+def _expand(presence: Presence, batch: int, like: Tensor) -> Tensor:
+    """`presence` as a boolean tensor [batch]."""
+    if isinstance(presence, Tensor):
+        return presence
+    return torch.full((batch,), presence, dtype=torch.bool, device=like.device)
+
+
+def _any(presence: list[Presence]) -> Presence:
+    if any(p is True for p in presence):
+        return True
+    tensors = [p for p in presence if isinstance(p, Tensor)]
+    return torch.stack(tensors).any(dim=0) if tensors else False
+
+
+def _choose(condition: Presence, yes: Callable[[], Tensor], no: Callable[[], Tensor]) -> Tensor:
+    """`yes()` where the condition holds, else `no()`; a branch that no sample takes is not built."""
+    if condition is True:
+        return yes()
+    if condition is False:
+        return no()
+    chosen = yes()
+    return torch.where(condition.view(-1, *[1] * (chosen.dim() - 1)), chosen, no())
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + 1e-12)
