@@ -245,7 +245,7 @@ class Progress:
 class Command(click.Command):
     """A click command whose every way out is an exit code of this module and at most one line on stderr."""
 
-    def main(  # type: ignore[override]
+    def main(
         self,
         args: Sequence[str] | None = None,
         prog_name: str | None = None,
