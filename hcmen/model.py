@@ -225,14 +225,20 @@ class HCMEN(nn.Module):
     # --- part 3 -----------------------------------------------------------------------------------------------------
 
     def _gate(self, tokens: Mapping[str, Tensor], presence: Mapping[str, Presence]) -> Tensor:
-        """Weights [b, 3] of the three streams, from the mean token of each modality or its learned absent token."""
-        batch = next(iter(tokens.values())).shape[0]
+        """Weights [b, 3] of the three streams, from the mean token of each modality or its learned absent token.
 
-        def summary(m: str) -> Tensor:
-            absent = self.absent_tokens[m].expand(batch, -1)
-            return _choose(presence[m], lambda: tokens[m].mean(dim=1), lambda: absent)
-
-        return self.gate(torch.cat([summary(m) for m in MODALITIES], dim=-1)).softmax(dim=-1)
+        The linear layer is applied modality by modality, statically absent ones first: what those contribute is a
+        constant that the exporter folds into the bias.
+        """
+        columns = dict(zip(MODALITIES, self.gate.weight.chunk(len(MODALITIES), dim=1), strict=True))
+        logits = self.gate.bias
+        for m in sorted(MODALITIES, key=lambda m: presence[m] is not False):
+            logits = logits + _choose(
+                presence[m],
+                lambda m=m: F.linear(tokens[m].mean(dim=1), columns[m]),
+                lambda m=m: F.linear(self.absent_tokens[m], columns[m]),
+            )
+        return logits.softmax(dim=-1)
 
     # --- checks -----------------------------------------------------------------------------------------------------
 

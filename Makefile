@@ -1,0 +1,33 @@
+# make demo   train on the synthetic set, export the seven variants, score a clip on each and check it
+# make test   the test suite
+# Both set everything up by themselves: a virtual environment in .venv, the Python packages, the C++ library.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := CMakeLists.txt $(wildcard runtime/csrc/*)
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/installed
+	$(BIN)/python samples/demo.py
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/scan.py --out docs/results/scan_cpu.json
+
+# Installed in place: a change of Python code needs no reinstall, a change of C++ code does, and make sees to it.
+$(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,150 @@
+"""Does the exported graph say what the eager model says? The clips it is asked with, and the eager answers.
+
+The eager float32 answers are themselves checked: against the same model in float64 on the reference scan, all clips in
+one padded batch. So a golden set stands on the slow twin, and padding and batching are part of what is proven.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hcmen.config import ModelConfig
+from hcmen.errors import CheckFailed
+from hcmen.modalities import Variant, variant_named
+from hcmen.model import HCMEN
+from hcmen.runtime.compare import compare
+from hcmen.scan import implementation
+
+__all__ = [
+    "PARITY_CLIPS",
+    "SCORE_ATOL",
+    "SCORE_RTOL",
+    "eager_outputs",
+    "golden_cases",
+    "parity_clips",
+]
+
+# design.md, section 6: scores of a float32 ONNX Runtime graph.
+SCORE_ATOL = 1e-5
+SCORE_RTOL = 1e-5
+
+PARITY_CLIPS = 20
+# Which clips are scored together: alone and in ragged batches, the shortest and the longest in both.
+_BATCHES = ((0,), (1,), (2,), (3, 4), (5, 6, 7), (0, 8, 9, 1, 10), tuple(range(11, PARITY_CLIPS)))
+
+Arrays = dict[str, np.ndarray]
+
+
+def parity_clips(config: ModelConfig, recorded: Sequence[Arrays] = (), seed: int = 0) -> list[Arrays]:
+    """`PARITY_CLIPS` clips {modality: [time, features] float32} of different lengths, 1 and the maximum among them.
+
+    `recorded` are real clips (the checkpoint's validation clips); they are cut, or repeated, to the lengths wanted.
+    Without any, smooth series stand in: autoregressive of order one, coefficient 0.9, unit variance.
+    """
+    generator = np.random.default_rng(seed)
+    clips = []
+    for index in range(PARITY_CLIPS):
+        source = recorded[index % len(recorded)] if recorded else {}
+        clip = {}
+        for m in ("text", "audio", "vision"):
+            sizes = config.modality(m)
+            # The first clip is as short as can be, the second as long; the others are ragged, each on its own.
+            length = {0: 1, 1: sizes.max_steps}.get(index, int(generator.integers(1, sizes.max_steps + 1)))
+            series = source.get(m)
+            if series is None:
+                series = _smooth(generator, sizes.max_steps, sizes.features)
+            clip[m] = np.resize(series, (length, sizes.features)).astype(np.float32)
+        clips.append(clip)
+    return clips
+
+
+def _smooth(generator: np.random.Generator, steps: int, features: int) -> np.ndarray:
+    noise = generator.standard_normal((steps, features))
+    series = np.empty_like(noise)
+    series[0] = noise[0]
+    for t in range(1, steps):
+        series[t] = 0.9 * series[t - 1] + np.sqrt(1 - 0.9**2) * noise[t]
+    return series
+
+
+def _padded(clips: Sequence[Arrays], variant: Variant) -> Arrays:
+    """Graph inputs of one batch: features zero padded at the end, lengths int64."""
+    inputs: Arrays = {}
+    for m in variant.present:
+        lengths = np.array([len(clip[m]) for clip in clips], dtype=np.int64)
+        features = np.zeros((len(clips), lengths.max(), clips[0][m].shape[1]), dtype=np.float32)
+        for row, clip in enumerate(clips):
+            features[row, : len(clip[m])] = clip[m]
+        inputs[m], inputs[f"{m}_length"] = features, lengths
+    return inputs
+
+
+def _run(model: HCMEN, variant: Variant, inputs: Mapping[str, np.ndarray]) -> Arrays:
+    work = next(model.head.parameters()).dtype
+    features = {m: torch.from_numpy(np.ascontiguousarray(inputs[m])).to(work) for m in variant.present}
+    lengths = {m: torch.from_numpy(np.ascontiguousarray(inputs[f"{m}_length"])) for m in variant.present}
+    with torch.inference_mode():
+        prediction = model.eval()(features, lengths)
+    return {"score": prediction.score.numpy(), "modality_weights": prediction.modality_weights.numpy()}
+
+
+def _double(model: HCMEN) -> HCMEN:
+    return copy.deepcopy(model).double().eval()
+
+
+def golden_cases(model: HCMEN, variant: Variant, clips: Sequence[Arrays]) -> list[tuple[Arrays, Arrays]]:
+    """Batches of inputs with the eager model's float32 outputs.
+
+    Raises:
+        CheckFailed: the float32 model is further from its float64 self than the bound for scores.
+    """
+    with implementation("ref"):
+        exact = _run(_double(model), variant, _padded(clips, variant))
+    cases = []
+    for rows in _BATCHES:
+        inputs = _padded([clips[i] for i in rows], variant)
+        outputs = _run(model, variant, inputs)
+        _check_against_exact(outputs, {name: values[list(rows)] for name, values in exact.items()}, variant)
+        cases.append((inputs, outputs))
+    return cases
+
+
+def _check_against_exact(outputs: Arrays, exact: Arrays, variant: Variant) -> None:
+    for name, got in outputs.items():
+        comparison = compare(got, exact[name], SCORE_ATOL, SCORE_RTOL)
+        if not comparison.passed:
+            raise CheckFailed(
+                f"the eager float32 model is {comparison.max_abs:.1e} from float64 on {name} of '{variant.name}', "
+                f"allowed {SCORE_ATOL:g} + {SCORE_RTOL:g} |x|: its weights are too large for a float32 parity check"
+            )
+
+
+def eager_outputs(checkpoint: Path, variant_name: str, inputs: Mapping[str, np.ndarray]) -> Arrays:
+    """What the eager model of a checkpoint folder says to one batch of graph inputs.
+
+    Args:
+        checkpoint: the folder `hcmen-train` wrote.
+        variant_name: one of the seven.
+        inputs: `m` float32 [batch, m_time, features] and `m_length` int64 [batch] per present modality.
+
+    Returns:
+        score float32 [batch] and modality_weights float32 [batch, 3].
+
+    Raises:
+        InputError, CorruptFileError: the checkpoint is missing or damaged, or the inputs do not fit it.
+        CheckFailed: float32 and float64 disagree beyond the bound for scores.
+    """
+    from hcmen.train import load_checkpoint
+
+    model, _ = load_checkpoint(checkpoint)
+    variant = variant_named(variant_name)
+    outputs = _run(model, variant, inputs)
+    with implementation("ref"):
+        exact = _run(_double(model), variant, inputs)
+    _check_against_exact(outputs, exact, variant)
+    return outputs
