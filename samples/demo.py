@@ -1,0 +1,142 @@
+"""The main job, end to end: train, export the seven variants, score a clip on each, check it against PyTorch.
+
+Run by `make demo`. Everything lands in build/: train/ (checkpoint, curves), bundle/ (what a device needs) and demo/
+(the table below as text and as a picture).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from hcmen.modalities import VARIANTS
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = Path(sys.executable).parent
+HEADER = ("variant", "score", "eager score", "difference", "latency", "graph file")
+
+
+def run(*arguments: str | Path, capture: bool = False) -> str:
+    """Runs one of our commands, its progress on this terminal; ends the demo with its exit code if it fails."""
+    command, *rest = map(str, arguments)
+    print(f"\n$ {command} {' '.join(rest)}", file=sys.stderr, flush=True)
+    done = subprocess.run(
+        [COMMANDS / command, *rest], cwd=ROOT, check=False, text=True, stdout=subprocess.PIPE if capture else None
+    )
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout or ""
+
+
+def score_every_variant(clip: Path, train: Path, bundle: Path) -> list[dict[str, Any]]:
+    """One row per variant: what `hcmen-run --check` says about the clip."""
+    rows = []
+    for variant in VARIANTS:
+        answer = run(
+            *("hcmen-run", clip, "--bundle", bundle, "--variant", variant.name),
+            *("--check", "--checkpoint", train, "--format", "json", "--quiet"),
+            capture=True,
+        )
+        rows.append({"variant": variant.name, **row_of(json.loads(answer), bundle / f"{variant.name}.onnx")})
+    return rows
+
+
+def row_of(answer: dict[str, Any], graph: Path) -> dict[str, Any]:
+    """The figures of one answer of `hcmen-run --check --format json`."""
+    result = answer["results"][0]
+    return {
+        "score": result["score"],
+        "eager": result["eager_score"],
+        "difference": abs(result["score"] - result["eager_score"]),
+        "latency_ms": result["latency_ms"],
+        "bytes": graph.stat().st_size,
+    }
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """One row of the table, as text."""
+    return (
+        row["variant"],
+        f"{row['score']:+.4f}",
+        f"{row['eager']:+.4f}",
+        f"{row['difference']:.1e}",
+        f"{row['latency_ms']:.2f} ms",
+        f"{row['bytes'] / 1024:.0f} KiB",
+    )
+
+
+def as_text(rows: list[dict[str, Any]]) -> str:
+    """The table with aligned columns."""
+    table = [HEADER, *map(cells, rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(HEADER))]
+    lines = [
+        "  ".join([t[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(t[1:], widths[1:], strict=True))]) for t in table
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def as_picture(rows: list[dict[str, Any]], footer: str, path: Path) -> None:
+    """The table as a picture, with the scores as bars beside it."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=(1, 2.6), layout="constrained", dpi=140)
+    names = [r["variant"] for r in rows]
+    left.barh(names, [r["score"] for r in rows], color=["#33658a" if r["score"] >= 0 else "#bc4b51" for r in rows])
+    left.axvline(0, color="black", linewidth=0.8)
+    left.invert_yaxis()
+    left.set_title("sentiment score of one clip", fontsize=10)
+    left.tick_params(labelsize=9)
+    left.spines[["top", "right"]].set_visible(False)
+    right.axis("off")
+    table = right.table([cells(r) for r in rows], colLabels=HEADER, loc="center", cellLoc="right")
+    table.auto_set_font_size(False)
+    table.set_fontsize(9)
+    table.scale(1, 1.5)
+    for (line, column), cell in table.get_celld().items():
+        cell.set_edgecolor("#cccccc")
+        if line == 0:
+            cell.set_text_props(weight="bold")
+        if column == 0:
+            cell.set_text_props(ha="left")
+    figure.suptitle(footer, fontsize=9, y=-0.02, va="top")
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
+
+
+def main() -> None:
+    """Trains, exports, runs, and writes build/demo/table.{txt,json,png}."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--build", type=Path, default=ROOT / "build", help="where everything is written")
+    parser.add_argument("--clip", type=Path, default=ROOT / "samples" / "clip.npz")
+    arguments = parser.parse_args()
+    train, bundle, demo = (arguments.build / name for name in ("train", "bundle", "demo"))
+
+    started = time.monotonic()
+    run("hcmen-train", "--preset", "tiny", "--out", train, "--force")
+    run("hcmen-export", "--checkpoint", train, "--bundle", bundle)
+    rows = score_every_variant(arguments.clip, train, bundle)
+    minutes = (time.monotonic() - started) / 60
+
+    demo.mkdir(parents=True, exist_ok=True)
+    text = as_text(rows)
+    largest = max(r["difference"] for r in rows)
+    footer = (
+        f"{arguments.clip.name} on ONNX Runtime, checked against eager PyTorch: largest difference {largest:.1e}. "
+        f"Train, export and run: {minutes:.1f} min."
+    )
+    (demo / "table.txt").write_text(f"{text}\n\n{footer}\n")
+    (demo / "table.json").write_text(json.dumps({"schema_version": 1, "rows": rows, "minutes": minutes}, indent=2))
+    as_picture(rows, footer, demo / "table.png")
+    print(f"\n{text}\n\n{footer}\nPicture: {demo / 'table.png'}")
+
+
+if __name__ == "__main__":
+    main()
