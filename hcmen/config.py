@@ -106,7 +106,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. Rates are probabilities per sample and epoch, drawn from (seed, epoch, index)."""
+    """One training run.
+
+    warmup_fraction: share of the optimiser steps with a rising learning rate; it falls along a cosine after them.
+    modality_drop_probability, step_drop_probability, max_step_drop_rate: the corruption of one view of each sample,
+    drawn from (seed, epoch, index); see hcmen/data/missing.py.
+    """
 
     epochs: int = 30
     batch_size: int = 64
@@ -115,8 +120,8 @@ class TrainConfig:
     warmup_fraction: float = 0.1
     gradient_clip_norm: float = 1.0
     alignment_weight: float = 0.01
-    complete_probability: float = 0.3
     modality_drop_probability: float = 0.5
+    step_drop_probability: float = 0.5
     max_step_drop_rate: float = 0.9
     seed: int = 0
 
@@ -125,10 +130,15 @@ class TrainConfig:
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}, expected at least 1")
         _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}, expected a positive number")
         _require(self.seed >= 0, f"seed is {self.seed}, expected 0 or more")
+        for name in ("weight_decay", "alignment_weight"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
+        _require(
+            self.gradient_clip_norm > 0, f"gradient_clip_norm is {self.gradient_clip_norm}, expected a positive number"
+        )
         for name in (
             "warmup_fraction",
-            "complete_probability",
             "modality_drop_probability",
+            "step_drop_probability",
             "max_step_drop_rate",
         ):
             _require(0.0 <= getattr(self, name) <= 1.0, f"{name} is {getattr(self, name)}, expected 0 to 1")

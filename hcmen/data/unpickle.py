@@ -1,0 +1,307 @@
+"""Unpickling of data files: NumPy arrays, strings, numbers and plain containers, and nothing else.
+
+A pickle is a program. `pickle.load` runs it with everything that can be imported; here it meets stand-ins for the six
+functions that NumPy's own pickles call, and any other name ends the reading with an error that says the name:
+
+    numpy.{core,_core}.multiarray._reconstruct, numpy.ndarray, numpy.dtype     arrays, protocol 0 to 4
+    numpy.{core,_core}.numeric._frombuffer                                     arrays, protocol 5
+    numpy.{core,_core}.multiarray.scalar                                       single NumPy numbers and strings
+    _codecs.encode, builtins.bytes                                             how bytes travel in protocols 0 to 2
+
+The stand-ins never call NumPy's own unpickling code: they check dtype, shape and byte count and then lay an array over
+the bytes, without a copy. Declared sizes are held against the size of the file before anything is allocated. The
+machine is Python's own unpickler in Python rather than the one in C, whose memo is an array that a hostile index blows
+up.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar
+
+import numpy as np
+
+from hcmen.errors import CorruptFileError, InputError
+
+__all__ = ["load_pickle"]
+
+_DTYPE = re.compile(r"(?:b1|[iu][1248]|f[248]|[US]\d{1,6}|O[48]?)")
+_MAX_RANK = 4
+
+
+def load_pickle(path: Path) -> Any:
+    """What the pickle at `path` holds: arrays, str, bytes, int, float, bool, None, tuple, list and dict of these.
+
+    Arrays are read-only views over the bytes of the file; arrays of objects come back as lists.
+
+    Raises:
+        InputError: there is no such file, or it cannot be read.
+        CorruptFileError: the pickle calls for anything but NumPy arrays, strings and numbers, or is damaged.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _unwrap(_Reader(file, path).load())
+    except OSError as error:
+        raise InputError(
+            f"{path}: {(error.strerror or 'cannot be read').lower()}, expected a data file in MMSA's layout"
+        ) from error
+
+
+class _Forbidden(Exception):
+    """The pickle wants something that is not admitted; the message says what."""
+
+
+class _BoundedFile:
+    """A file that refuses to read more than it has left, so that a declared size cannot make a reader allocate."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._left = os.fstat(file.fileno()).st_size
+
+    def read(self, size: int) -> bytes:
+        if size > self._left:
+            raise EOFError(f"{size} bytes announced, {self._left} left")
+        self._left -= size
+        return self._file.read(size)
+
+    def readline(self) -> bytes:
+        line = self._file.readline()
+        self._left -= len(line)
+        return line
+
+
+class _Admitted:
+    """A function of the list above. Not a class and without attributes, so a pickle cannot build on it or change it."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        object.__setattr__(self, "_call", call)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise _Forbidden(f"setting '{name}' of a function")
+
+    def __setstate__(self, state: Any) -> None:
+        raise _Forbidden("setting the state of a function")
+
+
+class _DType:
+    """A NumPy dtype on its way: the code comes with the call, the byte order with the state."""
+
+    __slots__ = ("code", "order")
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        code = code.decode("ascii") if isinstance(code, bytes) else code
+        if not isinstance(code, str) or not _DTYPE.fullmatch(code):
+            raise _Forbidden(f"an array of dtype {code!r}")
+        self.code, self.order = code, "|"
+
+    def __setstate__(self, state: Any) -> None:
+        # (version, byte order, subdtype, names, fields, item size, alignment, flags)
+        if not isinstance(state, tuple) or len(state) < 8 or any(state[2:5]) or state[1] not in ("<", ">", "|", "="):
+            raise _Forbidden("an array of a structured dtype")
+        self.order = state[1]
+
+    @property
+    def is_object(self) -> bool:
+        return self.code.startswith("O")
+
+    def numpy(self) -> np.dtype[Any]:
+        return np.dtype(self.code if self.order == "|" else self.order + self.code)
+
+
+class _Array:
+    """A NumPy array on its way; `value` is the array, or the list that an array of objects holds."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, data = state
+        self.fill(shape, dtype, "F" if fortran else "C", data)
+
+    def fill(self, shape: Any, dtype: Any, order: str, data: Any) -> None:
+        if not isinstance(dtype, _DType):
+            raise _Forbidden("an array without a dtype")
+        sizes_fit = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
+        if not sizes_fit or len(shape) > _MAX_RANK:
+            raise _Forbidden(f"an array of shape {shape!r}")
+        if dtype.is_object:
+            if not isinstance(data, list) or len(shape) != 1 or len(data) != shape[0]:
+                raise _Forbidden("an array of objects that is not a plain list of them")
+            self.value = data
+            return
+        numpy_dtype, count = dtype.numpy(), math.prod(shape)
+        if not isinstance(data, (bytes, bytearray)) or len(data) != count * numpy_dtype.itemsize:
+            got = len(data) if isinstance(data, (bytes, bytearray)) else type(data).__name__
+            raise ValueError(f"array {shape} of {numpy_dtype} has {got} bytes of {count * numpy_dtype.itemsize}")
+        if not count or not numpy_dtype.itemsize:
+            self.value = np.zeros(shape, numpy_dtype)
+            return
+        self.value = np.frombuffer(data, numpy_dtype).reshape(shape, order=order)  # type: ignore[call-overload]
+        self.value.flags.writeable = False
+
+
+def _reconstruct(kind: Any, *_: Any) -> _Array:
+    if kind is not _NDARRAY:
+        raise _Forbidden("an array of a subclass of numpy.ndarray")
+    return _Array()
+
+
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any = "C") -> _Array:
+    array = _Array()
+    if isinstance(dtype, _DType) and dtype.is_object:
+        raise _Forbidden("an array of objects over raw bytes")
+    array.fill(shape, dtype, "F" if order == "F" else "C", data)
+    return array
+
+
+def _scalar(dtype: Any, data: Any = b"") -> Any:
+    if not isinstance(dtype, _DType) or dtype.is_object:
+        raise _Forbidden("a NumPy scalar that is neither number nor string")
+    array = _Array()
+    array.fill((1,), dtype, "C", data)
+    return array.value[0].item()
+
+
+def _no_direct_call(*_: Any) -> Any:
+    raise _Forbidden("numpy.ndarray called directly")
+
+
+def _encode(text: Any, codec: Any = "latin1") -> bytes:
+    if not isinstance(text, str) or codec not in ("latin1", "latin-1"):
+        raise _Forbidden(f"_codecs.encode with codec {codec!r}")
+    return text.encode("latin1")
+
+
+def _empty_bytes(*args: Any) -> bytes:
+    if args:
+        raise _Forbidden("bytes with arguments")
+    return b""
+
+
+_NDARRAY = _Admitted(_no_direct_call)
+_ADMITTED: dict[tuple[str, str], _Admitted] = {
+    ("numpy", "ndarray"): _NDARRAY,
+    ("numpy", "dtype"): _Admitted(_DType),
+    ("_codecs", "encode"): _Admitted(_encode),
+    ("builtins", "bytes"): _Admitted(_empty_bytes),
+    ("__builtin__", "bytes"): _Admitted(_empty_bytes),
+}
+for _module in ("numpy.core", "numpy._core"):  # before and since NumPy 2
+    _ADMITTED[f"{_module}.multiarray", "_reconstruct"] = _Admitted(_reconstruct)
+    _ADMITTED[f"{_module}.multiarray", "scalar"] = _Admitted(_scalar)
+    _ADMITTED[f"{_module}.numeric", "_frombuffer"] = _Admitted(_from_buffer)
+
+_DAMAGE = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    BufferError,
+    EOFError,
+    LookupError,
+    NameError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+
+
+class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc]
+    """Python's unpickler with stand-ins for every name, and without the opcodes that data has no use for."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        super().__init__(_BoundedFile(file))
+        self._path = path
+
+    def load(self) -> Any:
+        try:
+            return super().load()
+        except _Forbidden as error:
+            raise CorruptFileError(
+                f"{self._path}: the pickle asks for {error}, only NumPy arrays, strings and numbers are admitted: "
+                "get the file from its publisher again and check its SHA-256"
+            ) from None
+        except _DAMAGE as error:
+            raise CorruptFileError(
+                f"{self._path}: truncated, damaged or not a pickle ({type(error).__name__}: {str(error)[:100]}): "
+                "get the file from its publisher again and check its SHA-256"
+            ) from None
+
+    def find_class(self, module: str, name: str) -> _Admitted:
+        found = _ADMITTED.get((module, name))
+        if found is None:
+            raise _Forbidden(f"'{f'{module}.{name}'[:100]}'")
+        return found
+
+    def _build(self) -> None:
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if not isinstance(target, (_Array, _DType)):
+            raise _Forbidden(f"setting the state of a {type(target).__name__}")
+        target.__setstate__(state)
+
+    def _reduce(self) -> None:
+        args = self.stack.pop()
+        function = self.stack[-1]
+        if not isinstance(function, _Admitted) or not isinstance(args, tuple):
+            raise _Forbidden(f"a call of a {type(function).__name__}")
+        self.stack[-1] = function(*args)
+
+    def _bytearray(self) -> None:
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(size)))
+
+    def _forbidden(self) -> None:
+        raise _Forbidden("an object of a class, or one kept outside the file")
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch[pickle.BUILD[0]] = _build
+    dispatch[pickle.REDUCE[0]] = _reduce
+    dispatch[pickle.BYTEARRAY8[0]] = _bytearray
+    for _opcode in (
+        pickle.NEWOBJ,
+        pickle.NEWOBJ_EX,
+        pickle.PERSID,
+        pickle.BINPERSID,
+        pickle.EXT1,
+        pickle.EXT2,
+        pickle.EXT4,
+        pickle.NEXT_BUFFER,
+        pickle.READONLY_BUFFER,
+    ):
+        dispatch[_opcode[0]] = _forbidden
+
+
+def _unwrap(value: Any) -> Any:
+    """`value` with stand-ins replaced by what they hold.
+
+    Only the levels that MMSA's layout has are entered (split, key, list of values): a pickle may nest lists so that
+    walking all of them would never end.
+    """
+
+    def plain(x: Any) -> Any:
+        return x.value if isinstance(x, _Array) else x
+
+    value = plain(value)
+    if not isinstance(value, dict):
+        return value
+    return {
+        split: {key: [plain(x) for x in v] if isinstance(v := plain(inner), list) else v for key, inner in data.items()}
+        if isinstance(data, dict)
+        else plain(data)
+        for split, data in value.items()
+    }
