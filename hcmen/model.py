@@ -230,7 +230,8 @@ class HCMEN(nn.Module):
         The linear layer is applied modality by modality, statically absent ones first: what those contribute is a
         constant that the exporter folds into the bias.
         """
-        columns = dict(zip(MODALITIES, self.gate.weight.chunk(len(MODALITIES), dim=1), strict=True))
+        d = self.config.width
+        columns = {m: self.gate.weight[:, i * d : (i + 1) * d] for i, m in enumerate(MODALITIES)}
         logits = self.gate.bias
         for m in sorted(MODALITIES, key=lambda m: presence[m] is not False):
             logits = logits + _choose(
