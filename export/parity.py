@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hcmen.clip import Clip, batch_clips
 from hcmen.config import ModelConfig
 from hcmen.errors import CheckFailed
-from hcmen.modalities import Variant, variant_named
+from hcmen.modalities import MODALITIES, Variant, variant_named
 from hcmen.model import HCMEN
 from hcmen.runtime.compare import compare
 from hcmen.scan import implementation
@@ -40,26 +41,26 @@ _BATCHES = ((0,), (1,), (2,), (3, 4), (5, 6, 7), (0, 8, 9, 1, 10), tuple(range(1
 Arrays = dict[str, np.ndarray]
 
 
-def parity_clips(config: ModelConfig, recorded: Sequence[Arrays] = (), seed: int = 0) -> list[Arrays]:
-    """`PARITY_CLIPS` clips {modality: [time, features] float32} of different lengths, 1 and the maximum among them.
+def parity_clips(config: ModelConfig, recorded: Sequence[Clip] = (), seed: int = 0) -> list[Clip]:
+    """`PARITY_CLIPS` clips with all modalities and of different lengths, 1 and the maximum among them.
 
-    `recorded` are real clips (the checkpoint's validation clips); they are cut, or repeated, to the lengths wanted.
-    Without any, smooth series stand in: autoregressive of order one, coefficient 0.9, unit variance.
+    `recorded` are real clips (the validation clips beside a checkpoint); they are cut, or repeated, to the lengths
+    wanted. Without any, smooth series stand in: autoregressive of order one, coefficient 0.9, unit variance.
     """
     generator = np.random.default_rng(seed)
     clips = []
     for index in range(PARITY_CLIPS):
-        source = recorded[index % len(recorded)] if recorded else {}
-        clip = {}
-        for m in ("text", "audio", "vision"):
+        source = recorded[index % len(recorded)].features if recorded else {}
+        features = {}
+        for m in MODALITIES:
             sizes = config.modality(m)
             # The first clip is as short as can be, the second as long; the others are ragged, each on its own.
             length = {0: 1, 1: sizes.max_steps}.get(index, int(generator.integers(1, sizes.max_steps + 1)))
             series = source.get(m)
             if series is None:
                 series = _smooth(generator, sizes.max_steps, sizes.features)
-            clip[m] = np.resize(series, (length, sizes.features)).astype(np.float32)
-        clips.append(clip)
+            features[m] = np.resize(series, (length, sizes.features)).astype(np.float32)
+        clips.append(Clip(f"parity {index}", features))
     return clips
 
 
@@ -70,18 +71,6 @@ def _smooth(generator: np.random.Generator, steps: int, features: int) -> np.nda
     for t in range(1, steps):
         series[t] = 0.9 * series[t - 1] + np.sqrt(1 - 0.9**2) * noise[t]
     return series
-
-
-def _padded(clips: Sequence[Arrays], variant: Variant) -> Arrays:
-    """Graph inputs of one batch: features zero padded at the end, lengths int64."""
-    inputs: Arrays = {}
-    for m in variant.present:
-        lengths = np.array([len(clip[m]) for clip in clips], dtype=np.int64)
-        features = np.zeros((len(clips), lengths.max(), clips[0][m].shape[1]), dtype=np.float32)
-        for row, clip in enumerate(clips):
-            features[row, : len(clip[m])] = clip[m]
-        inputs[m], inputs[f"{m}_length"] = features, lengths
-    return inputs
 
 
 def _run(model: HCMEN, variant: Variant, inputs: Mapping[str, np.ndarray]) -> Arrays:
@@ -97,17 +86,17 @@ def _double(model: HCMEN) -> HCMEN:
     return copy.deepcopy(model).double().eval()
 
 
-def golden_cases(model: HCMEN, variant: Variant, clips: Sequence[Arrays]) -> list[tuple[Arrays, Arrays]]:
+def golden_cases(model: HCMEN, variant: Variant, clips: Sequence[Clip]) -> list[tuple[Arrays, Arrays]]:
     """Batches of inputs with the eager model's float32 outputs.
 
     Raises:
         CheckFailed: the float32 model is further from its float64 self than the bound for scores.
     """
     with implementation("ref"):
-        exact = _run(_double(model), variant, _padded(clips, variant))
+        exact = _run(_double(model), variant, batch_clips(clips, variant.present))
     cases = []
     for rows in _BATCHES:
-        inputs = _padded([clips[i] for i in rows], variant)
+        inputs = batch_clips([clips[i] for i in rows], variant.present)
         outputs = _run(model, variant, inputs)
         _check_against_exact(outputs, {name: values[list(rows)] for name, values in exact.items()}, variant)
         cases.append((inputs, outputs))

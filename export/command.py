@@ -1,0 +1,242 @@
+"""`hcmen-export`: from a checkpoint folder to a bundle whose parity with the eager model is measured and recorded."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import hcmen
+from hcmen.errors import CheckFailed
+from hcmen.modalities import VARIANTS, Variant, variant_named
+from hcmen.runtime.cli import Console, command
+
+if TYPE_CHECKING:
+    from hcmen.bundle import Manifest
+    from hcmen.clip import Clip
+    from hcmen.model import HCMEN
+
+__all__ = ["export_bundle", "main"]
+
+
+@command("hcmen-export")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    default=Path("build/train"),
+    show_default=True,
+    help="The folder that hcmen-train wrote.",
+)
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    default=Path("build/bundle"),
+    show_default=True,
+    help="Where the bundle is put, whole or not at all.",
+)
+@click.option("--variant", "variants", multiple=True, help="A variant to export; repeatable. Default: all seven.")
+@click.option("--force", is_flag=True, help="Replace a folder at --bundle even if it is no bundle.")
+def main(console: Console, checkpoint: Path, bundle: Path, variants: tuple[str, ...], force: bool) -> None:
+    """Exports a trained checkpoint: one ONNX graph per variant, shared weights, golden outputs, a manifest.
+
+    Every graph is run and compared with the eager PyTorch model before the bundle is put in place; if one is further
+    away than the bound allows, nothing is written and the exit code is 1.
+    """
+    chosen = [variant_named(name) for name in dict.fromkeys(variants)] or list(VARIANTS)
+    manifest = export_bundle(checkpoint, bundle, chosen, console=console, force=force)
+    rows = {name: v.parity for name, v in manifest.variants.items()}
+    console.emit(
+        {
+            "bundle": str(bundle),
+            "variants": {
+                name: {"bytes": manifest.variants[name].graph.bytes, "parity": dict(parity)}
+                for name, parity in rows.items()
+            },
+            "weights_bytes": manifest.weights.bytes,
+        },
+        _table(manifest) + f"\n\nBundle: {bundle}\nNext:   hcmen-run CLIP.npz --bundle {bundle}",
+    )
+
+
+def _table(manifest: Manifest) -> str:
+    header = ("variant", "graph", "cases", "max |difference|", "mean", "p99", "cosine", "NaN", "parity")
+    lines = [header]
+    for name, v in manifest.variants.items():
+        score = v.parity["outputs"]["score"]
+        lines.append(
+            (
+                name,
+                f"{v.graph.bytes / 1024:.0f} KiB",
+                str(v.parity["cases"]),
+                f"{score['max_abs']:.1e}",
+                f"{score['mean_abs']:.1e}",
+                f"{score['p99_abs']:.1e}",
+                f"{score['cosine']:.9f}",
+                str(score["nan"]),
+                "ok" if v.parity["passed"] else "FAILED",
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    text = [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    ]
+    weights = f"weights.bin {manifest.weights.bytes / 1024:.0f} KiB, shared by all variants"
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:], "", weights])
+
+
+def export_bundle(
+    checkpoint: Path,
+    bundle: Path,
+    variants: Sequence[Variant] = VARIANTS,
+    *,
+    console: Console | None = None,
+    force: bool = False,
+) -> Manifest:
+    """Writes the bundle of a checkpoint folder and returns its manifest, measured parity included.
+
+    Raises:
+        InputError, CorruptFileError: the checkpoint is missing or damaged, or something else is at `bundle`.
+        BackendError: a graph cannot be exported or run here.
+        CheckFailed: a graph differs from the eager model by more than the bound; nothing is written.
+        OSError: the bundle cannot be written.
+    """
+    from hcmen.bundle import file_record, read_bundle, write_manifest, writing_bundle
+    from hcmen.export.parity import parity_clips
+    from hcmen.export.to_onnx import export_variant, share_weights
+    from hcmen.train import load_checkpoint
+
+    console = console or Console(verbosity=-1)
+    model, about = load_checkpoint(checkpoint)
+    clips = parity_clips(model.config, _recorded_clips(checkpoint, model))
+    with writing_bundle(bundle, force=force) as folder:
+        graphs = {}
+        for i, variant in enumerate(variants, 1):
+            console.note(f"[{i}/{len(variants)}] tracing {variant.name}")
+            graphs[variant.name] = export_variant(model, variant)
+        share_weights(graphs, folder)
+        (folder / "golden").mkdir()
+        expected = {}
+        for i, variant in enumerate(variants, 1):
+            console.note(f"[{i}/{len(variants)}] eager outputs of {variant.name}, in float32 and float64")
+            expected[variant.name] = _write_golden(model, variant, clips, folder)
+        # The runtime reads nothing that no manifest lists, so the graphs are measured under a first one.
+        weights = file_record(folder / "weights.bin", folder)
+        unmeasured = {v.name: {"passed": False} for v in variants}
+        manifest = _manifest(model, about, checkpoint, folder, weights, unmeasured)
+        write_manifest(folder, manifest)
+        parity = {}
+        for i, variant in enumerate(variants, 1):
+            parity[variant.name] = _measure(read_bundle(folder), variant, expected[variant.name], len(clips))
+            worst = parity[variant.name]["outputs"]["score"]["max_abs"]
+            console.note(f"[{i}/{len(variants)}] parity of {variant.name}: largest score difference {worst:.1e}")
+        manifest = _manifest(model, about, checkpoint, folder, weights, parity)
+        failed = [name for name, p in parity.items() if not p["passed"]]
+        if failed:
+            console.note(_table(manifest))
+            raise CheckFailed(_failure(failed, parity))
+        write_manifest(folder, manifest)
+    return manifest
+
+
+def _recorded_clips(checkpoint: Path, model: HCMEN) -> list[Clip]:
+    """The validation clips that training left beside the checkpoint; none is fine."""
+    from hcmen.clip import read_clip
+
+    return [read_clip(path, model.config) for path in sorted((checkpoint / "clips").glob("*.npz"))]
+
+
+def _write_golden(model: HCMEN, variant: Variant, clips: Sequence[Clip], folder: Path) -> list[tuple[Any, Any]]:
+    import numpy as np
+
+    from hcmen.export.parity import golden_cases
+
+    cases = golden_cases(model, variant, clips)
+    arrays = {f"{i:03d}/{name}": array for i, case in enumerate(cases) for part in case for name, array in part.items()}
+    np.savez_compressed(folder / "golden" / f"{variant.name}.npz", **arrays)
+    return cases
+
+
+def _measure(bundle: Any, variant: Variant, cases: Sequence[tuple[Any, Any]], clips: int) -> dict[str, Any]:
+    """Runs the graph as a device would and compares every case."""
+    import numpy as np
+
+    from hcmen.export.parity import SCORE_ATOL, SCORE_RTOL
+    from hcmen.runtime.compare import compare
+    from hcmen.runtime.ort import OrtBackend
+
+    backend = OrtBackend(bundle, variant.name)
+    got = [backend.run(inputs) for inputs, _ in cases]
+    reports = {}
+    for name in ("score", "modality_weights"):
+        reports[name] = compare(
+            np.concatenate([g[name] for g in got]), np.concatenate([e[name] for _, e in cases]), SCORE_ATOL, SCORE_RTOL
+        )
+    return {
+        "passed": all(r.passed for r in reports.values()),
+        "atol": SCORE_ATOL,
+        "rtol": SCORE_RTOL,
+        "cases": len(cases),
+        "clips": clips,
+        "outputs": {name: r.to_json() for name, r in reports.items()},
+    }
+
+
+def _failure(failed: Sequence[str], parity: Mapping[str, Any]) -> str:
+    worst = max(failed, key=lambda name: parity[name]["outputs"]["score"]["max_abs"])
+    report = parity[worst]["outputs"]["score"]
+    return (
+        f"parity failed for {', '.join(failed)}: score of '{worst}' is off by {report['max_abs']:.1e} at "
+        f"{report['worst']}, it would pass with atol {report['required_atol']:.1e}; no bundle was written"
+    )
+
+
+def _manifest(
+    model: HCMEN,
+    about: Mapping[str, Any],
+    checkpoint: Path,
+    folder: Path,
+    weights: Any,
+    parity: Mapping[str, Mapping[str, Any]],
+) -> Manifest:
+    import numpy as np
+    import onnx
+    import torch
+
+    from hcmen.bundle import Manifest, VariantRecord, expected_inputs, expected_outputs, file_record
+    from hcmen.export.to_onnx import IR_VERSION, OPSET
+
+    content = (checkpoint / "checkpoint.safetensors").read_bytes()
+    return Manifest(
+        model=model.config,
+        label_range=(model.config.label_min, model.config.label_max),
+        normalisation={
+            m: {key: tuple(getattr(encoder, key).tolist()) for key in ("mean", "std")}
+            for m, encoder in model.encoders.items()
+        },
+        weights=weights,
+        variants={
+            name: VariantRecord(
+                graph=file_record(folder / f"{name}.onnx", folder),
+                golden=file_record(folder / "golden" / f"{name}.npz", folder),
+                inputs=expected_inputs(model.config, name),
+                outputs=expected_outputs(),
+                parity=report,
+            )
+            for name, report in parity.items()
+        },
+        versions={
+            "hcmen": hcmen.__version__,
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "numpy": np.__version__,
+        },
+        source={"checkpoint_sha256": hashlib.sha256(content).hexdigest(), "epoch": about.get("epoch")},
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        opset=OPSET,
+        ir_version=IR_VERSION,
+    )
