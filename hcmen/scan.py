@@ -225,7 +225,14 @@ def causal_conv1d(
     _check("weight", weight, (channel, None))
     _check("bias", bias, (channel,))
     if torch.onnx.is_in_onnx_export():
-        attributes = {**_plugin_attributes(reverse), "activation": activation}
+        taps = weight.shape[1]
+        attributes = {
+            **_plugin_attributes(reverse),
+            "activation": activation,
+            # As Conv wants them: its attributes in the model-local function are bound to these by reference.
+            "group": channel,
+            "pads": [0, taps - 1] if reverse else [taps - 1, 0],
+        }
         return torch.onnx.ops.symbolic(
             f"{OP_DOMAIN}::CausalConv1d",
             (x, weight, bias),
@@ -314,7 +321,7 @@ def _check_scan(
 
 
 def _plugin_attributes(reverse: bool) -> dict[str, Any]:
-    """Attributes of both ops. The Scan directions repeat `reverse` in the form the model-local function can bind."""
+    """Attributes of both ops; see docs/op.md."""
     return {"reverse": int(reverse), "plugin_namespace": OP_DOMAIN, "plugin_version": str(OP_VERSION)}
 
 
