@@ -300,7 +300,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     try:
         return Bundle(root, Manifest.from_json(_parse_json(content)))
     except HcmenError as error:
-        raise type(error)(f"{where}: {error}") from error
+        raise type(error)(f"{where}: {str(error).removeprefix('manifest: ')}") from error
 
 
 def file_record(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> FileRecord:
