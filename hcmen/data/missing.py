@@ -22,6 +22,8 @@ __all__ = ["Corruption", "corruption"]
 
 BoolArray = npt.NDArray[np.bool_]
 
+# Names this use of (seed, epoch, index); the order of the samples has another number.
+_STREAM = 1
 _INCOMPLETE = np.array([v.mask for v in VARIANTS if v.absent])
 
 
@@ -54,7 +56,7 @@ def corruption(
     keep = {m: np.zeros((len(indices), steps[m]), dtype=np.bool_) for m in MODALITIES}
     present = np.ones((len(indices), len(MODALITIES)), dtype=np.bool_)
     for row, index in enumerate(indices):
-        generator = np.random.default_rng((config.seed, epoch, int(index)))
+        generator = np.random.default_rng((_STREAM, config.seed, epoch, int(index)))
         # Every draw is made whether it is used or not, so that one choice does not shift the ones after it.
         drop_modality, *drop_steps = generator.random(1 + len(MODALITIES))
         subset = generator.integers(len(_INCOMPLETE))

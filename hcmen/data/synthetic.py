@@ -176,6 +176,11 @@ def _make_split(
     return data
 
 
+def _sentence(words: Words) -> str:
+    """The words between [CLS] and [SEP]."""
+    return " ".join(_WORDS[w] for w in words[1:-1])
+
+
 def _token_ids(words: Words) -> Words:
     """Vocabulary ids as BERT has them: [CLS], [SEP], and words from 1000 on."""
     return np.array([*range(_FIRST_WORD, _FIRST_WORD + len(_WORDS)), _CLS, _SEP])[words]

@@ -1,0 +1,342 @@
+"""The command hcmen-train, and `load_checkpoint` for whoever wants its result.
+
+Heavy imports live inside functions, so that --help is quick; the loop itself is hcmen/training.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hcmen.config import PRESETS, ModelConfig, TrainConfig, preset_named
+from hcmen.errors import InputError
+from hcmen.modalities import VARIANTS
+from hcmen.runtime.cli import Choice, Console, command
+
+if TYPE_CHECKING:
+    from hcmen.data import MultimodalDataset
+    from hcmen.model import HCMEN
+
+__all__ = ["load_checkpoint", "main"]
+
+CURVES = "curves.png"
+_OUTPUTS = ("checkpoint.safetensors", "config.json", "last.safetensors", "log.jsonl", CURVES)
+
+
+def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[HCMEN, dict[str, Any]]:
+    """The model that hcmen-train wrote to `folder`, in eval mode, and the contents of its config.json.
+
+    Raises:
+        InputError: there is no checkpoint, or its files cannot be read.
+        CorruptFileError: a file is truncated or altered, or the two do not belong together.
+    """
+    from hcmen import checkpoint
+
+    return checkpoint.load_checkpoint(folder)
+
+
+@command("hcmen-train")
+@click.option("--data", type=click.Path(path_type=Path), help="MMSA data file (.pkl); the synthetic set if not given.")
+@click.option("--preset", type=Choice(list(PRESETS)), help="Model sizes and training settings.  [default: tiny]")
+@click.option("--epochs", type=click.IntRange(min=1), help="Passes over the training split; the preset's if not given.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Samples per optimiser step.")
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Peak learning rate.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    help="Seed of weights, order, dropout, corruption and of the synthetic set.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("build/train"),
+    show_default=True,
+    help="Folder for what is written.",
+)
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, to the same result as without the break.")
+@click.option("--force", is_flag=True, help="Start over where --out holds a run already.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: one per core]")
+def main(
+    console: Console,
+    data: Path | None,
+    preset: str | None,
+    epochs: int | None,
+    batch_size: int | None,
+    learning_rate: float | None,
+    seed: int | None,
+    out: Path,
+    resume: bool,
+    force: bool,
+    threads: int | None,
+) -> None:
+    """Train HCMEN, and compare it with the majority floor and a linear model on the test split.
+
+    Writes to --out: checkpoint.safetensors and config.json (the epoch with the lowest validation MAE, averaged over
+    the seven missing-modality variants), last.safetensors (for --resume), log.jsonl and curves.png. The test split is
+    looked at once, at the end.
+    """
+    if resume and force:
+        raise click.UsageError("--resume and --force exclude each other: go on, or start over")
+    given = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+    given = {name: value for name, value in given.items() if value is not None}
+    if resume:
+        model_config, train_config, source = _resumed_settings(out, preset, given, data)
+    else:
+        _check_free(out, force)
+        chosen = preset_named(preset or "tiny")
+        model_config, train_config = chosen.model, dataclasses.replace(chosen.train, **given)
+        source = {"preset": chosen.name, "data": str(data.resolve()) if data else None}
+
+    import torch
+
+    from hcmen.training import Trainer
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    dataset = _load_data(source, model_config, train_config.seed, console)
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(model_config, train_config, dataset, out, source)
+    if resume:
+        trainer.resume()
+        console.note(f"resuming after epoch {len(trainer.history)} of {train_config.epochs}")
+    else:
+        _clear(out)
+    with _shown(console, train_config.epochs, len(trainer.history)) as (on_step, on_epoch):
+        trainer.run(on_step, on_epoch)
+    _draw_curves(out / CURVES, trainer.history)
+
+    model, described = load_checkpoint(out)
+    report = {
+        "checkpoint": str(out),
+        "epoch": described["epoch"],
+        "validation_mae": described["validation"]["mae"],
+        "dataset": described["dataset"],
+        "test": _test_scores(model, dataset),
+    }
+    console.emit(_without_nan(report), _text(report))
+
+
+# --- settings and data ----------------------------------------------------------------------------------------------
+
+
+def _resumed_settings(
+    out: Path, preset: str | None, given: Mapping[str, Any], data: Path | None
+) -> tuple[ModelConfig, TrainConfig, dict[str, Any]]:
+    """The settings of the run in `out`; options that were given must agree with them."""
+    from hcmen.checkpoint import load_state
+
+    _, state = load_state(out)
+    asked = {"preset": preset, "data": str(data.resolve()) if data else None, **given}
+    before = {**state["train"], **state["run"]}
+    for name, value in asked.items():
+        if value is not None and value != before.get(name):
+            raise InputError(
+                f"--{name.replace('_', '-')} is {value}, the run in {out} has {before.get(name)}: leave the option out "
+                "to resume, or start over with --force"
+            )
+    return ModelConfig.from_json(state["model"]), TrainConfig.from_json(state["train"]), state["run"]
+
+
+def _check_free(out: Path, force: bool) -> None:
+    """Refuses to write over a run, and finds out before the training whether `out` can be written."""
+    there = [name for name in _OUTPUTS if (out / name).exists()]
+    if there and not force:
+        raise InputError(
+            f"{out}: holds {there[0]} of a run already: --resume it, start over with --force, or choose another --out"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".writable.{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = (error.strerror or "cannot be written").lower()
+        raise InputError(f"{out}: {reason}, expected a folder that can be written: choose another --out") from error
+
+
+def _clear(out: Path) -> None:
+    """Removes what an earlier run left, so that the folder never mixes two runs."""
+    for name in _OUTPUTS:
+        (out / name).unlink(missing_ok=True)
+
+
+def _load_data(source: Mapping[str, Any], config: ModelConfig, seed: int, console: Console) -> MultimodalDataset:
+    from hcmen.data.mmsa import dataset_from_mmsa, read_mmsa
+    from hcmen.data.synthetic import SAMPLES, make_synthetic
+
+    if source["data"] is None:
+        console.note(f"no --data: training on the synthetic set of preset {source['preset']}")
+        return dataset_from_mmsa(make_synthetic(config, SAMPLES[source["preset"]], seed), "synthetic", config)
+    dataset = read_mmsa(source["data"], config)
+    for m, count in dataset.cleaned.items():
+        if count:
+            console.note(f"{m}: {count} stored values were NaN or infinite and count as 0")
+    return dataset
+
+
+# --- progress -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _shown(console: Console, epochs: int, done: int) -> Iterator[tuple[Callable[[Any], None], Callable[[Any], None]]]:
+    """Callbacks that show the training on stderr: a bar on a terminal, else a line per epoch; nothing with -q."""
+    if console.verbosity < 0:
+        yield (lambda _: None), (lambda _: None)
+        return
+
+    def line(record: Mapping[str, Any]) -> str:
+        return (
+            f"epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}, validation MAE {record['validation_mae']:.4f}"
+            f"{' (best so far)' if record['best'] else ''}, {record['seconds']:.1f} s"
+        )
+
+    if not sys.stderr.isatty():
+        yield (lambda _: None), (lambda record: console.note(line(record)))
+        return
+
+    from rich.console import Console as Terminal
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    terminal = Terminal(stderr=True)
+    columns = (
+        "{task.description}",
+        BarColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=terminal) as bar:
+        task = bar.add_task(f"epoch {done + 1}/{epochs}", total=float(epochs), completed=float(done), status="")
+        latest = ""
+
+        def on_step(progress: Any) -> None:
+            bar.update(
+                task,
+                description=f"epoch {progress.epoch}/{epochs}",
+                completed=progress.epoch - 1 + progress.step / progress.steps,
+                status=f"loss {progress.loss:.4f}{latest}",
+            )
+
+        def on_epoch(record: Mapping[str, Any]) -> None:
+            nonlocal latest
+            latest = f"  validation MAE {record['validation_mae']:.4f}"
+            if record["best"] or console.verbosity > 0:
+                bar.console.print(line(record), highlight=False)
+
+        yield on_step, on_epoch
+
+
+def _draw_curves(path: Path, history: list[dict[str, Any]]) -> None:
+    """The losses and the validation MAE over the epochs, as a picture."""
+    import io
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from hcmen.checkpoint import write_whole
+
+    epochs = [record["epoch"] for record in history]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", dpi=120)
+    left.plot(epochs, [r["task_loss"] for r in history], label="task: squared error")
+    left.plot(epochs, [r["alignment_loss"] for r in history], label="alignment: nats, before weighting")
+    left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
+    for variant in VARIANTS:
+        right.plot(epochs, [r["validation"][variant.name] for r in history], lw=1, alpha=0.7, label=variant.name)
+    right.plot(epochs, [r["validation_mae"] for r in history], color="black", lw=2, label="mean of the seven")
+    chosen = [r for r in history if r["best"]][-1]
+    right.plot(
+        chosen["epoch"], chosen["validation_mae"], "o", color="black", label=f"checkpoint: epoch {chosen['epoch']}"
+    )
+    right.set(xlabel="epoch", ylabel="validation MAE (label units)", ylim=(0, None))
+    right.legend(fontsize=8, ncols=2)
+    left.legend(fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    plt.close(figure)
+    write_whole(path, picture.getvalue())
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+def _test_scores(model: HCMEN, dataset: MultimodalDataset) -> dict[str, dict[str, dict[str, float]]]:
+    """{variant: {"hcmen", "floor", "linear": measures}} on the test split."""
+    from hcmen import metrics
+    from hcmen.data.baseline import linear_baseline
+    from hcmen.evaluate import predict
+
+    truth, family = dataset.splits["test"].labels, metrics.family_for(dataset.label_min, dataset.label_max)
+    floor = metrics.floor(truth, dataset.splits["train"].labels, family)
+    return {
+        v.name: {
+            "hcmen": metrics.scores(truth, predict(model, dataset.splits["test"], v), family),
+            "floor": floor,
+            "linear": metrics.scores(truth, linear_baseline(dataset, v), family),
+        }
+        for v in VARIANTS
+    }
+
+
+def _text(report: Mapping[str, Any]) -> str:
+    """The table of the test split, with what it says underneath."""
+    from hcmen import metrics
+
+    dataset, test = report["dataset"], report["test"]
+    accuracy = metrics.HEADLINE_ACC2[metrics.family_for(dataset["label_min"], dataset["label_max"])]
+    measures = (("MAE", "mae", ".3f"), ("Corr", "corr", ".3f"), ("Acc-2", accuracy, ".1%"))
+    models = (("HCMEN", "hcmen"), ("floor", "floor"), ("linear", "linear"))
+    width = max(len(v.name) for v in VARIANTS)
+    lines = [
+        f"test split, {dataset['samples']['test']} samples, epoch {report['epoch']} "
+        f"(validation MAE {report['validation_mae']:.3f})",
+        " " * width + "".join(f"   {name:^23}" for name, *_ in measures),
+        f"{'variant':<{width}}" + "".join("   " + " ".join(f"{name:>7}" for name, _ in models) for _ in measures),
+    ]
+    for name, scores in test.items():
+        cells = (
+            "   " + " ".join(f"{scores[key][measure]:>7{form}}" for _, key in models) for _, measure, form in measures
+        )
+        lines.append(f"{name:<{width}}" + "".join(cells))
+    behind = {
+        key: [
+            name
+            for name, s in test.items()
+            if s["hcmen"]["mae"] >= s[key]["mae"] or not s["hcmen"][accuracy] > s[key][accuracy]
+        ]
+        for key in ("floor", "linear")
+    }
+    lines += [
+        "",
+        "floor: the mean training label (MAE), the commonest class (Acc-2); "
+        "linear: ridge regression on mean frames, one per variant",
+        *(f"HCMEN beats the {key} in MAE and Acc-2 in {_all_but(names)}" for key, names in behind.items()),
+        f"checkpoint: {report['checkpoint']}",
+    ]
+    return "\n".join(lines)
+
+
+def _all_but(names: list[str]) -> str:
+    return f"every variant but {', '.join(names)}" if names else "every variant"
+
+
+def _without_nan(value: Any) -> Any:
+    """`value` with NaN (a measure without samples) as None, which JSON can say."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(x) for key, x in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+if __name__ == "__main__":
+    main()

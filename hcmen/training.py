@@ -1,0 +1,340 @@
+"""The training loop.
+
+Two views of every sample: as it is, and corrupted (hcmen/data/missing.py). Both give a squared error; the alignment
+loss compares the corrupted view's tokens with the clean view's.
+
+The checkpoint is chosen by one number, the mean of the validation MAE over the seven variants, each with its absent
+modalities left out for every sample: no draw, so no luck.
+
+Everything random is a function of the seed, the epoch and a sample's index: the order of the samples, the corruption,
+and PyTorch's generator (dropout), which is set anew at the start of each epoch. A run that is resumed after an epoch
+therefore needs no generator states, and goes on bit for bit as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hcmen import checkpoint, metrics
+from hcmen.config import ModelConfig, TrainConfig
+from hcmen.data import IntArray, MultimodalDataset, Split
+from hcmen.data.missing import corruption
+from hcmen.errors import CheckFailed, InputError
+from hcmen.evaluate import predict_variants
+from hcmen.losses import AlignmentLoss, task_loss
+from hcmen.modalities import MODALITIES
+from hcmen.model import HCMEN, Outputs
+
+__all__ = ["Trainer", "feature_statistics", "learning_rate_at"]
+
+LOG = "log.jsonl"
+
+# Numbers that tell apart the uses of (seed, epoch); missing.py has 1.
+_ORDER, _DROPOUT = 2, 3
+
+
+class Progress(NamedTuple):
+    """Where a running epoch is: steps done of steps, and the mean loss so far."""
+
+    epoch: int
+    step: int
+    steps: int
+    loss: float
+
+
+class Trainer:
+    """One run, from its configurations to the files in `out`.
+
+    Attributes:
+        model: the model as it stands after the last step, not the best one (that is on disk).
+        history: one record per whole epoch, as in log.jsonl.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        train: TrainConfig,
+        dataset: MultimodalDataset,
+        out: Path,
+        run: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Builds model and optimiser; `run` is kept with the state, for the command line to read back."""
+        self.train_config, self.dataset, self.out, self.run_info = train, dataset, out, dict(run or {})
+        torch.manual_seed(train.seed)
+        self.model = HCMEN(config)
+        self.model.set_normalisation(feature_statistics(dataset.splits["train"]))
+        self.alignment = AlignmentLoss(config)
+        self.history: list[dict[str, Any]] = []
+        self._fingerprint = _fingerprint(dataset)
+        self._parameters = {
+            **{f"model/{name}": p for name, p in self.model.named_parameters()},
+            **{f"alignment/{name}": p for name, p in self.alignment.named_parameters()},
+        }
+        self._optimiser = _optimiser(self._parameters, train)
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The record of the epoch whose model is the checkpoint; None before the first."""
+        chosen = [record for record in self.history if record["best"]]
+        return chosen[-1] if chosen else None
+
+    def run(
+        self,
+        on_step: Callable[[Progress], None] = lambda _: None,
+        on_epoch: Callable[[dict[str, Any]], None] = lambda _: None,
+    ) -> None:
+        """Trains the epochs that are still to do, and writes checkpoint, state and log after each.
+
+        Raises:
+            CheckFailed: the loss or a gradient is not finite; the files are those of the last good epoch.
+            InputError: a file cannot be written.
+            KeyboardInterrupt: Ctrl-C; between epochs the files are whole.
+        """
+        for epoch in range(len(self.history) + 1, self.train_config.epochs + 1):
+            started = time.monotonic()
+            losses = self._epoch(epoch, on_step)
+            validation = self._validate()
+            score = float(np.mean(list(validation.values())))
+            better = self.best is None or score < self.best["validation_mae"]
+            record = {
+                "epoch": epoch,
+                **losses,
+                "validation_mae": score,
+                "validation": validation,
+                "best": better,
+                "seconds": round(time.monotonic() - started, 3),
+            }
+            with _uninterrupted():
+                self._save(record)
+            on_epoch(record)
+
+    def resume(self) -> None:
+        """Takes up the run that `out` holds the state of.
+
+        Raises:
+            InputError: there is no state, or it is of other configurations or other data.
+            CorruptFileError: the state is damaged.
+        """
+        tensors, state = checkpoint.load_state(self.out)
+        mine = {"model": self.model.config.to_json(), "train": self.train_config.to_json(), "data": self._fingerprint}
+        for part, value in mine.items():
+            if state.get(part) != value:
+                raise InputError(
+                    f"{self.out}: was trained with {_difference(part, state.get(part), value)}: give the same to "
+                    "resume, or start over with --force"
+                )
+        for name, p in self._parameters.items():
+            with torch.no_grad():
+                p.copy_(tensors[name])
+            moments = {k: tensors.get(f"optimiser/{name}/{k}") for k in ("step", "exp_avg", "exp_avg_sq")}
+            # A parameter that has had no gradient yet has no moments either.
+            if all(value is not None for value in moments.values()):
+                self._optimiser.state[p] = moments
+        self.history = state["history"]
+        # A process killed between two writes may have left the log behind the state.
+        self._write_log()
+
+    # --- one epoch --------------------------------------------------------------------------------------------------
+
+    def _epoch(self, epoch: int, on_step: Callable[[Progress], None]) -> dict[str, float]:
+        config, split = self.train_config, self.dataset.splits["train"]
+        torch.manual_seed(_torch_seed(config.seed, epoch))
+        order = np.random.default_rng((_ORDER, config.seed, epoch)).permutation(len(split))
+        batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
+        total = len(batches) * config.epochs
+        sums = dict.fromkeys(("loss", "task_loss", "alignment_loss", "gradient_norm"), 0.0)
+        self.model.train()
+        for step, indices in enumerate(batches):
+            rate = learning_rate_at(config, (epoch - 1) * len(batches) + step, total)
+            for group in self._optimiser.param_groups:
+                group["lr"] = rate
+            for name, value in self._step(epoch, step, split, indices).items():
+                sums[name] += value * len(indices) / len(split)
+            on_step(Progress(epoch, step + 1, len(batches), sums["loss"] * len(split) / _seen(batches, step)))
+        return {**sums, "learning_rate": rate}
+
+    def _step(self, epoch: int, step: int, split: Split, indices: IntArray) -> dict[str, float]:
+        clean, corrupted = self._views(epoch, split, indices)
+        task = task_loss(clean, corrupted, torch.from_numpy(split.labels[indices]))
+        weight = self.train_config.alignment_weight
+        alignment = self.alignment(clean, corrupted) if weight else task.new_zeros(())
+        loss = task + weight * alignment
+        self._optimiser.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self._parameters.values(), self.train_config.gradient_clip_norm)
+        for name, value in (("loss", loss), ("gradient", norm)):
+            if not bool(torch.isfinite(value)):
+                kept = (
+                    f"the checkpoint of epoch {self.best['epoch']} is kept" if self.best else "there is no checkpoint"
+                )
+                raise CheckFailed(
+                    f"the {name} is {float(value.detach()):g} in epoch {epoch}, step {step + 1}: {kept}; "
+                    f"try a lower --learning-rate than {self.train_config.learning_rate:g}"
+                )
+        self._optimiser.step()
+        parts = {"loss": loss, "task_loss": task, "alignment_loss": alignment, "gradient_norm": norm}
+        return {name: float(value.detach()) for name, value in parts.items()}
+
+    def _views(self, epoch: int, split: Split, indices: IntArray) -> tuple[Outputs, Outputs]:
+        """The model's outputs for the clean and the corrupted view, computed as one batch."""
+        lengths = {m: split.lengths[m][indices] for m in MODALITIES}
+        steps = {m: int(n.max()) for m, n in lengths.items()}
+        corrupt = corruption(self.train_config, epoch, indices, lengths, steps)
+        features = {}
+        for m in MODALITIES:
+            x = split.features[m][indices, : steps[m]]
+            features[m] = torch.from_numpy(np.concatenate([x, x * corrupt.keep[m][..., None]]))
+        present = np.concatenate([np.ones_like(corrupt.present), corrupt.present])
+        both = self.model.training_step_outputs(
+            features, {m: torch.from_numpy(n).repeat(2) for m, n in lengths.items()}, torch.from_numpy(present)
+        )
+        return _rows(both, slice(None, len(indices))), _rows(both, slice(len(indices), None))
+
+    def _validate(self) -> dict[str, float]:
+        """Validation MAE per variant."""
+        split = self.dataset.splits["valid"]
+        predictions = predict_variants(self.model, split)
+        if not all(np.isfinite(p).all() for p in predictions.values()):
+            raise CheckFailed(
+                "the model's validation scores are not finite: try a lower --learning-rate than "
+                f"{self.train_config.learning_rate:g}"
+            )
+        return {name: metrics.mae(split.labels, p) for name, p in predictions.items()}
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def _save(self, record: dict[str, Any]) -> None:
+        """Checkpoint first, then the state: a process killed in between redoes the epoch and writes the same again."""
+        if record["best"]:
+            checkpoint.save_checkpoint(
+                self.out,
+                self.model,
+                self.train_config,
+                epoch=record["epoch"],
+                validation={"mae": record["validation_mae"], "mae_by_variant": record["validation"]},
+                dataset={
+                    "name": self.dataset.name,
+                    "label_min": self.dataset.label_min,
+                    "label_max": self.dataset.label_max,
+                    "samples": {name: len(split) for name, split in self.dataset.splits.items()},
+                    "cleaned": self.dataset.cleaned,
+                },
+            )
+        self.history.append(record)
+        tensors: dict[str, Tensor] = dict(self._parameters)
+        for name, p in self._parameters.items():
+            tensors |= {f"optimiser/{name}/{key}": value for key, value in self._optimiser.state[p].items()}
+        checkpoint.save_state(
+            self.out,
+            tensors,
+            {
+                "schema_version": checkpoint.SCHEMA_VERSION,
+                "model": self.model.config.to_json(),
+                "train": self.train_config.to_json(),
+                "data": self._fingerprint,
+                "run": self.run_info,
+                "history": self.history,
+                "versions": checkpoint.versions(),
+            },
+        )
+        self._write_log()
+
+    def _write_log(self) -> None:
+        lines = "".join(json.dumps(record) + "\n" for record in self.history)
+        checkpoint.write_whole(self.out / LOG, lines.encode())
+
+
+def learning_rate_at(config: TrainConfig, step: int, total: int) -> float:
+    """Learning rate of optimiser step `step` of `total`: a linear rise, then half a cosine down towards zero."""
+    rise = round(config.warmup_fraction * total)
+    if step < rise:
+        return config.learning_rate * (step + 1) / rise
+    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+
+def feature_statistics(split: Split) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Mean and standard deviation per feature [F] over the valid steps of `split`, per modality."""
+    result = {}
+    for m, x in split.features.items():
+        # Padding is zero, so sums over all steps are sums over the valid ones. Sample by sample, since float64 copies
+        # of a whole modality need not fit in memory.
+        count = int(split.lengths[m].sum())
+        mean = sum(row.sum(axis=0, dtype=np.float64) for row in x) / count
+        squares = sum(np.square(row[:n] - mean).sum(axis=0) for row, n in zip(x, split.lengths[m], strict=True))
+        result[m] = (mean, np.sqrt(squares / count))
+    return result
+
+
+def _optimiser(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; biases, norms and scalars, and what the scan's layers mark (A_log, D), are not decayed."""
+    kept = [p for p in parameters.values() if p.dim() < 2 or getattr(p, "_no_weight_decay", False)]
+    chosen = {id(p) for p in kept}
+    decayed = [p for p in parameters.values() if id(p) not in chosen]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate)
+
+
+def _rows(outputs: Outputs, rows: slice) -> Outputs:
+    return Outputs(
+        outputs.score[rows],
+        outputs.modality_weights[rows],
+        {m: x[rows] for m, x in outputs.tokens.items()},
+        {m: x[rows] for m, x in outputs.proxies.items()},
+        outputs.present[rows],
+    )
+
+
+def _seen(batches: list[IntArray], step: int) -> int:
+    return sum(len(b) for b in batches[: step + 1])
+
+
+def _torch_seed(seed: int, epoch: int) -> int:
+    return int(np.random.SeedSequence((_DROPOUT, seed, epoch)).generate_state(1)[0])
+
+
+def _fingerprint(dataset: MultimodalDataset) -> str:
+    """A digest of every number of the training and validation splits: a resumed run must see the same data."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in ("train", "valid"):
+        split = dataset.splits[name]
+        for array in (*split.features.values(), *split.lengths.values(), split.labels):
+            digest.update(repr(array.shape).encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _difference(part: str, before: Any, now: Any) -> str:
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return "other data"
+    name = next(key for key in {**before, **now} if before.get(key) != now.get(key))
+    return f"{part}.{name} {before.get(name)}, not {now.get(name)}"
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Puts Ctrl-C and SIGTERM off until the block is done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    late: list[int] = []
+    before = {s: signal.signal(s, lambda number, _: late.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+        for s in late:
+            signal.raise_signal(s)
