@@ -24,7 +24,7 @@ EAGER = """
 import sys
 from pathlib import Path
 import numpy as np, torch
-from hcmen.train import load_checkpoint
+from hcmen.checkpoint import load_checkpoint
 model, _ = load_checkpoint(Path(sys.argv[1]))
 clip = np.load(sys.argv[2])
 features = {m: torch.from_numpy(clip[m])[None] for m in ("text", "audio", "vision")}

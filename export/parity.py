@@ -18,21 +18,15 @@ from hcmen.config import ModelConfig
 from hcmen.errors import CheckFailed
 from hcmen.modalities import MODALITIES, Variant, variant_named
 from hcmen.model import HCMEN
-from hcmen.runtime.compare import compare
+from hcmen.runtime.compare import SCORE_ATOL, SCORE_RTOL, compare
 from hcmen.scan import implementation
 
 __all__ = [
     "PARITY_CLIPS",
-    "SCORE_ATOL",
-    "SCORE_RTOL",
     "eager_outputs",
     "golden_cases",
     "parity_clips",
 ]
-
-# design.md, section 6: scores of a float32 ONNX Runtime graph.
-SCORE_ATOL = 1e-5
-SCORE_RTOL = 1e-5
 
 PARITY_CLIPS = 20
 # Which clips are scored together: alone and in ragged batches, the shortest and the longest in both.
@@ -128,7 +122,7 @@ def eager_outputs(checkpoint: Path, variant_name: str, inputs: Mapping[str, np.n
         InputError, CorruptFileError: the checkpoint is missing or damaged, or the inputs do not fit it.
         CheckFailed: float32 and float64 disagree beyond the bound for scores.
     """
-    from hcmen.train import load_checkpoint
+    from hcmen.checkpoint import load_checkpoint
 
     model, _ = load_checkpoint(checkpoint)
     variant = variant_named(variant_name)
