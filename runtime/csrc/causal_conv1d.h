@@ -8,6 +8,8 @@
 
 #include <stdint.h>
 
+#include "selective_scan.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -30,8 +32,8 @@ typedef struct hcmen_conv_grad {
 } hcmen_conv_grad;
 
 // Return values as in selective_scan.h. Results do not depend on `threads`, bit for bit.
-int hcmen_causal_conv1d_forward(const hcmen_conv* conv, int threads);
-int hcmen_causal_conv1d_backward(const hcmen_conv* conv, const hcmen_conv_grad* grad, int threads);
+HCMEN_API int hcmen_causal_conv1d_forward(const hcmen_conv* conv, int threads);
+HCMEN_API int hcmen_causal_conv1d_backward(const hcmen_conv* conv, const hcmen_conv_grad* grad, int threads);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -12,6 +12,13 @@
 
 #include <stdint.h>
 
+// The library is built with hidden visibility; these functions are what it shows.
+#if defined(__GNUC__)
+#define HCMEN_API __attribute__((visibility("default")))
+#else
+#define HCMEN_API
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -23,6 +30,7 @@ enum {
   HCMEN_OK = 0,
   HCMEN_BAD_ARGUMENT = 1,  // a null pointer, a size below 1, a dtype or a group that does not fit
   HCMEN_NO_MEMORY = 2,
+  HCMEN_BAD_ISA = 3,  // the environment variable HCMEN_ISA asks for what cannot be had: see hcmen_ops_problem
 };
 
 // All arrays are dense, row-major and caller-owned. "any" is float32 or float16 as `dtype` says.
@@ -59,8 +67,27 @@ typedef struct hcmen_scan_grad {
 
 // `threads` >= 1. Results do not depend on `threads`, bit for bit. `y` and `last_state` of `scan` are not read by the
 // backward pass and may be null there.
-int hcmen_selective_scan_forward(const hcmen_scan* scan, int threads);
-int hcmen_selective_scan_backward(const hcmen_scan* scan, const hcmen_scan_grad* grad, int threads);
+HCMEN_API int hcmen_selective_scan_forward(const hcmen_scan* scan, int threads);
+HCMEN_API int hcmen_selective_scan_backward(const hcmen_scan* scan, const hcmen_scan_grad* grad, int threads);
+
+// The version of this C interface.
+#define HCMEN_OPS_VERSION 1
+HCMEN_API int hcmen_ops_version(void);
+
+// The instruction set in use: "avx512", "avx2" or "baseline". It is the best this machine has, unless the environment
+// variable HCMEN_ISA names another one (read once, at the first call of any function). If HCMEN_ISA names one that is
+// unknown or that the machine lacks, this is null, hcmen_ops_problem says so in one line, and every function that
+// computes returns HCMEN_BAD_ISA; otherwise hcmen_ops_problem is null.
+HCMEN_API const char* hcmen_ops_isa(void);
+HCMEN_API const char* hcmen_ops_problem(void);
+
+// For benchmarks: computes `rounds` rounds of independent exponentials in registers, with the code of the scan, and
+// returns how many elements that were. The rate is the ceiling of what a scan on this machine can reach.
+HCMEN_API int64_t hcmen_exp_loop(int64_t rounds);
+
+// For tests: y[i] = f(x[i]), where `function` is 0 exp, 1 softplus, 2 silu, 3 sigmoid, 4 2^x as the scan computes it,
+// 5 the same without range checks (|x| < 120).
+HCMEN_API int hcmen_evaluate(int function, const float* x, float* y, int64_t count);
 
 #ifdef __cplusplus
 }  // extern "C"

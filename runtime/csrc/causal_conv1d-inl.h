@@ -1,0 +1,183 @@
+// The causal convolution, vectorised over channels. See vector-inl.h for the rules of these files.
+#ifndef HCMEN_CAUSAL_CONV1D_INL_H_
+#define HCMEN_CAUSAL_CONV1D_INL_H_
+
+#include "kernel_table.h"
+#include "vector-inl.h"
+
+namespace hcmen {
+namespace HCMEN_ISA_NAMESPACE {
+
+constexpr int kConvBlockVectors = (int)(kBlockChannels / kLanes);
+
+HCMEN_INLINE int block_lanes(const ChannelBlock& block, int64_t v) {
+  const int64_t left = block.count - v * kLanes;
+  return left < kLanes ? (int)left : kLanes;
+}
+
+// [channel, width] -> vectors [tap][v], lanes beyond the last channel zero.
+HCMEN_INLINE void load_taps(const float* from, int64_t channels, int64_t width, F* to) {
+  const int64_t vectors = (channels + kLanes - 1) / kLanes;
+  for (int64_t v = 0; v < vectors; ++v) {
+    const int lanes = channels - v * kLanes < kLanes ? (int)(channels - v * kLanes) : kLanes;
+    for (int64_t k = 0; k < width; ++k) {
+      float x[kLanes] = {};
+      for (int i = 0; i < lanes; ++i) x[i] = from[(v * kLanes + i) * width + k];
+      to[k * vectors + v] = load(x);
+    }
+  }
+}
+
+// Rows of one batch element in scanning order: step i at first + i * stride, whichever way time runs.
+template <class T>
+struct Series {
+  T* first;
+  int64_t stride;
+};
+
+template <class T, class Pointer>
+HCMEN_INLINE Series<T> series_of(Pointer* array, const hcmen_conv& c, int64_t batch, int64_t channel) {
+  const int64_t start = c.reverse ? c.time - 1 : 0;
+  return Series<T>{(T*)array + (batch * c.time + start) * c.channel + channel, c.reverse ? -c.channel : c.channel};
+}
+
+// bias + the taps of step t that lie within the series, `lanes` channels from `offset` on.
+template <int fixed_width, class T>
+HCMEN_INLINE F convolve(Series<const T> x, int64_t t, int64_t offset, int lanes, int64_t width, const F* taps,
+                        int64_t vectors, F bias) {
+  if (fixed_width) width = fixed_width;
+  F sum = bias;
+  const int64_t before = t < width - 1 ? width - 1 - t : 0;
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < width; ++k) {
+    if (k < before) continue;
+    sum = fma(taps[k * vectors], load(x.first + (t - (width - 1) + k) * x.stride + offset, lanes), sum);
+  }
+  return sum;
+}
+
+template <class T, int fixed_width>
+static int conv_forward_typed(const hcmen_conv& c, const TimeBlock& block) {
+  const int64_t vectors = (c.channel + kLanes - 1) / kLanes;
+  Scratch scratch(vectors * c.width, 0);
+  if (!scratch.works()) return HCMEN_NO_MEMORY;
+  F* taps = scratch.vectors(vectors * c.width);
+  load_taps(c.weight, c.channel, c.width, taps);
+  const auto x = series_of<const T>(c.x, c, block.batch, 0);
+  const auto y = series_of<T>(c.y, c, block.batch, 0);
+  for (int64_t t = block.time; t < block.time + block.count; ++t) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t offset = v * kLanes;
+      const int lanes = c.channel - offset < kLanes ? (int)(c.channel - offset) : kLanes;
+      const F sum = convolve<fixed_width>(x, t, offset, lanes, c.width, taps + v, vectors, load(c.bias + offset, lanes));
+      store(y.first + t * y.stride + offset, c.silu ? silu(sum) : sum, lanes);
+    }
+  }
+  return HCMEN_OK;
+}
+
+template <class T>
+static int conv_forward_width(const hcmen_conv& c, const TimeBlock& block) {
+  switch (c.width) {
+    case 2: return conv_forward_typed<T, 2>(c, block);
+    case 3: return conv_forward_typed<T, 3>(c, block);
+    case 4: return conv_forward_typed<T, 4>(c, block);
+    default: return conv_forward_typed<T, 0>(c, block);
+  }
+}
+
+static int conv_forward(const hcmen_conv& c, const TimeBlock& block) {
+  return c.dtype == HCMEN_FLOAT16 ? conv_forward_width<Half>(c, block) : conv_forward_width<float>(c, block);
+}
+
+// Gradients for one block of channels over all of time. With p the convolution before the activation,
+//   dp[t] = dy[t] silu'(p[t]),  dx[t] = sum over k of weight[k] dp[t + (width - 1) - k],
+//   dweight[k] = sum over t of dp[t] x[t - (width - 1) + k],  dbias = sum over t of dp[t].
+template <int fixed_width>
+static int conv_backward_typed(const hcmen_conv& c, const hcmen_conv_grad& grad, float* dweight, float* dbias,
+                               const ChannelBlock& block) {
+  const int64_t width = fixed_width ? fixed_width : c.width;
+  const int64_t vectors = (block.count + kLanes - 1) / kLanes;
+  Scratch scratch(3 * vectors * width, 0);
+  if (!scratch.works()) return HCMEN_NO_MEMORY;
+  F* taps = scratch.vectors(vectors * width);
+  F* dtaps = scratch.vectors(vectors * width);
+  F* recent = scratch.vectors(vectors * width);  // dp of the last `width` steps, a ring
+  load_taps(c.weight + block.channel * width, block.count, width, taps);
+  for (int64_t i = 0; i < vectors * width; ++i) dtaps[i] = recent[i] = F{};
+  F bias[kConvBlockVectors], sum[kConvBlockVectors];
+  for (int64_t v = 0; v < vectors; ++v) {
+    bias[v] = load(c.bias + block.channel + v * kLanes, block_lanes(block, v));
+    sum[v] = F{};
+  }
+  const auto x = series_of<const float>(c.x, c, block.batch, block.channel);
+  const auto dy = series_of<const float>(grad.dy, c, block.batch, block.channel);
+  const auto dx = series_of<float>(grad.dx, c, block.batch, block.channel);
+
+  // Step t adds dp[t]; it completes dx[t - (width - 1)].
+  int64_t slot = 0;
+  for (int64_t t = 0; t < c.time + width - 1; ++t) {
+    F* const now = recent + slot * vectors;
+    const int64_t before = t < width - 1 ? width - 1 - t : 0;
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t offset = v * kLanes;
+      const int lanes = block_lanes(block, v);
+      F dp = {};
+      if (t < c.time) {
+        dp = load(dy.first + t * dy.stride + offset, lanes);
+        if (c.silu) {
+          const F p = convolve<fixed_width>(x, t, offset, lanes, width, taps + v, vectors, bias[v]);
+          const F gate = sigmoid(p);
+          dp *= gate * fma(p, 1.0f - gate, splat(1.0f));
+        }
+        sum[v] += dp;
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < width; ++k) {
+          if (k < before) continue;
+          const F xk = load(x.first + (t - (width - 1) + k) * x.stride + offset, lanes);
+          dtaps[k * vectors + v] = fma(dp, xk, dtaps[k * vectors + v]);
+        }
+      }
+      now[v] = dp;
+    }
+    if (t >= width - 1) {
+      for (int64_t v = 0; v < vectors; ++v) {
+        F total = {};
+        int64_t ring = slot;
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < width; ++k) {
+          total = fma(taps[k * vectors + v], recent[ring * vectors + v], total);
+          ring = ring ? ring - 1 : width - 1;
+        }
+        store(dx.first + (t - (width - 1)) * dx.stride + v * kLanes, total, block_lanes(block, v));
+      }
+    }
+    slot = slot + 1 < width ? slot + 1 : 0;
+  }
+
+  for (int64_t v = 0; v < vectors; ++v) {
+    const int lanes = block_lanes(block, v);
+    store(dbias + block.channel + v * kLanes, sum[v], lanes);
+    for (int64_t k = 0; k < width; ++k) {
+      float tap[kLanes];
+      store(tap, dtaps[k * vectors + v]);
+      for (int i = 0; i < lanes; ++i) dweight[(block.channel + v * kLanes + i) * width + k] = tap[i];
+    }
+  }
+  return HCMEN_OK;
+}
+
+static int conv_backward(const hcmen_conv& c, const hcmen_conv_grad& grad, float* dweight, float* dbias,
+                         const ChannelBlock& block) {
+  switch (c.width) {
+    case 2: return conv_backward_typed<2>(c, grad, dweight, dbias, block);
+    case 3: return conv_backward_typed<3>(c, grad, dweight, dbias, block);
+    case 4: return conv_backward_typed<4>(c, grad, dweight, dbias, block);
+    default: return conv_backward_typed<0>(c, grad, dweight, dbias, block);
+  }
+}
+
+}  // namespace HCMEN_ISA_NAMESPACE
+}  // namespace hcmen
+
+#endif  // HCMEN_CAUSAL_CONV1D_INL_H_

@@ -1,0 +1,106 @@
+#include "causal_conv1d.h"
+
+#include <stdlib.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "checks.h"
+#include "kernel_table.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace hcmen {
+namespace {
+
+int check_sizes(const hcmen_conv& c) {
+  if (!all_positive({c.batch, c.time, c.channel, c.width})) return HCMEN_BAD_ARGUMENT;
+  if (c.dtype != HCMEN_FLOAT32 && c.dtype != HCMEN_FLOAT16) return HCMEN_BAD_ARGUMENT;
+  if (!addressable({c.batch, c.time, c.channel}) || !addressable({c.batch, c.channel, c.width}) ||
+      !addressable({kBlockChannels, c.channel, c.width}) || !addressable({c.time, c.width})) {
+    return HCMEN_BAD_ARGUMENT;
+  }
+  if (!c.x || !c.weight || !c.bias) return HCMEN_BAD_ARGUMENT;
+  return kernels() ? HCMEN_OK : HCMEN_BAD_ISA;
+}
+
+// Steps are shared out: whole rows are contiguous, whatever the number of channels.
+struct Plan {
+  int64_t steps;  // of a task
+  int64_t tasks_per_batch;
+  int64_t tasks;
+};
+
+Plan plan_forward(const hcmen_conv& c) {
+  constexpr int64_t kElements = 16384;  // of a task: some 10 microseconds
+  Plan plan;
+  plan.steps = std::min(c.time, std::max<int64_t>(16, kElements / c.channel));
+  plan.tasks_per_batch = (c.time + plan.steps - 1) / plan.steps;
+  plan.tasks = c.batch * plan.tasks_per_batch;
+  return plan;
+}
+
+int conv_backward(const hcmen_conv& c, const hcmen_conv_grad& g, int threads) {
+  const int64_t blocks = (c.channel + kBlockChannels - 1) / kBlockChannels;
+  const int64_t parameters = c.channel * (c.width + 1);
+  // dweight and dbias side by side for each batch element; those of the first go where the sum shall be.
+  const std::unique_ptr<float, void (*)(void*)> parts(
+      (float*)malloc(std::max<size_t>(1, (size_t)((c.batch - 1) * parameters) * sizeof(float))), free);
+  if (!parts) return HCMEN_NO_MEMORY;
+  const int useful = c.batch * c.time * c.channel < 16384 ? 1 : threads;
+  const int status = parallel_tasks(useful, c.batch * blocks, [&](int64_t task) {
+    FloatEnvironment environment;
+    const int64_t batch = task / blocks, channel = task % blocks * kBlockChannels;
+    float* const own = batch > 0 ? parts.get() + (batch - 1) * parameters : nullptr;
+    return kernels()->conv_backward(c, g, own ? own : g.dweight, own ? own + c.channel * c.width : g.dbias,
+                                    {batch, 0, channel, std::min(kBlockChannels, c.channel - channel)});
+  });
+  if (status) return status;
+  FloatEnvironment environment;
+  for (int64_t i = 1; i < c.batch; ++i) {
+    const float* part = parts.get() + (i - 1) * parameters;
+    kernels()->add(part, g.dweight, c.channel * c.width);
+    kernels()->add(part + c.channel * c.width, g.dbias, c.channel);
+  }
+  return HCMEN_OK;
+}
+
+}  // namespace
+
+int conv_forward_check(const hcmen_conv& conv) {
+  if (const int status = check_sizes(conv)) return status;
+  return conv.y ? HCMEN_OK : HCMEN_BAD_ARGUMENT;
+}
+
+int64_t conv_forward_tasks(const hcmen_conv& conv) { return plan_forward(conv).tasks; }
+
+int conv_forward_task(const hcmen_conv& conv, int64_t task) {
+  FloatEnvironment environment;
+  const Plan plan = plan_forward(conv);
+  const int64_t start = task % plan.tasks_per_batch * plan.steps;
+  return kernels()->conv_forward(conv,
+                                 {task / plan.tasks_per_batch, start, std::min(plan.steps, conv.time - start)});
+}
+
+}  // namespace hcmen
+
+extern "C" {
+
+HCMEN_API int hcmen_causal_conv1d_forward(const hcmen_conv* conv, int threads) {
+  if (!conv || threads < 1) return HCMEN_BAD_ARGUMENT;
+  if (const int status = hcmen::conv_forward_check(*conv)) return status;
+  return hcmen::parallel_tasks(threads, hcmen::conv_forward_tasks(*conv),
+                               [&](int64_t task) { return hcmen::conv_forward_task(*conv, task); });
+}
+
+HCMEN_API int hcmen_causal_conv1d_backward(const hcmen_conv* conv, const hcmen_conv_grad* grad, int threads) {
+  if (!conv || !grad || threads < 1) return HCMEN_BAD_ARGUMENT;
+  if (const int status = hcmen::check_sizes(*conv)) return status;
+  if (conv->dtype != HCMEN_FLOAT32 || !grad->dy || !grad->dx || !grad->dweight || !grad->dbias ||
+      !hcmen::addressable({conv->batch, conv->channel, conv->width + 1})) {
+    return HCMEN_BAD_ARGUMENT;
+  }
+  return hcmen::conv_backward(*conv, *grad, threads);
+}
+
+}  // extern "C"

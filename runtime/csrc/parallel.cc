@@ -1,0 +1,133 @@
+#include "parallel.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+
+namespace hcmen {
+namespace {
+
+// Lives on the caller's stack. `next` is shared without the lock; all else belongs to the pool's mutex.
+struct Job {
+  void (*body)(void*, int64_t);
+  void* context;
+  int64_t tasks;
+  int seats;  // helpers that may still join
+  int helpers = 0;
+  std::atomic<int64_t> next{0};
+  std::condition_variable left;
+  Job* following = nullptr;
+
+  Job(void (*body_)(void*, int64_t), void* context_, int64_t tasks_, int seats_)
+      : body(body_), context(context_), tasks(tasks_), seats(seats_) {}
+
+  void work() {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(context, task);
+  }
+};
+
+class Pool {
+ public:
+  void run(Job& job) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      while (workers_ < job.seats && start_worker()) ++workers_;
+      job.following = jobs_;
+      jobs_ = &job;
+    }
+    for (int i = 0; i < job.seats; ++i) wake_.notify_one();
+    job.work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    // Out of the list first: a helper that wakes late finds nothing, and nobody waits for it.
+    for (Job** link = &jobs_; *link; link = &(*link)->following) {
+      if (*link == &job) {
+        *link = job.following;
+        break;
+      }
+    }
+    job.left.wait(lock, [&] { return job.helpers == 0; });
+  }
+
+ private:
+  bool start_worker() {
+    // Signals are for the threads of the program: Ctrl-C must not land here.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    bool started = true;
+    try {
+      std::thread([this] { serve(); }).detach();
+    } catch (const std::system_error&) {
+      started = false;
+    } catch (const std::bad_alloc&) {
+      started = false;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    return started;
+  }
+
+  [[noreturn]] void serve() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      Job* job = jobs_;
+      while (job && job->seats == 0) job = job->following;
+      if (!job) {
+        wake_.wait(lock);
+        continue;
+      }
+      --job->seats;
+      ++job->helpers;
+      lock.unlock();
+      job->work();
+      lock.lock();
+      // The caller can go, and the job with it, only once the lock is released again.
+      if (--job->helpers == 0) job->left.notify_one();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  Job* jobs_ = nullptr;
+  int workers_ = 0;
+};
+
+// Never destroyed: its workers run until the process ends. (The library is linked so that it is never unloaded.)
+std::atomic<Pool*> instance{nullptr};
+
+// The threads of the parent do not exist in a forked child, and its mutex may be held by one of them for ever.
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { instance.store(nullptr); });
+
+Pool* pool() {
+  Pool* found = instance.load(std::memory_order_acquire);
+  if (found) return found;
+  Pool* made = new (std::nothrow) Pool;
+  if (!made) return nullptr;
+  if (instance.compare_exchange_strong(found, made, std::memory_order_acq_rel)) return made;
+  delete made;
+  return found;
+}
+
+constexpr int kMostThreads = 256;
+
+}  // namespace
+
+void parallel_for(int threads, int64_t tasks, void (*body)(void* context, int64_t task), void* context) {
+  (void)fork_handler;
+  if (threads > kMostThreads) threads = kMostThreads;
+  if (threads > tasks) threads = (int)tasks;
+  Pool* workers = threads > 1 ? pool() : nullptr;
+  if (!workers) {
+    for (int64_t task = 0; task < tasks; ++task) body(context, task);
+    return;
+  }
+  Job job(body, context, tasks, threads - 1);
+  workers->run(job);
+}
+
+}  // namespace hcmen

@@ -1,0 +1,388 @@
+// Vectors of float32 and the elementary functions over them, for the instruction set this translation unit is compiled
+// for. Included by the kernels-*.cc files only, each of which sets HCMEN_ISA_NAMESPACE.
+//
+// Everything here is static and inlined, and no standard C++ header is included: an inline function with external
+// linkage, compiled here with wide instructions, could be the copy the linker keeps for the whole library.
+#ifndef HCMEN_VECTOR_INL_H_
+#define HCMEN_VECTOR_INL_H_
+
+#ifndef HCMEN_ISA_NAMESPACE
+#error "include this from a kernels-*.cc file"
+#endif
+
+#include <stddef.h>
+#include <stdint.h>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#define HCMEN_INLINE static inline __attribute__((always_inline))
+#define HCMEN_MEMBER inline __attribute__((always_inline))
+
+namespace hcmen {
+namespace HCMEN_ISA_NAMESPACE {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float F __attribute__((vector_size(kLanes * 4)));
+typedef int32_t I __attribute__((vector_size(kLanes * 4)));
+typedef float LooseF __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+
+HCMEN_INLINE F splat(float x) {
+#if defined(__AVX512F__)
+  return (F)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return (F)_mm256_set1_ps(x);
+#else
+  return F{} + x;
+#endif
+}
+
+HCMEN_INLINE I splat_int(int32_t x) { return I{} + x; }
+HCMEN_INLINE F load(const float* p) { return *(const LooseF*)p; }
+HCMEN_INLINE void store(float* p, F x) { *(LooseF*)p = x; }
+
+// The first `count` lanes, the others zero; reads nothing beyond them.
+HCMEN_INLINE F load(const float* p, int count) {
+  if (count >= kLanes) return load(p);
+#if defined(__AVX512F__)
+  return (F)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+#else
+  F x = {};
+  for (int i = 0; i < count; ++i) x[i] = p[i];
+  return x;
+#endif
+}
+
+HCMEN_INLINE void store(float* p, F x, int count) {
+  if (count >= kLanes) return store(p, x);
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)x);
+#else
+  for (int i = 0; i < count; ++i) p[i] = x[i];
+#endif
+}
+
+// a * b + c. Fused where the instruction set has it.
+HCMEN_INLINE F fma(F a, F b, F c) {
+#if defined(__AVX512F__)
+  return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+// a * b - c
+HCMEN_INLINE F fms(F a, F b, F c) {
+#if defined(__AVX512F__)
+  return (F)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (F)_mm256_fmsub_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return fma(a, b, -c);
+#endif
+}
+
+// c - a * b
+HCMEN_INLINE F fnma(F a, F b, F c) {
+#if defined(__AVX512F__)
+  return (F)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (F)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return fma(-a, b, c);
+#endif
+}
+
+// Lane-wise `a < b ? a : b` and `a > b ? a : b`: b where either is NaN.
+HCMEN_INLINE F lesser(F a, F b) {
+#if defined(__AVX512F__)
+  return (F)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (F)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (F)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+HCMEN_INLINE F greater(F a, F b) {
+#if defined(__AVX512F__)
+  return (F)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (F)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (F)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+HCMEN_INLINE F absolute(F x) { return (F)((I)x & splat_int(0x7fffffff)); }
+
+// The larger magnitude, as bits: an order in which infinity and then NaN come above every number.
+HCMEN_INLINE I magnitude_max(I largest, F x) {
+  const I bits = (I)absolute(x);
+  return largest > bits ? largest : bits;
+}
+
+// Whether a * b < limit in every lane; a NaN says no.
+HCMEN_INLINE bool all_products_below(F a, F b, float limit) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)(a * b), _mm512_set1_ps(limit), _CMP_LT_OQ) == 0xffff;
+#else
+  const I below = a * b < splat(limit);
+  int32_t all = -1;
+  for (int i = 0; i < kLanes; ++i) all &= below[i];
+  return all != 0;
+#endif
+}
+
+HCMEN_INLINE float horizontal_sum(F x) {
+  // Halves are folded together, so the order of additions is fixed by the lane count alone.
+  float lanes[kLanes];
+  __builtin_memcpy(lanes, &x, sizeof lanes);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// --- exponentials ---------------------------------------------------------------------------------------------------
+
+// Adding and subtracting this rounds a float32 below 2^22 to the nearest integer, which the low bits of the sum hold.
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
+
+// p * 2^n for integral n of any size, correctly rounded into the subnormals, infinity on overflow; NaN where n is NaN.
+HCMEN_INLINE F scale_by_power(F p, F n) {
+#if defined(__AVX512F__)
+  return (F)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  // In two factors: 2^n alone leaves the range of normal numbers before the product does.
+  const F bounded = lesser(greater(n, splat(-160.0f)), splat(160.0f));
+  const I whole = (I)(bounded + kRound) - (I)splat(kRound);
+  const I half = whole >> 1;
+  const F scaled = p * (F)((half + 127) << 23) * (F)((whole - half + 127) << 23);
+  const I is_nan = n != n;
+  return (F)(((I)n & is_nan) | ((I)scaled & ~is_nan));
+#endif
+}
+
+// Bounds |f|, and replaces a NaN (which infinite arguments leave behind) by a bound: `scale_by_power` decides there.
+HCMEN_INLINE F bound(F f, float limit) { return greater(lesser(f, splat(limit)), splat(-limit)); }
+
+// The largest |d * a| that exp2_product<false> accepts.
+constexpr float kFastExponent = 120.0f;
+
+// 2^(d * a), within 1 unit in the last place of the exact power of the exact product where |d * a| is moderate.
+//
+// The product is never rounded: both its integral part and the rest come out of fused multiply-adds (without them, on
+// the baseline, the rounded product is used). The polynomial (minimax of relative error 2e-9 on [-1/2, 1/2]) has the
+// constant term 1, so 1 - 2^x keeps its relative accuracy for small x: states that decay slowly do not drift.
+// With `safe` false |d * a| must be below kFastExponent; both ways give the same bits there.
+template <bool safe>
+HCMEN_INLINE F exp2_product(F d, F a) {
+  const F shifted = fma(d, a, splat(kRound));
+  const F n = shifted - kRound;
+  F f = fms(d, a, n);
+  if (safe) f = bound(f, 0.5f);
+  F p = splat(0x1.41fd02p-13f);
+  p = fma(p, f, splat(0x1.5f3e2cp-10f));
+  p = fma(p, f, splat(0x1.3b2d4ap-7f));
+  p = fma(p, f, splat(0x1.c6aee8p-5f));
+  p = fma(p, f, splat(0x1.ebfbdcp-3f));
+  p = fma(p, f, splat(0x1.62e430p-1f));
+  p = fma(p, f, splat(1.0f));
+  if (safe) return scale_by_power(p, n);
+  return (F)((I)p + ((I)shifted << 23));
+}
+
+constexpr float kLog2e = 0x1.715476p+0f;
+
+// e^x: at most 1 unit in the last place from the exact value, subnormals included (0 below them); infinity above the
+// range; NaN for NaN. Range reduction by ln 2 in two parts (Cody and Waite), then a minimax polynomial.
+HCMEN_INLINE F exponential(F x) {
+  const F n = fma(x, splat(kLog2e), splat(kRound)) - kRound;
+  F f = fnma(n, splat(0x1.62e400p-1f), x);  // the high part has 9 trailing zero bits: exact for every n in range
+  f = fnma(n, splat(0x1.7f7d1cp-20f), f);
+  f = bound(f, 0.36f);
+  F p = splat(0x1.6a3362p-10f);
+  p = fma(p, f, splat(0x1.12394cp-7f));
+  p = fma(p, f, splat(0x1.5558d8p-5f));
+  p = fma(p, f, splat(0x1.555492p-3f));
+  p = fma(p, f, splat(0x1.fffffcp-2f));
+  p = fma(p * f, f, f) + 1.0f;
+  return scale_by_power(p, n);
+}
+
+// log(1 + e) for e in [0, 1], to within 1.5 units in the last place: e + e^2 q(e), q minimax of degree 8.
+HCMEN_INLINE F log1p_unit(F e) {
+  F q = splat(-0x1.b43b0ep-9f);
+  q = fma(q, e, splat(0x1.4bc624p-6f));
+  q = fma(q, e, splat(-0x1.d91ceap-5f));
+  q = fma(q, e, splat(0x1.b5dc76p-4f));
+  q = fma(q, e, splat(-0x1.3a9958p-3f));
+  q = fma(q, e, splat(0x1.936812p-3f));
+  q = fma(q, e, splat(-0x1.ff294cp-3f));
+  q = fma(q, e, splat(0x1.554e10p-2f));
+  q = fma(q, e, splat(-0x1.ffffd4p-2f));
+  return fma(q * e, e, e);
+}
+
+// log(1 + e^x). Above 20, where the definition says x, this is x to the last bit of float32; far below zero it is e^x,
+// with the relative accuracy of `exponential`.
+HCMEN_INLINE F softplus(F x) {
+  // x second: a NaN stays.
+  return log1p_unit(exponential(-absolute(x))) + greater(splat(0.0f), x);
+}
+
+// 1 / (1 + e^-x), and x times it; relative accuracy at both ends.
+HCMEN_INLINE F sigmoid(F x) {
+  const F e = exponential(-absolute(x));
+  const I negative = (I)x >> 31;
+  const F top = (F)((negative & (I)e) | (~negative & (I)splat(1.0f)));
+  return top / (e + 1.0f);
+}
+
+HCMEN_INLINE F silu(F x) { return x * sigmoid(x); }
+
+// --- half precision -------------------------------------------------------------------------------------------------
+
+struct Half {
+  uint16_t bits;
+};
+
+#if !defined(__AVX2__) && !defined(__AVX512F__)
+// IEEE binary16 to binary32 in integers: exact, and indifferent to flush-to-zero modes.
+HCMEN_INLINE float widen(Half half) {
+  const uint32_t sign = (uint32_t)(half.bits & 0x8000) << 16;
+  uint32_t rest = half.bits & 0x7fff;
+  uint32_t bits;
+  if (rest >= 0x7c00) {
+    bits = 0x7f800000 | (rest & 0x3ff) << 13 | ((rest & 0x3ff) ? 0x400000 : 0);
+  } else if (rest >= 0x400) {
+    bits = (rest << 13) + (112u << 23);
+  } else if (rest) {
+    const int shift = __builtin_clz(rest) - 21;
+    bits = ((rest << shift & 0x3ff) << 13) + ((uint32_t)(113 - shift) << 23);
+  } else {
+    bits = 0;
+  }
+  bits |= sign;
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
+// Binary32 to binary16, to nearest, ties to even.
+HCMEN_INLINE Half narrow(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  const uint32_t sign = bits >> 16 & 0x8000;
+  bits &= 0x7fffffff;
+  uint32_t half;
+  if (bits > 0x7f800000) {
+    half = 0x7e00 | (bits >> 13 & 0x3ff);
+  } else if (bits >= 0x47800000) {  // 65536 and above; 65520 to 65536 round up to infinity by the carry below
+    half = 0x7c00;
+  } else if (bits >= 0x38800000) {
+    half = (bits + 0xfff + (bits >> 13 & 1) - (112u << 23)) >> 13;
+  } else if (bits >= 0x33000000) {  // from half the least subnormal
+    const int shift = 126 - (int)(bits >> 23);
+    const uint32_t mantissa = (bits & 0x7fffff) | 0x800000;
+    half = (mantissa + (1u << (shift - 1)) - 1 + (mantissa >> shift & 1)) >> shift;
+  } else {
+    half = 0;
+  }
+  return Half{(uint16_t)(sign | half)};
+}
+#endif
+
+HCMEN_INLINE F load(const Half* p, int count) {
+#if defined(__AVX512F__)
+  if (count >= kLanes) return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  if (count >= kLanes) return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#endif
+  Half lanes[kLanes] = {};
+  for (int i = 0; i < count; ++i) lanes[i] = p[i];
+#if defined(__AVX512F__)
+  return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)lanes));
+#elif defined(__AVX2__)
+  return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)lanes));
+#else
+  F x = {};
+  for (int i = 0; i < kLanes; ++i) x[i] = widen(lanes[i]);
+  return x;
+#endif
+}
+
+HCMEN_INLINE void store(Half* p, F x, int count) {
+  Half lanes[kLanes];
+#if defined(__AVX512F__)
+  const __m256i halves = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  if (count >= kLanes) return _mm256_storeu_si256((__m256i*)p, halves);
+  _mm256_storeu_si256((__m256i*)lanes, halves);
+#elif defined(__AVX2__)
+  const __m128i halves = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  if (count >= kLanes) return _mm_storeu_si128((__m128i*)p, halves);
+  _mm_storeu_si128((__m128i*)lanes, halves);
+#else
+  for (int i = 0; i < kLanes; ++i) lanes[i] = narrow(x[i]);
+#endif
+  for (int i = 0; i < count && i < kLanes; ++i) p[i] = lanes[i];
+}
+
+// Conversion of a whole array to float32.
+HCMEN_INLINE void widen_array(const Half* from, float* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i, kLanes));
+  if (i < count) store(to + i, load(from + i, (int)(count - i)), (int)(count - i));
+}
+
+// --- working memory -------------------------------------------------------------------------------------------------
+
+// One allocation, handed out in pieces: vectors first, then floats. Built-ins, since the standard headers are barred.
+class Scratch {
+ public:
+  HCMEN_MEMBER Scratch(int64_t vectors, int64_t floats) {
+    const size_t bytes = (size_t)vectors * sizeof(F) + (size_t)floats * sizeof(float);
+    base_ = (char*)__builtin_malloc(bytes + sizeof(F));
+    next_ = (char*)(((uintptr_t)base_ + sizeof(F) - 1) / sizeof(F) * sizeof(F));
+  }
+  HCMEN_MEMBER ~Scratch() { __builtin_free(base_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  HCMEN_MEMBER bool works() const { return base_ != nullptr; }
+  HCMEN_MEMBER F* vectors(int64_t count) { return (F*)take((size_t)count * sizeof(F)); }
+  HCMEN_MEMBER float* floats(int64_t count) { return (float*)take((size_t)count * sizeof(float)); }
+
+ private:
+  HCMEN_MEMBER char* take(size_t bytes) {
+    char* piece = next_;
+    next_ += bytes;
+    return piece;
+  }
+
+  char* base_;
+  char* next_;
+};
+
+}  // namespace HCMEN_ISA_NAMESPACE
+}  // namespace hcmen
+
+#endif  // HCMEN_VECTOR_INL_H_
