@@ -1,0 +1,355 @@
+"""Scores clips with the graphs of a bundle.
+
+    model = load("build/bundle")
+    model("samples/clip.npz").score
+    model(["a.npz", "b.npz"], variant="text_only")
+
+A variant's graph is loaded when a clip first needs it; all sessions share one verified copy of the weights. Clips are
+grouped by variant and run in batches; a score depends neither on the padding nor on the batch.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hcmen.bundle import Bundle, read_bundle
+from hcmen.clip import TEXT_TOKENS, Clip, batch_clips, clip_from_arrays, read_clip
+from hcmen.errors import CheckFailed, CorruptFileError, HcmenError, InputError
+from hcmen.modalities import MODALITIES, Variant, variant_named
+from hcmen.runtime.compare import SCORE_ATOL, SCORE_RTOL, Comparison, compare
+
+if TYPE_CHECKING:
+    from hcmen.runtime.ort import OrtBackend, OrtSession
+
+__all__ = ["BACKENDS", "BATCH_CLIPS", "ClipLike", "Predictor", "Result", "SelfTest", "load"]
+
+BACKENDS = ("auto", "ort")
+BATCH_CLIPS = 32
+"""Most clips in one run of a graph; more gain little and cost memory."""
+_GROUP_CLIPS = 256  # clips read ahead to find batch mates of the same variant
+_MAX_GOLDEN_BYTES = 1 << 29
+_MAX_GOLDEN_MEMBERS = 4096
+
+ClipLike = str | os.PathLike[str] | Clip | Mapping[str, Any]
+"""A path of an .npz clip, a `Clip`, or a dict of arrays per modality."""
+Arrays = dict[str, NDArray[Any]]
+Observer = Callable[[str, Sequence[int], Arrays, Arrays], None]
+"""Told of every run: variant, the places of the batch's clips among all clips given, inputs, outputs."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The sentiment of one clip.
+
+    name: the clip. variant: the graph that scored it. score: sentiment, in the label range of the bundle.
+    modality_weights: how much the score rests on each modality, in [0, 1], summing to 1. backend: what ran. kernels:
+    how the hcmen ops ran: "native", "functions" (right, but slow: no kernel library) or "standard" (none in the graph).
+    ignored: what the clip carries and the variant leaves out. cleaned: modality -> values set to zero by `clean`.
+    run_seconds: the graph's run, which scored batch_size clips at once.
+    """
+
+    name: str
+    variant: str
+    score: float
+    modality_weights: Mapping[str, float]
+    backend: str
+    kernels: str
+    ignored: tuple[str, ...]
+    cleaned: Mapping[str, int]
+    run_seconds: float
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """A variant's outputs on its golden inputs against the eager model's, which came with the bundle."""
+
+    variant: str
+    cases: int
+    outputs: Mapping[str, Comparison]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output is within the bound."""
+        return all(c.passed for c in self.outputs.values())
+
+
+class Predictor:
+    """A loaded bundle; call it with a clip, or with a list of clips. Several threads may.
+
+    Args:
+        bundle: from `read_bundle`; its manifest is checked, its files are verified as they are loaded.
+        backend: "ort", or "auto" for the best at hand, which is "ort".
+        threads: worker threads per session, the physical cores by default.
+        clean: set NaN and infinity in clips to zero, and count them, instead of refusing them.
+
+    Raises:
+        InputError: no such backend, or a thread count below 1.
+        BackendError: the backend is not installed or does not work.
+    """
+
+    def __init__(self, bundle: Bundle, *, backend: str = "auto", threads: int | None = None, clean: bool = False):
+        if backend not in BACKENDS:
+            raise InputError(f"unknown backend '{backend}': choose from {', '.join(BACKENDS)}")
+        if threads is not None and not 1 <= threads <= 1024:
+            raise InputError(f"threads is {threads}, expected 1 to 1024")
+        from hcmen.runtime.ort import OrtBackend
+
+        self.bundle = bundle
+        self.config = bundle.manifest.model
+        self.clean = clean
+        self.backend: OrtBackend = OrtBackend(threads)
+        self._sessions: dict[str, OrtSession] = {}
+        self._weights: NDArray[np.uint8] | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The variants of this bundle."""
+        return tuple(self.bundle.manifest.variants)
+
+    @overload
+    def __call__(self, clips: ClipLike, *, variant: str = "auto") -> Result: ...  # type: ignore[overload-overlap]
+    @overload
+    def __call__(self, clips: Sequence[ClipLike], *, variant: str = "auto") -> list[Result]: ...
+    def __call__(self, clips: ClipLike | Sequence[ClipLike], *, variant: str = "auto") -> Result | list[Result]:
+        """The `Result` of one clip, or the list of results of a list of clips, in their order.
+
+        Args:
+            clips: a path, a `Clip`, a dict of arrays, or a list of those.
+            variant: which graph; "auto" takes the one for exactly the modalities that each clip carries.
+
+        Raises:
+            InputError: a clip or the variant cannot be used, such as a variant that needs what the clip lacks.
+            CorruptFileError: a clip or a file of the bundle is damaged or unsafe.
+            BackendError: the backend refused to run.
+            CheckFailed: a score came out as NaN or infinite.
+        """
+        single = isinstance(clips, (str, os.PathLike, Clip, Mapping))
+        items = [cast(ClipLike, clips)] if single else list(cast("Sequence[ClipLike]", clips))
+        results = []
+        for outcome in self.outcomes(items, variant=variant):
+            if isinstance(outcome, HcmenError):
+                raise outcome
+            results.append(outcome)
+        return results[0] if single else results
+
+    def outcomes(
+        self, clips: Iterable[ClipLike], *, variant: str = "auto", observe: Observer | None = None
+    ) -> Iterator[Result | HcmenError]:
+        """Per clip, in order, its result or what is wrong with it; one bad clip does not stop the others.
+
+        Args:
+            clips: as for a call. variant: as for a call. observe: told of every run of a graph.
+
+        Raises:
+            InputError: there is no such variant, or the bundle lacks it.
+            CorruptFileError, BackendError: a graph cannot be loaded.
+        """
+        chosen = None if variant == "auto" else variant_named(variant)
+        if chosen is not None:
+            self.bundle.variant(chosen.name)
+        first = 0
+        group: list[ClipLike] = []
+        for clip in clips:
+            group.append(clip)
+            if len(group) == _GROUP_CLIPS:
+                yield from self._score_group(group, first, chosen, observe)
+                first += len(group)
+                group = []
+        yield from self._score_group(group, first, chosen, observe)
+
+    def run(self, variant: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        """The graph outputs of `variant` for graph inputs as `batch_clips` makes them.
+
+        Raises:
+            InputError, CorruptFileError, BackendError: the variant cannot be loaded, or refused to run.
+        """
+        return self._session(variant).run(inputs)
+
+    def kernels(self, variant: str) -> str:
+        """How the hcmen ops of `variant` run: "native", "functions" or "standard"; loads the graph if need be."""
+        return self._session(variant).kernels
+
+    def self_test(
+        self, variants: Sequence[str] | None = None, *, atol: float = SCORE_ATOL, rtol: float = SCORE_RTOL
+    ) -> Iterator[SelfTest]:
+        """Runs the golden inputs of each variant (all by default) and compares with the eager model's outputs.
+
+        Raises:
+            InputError, CorruptFileError, BackendError: a variant or its golden file cannot be loaded, or did not run.
+        """
+        for variant in self.variants if variants is None else variants:
+            record = self.bundle.variant(variant)
+            where = f"{self.bundle.path / record.golden.file}"
+            cases = _read_golden(self.bundle.read(record.golden), where)
+            got: dict[str, list[NDArray[Any]]] = {t.name: [] for t in record.outputs}
+            expected: dict[str, list[NDArray[Any]]] = {t.name: [] for t in record.outputs}
+            for arrays in cases:
+                missing = [t.name for t in (*record.inputs, *record.outputs) if t.name not in arrays]
+                if missing:
+                    raise CorruptFileError(f"{where}: a case lacks {missing[0]!r}: export the bundle again")
+                outputs = self.run(variant, {t.name: arrays[t.name] for t in record.inputs})
+                for name in got:
+                    if outputs[name].shape != arrays[name].shape:
+                        compare(outputs[name], arrays[name])  # raises, naming both shapes
+                    got[name].append(outputs[name])
+                    expected[name].append(arrays[name])
+            comparisons = {
+                name: compare(np.concatenate(got[name]), np.concatenate(expected[name]), atol, rtol) for name in got
+            }
+            yield SelfTest(variant, len(cases), comparisons)
+
+    def _session(self, variant: str) -> OrtSession:
+        found = self._sessions.get(variant)
+        if found is not None:
+            return found
+        with self._lock:
+            if variant not in self._sessions:
+                record = self.bundle.variant(variant)
+                manifest = self.bundle.manifest
+                if self._weights is None:
+                    self._weights = self.bundle.read(manifest.weights)
+                where = str(self.bundle.path / record.graph.file)
+                self._sessions[variant] = self.backend.session(
+                    self.bundle.read(record.graph).tobytes(),
+                    self._weights,
+                    manifest.weights.file,
+                    self.bundle.path,
+                    where,
+                )
+            return self._sessions[variant]
+
+    def _score_group(
+        self, items: Sequence[ClipLike], first: int, chosen: Variant | None, observe: Observer | None
+    ) -> list[Result | HcmenError]:
+        outcomes: list[Result | HcmenError | None] = [None] * len(items)
+        batches: dict[str, list[tuple[int, Clip]]] = {}
+        for i, item in enumerate(items):
+            try:
+                clip = self._clip(item)
+                batches.setdefault(self._variant(clip, chosen), []).append((i, clip))
+            except HcmenError as error:
+                outcomes[i] = error
+        for variant, members in batches.items():
+            for start in range(0, len(members), BATCH_CLIPS):
+                part = members[start : start + BATCH_CLIPS]
+                places = [first + i for i, _ in part]
+                scored = self._score_batch(variant, [clip for _, clip in part], places, observe)
+                for (i, _), outcome in zip(part, scored, strict=True):
+                    outcomes[i] = outcome
+        return [o for o in outcomes if o is not None]
+
+    def _score_batch(
+        self, variant: str, clips: list[Clip], places: list[int], observe: Observer | None
+    ) -> list[Result | HcmenError]:
+        present = variant_named(variant).present
+        session = self._session(variant)
+        if self.bundle.variant(variant).parity["passed"] is not True:
+            what = f"{self.bundle.path}: variant '{variant}' failed its parity check at export, its scores may be wrong"
+            warnings.warn(what, RuntimeWarning, stacklevel=2)
+        inputs = batch_clips(clips, present)
+        started = time.perf_counter()
+        outputs = session.run(inputs)
+        seconds = time.perf_counter() - started
+        if observe is not None:
+            observe(variant, places, inputs, outputs)
+        results: list[Result | HcmenError] = []
+        for clip, score, weights in zip(clips, outputs["score"], outputs["modality_weights"], strict=True):
+            if not (np.isfinite(score) and np.isfinite(weights).all()):
+                results.append(
+                    CheckFailed(
+                        f"{clip.name}: variant '{variant}' gave score {score} with weights {weights.tolist()}, "
+                        "expected finite numbers: check the features, then the bundle with --self-test"
+                    )
+                )
+                continue
+            results.append(
+                Result(
+                    name=clip.name,
+                    variant=variant,
+                    score=float(score),
+                    modality_weights=dict(zip(MODALITIES, weights.tolist(), strict=True)),
+                    backend=self.backend.name,
+                    kernels=session.kernels,
+                    ignored=(*(m for m in MODALITIES if m in clip.features and m not in present), *clip.ignored),
+                    cleaned=clip.cleaned,
+                    run_seconds=seconds,
+                    batch_size=len(clips),
+                )
+            )
+        return results
+
+    def _clip(self, item: ClipLike) -> Clip:
+        if isinstance(item, (str, os.PathLike)):
+            return read_clip(item, self.config, self.clean)
+        if isinstance(item, Clip):
+            checked = clip_from_arrays(item.name, item.features, self.config, self.clean)
+            return Clip(item.name, checked.features, checked.cleaned or item.cleaned, item.ignored)
+        if isinstance(item, Mapping):
+            return clip_from_arrays("clip", item, self.config, self.clean)
+        raise InputError(f"a clip is {type(item).__name__}, expected a path, a Clip or a dict of arrays per modality")
+
+    def _variant(self, clip: Clip, chosen: Variant | None) -> str:
+        if chosen is None:
+            name = clip.variant.name
+            self.bundle.variant(name)
+            return name
+        absent = [m for m in chosen.present if m not in clip.features]
+        if absent:
+            tokens = f" (its {TEXT_TOKENS} need a bundle with a text encoder)" if TEXT_TOKENS in clip.ignored else ""
+            raise InputError(
+                f"{clip.name}: variant '{chosen.name}' needs {' and '.join(absent)}, the clip has only "
+                f"{', '.join(clip.features)}{tokens}: use variant '{clip.variant.name}' or auto"
+            )
+        return chosen.name
+
+
+def load(
+    bundle: str | os.PathLike[str], *, backend: str = "auto", threads: int | None = None, clean: bool = False
+) -> Predictor:
+    """Opens the bundle in the folder `bundle`; graphs are loaded when they are first needed.
+
+    Args:
+        bundle: a folder that hcmen-export wrote. The others: see `Predictor`.
+
+    Raises:
+        InputError: no bundle there, or an argument that cannot be used.
+        CorruptFileError: its manifest is damaged or unsafe.
+        BackendError: the backend is missing, or the bundle needs another version of the ops.
+    """
+    return Predictor(read_bundle(bundle), backend=backend, threads=threads, clean=clean)
+
+
+def _read_golden(content: NDArray[np.uint8], where: str) -> list[Arrays]:
+    """The cases of a golden file, in order: members "<case>/<tensor>"."""
+    cases: dict[str, Arrays] = {}
+    try:
+        with zipfile.ZipFile(io.BytesIO(content.tobytes())) as archive:
+            members = archive.infolist()
+            declared = sum(m.file_size for m in members)
+            if len(members) > _MAX_GOLDEN_MEMBERS or declared > _MAX_GOLDEN_BYTES:
+                raise CorruptFileError(f"{where}: {len(members)} arrays of {declared} bytes, expected far fewer")
+            for member in members:
+                case, _, name = member.filename.removesuffix(".npy").partition("/")
+                with archive.open(member) as stream:
+                    cases.setdefault(case, {})[name] = np.lib.format.read_array(stream, allow_pickle=False)
+    except CorruptFileError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy each raise errors of their own on damage
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CorruptFileError(f"{where}: damaged golden file ({reason}): export the bundle again") from error
+    if not cases:
+        raise CorruptFileError(f"{where}: no case in it, expected at least one: export the bundle again")
+    return [cases[key] for key in sorted(cases)]
