@@ -1,23 +1,26 @@
 """Models of one hcmen node: for tests, and as the smallest example of how the operators are written down.
 
-`python -m hcmen.export.one_node` writes runtime/selfcheck.onnx, which `hcmen-doctor` runs on machines without `onnx`.
+`python -m hcmen.export.one_node` writes runtime/selfcheck*.onnx, which `hcmen-doctor` runs on machines without `onnx`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from onnx import ModelProto, TensorProto, helper
 
 from hcmen.export.scan_function import CONV_INPUTS, DOMAIN, SCAN_INPUTS, VERSION, add_functions
 
-__all__ = ["conv_model", "one_node_model", "scan_model", "selfcheck_model"]
+__all__ = ["conv_model", "one_node_model", "scan_model", "selfcheck_conv_model", "selfcheck_model"]
 
 OPSET = 19
 IR_VERSION = 9
 Size = int | str
-_ELEMENT = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+_ELEMENT = {
+    name: TensorProto.DataType.Value(name.upper().replace("FLOAT32", "FLOAT").replace("FLOAT64", "DOUBLE"))
+    for name in ("float32", "float16", "float64", "bfloat16", "int32", "int64", "uint8", "bool", "string")
+}
 
 
 def scan_model(
@@ -98,17 +101,22 @@ def conv_model(
 
 def one_node_model(
     op_type: str,
-    inputs: dict[str, tuple[str, Sequence[Size]]],
-    outputs: dict[str, tuple[str, Sequence[Size]]],
-    attributes: dict[str, object],
+    inputs: Mapping[str, tuple[str, Sequence[Size] | None]],
+    outputs: Mapping[str, tuple[str, Sequence[Size] | None]],
+    attributes: Mapping[str, object],
     *,
     functions: bool = True,
 ) -> ModelProto:
-    """One node of this domain named `node`. Inputs and outputs: name -> (dtype, shape), in the order of the node."""
+    """One node of this domain named `node`.
+
+    Args:
+        inputs, outputs: name -> (dtype, shape), in the order of the node; None for a shape: unknown, rank included.
+        attributes: those that both operators have in common are added.
+    """
     plugin = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
     node = helper.make_node(op_type, list(inputs), list(outputs), name="node", domain=DOMAIN, **plugin, **attributes)
     values = [
-        [helper.make_tensor_value_info(name, _ELEMENT[dtype], list(shape)) for name, (dtype, shape) in side.items()]
+        [helper.make_tensor_value_info(name, _ELEMENT[dtype], shape) for name, (dtype, shape) in side.items()]
         for side in (inputs, outputs)
     ]
     graph = helper.make_graph([node], op_type, *values)
@@ -126,7 +134,13 @@ def selfcheck_model() -> ModelProto:
     return scan_model(8, 4, delta_softplus=True, gated=True, stateful=True)
 
 
+def selfcheck_conv_model() -> ModelProto:
+    """The model of runtime/selfcheck_conv.onnx: width 4, silu, dynamic batch and time, with its function."""
+    return conv_model(8, 4)
+
+
 if __name__ == "__main__":
-    target = Path(__file__).resolve().parent.parent / "runtime" / "selfcheck.onnx"
-    target.write_bytes(selfcheck_model().SerializeToString(deterministic=True))
-    print(f"wrote {target} ({target.stat().st_size} bytes)")
+    for name, model in {"selfcheck.onnx": selfcheck_model(), "selfcheck_conv.onnx": selfcheck_conv_model()}.items():
+        target = Path(__file__).resolve().parent.parent / "runtime" / name
+        target.write_bytes(model.SerializeToString(deterministic=True))
+        print(f"wrote {target} ({target.stat().st_size} bytes)")

@@ -13,9 +13,19 @@ from pathlib import Path
 import hcmen.runtime
 from hcmen.errors import BackendError
 
-__all__ = ["ConvArguments", "ConvGradients", "ScanArguments", "ScanGradients", "library_path", "load_library"]
+__all__ = [
+    "ConvArguments",
+    "ConvGradients",
+    "ScanArguments",
+    "ScanGradients",
+    "library_isa",
+    "library_path",
+    "load_library",
+]
 
 LIBRARY_NAME = "libhcmen_ops.so"
+LIBRARY_VERSION = 1
+"""HCMEN_OPS_VERSION of runtime/csrc/selective_scan.h."""
 
 _i32, _i64, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
@@ -100,4 +110,22 @@ def load_library() -> ctypes.CDLL:
             raise BackendError(f"{path} has no {name}: it is from another version, reinstall the package") from None
         function.argtypes = [*(ctypes.POINTER(s) for s in structures), ctypes.c_int]
         function.restype = ctypes.c_int
+    version = library.hcmen_ops_version()
+    if version != LIBRARY_VERSION:
+        raise BackendError(f"{path} has version {version}, expected {LIBRARY_VERSION}: reinstall the package")
     return library
+
+
+def library_isa() -> str:
+    """The instruction set that the kernels use: "avx512", "avx2" or "baseline".
+
+    Raises:
+        BackendError: the library cannot be loaded, or HCMEN_ISA asks for what this machine lacks.
+    """
+    library = load_library()
+    for name in ("hcmen_ops_isa", "hcmen_ops_problem"):
+        getattr(library, name).restype = ctypes.c_char_p
+    isa = library.hcmen_ops_isa()
+    if isa is None:
+        raise BackendError((library.hcmen_ops_problem() or b"the kernels name no instruction set").decode())
+    return str(isa.decode())
