@@ -250,9 +250,13 @@ class Node {
     } else if (!absent(ort_.KernelInfoGetAttribute_string(info_, name, nullptr, &(size = 0)))) {
       got = "a string";
     } else if (!absent(ort_.KernelInfoGetAttributeArray_int64(info_, name, nullptr, &(size = 0)))) {
-      got = "a list of integers";
-    } else if (!absent(ort_.KernelInfoGetAttributeArray_float(info_, name, nullptr, &(size = 0)))) {
-      got = "a list of floats";
+      // A list of the other type answers too, with no elements.
+      if (size > 0) {
+        got = "a list of integers";
+      } else {
+        check(ort_.KernelInfoGetAttributeArray_float(info_, name, nullptr, &size));
+        got = size > 0 ? "a list of floats" : "an empty list";
+      }
     }
     if (got != nullptr) {
       fail("attribute '" + std::string(name) + "' is " + got + ", expected " + expected);
