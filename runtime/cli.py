@@ -201,7 +201,7 @@ class Console:
 
     @contextlib.contextmanager
     def progress(self, label: str, total: int, unit: str = "") -> Iterator[Progress]:
-        """Shows how far `total` steps have come, on stderr, once the work has taken more than a second; not with -q."""
+        """Shows how far `total` steps have come, on stderr: after a second on a terminal, else after ten; not with -q."""
         bar = Progress(label, total, unit, shown=self.verbosity >= 0)
         try:
             yield bar
@@ -212,12 +212,12 @@ class Console:
 class Progress:
     """A count that shows itself: one line rewritten on a terminal, else a line every ten seconds."""
 
-    def __init__(self, label: str, total: int, unit: str = "", *, shown: bool = True, delay_seconds: float = 1.0):
+    def __init__(self, label: str, total: int, unit: str = "", *, shown: bool = True):
         self.label, self.total, self.unit, self.shown = label, total, unit, shown
         self.done = 0
         self._terminal = sys.stderr.isatty()
         self._started = time.monotonic()
-        self._next = self._started + delay_seconds
+        self._next = self._started + (1.0 if self._terminal else 10.0)
         self._width = 0
 
     def advance(self, steps: int = 1) -> None:

@@ -26,7 +26,7 @@ from hcmen.errors import BackendError, CorruptFileError, HcmenError
 from hcmen.runtime.graph import read_graph
 from hcmen.runtime.library import library_path
 
-__all__ = ["FUNCTIONS", "NATIVE", "STANDARD", "OrtBackend", "OrtSession", "physical_cores"]
+__all__ = ["FUNCTIONS", "NATIVE", "STANDARD", "OrtBackend", "OrtSession", "import_onnxruntime", "physical_cores"]
 
 NATIVE = "native"
 """The hcmen ops ran on the kernels of libhcmen_ops.so."""
@@ -71,9 +71,10 @@ class OrtBackend:
     name = "ort"
 
     def __init__(self, threads: int | None = None, *, library: bool = True):
-        self._ort = _import_onnxruntime()
+        self._ort = import_onnxruntime()
         self.threads = threads or physical_cores()
         self.version: str = self._ort.__version__
+        self.providers = ", ".join(self._ort.get_available_providers())
         self.library: Path | None = None
         self.library_problem: str | None = "left out on request"
         if library:
@@ -136,7 +137,8 @@ class OrtBackend:
         return options
 
 
-def _import_onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """The module onnxruntime; raises BackendError when it is missing or damaged."""
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
