@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import hcmen.runtime
 from hcmen.errors import BackendError
@@ -75,6 +77,14 @@ _FUNCTIONS = {
     "hcmen_causal_conv1d_forward": (ConvArguments,),
     "hcmen_causal_conv1d_backward": (ConvArguments, ConvGradients),
 }
+# The rest of the C interface: argument types and result.
+_OTHERS: dict[str, tuple[Sequence[Any], Any]] = {
+    "hcmen_ops_version": ((), ctypes.c_int),
+    "hcmen_ops_isa": ((), ctypes.c_char_p),
+    "hcmen_ops_problem": ((), ctypes.c_char_p),
+    "hcmen_exp_loop": ((_i64,), _i64),
+    "hcmen_evaluate": ((ctypes.c_int, _pointer, _pointer, _i64), ctypes.c_int),
+}
 
 
 def library_path() -> Path:
@@ -93,39 +103,41 @@ def library_path() -> Path:
 
 @functools.cache
 def load_library() -> ctypes.CDLL:
-    """The library with the signatures of its C functions declared. Each returns 0 on success.
+    """The library with the signatures of its C functions declared. Those over structures return 0 on success.
 
     Raises:
-        BackendError: it is missing, cannot be loaded, or is of another version of this package.
+        BackendError: it is missing, cannot be loaded, is of another version of this package, or the environment
+            variable HCMEN_ISA asks for an instruction set that cannot be had.
     """
     path = library_path()
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise BackendError(f"{path} cannot be loaded ({error}): reinstall the package on this machine") from error
+    signatures: dict[str, tuple[Sequence[Any], Any]] = {**_OTHERS}
     for name, structures in _FUNCTIONS.items():
+        signatures[name] = ([*(ctypes.POINTER(s) for s in structures), ctypes.c_int], ctypes.c_int)
+    for name, (arguments, result) in signatures.items():
         try:
             function = getattr(library, name)
         except AttributeError:
             raise BackendError(f"{path} has no {name}: it is from another version, reinstall the package") from None
-        function.argtypes = [*(ctypes.POINTER(s) for s in structures), ctypes.c_int]
-        function.restype = ctypes.c_int
+        function.argtypes = arguments
+        function.restype = result
     version = library.hcmen_ops_version()
     if version != LIBRARY_VERSION:
         raise BackendError(f"{path} has version {version}, expected {LIBRARY_VERSION}: reinstall the package")
+    problem = library.hcmen_ops_problem()
+    if problem is not None:
+        raise BackendError(problem.decode())
     return library
 
 
 def library_isa() -> str:
-    """The instruction set that the kernels use: "avx512", "avx2" or "baseline".
+    """The instruction set the kernels use on this machine: "avx512", "avx2" or "baseline".
 
     Raises:
-        BackendError: the library cannot be loaded, or HCMEN_ISA asks for what this machine lacks.
+        BackendError: as `load_library`.
     """
-    library = load_library()
-    for name in ("hcmen_ops_isa", "hcmen_ops_problem"):
-        getattr(library, name).restype = ctypes.c_char_p
-    isa = library.hcmen_ops_isa()
-    if isa is None:
-        raise BackendError((library.hcmen_ops_problem() or b"the kernels name no instruction set").decode())
-    return str(isa.decode())
+    name: bytes = load_library().hcmen_ops_isa()
+    return name.decode()
