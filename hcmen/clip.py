@@ -39,8 +39,9 @@ _FLOATS = ("float16", "float32", "float64")
 _MAX_MEMBERS = 16
 _MAX_HEADER_BYTES = 4096
 
-# What reading a damaged or hostile zip can raise; zipfile has no common base for them.
+# What reading a damaged or hostile zip can raise; zipfile has no common base for them. OSError: an offset below zero.
 _ZIP_ERRORS = (
+    OSError,
     zipfile.BadZipFile,
     zipfile.LargeZipFile,
     zlib.error,

@@ -201,7 +201,7 @@ class Console:
 
     @contextlib.contextmanager
     def progress(self, label: str, total: int, unit: str = "") -> Iterator[Progress]:
-        """Shows how far `total` steps have come, on stderr: after a second on a terminal, else after ten; not with -q."""
+        """Shows on stderr how far `total` steps have come: after 1 s on a terminal, else after 10 s; not with -q."""
         bar = Progress(label, total, unit, shown=self.verbosity >= 0)
         try:
             yield bar

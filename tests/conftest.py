@@ -1,0 +1,25 @@
+"""Lets test files import `helpers`, and makes the small hand-made bundle once."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+
+@pytest.fixture(scope="session")
+def shared_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small sound bundle of all variants; not to be changed."""
+    from helpers.small_bundle import make_bundle
+
+    return make_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
+
+
+@pytest.fixture
+def bundle(shared_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the small bundle that a test may damage."""
+    return Path(shutil.copytree(shared_bundle, tmp_path / "bundle"))
