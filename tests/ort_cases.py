@@ -272,11 +272,11 @@ def fuzz(library: Path, seed: int, count: int) -> dict[str, int]:
         if key not in sessions:
             sessions[key] = session(base.model(), library)
         feeds = {
-            name: rng.normal(size=shape).astype(shared.get(name, "float32")) for name, shape in base.shapes.items()
+            name: np.asarray(rng.normal(size=shape), shared.get(name, "float32")) for name, shape in base.shapes.items()
         }
-        feeds["A"] = -np.abs(feeds["A"])
+        feeds["A"] = np.asarray(-np.abs(feeds["A"]))
         if not softplus:
-            feeds["delta"], feeds["delta_bias"] = np.abs(feeds["delta"]), np.abs(feeds["delta_bias"])
+            feeds.update({name: np.asarray(np.abs(feeds[name])) for name in ("delta", "delta_bias")})
         try:
             got = sessions[key].run(None, feeds)
         except Exception as error:
