@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hcmen.errors import CheckFailed, HcmenError, InputError
-from hcmen.modalities import MODALITIES
+from hcmen.modalities import MODALITIES, variant_named
 from hcmen.runtime.cli import Console, command, one_line
 
 if TYPE_CHECKING:
@@ -66,13 +66,13 @@ def main(
         )
     if check and not clips:
         raise InputError("--check compares scores and no clip was given: name some, or use --self-test")
-    from hcmen.modalities import variant_named
-    from hcmen.runtime.predictor import load
+    from hcmen.bundle import read_bundle
+    from hcmen.runtime.predictor import Predictor
 
     if variant != "auto":
         variant_named(variant)
     paths, errors = _expand(clips)
-    model = load(bundle, backend=backend, threads=threads, clean=clean)
+    model = Predictor(read_bundle(bundle), backend=backend, threads=threads, clean=clean)
     checker = _EagerCheck(model.bundle, checkpoint) if check else None
     console.detail(
         f"bundle {bundle}, backend {model.backend.name} {model.backend.version}, {model.backend.threads} threads"

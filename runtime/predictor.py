@@ -329,7 +329,8 @@ def load(
         CorruptFileError: its manifest is damaged or unsafe.
         BackendError: the backend is missing, or the bundle needs another version of the ops.
     """
-    return Predictor(read_bundle(bundle), backend=backend, threads=threads, clean=clean)
+    # Graphs are opened later, when the working directory may be another one.
+    return Predictor(read_bundle(os.path.abspath(bundle)), backend=backend, threads=threads, clean=clean)
 
 
 def _read_golden(content: NDArray[np.uint8], where: str) -> list[Arrays]:
