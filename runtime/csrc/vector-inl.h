@@ -187,7 +187,8 @@ HCMEN_INLINE F bound(F f, float limit) { return greater(lesser(f, splat(limit)),
 // The largest |d * a| that exp2_product<false> accepts.
 constexpr float kFastExponent = 120.0f;
 
-// 2^(d * a), within 1 unit in the last place of the exact power of the exact product where |d * a| is moderate.
+// 2^(d * a): within 1 unit in the last place of the exact power of the exact product (1.25, and of the rounded product,
+// where there is no fused multiply-add).
 //
 // The product is never rounded: both its integral part and the rest come out of fused multiply-adds (without them, on
 // the baseline, the rounded product is used). The polynomial (minimax of relative error 2e-9 on [-1/2, 1/2]) has the
@@ -228,7 +229,7 @@ HCMEN_INLINE F exponential(F x) {
   return scale_by_power(p, n);
 }
 
-// log(1 + e) for e in [0, 1], to within 1.5 units in the last place: e + e^2 q(e), q minimax of degree 8.
+// log(1 + e) for e in [0, 1]: e + e^2 q(e), q minimax of degree 8 (relative error 5e-9).
 HCMEN_INLINE F log1p_unit(F e) {
   F q = splat(-0x1.b43b0ep-9f);
   q = fma(q, e, splat(0x1.4bc624p-6f));
@@ -243,13 +244,13 @@ HCMEN_INLINE F log1p_unit(F e) {
 }
 
 // log(1 + e^x). Above 20, where the definition says x, this is x to the last bit of float32; far below zero it is e^x,
-// with the relative accuracy of `exponential`.
+// with the relative accuracy of `exponential`. Within 2.25 units in the last place.
 HCMEN_INLINE F softplus(F x) {
   // x second: a NaN stays.
   return log1p_unit(exponential(-absolute(x))) + greater(splat(0.0f), x);
 }
 
-// 1 / (1 + e^-x), and x times it; relative accuracy at both ends.
+// 1 / (1 + e^-x), and x times it; relative accuracy at both ends (2.5 and 3 units in the last place).
 HCMEN_INLINE F sigmoid(F x) {
   const F e = exponential(-absolute(x));
   const I negative = (I)x >> 31;

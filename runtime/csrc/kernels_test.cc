@@ -1,0 +1,429 @@
+// Tests of the kernels through the C interface, meant to be built with AddressSanitizer and UBSan as well: every array
+// is a heap block of exactly its size, so that a read past an end is seen.
+//
+//   hcmen_ops_test grid            forward, backward and convolution at awkward sizes, against plain double loops
+//   hcmen_ops_test ulp [stride]    elementary functions at every stride-th float32 bit pattern (1: all of them)
+//
+// Prints what failed, and returns the number of failures (at most 100).
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <limits>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "causal_conv1d.h"
+#include "kernels.h"
+#include "selective_scan.h"
+
+namespace {
+
+int failures = 0;
+
+void fail(const std::string& what, double got, double expected) {
+  printf("FAILED %s: got %.9g, expected %.9g\n", what.c_str(), got, expected);
+  ++failures;
+}
+
+// --- elementary functions -------------------------------------------------------------------------------------------
+
+double exact(int function, float x) {
+  switch (function) {
+    case 0: return exp((double)x);
+    case 1: return x > 40 ? (double)x : log1p(exp((double)x));
+    case 2: return (double)x / (1 + exp(-(double)x));
+    case 3: return 1 / (1 + exp(-(double)x));
+    default: return exp2((double)x);
+  }
+}
+
+// Units in the last place of float32 at `value`, subnormals included.
+double ulp_at(double value) {
+  int exponent;
+  frexp(value, &exponent);
+  return ldexp(1.0, (exponent < -125 ? -125 : exponent) - 24);
+}
+
+void test_functions(int64_t stride) {
+  static const char* const kNames[] = {"exp", "softplus", "silu", "sigmoid", "exp2", "exp2 (fast)"};
+  // The baseline of an architecture without fused multiply-adds sets the last digits.
+  static const double kBounds[] = {1.0, 2.25, 3.0, 2.5, 1.25, 1.25};
+  for (int function = 0; function < 6; ++function) {
+    double worst = 0;
+    float worst_at = 0;
+    std::vector<float> x, y;
+    const auto flush = [&] {
+      y.resize(x.size());
+      if (hcmen_evaluate(function, x.data(), y.data(), (int64_t)x.size())) fail("hcmen_evaluate", 1, 0);
+      for (size_t i = 0; i < x.size(); ++i) {
+        const double want = exact(function, x[i]);
+        if (isnan(x[i]) || isnan(want)) {
+          if (!isnan(y[i])) fail(std::string(kNames[function]) + " of NaN", y[i], NAN);
+          continue;
+        }
+        // Beyond the largest float32 by half a unit is infinity.
+        const float nearest = (float)want;
+        if (isinf(nearest) && isinf(y[i]) && (nearest > 0) == (y[i] > 0)) continue;
+        // A subnormal silu has lost digits with its subnormal factor, and is flushed to zero in a scan anyway.
+        const double unit = function == 2 && fabs(want) < 0x1p-120 ? 0x1p-143 : ulp_at(want);
+        const double error = fabs((double)y[i] - want) / unit;
+        if (!(error <= worst)) worst = error, worst_at = x[i];
+      }
+      x.clear();
+    };
+    for (int64_t bits = 0; bits < (int64_t)1 << 32; bits += stride) {
+      const uint32_t pattern = (uint32_t)bits;
+      float value;
+      memcpy(&value, &pattern, 4);
+      if (function == 5 && !(fabsf(value) < 120)) continue;
+      x.push_back(value);
+      if (x.size() == 65536) flush();
+    }
+    const float infinity = std::numeric_limits<float>::infinity();
+    for (float value : {0.0f, -0.0f, 20.0f, 88.7f, 88.8f, -87.3f, -103.9f, -104.1f, infinity, -infinity}) {
+      if (function != 5 || fabsf(value) < 120) x.push_back(value);
+    }
+    flush();
+    printf("%s: at most %.3f units in the last place, at %.9g\n", kNames[function], worst, worst_at);
+    if (!(worst <= kBounds[function])) fail(kNames[function], worst, kBounds[function]);
+  }
+}
+
+// --- arrays ---------------------------------------------------------------------------------------------------------
+
+// A heap block of exactly `count` elements.
+template <class T>
+struct Array {
+  std::unique_ptr<T[]> data;
+  int64_t count;
+  explicit Array(int64_t n) : data(new T[(size_t)n]()), count(n) {}
+  T& operator[](int64_t i) { return data[(size_t)i]; }
+};
+
+uint64_t seed = 1;
+double uniform() {
+  seed = seed * 6364136223846793005u + 1442695040888963407u;
+  return (double)(seed >> 40) / (double)(1 << 24);
+}
+double normal() { return sqrt(-2 * log(uniform() + 1e-9)) * cos(6.283185307179586 * uniform()); }
+
+double half_value(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  const double value = exponent ? ldexp(1024 + mantissa, exponent - 25) : ldexp(mantissa, -24);
+  return bits & 0x8000 ? -value : value;
+}
+
+// To nearest among finite values; the inputs of these tests are far from the ends of the range.
+uint16_t half_bits(double value) {
+  const double size = fabs(value);
+  int low = 0, high = 0x7bff;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    half_value((uint16_t)middle) <= size ? low = middle : high = middle - 1;
+  }
+  if (low < 0x7bff && half_value((uint16_t)(low + 1)) - size < size - half_value((uint16_t)low)) ++low;
+  return (uint16_t)(low | (value < 0 ? 0x8000 : 0));
+}
+
+// A series in both forms: what the kernel gets, and the values in double.
+struct Input {
+  Array<float> single;
+  Array<uint16_t> half;
+  std::vector<double> value;
+  bool is_half;
+
+  Input(int64_t count, bool half_form, double mean)
+      : single(half_form ? 0 : count), half(half_form ? count : 0), value((size_t)count), is_half(half_form) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (is_half) {
+        half[i] = half_bits(mean + normal());
+        value[(size_t)i] = half_value(half[i]);
+      } else {
+        single[i] = (float)(mean + normal());
+        value[(size_t)i] = single[i];
+      }
+    }
+  }
+  const void* get() { return is_half ? (const void*)half.data.get() : (const void*)single.data.get(); }
+};
+
+double softplus(double x) { return x > 20 ? x : log1p(exp(x)); }
+double sigmoid(double x) { return 1 / (1 + exp(-x)); }
+
+void compare(const std::string& name, Array<float>& got, const std::vector<double>& want, double bound) {
+  double largest = 1e-30, error = 0;
+  for (double x : want) largest = fmax(largest, fabs(x));
+  for (int64_t i = 0; i < got.count; ++i) {
+    const double difference = fabs(got[i] - want[(size_t)i]);
+    if (!(difference <= error)) error = difference;
+  }
+  if (!(error <= bound * largest)) fail(name, error / largest, bound);
+}
+
+// --- the scan -------------------------------------------------------------------------------------------------------
+
+struct Case {
+  int64_t batch, time, channel, state, group;
+  bool half, gated, stateful, reverse, with_softplus;
+};
+
+void test_scan(const Case& c) {
+  char name[200];
+  snprintf(name, sizeof name, "scan b%d t%d c%d n%d g%d%s%s%s%s%s", (int)c.batch, (int)c.time, (int)c.channel,
+           (int)c.state, (int)c.group, c.half ? " half" : "", c.gated ? " gated" : "", c.stateful ? " stateful" : "",
+           c.reverse ? " reverse" : "", c.with_softplus ? " softplus" : "");
+  const int64_t series = c.batch * c.time * c.channel, projection = c.batch * c.time * c.group * c.state;
+  const int64_t states = c.batch * c.channel * c.state, columns = c.channel * c.state;
+  Input u(series, c.half, 0), delta(series, c.half, c.with_softplus ? -2 : 0), B(projection, c.half, 0);
+  Input C(projection, c.half, 0), z(c.gated ? series : 0, c.half, 0);
+  if (!c.with_softplus) {
+    // Steps without softplus are positive in use; negative ones would grow without end.
+    for (int64_t i = 0; i < series; ++i) {
+      delta.value[(size_t)i] = fabs(delta.value[(size_t)i]);
+      if (c.half) delta.half[i] &= 0x7fff;
+      if (!c.half) delta.single[i] = fabsf(delta.single[i]);
+    }
+  }
+  Array<float> A(columns), D(c.channel), bias(c.channel), initial(c.stateful ? states : 0);
+  for (int64_t i = 0; i < columns; ++i) A[i] = -(float)(1 + i % c.state % 16) * (float)(1 + 0.01 * uniform());
+  for (int64_t i = 0; i < c.channel; ++i) D[i] = (float)normal(), bias[i] = (float)(0.1 * uniform());
+  for (int64_t i = 0; i < initial.count; ++i) initial[i] = (float)normal();
+  Array<float> y(c.half ? 0 : series), last(c.stateful ? states : 0);
+  Array<uint16_t> y_half(c.half ? series : 0);
+
+  hcmen_scan scan = {};
+  scan.batch = c.batch, scan.time = c.time, scan.channel = c.channel, scan.state = c.state, scan.group = c.group;
+  scan.dtype = c.half ? HCMEN_FLOAT16 : HCMEN_FLOAT32;
+  scan.delta_softplus = c.with_softplus, scan.reverse = c.reverse;
+  scan.u = u.get(), scan.delta = delta.get(), scan.A = A.data.get(), scan.B = B.get(), scan.C = C.get();
+  scan.D = D.data.get(), scan.delta_bias = bias.data.get(), scan.z = c.gated ? z.get() : nullptr;
+  scan.initial_state = c.stateful ? initial.data.get() : nullptr;
+  scan.y = c.half ? (void*)y_half.data.get() : (void*)y.data.get();
+  scan.last_state = c.stateful ? last.data.get() : nullptr;
+  if (hcmen_selective_scan_forward(&scan, 3) != HCMEN_OK) return fail(std::string(name) + " forward", 1, 0);
+
+  // The definition, and its gradient by hand, in double. h[k] is the state before the step of rank k.
+  std::vector<double> want_y(series), want_last(states), dy(series), dlast(states);
+  std::vector<double> du(series), ddelta(series), dz(c.gated ? series : 0), dB(projection), dC(projection);
+  std::vector<double> dA(columns), dD(c.channel), dbias(c.channel), dinitial(states);
+  Array<float> dy_in(series), dlast_in(states);
+  for (int64_t i = 0; i < series; ++i) dy[(size_t)i] = dy_in[i] = (float)normal();
+  for (int64_t i = 0; i < states; ++i) dlast[(size_t)i] = dlast_in[i] = (float)normal();
+  std::vector<double> h((size_t)((c.time + 1) * c.state));
+  for (int64_t b = 0; b < c.batch; ++b) {
+    for (int64_t i = 0; i < c.channel; ++i) {
+      const int64_t group = i / (c.channel / c.group);
+      std::vector<double> steps(c.time), ungated(c.time);
+      for (int64_t n = 0; n < c.state; ++n) h[n] = c.stateful ? initial[(b * c.channel + i) * c.state + n] : 0;
+      for (int64_t k = 0; k < c.time; ++k) {
+        const int64_t t = c.reverse ? c.time - 1 - k : k;
+        const int64_t at = (b * c.time + t) * c.channel + i, row = ((b * c.time + t) * c.group + group) * c.state;
+        double d = delta.value[at] + bias[i];
+        if (c.with_softplus) d = softplus(d);
+        steps[k] = d;
+        double sum = D[i] * u.value[at];
+        for (int64_t n = 0; n < c.state; ++n) {
+          double& next = h[(k + 1) * c.state + n];
+          next = exp(d * A[i * c.state + n]) * h[k * c.state + n] + d * B.value[row + n] * u.value[at];
+          sum += C.value[row + n] * next;
+        }
+        ungated[k] = sum;
+        want_y[at] = c.gated ? sum * z.value[at] * sigmoid(z.value[at]) : sum;
+      }
+      std::vector<double> g(c.state);
+      for (int64_t n = 0; n < c.state; ++n) {
+        want_last[(b * c.channel + i) * c.state + n] = h[c.time * c.state + n];
+        g[n] = dlast[(b * c.channel + i) * c.state + n];
+      }
+      for (int64_t k = c.time - 1; k >= 0; --k) {
+        const int64_t t = c.reverse ? c.time - 1 - k : k;
+        const int64_t at = (b * c.time + t) * c.channel + i, row = ((b * c.time + t) * c.group + group) * c.state;
+        double s = dy[at];
+        if (c.gated) {
+          const double zt = z.value[at], gate = sigmoid(zt);
+          dz[at] = s * ungated[k] * gate * (1 + zt * (1 - gate));
+          s *= zt * gate;
+        }
+        double dd = 0;
+        du[at] = D[i] * s;
+        dD[i] += s * u.value[at];
+        for (int64_t n = 0; n < c.state; ++n) {
+          const double a = A[i * c.state + n], decay = exp(steps[k] * a), before = h[k * c.state + n];
+          const double own = C.value[row + n] * s + g[n];
+          dC[row + n] += s * h[(k + 1) * c.state + n];
+          dB[row + n] += own * steps[k] * u.value[at];
+          du[at] += own * steps[k] * B.value[row + n];
+          dd += own * (a * decay * before + B.value[row + n] * u.value[at]);
+          dA[i * c.state + n] += own * steps[k] * decay * before;
+          g[n] = own * decay;
+        }
+        ddelta[at] = dd * (c.with_softplus ? sigmoid(delta.value[at] + bias[i]) : 1);
+        dbias[i] += ddelta[at];
+      }
+      for (int64_t n = 0; n < c.state; ++n) dinitial[(b * c.channel + i) * c.state + n] = g[n];
+    }
+  }
+  if (c.half) {
+    for (int64_t i = 0; i < series; ++i) {
+      const double got = half_value(y_half[i]), error = fabs(got - want_y[i]);
+      if (!(error <= 1e-4 + 1e-3 * fabs(want_y[i])) && fabs(want_y[i]) < 65504) {
+        fail(std::string(name) + " y", got, want_y[i]);
+        break;
+      }
+    }
+    return;
+  }
+  compare(std::string(name) + " y", y, want_y, 1e-6);
+  if (c.stateful) compare(std::string(name) + " last_state", last, want_last, 1e-6);
+
+  scan.y = nullptr, scan.last_state = nullptr;
+  Array<float> got_u(series), got_delta(series), got_A(columns), got_B(projection), got_C(projection), got_D(c.channel);
+  Array<float> got_bias(c.channel), got_z(c.gated ? series : 0), got_initial(states);
+  hcmen_scan_grad grad = {};
+  grad.dy = dy_in.data.get(), grad.dlast_state = dlast_in.data.get();
+  grad.du = got_u.data.get(), grad.ddelta = got_delta.data.get(), grad.dA = got_A.data.get();
+  grad.dB = got_B.data.get(), grad.dC = got_C.data.get(), grad.dD = got_D.data.get();
+  grad.ddelta_bias = got_bias.data.get(), grad.dz = c.gated ? got_z.data.get() : nullptr;
+  grad.dinitial_state = got_initial.data.get();
+  for (int threads : {1, 3}) {
+    if (hcmen_selective_scan_backward(&scan, &grad, threads) != HCMEN_OK) {
+      return fail(std::string(name) + " backward", 1, 0);
+    }
+    const std::string prefix = std::string(name) + " threads " + std::to_string(threads);
+    compare(prefix + " du", got_u, du, 4e-6);
+    compare(prefix + " ddelta", got_delta, ddelta, 4e-6);
+    compare(prefix + " dA", got_A, dA, 4e-6);
+    compare(prefix + " dB", got_B, dB, 4e-6);
+    compare(prefix + " dC", got_C, dC, 4e-6);
+    compare(prefix + " dD", got_D, dD, 4e-6);
+    compare(prefix + " ddelta_bias", got_bias, dbias, 4e-6);
+    compare(prefix + " dz", got_z, dz, 4e-6);
+    compare(prefix + " dinitial_state", got_initial, dinitial, 4e-6);
+  }
+}
+
+// --- the convolution ------------------------------------------------------------------------------------------------
+
+void test_conv(int64_t batch, int64_t time, int64_t channel, int64_t width, bool half, bool silu, bool reverse) {
+  char name[120];
+  snprintf(name, sizeof name, "conv b%d t%d c%d w%d%s%s%s", (int)batch, (int)time, (int)channel, (int)width,
+           half ? " half" : "", silu ? " silu" : "", reverse ? " reverse" : "");
+  const int64_t series = batch * time * channel;
+  Input x(series, half, 0);
+  Array<float> weight(channel * width), bias(channel), y(half ? 0 : series), dy_in(series);
+  Array<uint16_t> y_half(half ? series : 0);
+  for (int64_t i = 0; i < weight.count; ++i) weight[i] = (float)normal();
+  for (int64_t i = 0; i < channel; ++i) bias[i] = (float)normal();
+  for (int64_t i = 0; i < series; ++i) dy_in[i] = (float)normal();
+  hcmen_conv conv = {};
+  conv.batch = batch, conv.time = time, conv.channel = channel, conv.width = width;
+  conv.dtype = half ? HCMEN_FLOAT16 : HCMEN_FLOAT32, conv.silu = silu, conv.reverse = reverse;
+  conv.x = x.get(), conv.weight = weight.data.get(), conv.bias = bias.data.get();
+  conv.y = half ? (void*)y_half.data.get() : (void*)y.data.get();
+  if (hcmen_causal_conv1d_forward(&conv, 3) != HCMEN_OK) return fail(std::string(name) + " forward", 1, 0);
+
+  std::vector<double> want(series), dx(series), dweight(channel * width), dbias(channel);
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t t = 0; t < time; ++t) {
+      for (int64_t i = 0; i < channel; ++i) {
+        const auto source = [&](int64_t k) {
+          const int64_t from = reverse ? t + (width - 1) - k : t - (width - 1) + k;
+          return from < 0 || from >= time ? (int64_t)-1 : (b * time + from) * channel + i;
+        };
+        const int64_t at = (b * time + t) * channel + i;
+        double p = bias[i];
+        for (int64_t k = 0; k < width; ++k) {
+          if (source(k) >= 0) p += weight[i * width + k] * x.value[source(k)];
+        }
+        want[at] = silu ? p * sigmoid(p) : p;
+        const double dp = dy_in[at] * (silu ? sigmoid(p) * (1 + p * (1 - sigmoid(p))) : 1);
+        dbias[i] += dp;
+        for (int64_t k = 0; k < width; ++k) {
+          if (source(k) < 0) continue;
+          dweight[i * width + k] += dp * x.value[source(k)];
+          dx[source(k)] += dp * weight[i * width + k];
+        }
+      }
+    }
+  }
+  if (half) {
+    for (int64_t i = 0; i < series; ++i) {
+      const double got = half_value(y_half[i]);
+      if (!(fabs(got - want[i]) <= 1e-4 + 1e-3 * fabs(want[i]))) return fail(std::string(name) + " y", got, want[i]);
+    }
+    return;
+  }
+  compare(std::string(name) + " y", y, want, 2e-6);
+  conv.y = nullptr;
+  Array<float> got_x(series), got_weight(channel * width), got_bias(channel);
+  const hcmen_conv_grad grad = {dy_in.data.get(), got_x.data.get(), got_weight.data.get(), got_bias.data.get()};
+  for (int threads : {1, 3}) {
+    if (hcmen_causal_conv1d_backward(&conv, &grad, threads) != HCMEN_OK) {
+      return fail(std::string(name) + " backward", 1, 0);
+    }
+    compare(std::string(name) + " dx", got_x, dx, 2e-6);
+    compare(std::string(name) + " dweight", got_weight, dweight, 2e-6);
+    compare(std::string(name) + " dbias", got_bias, dbias, 2e-6);
+  }
+}
+
+void test_grid() {
+  int variety = 0;
+  for (const Case& size : std::vector<Case>{
+           {1, 1, 1, 1, 1, 0, 0, 0, 0, 0},
+           {3, 2, 15, 4, 3, 0, 0, 0, 0, 0},
+           {1, 7, 16, 12, 2, 0, 0, 0, 0, 0},
+           {3, 33, 17, 16, 1, 0, 0, 0, 0, 0},
+           {1, 70, 130, 17, 1, 0, 0, 0, 0, 0},
+           {2, 16, 20, 64, 5, 0, 0, 0, 0, 0},
+           {1, 500, 40, 5, 1, 0, 0, 0, 0, 0},
+           {9, 65, 70, 3, 1, 0, 0, 0, 0, 0},
+           {1, 31, 512, 8, 2, 0, 0, 0, 0, 0},
+       }) {
+    for (int flags = 0; flags < 32; ++flags) {
+      // Each size meets half of the combinations, each combination half of the sizes.
+      if ((flags + variety++) % 2) continue;
+      Case c = size;
+      c.half = flags & 1, c.gated = flags & 2, c.stateful = flags & 4, c.reverse = flags & 8;
+      c.with_softplus = flags & 16;
+      test_scan(c);
+    }
+    ++variety;
+  }
+  for (int64_t width : {1, 2, 3, 4, 7}) {
+    for (int flags = 0; flags < 8; ++flags) {
+      for (const auto& [batch, time, channel] :
+           std::vector<std::tuple<int64_t, int64_t, int64_t>>{{1, 1, 1}, {3, 2, 15}, {1, 7, 16}, {2, 50, 17}, {1, 40, 131}}) {
+        test_conv(batch, time, channel, width, flags & 1, flags & 2, flags & 4);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const std::string mode = count > 1 ? arguments[1] : "";
+  if (hcmen_ops_problem()) {
+    printf("%s\n", hcmen_ops_problem());
+    return 100;
+  }
+  printf("instruction set: %s\n", hcmen_ops_isa());
+  if (mode == "grid") {
+    test_grid();
+  } else if (mode == "ulp") {
+    const long long stride = count > 2 ? atoll(arguments[2]) : 997;
+    if (stride < 1) return 100;
+    test_functions(stride);
+  } else {
+    printf("usage: hcmen_ops_test grid | ulp [stride]\n");
+    return 100;
+  }
+  printf("%d failures\n", failures);
+  return failures < 100 ? failures : 100;
+}
