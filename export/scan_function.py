@@ -339,31 +339,33 @@ def _scan_over_time(body: _Body, first: str, steps: str, driven: str, B: str, C:
         The state after the last step scanned [b, g, h, n], and the outputs [b, t, g, h, 1].
     """
     nodes = [
-        helper.make_node("Mul", ["step", A], ["step_A"]),
+        helper.make_node("Mul", ["step", "A"], ["step_A"]),
         helper.make_node("Exp", ["step_A"], ["decay"]),
         helper.make_node("Mul", ["decay", "state"], ["kept"]),
         helper.make_node("Mul", ["driven", "B_step"], ["added"]),
         helper.make_node("Add", ["kept", "added"], ["next_state"]),
         helper.make_node("MatMul", ["next_state", "C_step"], ["y_step"]),
+        # A goes along as a state that never changes: OpenVINO's importer takes no value of the outer graph in a Scan.
+        helper.make_node("Identity", ["A"], ["same_A"]),
     ]
 
     # Runtimes want the rank of what a Scan carries, and a model may know no shapes.
     def value(name: str) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * 4)
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * (3 if name.endswith("A") else 4))
 
     step = helper.make_graph(
         nodes,
         "selective_scan_step",
-        [value(name) for name in ("state", "step", "driven", "B_step", "C_step")],
-        [value("next_state"), value("y_step")],
+        [value(name) for name in ("state", "A", "step", "driven", "B_step", "C_step")],
+        [value(name) for name in ("next_state", "same_A", "y_step")],
     )
-    last, y = body.fresh("final_state"), body.fresh("outputs")
+    last, same_A, y = body.fresh("final_state"), body.fresh("same_A"), body.fresh("outputs")
     # Axes counted from the front: TensorRT's importer misreads negative ones.
     body.nodes.append(
         helper.make_node(
             "Scan",
-            [first, steps, driven, B, C],
-            [last, y],
+            [first, A, steps, driven, B, C],
+            [last, same_A, y],
             body=step,
             num_scan_inputs=4,
             scan_input_axes=[1] * 4,
@@ -395,17 +397,19 @@ def _conv_function(opset: int, *, activation: str) -> FunctionProto:
     """A depthwise Conv between two transposes; group and pads come from the node."""
     body = _Body()
     x, weight, bias = (body.float32(name) for name in CONV_INPUTS)
-    # Conv slides its kernel forward: tap k, or tap width - 1 - k if reverse; both are |reverse * (width - 1) - k|.
+    # Conv slides its kernel forward: it takes tap k, or tap width - 1 - k if reverse.
     reverse = body.fresh("reverse")
     body.nodes.append(helper.make_node("Constant", [], [reverse]))
     body.nodes[-1].attribute.append(AttributeProto(name="value_int", ref_attr_name="reverse", type=AttributeProto.INT))
-    zero, one = (
-        body.op("Constant", name="scalar", value=helper.make_tensor("", TensorProto.INT64, [], [v])) for v in (0, 1)
+    zero, one, two = (
+        body.op("Constant", name="scalar", value=helper.make_tensor("", TensorProto.INT64, [], [v])) for v in (0, 1, 2)
     )
     width = body.op("Gather", body.op("Shape", "weight", name="weight_shape"), one, name="width")
-    far = body.op("Mul", reverse, body.op("Sub", width, one, name="width_less_1"), name="far")
-    taps = body.op("Abs", body.op("Sub", far, body.op("Range", zero, width, one), name="mirrored"), name="taps")
-    kernel = body.op("Unsqueeze", body.op("Gather", weight, taps, axis=1, name="turned"), body.ints(1), name="kernel")
+    first = body.op("Mul", reverse, body.op("Sub", width, one, name="last_tap"), name="first_tap")
+    stride = body.op("Sub", one, body.op("Mul", two, reverse, name="twice"), name="stride")
+    steps = body.op("Mul", stride, body.op("Range", zero, width, one), name="steps")
+    taps = body.op("Add", first, steps, name="taps")
+    kernel = body.op("Unsqueeze", body.op("Gather", weight, taps, axis=1, name="mirrored"), body.ints(1), name="kernel")
     series = body.op("Transpose", x, perm=[0, 2, 1], name="series")
     series = body.op("Conv", series, kernel, bias, name="convolved")
     body.bind("group", AttributeProto.INT)
