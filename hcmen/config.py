@@ -223,9 +223,9 @@ def _presets() -> dict[str, Preset]:
         sims, text=FeatureConfig(768, 50), audio=FeatureConfig(25, 925), vision=FeatureConfig(177, 232), tokens=50
     )
     tiny = ModelConfig(
-        FeatureConfig(32, 24),
-        FeatureConfig(5, 60),
-        FeatureConfig(20, 48),
+        FeatureConfig(32, 20),
+        FeatureConfig(5, 40),
+        FeatureConfig(20, 32),
         width=32,
         tokens=8,
         states=8,
@@ -240,7 +240,12 @@ def _presets() -> dict[str, Preset]:
             Preset("mosei", "CMU-MOSEI, unaligned_50", mosei, sibling_training),
             Preset("sims", "CH-SIMS, unaligned_39", sims, sibling_training),
             Preset("simsv2", "CH-SIMS v2(s)", simsv2, sibling_training),
-            Preset("tiny", "the synthetic demo: seconds per epoch on two cores", tiny),
+            Preset(
+                "tiny",
+                "the synthetic demo: seconds per epoch on two cores",
+                tiny,
+                TrainConfig(epochs=24, learning_rate=2e-3),
+            ),
         )
     }
 

@@ -50,10 +50,10 @@ Array = npt.NDArray[np.float64]
 Words = npt.NDArray[np.int64]
 
 # How far each modality's copy of z strays (standard deviation).
-_NOISE = {"text": 0.12, "audio": 0.25, "vision": 0.45}
-_FLIP_PROBABILITY = 0.25
+_NOISE = {"text": 0.12, "audio": 0.42, "vision": 0.8}
+_FLIP_PROBABILITY = {"text": 0.25, "audio": 0.15, "vision": 0.0}
 _HALF_PROBABILITY = 0.5
-_SARCASM_PROBABILITY = 0.4
+_SARCASM_PROBABILITY = 0.25
 
 _CLS, _SEP, _FIRST_WORD = 101, 102, 1000
 # fmt: off
@@ -150,8 +150,8 @@ def _make_split(
 
     words, text_lengths = _make_words(config.text.max_steps, world, seen["text"], generator)
     text = world.word_vectors[words] + 0.5 * generator.standard_normal((*words.shape, config.text.features))
-    audio, audio_lengths = _make_frames("audio", config, world, seen["audio"], generator, cue=True)
-    vision, vision_lengths = _make_frames("vision", config, world, seen["vision"], generator, cue=False)
+    audio, audio_lengths = _make_frames("audio", config, world, seen["audio"], generator)
+    vision, vision_lengths = _make_frames("vision", config, world, seen["vision"], generator)
 
     labels = np.float32(z * config.label_max)
     real = np.arange(words.shape[1]) < text_lengths[:, None]
@@ -221,7 +221,7 @@ def _make_words(steps: int, world: _World, seen: Array, generator: np.random.Gen
     draws = generator.random((count, steps))
     words = np.minimum((draws[:, :, None] > edges[:, None]).sum(axis=2), len(_FILLERS) - 1)
 
-    flipped = generator.random(count) < _FLIP_PROBABILITY
+    flipped = generator.random(count) < _FLIP_PROBABILITY["text"]
     halved = (np.abs(seen) <= 0.5) & (generator.random(count) < _HALF_PROBABILITY)
     words[:, 1] = np.where(flipped, _SUPPOSEDLY, _TRULY)
     words[:, 2] = np.where(halved, _SLIGHTLY, _VERY)
@@ -238,7 +238,7 @@ def _make_words(steps: int, world: _World, seen: Array, generator: np.random.Gen
 
 
 def _make_frames(
-    m: str, config: ModelConfig, world: _World, seen: Array, generator: np.random.Generator, *, cue: bool
+    m: str, config: ModelConfig, world: _World, seen: Array, generator: np.random.Generator
 ) -> tuple[Array, Words]:
     """Audio or vision features [samples, steps, features] and lengths."""
     steps, features, count = config.modality(m).max_steps, config.modality(m).features, len(seen)
@@ -251,9 +251,9 @@ def _make_frames(
     level = 0.25 * seen + 0.4 * generator.standard_normal(count)
     x += level[:, None, None] * level_direction
 
-    flipped = generator.random(count) < _FLIP_PROBABILITY if cue else np.zeros(count, dtype=np.bool_)
+    flipped = generator.random(count) < _FLIP_PROBABILITY[m]
     contour = np.array([1.0, 1.0, -1.0, -1.0])
-    if cue:
+    if _FLIP_PROBABILITY[m]:
         x[:, 1:5] += np.where(flipped, -1.5, 1.5)[:, None, None] * contour[:, None] * cue_direction
 
     first = max(6, steps // 5)

@@ -46,6 +46,9 @@ def load_pickle(path: Path) -> Any:
     """
     try:
         with open(path, "rb") as file:
+            if file.read(4) == b"PK\x03\x04":
+                raise CorruptFileError(f"{path}: a zip archive, expected a pickle of MMSA's layout: unpack it first")
+            file.seek(0)
             return _unwrap(_Reader(file, path).load())
     except OSError as error:
         raise InputError(
