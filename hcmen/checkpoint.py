@@ -29,7 +29,15 @@ from hcmen.config import ModelConfig, TrainConfig
 from hcmen.errors import CorruptFileError, InputError
 from hcmen.model import HCMEN
 
-__all__ = ["load_checkpoint", "load_state", "save_checkpoint", "save_state", "write_whole"]
+__all__ = [
+    "load_checkpoint",
+    "load_state",
+    "save_checkpoint",
+    "save_state",
+    "versions",
+    "write_json",
+    "write_whole",
+]
 
 SCHEMA_VERSION = 1
 CHECKPOINT, CONFIG, STATE = "checkpoint.safetensors", "config.json", "last.safetensors"
@@ -142,6 +150,8 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         # The Python API that loads from bytes does not give the header's metadata; it is JSON after a length.
         size = int.from_bytes(content[:8], "little")
         state = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["state"])
+        if state["schema_version"] != SCHEMA_VERSION or not {"model", "train", "run", "history"} <= state.keys():
+            raise ValueError("the state is of another version of hcmen")
     except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise CorruptFileError(
             f"{path}: truncated, damaged or not written by hcmen-train: start over with --force"

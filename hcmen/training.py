@@ -38,7 +38,7 @@ from hcmen.losses import AlignmentLoss, task_loss
 from hcmen.modalities import MODALITIES
 from hcmen.model import HCMEN, Outputs
 
-__all__ = ["Trainer", "feature_statistics", "learning_rate_at"]
+__all__ = ["Progress", "Trainer", "feature_statistics", "learning_rate_at"]
 
 LOG = "log.jsonl"
 

@@ -152,14 +152,14 @@ def test_sentiment_lies_in_order_and_far_context() -> None:
     assert all("good" not in s.split()[:3] and "bad" not in s.split()[:3] for s in sentences)
 
 
-def test_sarcasm_is_settled_by_the_other_modalities() -> None:
-    """Where the text says the opposite, its best reader is misled, and only negative samples are like that."""
+def test_sarcasm_misleads_the_text_of_negative_samples_only() -> None:
+    """Who reads the text well takes some negative samples for positive ones; audio and vision can tell."""
     split = make_synthetic(TINY, (3000, 1, 1))["train"]
     truth = split["regression_labels"]
     said = np.array([reading(s) for s in split["raw_text"]])
     misled = (np.abs(truth) > 1.0) & (np.sign(said) != np.sign(truth))
-    assert (misled & (truth < 0)).sum() > 0.1 * len(truth)
-    assert (misled & (truth > 0)).sum() < 0.02 * len(truth)
+    assert (misled & (truth < 0)).sum() > 0.05 * len(truth)
+    assert (misled & (truth > 0)).sum() < 0.01 * len(truth)
 
 
 def test_a_linear_model_sees_little() -> None:
