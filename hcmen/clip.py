@@ -309,7 +309,7 @@ def _read_header(
                 shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream, max_header_size=_MAX_HEADER_BYTES)
             else:
                 raise ValueError(f".npy version {version[0]}.{version[1]}")
-        except (*_ZIP_ERRORS, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
             # numpy explains allow_pickle and its limits at length here; the first sentence says enough.
             reason = _reason(error).partition(". ")[0]
             raise CorruptFileError(
