@@ -2,6 +2,7 @@
 
     python tests/ort_cases.py malformed --library libhcmen_ops.so     one JSON line for each case
     python tests/ort_cases.py fuzz --library libhcmen_ops.so --seed 0 --count 400
+    python tests/ort_cases.py grid --library libhcmen_ops.so          awkward sizes, all right
 
 A crash ends this process and not the tests. No torch here, so that the same runs work under AddressSanitizer
 (tests/ort_asan.sh) and in old environments.
@@ -10,6 +11,7 @@ A crash ends this process and not the tests. No torch here, so that the same run
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,19 +30,25 @@ Feeds = dict[str, np.ndarray]
 BATCH, TIME, CHANNEL, STATE = 2, 5, 12, 4
 
 
-def scan_shapes() -> dict[str, tuple[int, ...]]:
-    series, projection = (BATCH, TIME, CHANNEL), (BATCH, TIME, STATE)
-    return {
+def scan_shapes(
+    batch: int, time: int, channel: int, state: int, group: int | None, gated: int, stateful: int
+) -> dict[str, tuple[int, ...]]:
+    series = (batch, time, channel)
+    projection = (batch, time, state) if group is None else (batch, time, group, state)
+    shapes = {
         "u": series,
         "delta": series,
-        "A": (CHANNEL, STATE),
+        "A": (channel, state),
         "B": projection,
         "C": projection,
-        "D": (CHANNEL,),
-        "delta_bias": (CHANNEL,),
-        "z": series,
-        "initial_state": (BATCH, CHANNEL, STATE),
+        "D": (channel,),
+        "delta_bias": (channel,),
     }
+    if gated:
+        shapes["z"] = series
+    if stateful:
+        shapes["initial_state"] = (batch, channel, state)
+    return shapes
 
 
 def conv_shapes() -> dict[str, tuple[int, ...]]:
@@ -82,7 +90,10 @@ class Case:
 
 
 def scan(*says: str, edit: Any = None, dtypes: Any = None, gated: Any = 1, stateful: Any = 1, **changes: Any) -> Case:
-    shapes = {**scan_shapes(), **{k: v for k, v in changes.items() if isinstance(v, tuple)}}
+    shapes = {
+        **scan_shapes(BATCH, TIME, CHANNEL, STATE, None, 1, 1),
+        **{k: v for k, v in changes.items() if isinstance(v, tuple)},
+    }
     attributes = {"gated": gated, "stateful": stateful, "delta_softplus": 1, "reverse": 0}
     attributes.update({k: v for k, v in changes.items() if not isinstance(v, tuple)})
     if gated == 0:
@@ -236,6 +247,7 @@ def session(model: onnx.ModelProto, library: Path, threads: int = 2) -> ort.Infe
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
+    options.enable_cpu_mem_arena = False  # outputs straight from malloc, where AddressSanitizer sees their ends
     options.register_custom_ops_library(str(library))
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
@@ -271,12 +283,7 @@ def fuzz(library: Path, seed: int, count: int) -> dict[str, int]:
         key = (gated, stateful, softplus, reverse, half)
         if key not in sessions:
             sessions[key] = session(base.model(), library)
-        feeds = {
-            name: np.asarray(rng.normal(size=shape), shared.get(name, "float32")) for name, shape in base.shapes.items()
-        }
-        feeds["A"] = np.asarray(-np.abs(feeds["A"]))
-        if not softplus:
-            feeds.update({name: np.asarray(np.abs(feeds[name])) for name in ("delta", "delta_bias")})
+        feeds = _random_feeds(rng, base, softplus)
         try:
             got = sessions[key].run(None, feeds)
         except Exception as error:
@@ -284,36 +291,72 @@ def fuzz(library: Path, seed: int, count: int) -> dict[str, int]:
                 raise
             outcome["errors"] += 1
             continue
-        want = selective_scan_numpy(**feeds, delta_softplus=bool(softplus), reverse=bool(reverse))
-        for g, w in zip(got, want, strict=False):
-            bound = 1e-3 if half else 1e-6
-            assert g.shape == w.shape, (g.shape, w.shape)
-            worst = np.abs(g - w).max()
-            assert worst <= bound * max(1.0, np.abs(w).max()), (base, worst)
+        _expect_right(got, base, feeds)
         outcome["right"] += 1
     return outcome
+
+
+def grid(library: Path) -> dict[str, int]:
+    """Awkward sizes, the switches going round; every node must give the right numbers."""
+    rng = np.random.default_rng(0)
+    right = 0
+    sizes = list(itertools.product((1, 3), (1, 2, 7, 70), (1, 15, 16, 17, 130), (1, 4, 12, 16, 17, 64)))
+    for i, (batch, time, channel, state) in enumerate(sizes):
+        gated, stateful, softplus, reverse = (i * 7 // 2**bit % 2 for bit in range(4))
+        dtype = "float16" if i % 5 == 0 else "float32"
+        shared = dict.fromkeys(("u", "delta", "B", "C", "z"), dtype)
+        shapes = scan_shapes(batch, time, channel, state, 2 if channel % 2 == 0 and i % 3 else None, gated, stateful)
+        switches = {"gated": gated, "stateful": stateful, "delta_softplus": softplus, "reverse": reverse}
+        case = Case("SelectiveScan", (), shapes, shared, switches)
+        feeds = _random_feeds(rng, case, softplus)
+        _expect_right(session(case.model(), library, 1 + i % 2).run(None, feeds), case, feeds)
+        right += 1
+    for channel, width, reverse in itertools.product((1, 15, 16, 17, 130), (1, 2, 4, 9), (0, 1)):
+        shapes = {"x": (2, 7, channel), "weight": (channel, width), "bias": (channel,)}
+        dtype = "float16" if (channel + width) % 2 else "float32"
+        case = Case("CausalConv1d", (), shapes, {"x": dtype}, {"activation": "none", "reverse": reverse})
+        feeds = {
+            name: rng.normal(size=shape).astype(case.dtypes.get(name, "float32")) for name, shape in shapes.items()
+        }
+        (got,) = session(case.model(), library).run(None, feeds)
+        x, weight, bias = (feeds[name].astype(np.float64) for name in shapes)
+        x, weight = (x[:, ::-1], weight) if reverse else (x, weight)
+        padded = np.pad(x, ((0, 0), (width - 1, 0), (0, 0)))
+        want = bias + sum(padded[:, k : k + 7] * weight[:, k] for k in range(width))
+        want = want[:, ::-1] if reverse else want
+        assert np.abs(got - want).max() <= (4e-3 if dtype == "float16" else 2e-6) * max(1.0, np.abs(want).max())
+        right += 1
+    return {"right": right}
+
+
+def _random_feeds(rng: np.random.Generator, case: Case, softplus: int) -> Feeds:
+    feeds = {
+        name: np.asarray(rng.normal(size=shape), case.dtypes.get(name, "float32"))
+        for name, shape in case.shapes.items()
+    }
+    feeds["A"] = np.asarray(-np.abs(feeds["A"]))
+    if not softplus:
+        feeds.update({name: np.asarray(np.abs(feeds[name])) for name in ("delta", "delta_bias")})
+    return feeds
+
+
+def _expect_right(got: list[np.ndarray], case: Case, feeds: Feeds) -> None:
+    switches = {name: bool(case.attributes[name]) for name in ("delta_softplus", "reverse")}
+    want = selective_scan_numpy(**feeds, **switches)
+    bound = 1e-3 if case.dtypes["u"] == "float16" else 1e-6
+    for g, w in zip(got, want, strict=False):
+        assert g.shape == w.shape, (g.shape, w.shape)
+        worst = np.abs(g - w).max()
+        assert worst <= bound * max(1.0, np.abs(w).max()), (case, worst)
 
 
 def _random_shapes(rng: np.random.Generator, gated: int, stateful: int) -> dict[str, tuple[int, ...]]:
     batch, time = int(rng.integers(1, 4)), int(rng.integers(1, 12))
     channel, state = int(rng.choice([1, 2, 6, 15, 16, 17, 33])), int(rng.choice([1, 3, 4, 12, 16, 17]))
-    series, projection = (batch, time, channel), (batch, time, state)
+    group = None
     if rng.random() < 0.4:
         group = int(rng.choice([g for g in range(1, channel + 1) if channel % g == 0]))
-        projection = (batch, time, group, state)
-    shapes = {
-        "u": series,
-        "delta": series,
-        "A": (channel, state),
-        "B": projection,
-        "C": projection,
-        "D": (channel,),
-        "delta_bias": (channel,),
-    }
-    if gated:
-        shapes["z"] = series
-    if stateful:
-        shapes["initial_state"] = (batch, channel, state)
+    shapes = scan_shapes(batch, time, channel, state, group, gated, stateful)
     for name, shape in shapes.items():
         kind = rng.random()
         if kind < 0.05 and shape:
@@ -326,13 +369,16 @@ def _random_shapes(rng: np.random.Generator, gated: int, stateful: int) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("what", choices=("malformed", "fuzz"))
+    parser.add_argument("what", choices=("malformed", "fuzz", "grid"))
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=400)
     arguments = parser.parse_args()
     if arguments.what == "fuzz":
         print(json.dumps(fuzz(arguments.library, arguments.seed, arguments.count)), flush=True)
+        return
+    if arguments.what == "grid":
+        print(json.dumps(grid(arguments.library)), flush=True)
         return
     for name, case in MALFORMED.items():
         stage, error = answer(case, arguments.library)
