@@ -4,8 +4,11 @@ onnxruntime is imported when the first backend is made and not before. Without t
 the right numbers, through the function of standard ops that every model carries, only many times slower; the backend
 then warns and `kernels` says so.
 
-A graph is loaded from memory that was verified, and its weights are given to ONNX Runtime as views of one verified
-buffer shared by all sessions (`SessionOptions.add_initializer`, which copies nothing). What was hashed is what runs.
+A graph is loaded from memory that was verified, and its weights are given to ONNX Runtime as arrays of one verified
+buffer (`SessionOptions.add_external_initializers`). No file is opened and no path of the graph's is followed: what was
+hashed is what runs. ONNX Runtime copies each weight once per session, and lets go of the copy where it packs the weight
+for a matrix product, which is most of them. The other way, `add_initializer`, copies nothing, but there constant
+folding reads the values from the file after all (seen in 1.17 and 1.20, on graphs with inlined functions).
 """
 
 from __future__ import annotations
@@ -35,18 +38,14 @@ FUNCTIONS = "functions"
 STANDARD = "standard"
 """The graph uses no hcmen op."""
 
-# Read by versions that check that external data exists before they look whether it was given; older ones ignore it.
-_EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
-
 
 class OrtSession:
     """One graph, ready to run. kernels: NATIVE, FUNCTIONS or STANDARD. Several threads may run it at once."""
 
-    def __init__(self, session: Any, kernels: str, where: str, keep: list[Any]):
+    def __init__(self, session: Any, kernels: str, where: str):
         self.kernels = kernels
         self._session = session
         self._where = where
-        self._keep = keep  # the weights that the session points into
         self._outputs = [o.name for o in session.get_outputs()]
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -85,15 +84,12 @@ class OrtBackend:
             except HcmenError as error:
                 self.library, self.library_problem = None, str(error)
 
-    def session(
-        self, model: bytes, weights: NDArray[np.uint8], weights_file: str, folder: Path, where: str
-    ) -> OrtSession:
+    def session(self, model: bytes, weights: NDArray[np.uint8], weights_file: str, where: str) -> OrtSession:
         """A session for one verified graph.
 
         Args:
-            model: the content of the .onnx file. weights: the content of the weights file, kept as it is by the caller.
-            weights_file: the name under which the graph knows the weights. folder: the bundle.
-            where: what to call the graph in messages.
+            model: the content of the .onnx file. weights: the content of the weights file.
+            weights_file: the name under which the graph knows the weights. where: what to call the graph in messages.
 
         Raises:
             CorruptFileError: the graph is damaged or reaches outside the bundle.
@@ -110,17 +106,13 @@ class OrtBackend:
                     stacklevel=2,
                 )
         options = self._options(self.library)
-        options.add_session_config_entry(_EXTERNAL_FOLDER, str(folder.absolute()))
-        keep: list[Any] = [weights]
         try:
-            for tensor in graph.external:
-                value = self._ort.OrtValue.ortvalue_from_numpy(tensor.view(weights))
-                options.add_initializer(tensor.name, value)
-                keep.append(value)
+            values = [self._ort.OrtValue.ortvalue_from_numpy(t.view(weights)) for t in graph.external]
+            options.add_external_initializers([t.name for t in graph.external], values)
             session = self._ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise _load_error(error, where, self.version) from error
-        return OrtSession(session, kernels, where, keep)
+        return OrtSession(session, kernels, where)
 
     def _options(self, library: Path | None) -> Any:
         """Session options; raises BackendError when ONNX Runtime refuses the kernel library."""

@@ -226,7 +226,6 @@ class Predictor:
                     self.bundle.read(record.graph).tobytes(),
                     self._weights,
                     manifest.weights.file,
-                    self.bundle.path,
                     where,
                 )
             return self._sessions[variant]
