@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from hcmen.errors import InputError
-from hcmen.export.one_node import conv_model, scan_model, selfcheck_model
+from hcmen.export.one_node import conv_model, scan_model, selfcheck_conv_model, selfcheck_model
 from hcmen.export.scan_function import add_functions, strip_functions
 from hcmen.runtime.library import library_path
 from hcmen.runtime.selfcheck import _model_path, selfcheck_inputs
@@ -418,8 +421,10 @@ def test_an_old_opset_and_an_unknown_body_are_refused():
         add_functions(model)
 
 
-def test_the_committed_model_is_the_one_the_script_writes():
-    assert _model_path().read_bytes() == selfcheck_model().SerializeToString(deterministic=True)
+def test_the_committed_models_are_those_the_script_writes():
+    written = _model_path().read_bytes(), _model_path().with_name("selfcheck_conv.onnx").read_bytes()
+    made = (m.SerializeToString(deterministic=True) for m in (selfcheck_model(), selfcheck_conv_model()))
+    assert written == tuple(made)
     feeds = selfcheck_inputs()
     assert_close(run(selfcheck_model(), feeds), oracle(feeds, True, False))
 
@@ -472,3 +477,14 @@ def test_a_traced_model_runs_with_and_without_the_library():
         model.float()
         for library in (False, True):
             assert_close(run(exported, {exported.graph.input[0].name: x.numpy()}, library=library), [want], 2e-6)
+
+
+def test_the_examples_of_the_specification_run(tmp_path):
+    """The Python of docs/op.md, block by block, each in a process of its own as a reader would."""
+    text = (Path(__file__).parent.parent / "docs" / "op.md").read_text()
+    blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    assert len(blocks) == 2
+    for block in blocks:
+        done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-1000:]
+    assert done.stdout == "(1, 100, 64)\n" * 2
