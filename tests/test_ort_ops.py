@@ -280,6 +280,26 @@ def test_two_sessions_and_many_threads():
         assert all(pool.map(work, list(want) * 6))
 
 
+def test_sessions_made_at_once_by_many_threads():
+    """In a fresh process, so that the first registrations meet."""
+    script = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+import onnxruntime as ort
+from hcmen.runtime.library import library_path
+from hcmen.runtime.selfcheck import _model_path, selfcheck_inputs
+library, model, feeds = str(library_path()), _model_path().read_bytes(), selfcheck_inputs()
+def work(_):
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(library)
+    return ort.InferenceSession(model, options).run(None, feeds)[0].tobytes()
+with ThreadPoolExecutor(8) as pool:
+    assert len(set(pool.map(work, range(48)))) == 1
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-1000:]
+
+
 def test_registering_twice_means_once():
     options = ort.SessionOptions()
     for _ in range(3):
