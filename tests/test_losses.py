@@ -136,18 +136,18 @@ def test_an_absent_target_drops_the_pair() -> None:
     corrupted = outputs(4, 1)
     pairs = [(corrupted.proxies[m], clean.tokens[m]) for m in ("audio", "vision")]
     expected = np.mean([info_nce_by_loops(pool(x), pool(y), np.eye(6), TEMPERATURE) for x, y in pairs])
-    assert float(AlignmentLoss(CONFIG).double()(clean, corrupted)) == pytest.approx(expected, rel=1e-10)
+    assert AlignmentLoss(CONFIG).double()(clean, corrupted).item() == pytest.approx(expected, rel=1e-10)
 
 
 def test_absent_samples_do_not_move_the_loss() -> None:
     clean, corrupted = outputs(5, 0), outputs(5, 1, PRESENT)
     loss = AlignmentLoss(CONFIG).double()
-    before = float(loss(clean, corrupted))
+    before = loss(clean, corrupted).item()
     with torch.no_grad():
         corrupted.tokens["audio"][3] += 7.0
         corrupted.tokens["audio"][4] -= 3.0
         corrupted.proxies["text"][3] *= -2.0
-    assert float(loss(clean, corrupted)) == before
+    assert loss(clean, corrupted).item() == before
 
 
 def test_gradients_reach_sources_and_forms_and_never_targets() -> None:
