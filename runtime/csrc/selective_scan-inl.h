@@ -20,6 +20,10 @@ constexpr int kTile = 8;
 constexpr int kTile = 4;
 #endif
 
+// Vectors left free between buffers that would else lie a multiple of 4096 bytes apart: stores to one would hold up
+// loads from the other.
+constexpr int kPadding = 1;
+
 constexpr int kBlockVectors = (int)(kBlockChannels / kLanes);
 
 // The next tile of `left` states: as even as can be, so that 17 goes 6, 6, 5 and not 8, 8, 1.
@@ -40,6 +44,14 @@ HCMEN_INLINE Rows<T> rows_of(Pointer* array, const hcmen_scan& s, int64_t batch,
   if (!array) return Rows<T>{nullptr, 0};
   const int64_t start = s.reverse ? s.time - 1 : 0;
   return Rows<T>{(T*)array + (batch * s.time + start) * width + offset, s.reverse ? -width : width};
+}
+
+// The block's part of a row that comes up one chunk later: rows lie too far apart for the hardware to see the pattern.
+template <class T>
+HCMEN_INLINE void prefetch_row(Rows<T> rows, int64_t step, int64_t time, int64_t count) {
+  if (!rows.first || step >= time) return;
+  const char* row = (const char*)(rows.first + step * rows.stride);
+  for (int64_t byte = 0; byte < count * (int64_t)sizeof(T); byte += 64) prefetch(row + byte);
 }
 
 HCMEN_INLINE int lanes_of(int64_t count, int v) {
@@ -98,7 +110,7 @@ HCMEN_INLINE Projection project(Rows<const Half> rows, int64_t step, int64_t ste
 
 // One chunk for one vector of channels and `size` states: y[k] += sum over the tile of C * h.
 template <int size, bool safe>
-static void scan_tile(int64_t steps, const F* a, F* state, const F* d, const F* du, F* y, Projection B, Projection C) {
+HCMEN_APART void scan_tile(int64_t steps, const F* a, F* state, const F* d, const F* du, F* y, Projection B, Projection C) {
   F h[size], rate[size];
 #pragma GCC unroll 8
   for (int s = 0; s < size; ++s) {
@@ -155,13 +167,14 @@ static int scan_forward_typed(const hcmen_scan& s, const ChannelBlock& block) {
   const int64_t chunk = s.time < kChunk ? s.time : kChunk;
   const bool widened = sizeof(T) != sizeof(float);
 
-  Scratch scratch(vectors * (2 * states + 3 * chunk), widened ? 2 * chunk * states : 0);
+  const int64_t room = chunk + kPadding, per_vector = vectors * states, per_chunk = vectors * room;
+  Scratch scratch(2 * per_vector + 3 * per_chunk, widened ? 2 * chunk * states : 0);
   if (!scratch.works()) return HCMEN_NO_MEMORY;
-  F* a = scratch.vectors(vectors * states);
-  F* h = scratch.vectors(vectors * states);
-  F* d = scratch.vectors(vectors * chunk);
-  F* du = scratch.vectors(vectors * chunk);
-  F* y = scratch.vectors(vectors * chunk);
+  F* a = scratch.vectors(per_vector);
+  F* h = scratch.vectors(per_vector);
+  F* d = scratch.vectors(per_chunk);
+  F* du = scratch.vectors(per_chunk);
+  F* y = scratch.vectors(per_chunk);
   float* b_copy = scratch.floats(widened ? chunk * states : 0);
   float* c_copy = scratch.floats(widened ? chunk * states : 0);
 
@@ -170,7 +183,7 @@ static int scan_forward_typed(const hcmen_scan& s, const ChannelBlock& block) {
   if (s.initial_state) {
     load_columns(s.initial_state + state_offset, block.count, states, 1.0f, h);
   } else {
-    for (int64_t i = 0; i < vectors * states; ++i) h[i] = F{};
+    for (int64_t i = 0; i < per_vector; ++i) h[i] = F{};
   }
 
   F skip[kBlockVectors], bias[kBlockVectors], rate[kBlockVectors];
@@ -194,21 +207,25 @@ static int scan_forward_typed(const hcmen_scan& s, const ChannelBlock& block) {
     for (int64_t k = 0; k < steps; ++k) {
       const T* u_row = u_rows.first + (start + k) * u_rows.stride;
       const T* delta_row = delta_rows.first + (start + k) * delta_rows.stride;
+      prefetch_row(u_rows, start + k + chunk, s.time, block.count);
+      prefetch_row(delta_rows, start + k + chunk, s.time, block.count);
+      prefetch_row(z_rows, start + k, s.time, block.count);
+      prefetch_row(y_rows, start + k, s.time, block.count);
       for (int v = 0; v < vectors; ++v) {
         const int lanes = lanes_of(block.count, v);
         const F uk = load(u_row + v * kLanes, lanes);
         F dk = load(delta_row + v * kLanes, lanes) + bias[v];
         if (with_softplus) dk = softplus(dk);
         largest[v] = magnitude_max(largest[v], dk);
-        d[v * chunk + k] = dk;
-        du[v * chunk + k] = dk * uk;
-        y[v * chunk + k] = skip[v] * uk;
+        d[v * room + k] = dk;
+        du[v * room + k] = dk * uk;
+        y[v * room + k] = skip[v] * uk;
       }
     }
     const Projection B = project(B_rows, start, steps, states, b_copy);
     const Projection C = project(C_rows, start, steps, states, c_copy);
     for (int v = 0; v < vectors; ++v) {
-      F *av = a + v * states, *hv = h + v * states, *dv = d + v * chunk, *duv = du + v * chunk, *yv = y + v * chunk;
+      F *av = a + v * states, *hv = h + v * states, *dv = d + v * room, *duv = du + v * room, *yv = y + v * room;
       if (all_products_below((F)largest[v], rate[v], kFastExponent)) {
         scan_states<false>(states, steps, av, hv, dv, duv, yv, B, C);
       } else {
@@ -220,7 +237,7 @@ static int scan_forward_typed(const hcmen_scan& s, const ChannelBlock& block) {
       const T* z_row = z_rows.first + (start + k) * z_rows.stride;
       for (int v = 0; v < vectors; ++v) {
         const int lanes = lanes_of(block.count, v);
-        F yk = y[v * chunk + k];
+        F yk = y[v * room + k];
         if (s.z) yk *= silu(load(z_row + v * kLanes, lanes));
         store(y_row + v * kLanes, yk, lanes);
       }

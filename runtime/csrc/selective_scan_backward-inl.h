@@ -82,7 +82,7 @@ static void reduce_rows(const F* sums, int64_t steps, int size, ProjectionGrad t
 
 // One chunk of the first sweep: the states alone.
 template <int size, bool safe>
-static void advance_tile(int64_t steps, const F* a, F* state, const F* d, const F* du, Projection B) {
+HCMEN_APART void advance_tile(int64_t steps, const F* a, F* state, const F* d, const F* du, Projection B) {
   F h[size], rate[size];
 #pragma GCC unroll 8
   for (int s = 0; s < size; ++s) {
@@ -135,7 +135,7 @@ struct ChunkBuffers {
 // decay * g of the step after it in, of its own first step out. `decays` and `before` hold the chunk's decays and the
 // state before each step (and after the last); `sum_B` and `sum_C` collect dB and dC over the vectors of the block.
 template <int size, bool safe>
-static void backward_tile(int64_t steps, const F* a, const F* start, F* carry, F* dA, const ChunkBuffers& chunk,
+HCMEN_APART void backward_tile(int64_t steps, const F* a, const F* start, F* carry, F* dA, const ChunkBuffers& chunk,
                           Projection B, Projection C, F* decays, F* before, F* sum_B, F* sum_C) {
   F rate[size];
   {
@@ -212,10 +212,12 @@ static int scan_backward(const hcmen_scan& s, const hcmen_scan_grad& grad, const
   const int64_t states = s.state, projection = s.group * states;
   const int64_t chunk = s.time < kBackwardChunk ? s.time : kBackwardChunk;
   const int64_t chunks = (s.time + chunk - 1) / chunk;
-  const int64_t per_vector = vectors * states, per_chunk = vectors * chunk, per_tile = chunk * kBackwardTile;
+  const int64_t room = chunk + kPadding, per_vector = vectors * states, per_chunk = vectors * room;
+  // Eight vectors apart, for the reason of kPadding; `before` has one step more.
+  const int64_t per_tile = chunk * kBackwardTile + 8;
 
   constexpr int kSeries = 8;
-  Scratch scratch((3 + chunks) * per_vector + kSeries * per_chunk + 4 * per_tile + kBackwardTile, 0);
+  Scratch scratch((3 + chunks) * per_vector + kSeries * per_chunk + 4 * per_tile, 0);
   if (!scratch.works()) return HCMEN_NO_MEMORY;
   F* a = scratch.vectors(per_vector);
   F* carry = scratch.vectors(per_vector);  // the running states of the first sweep, then decay * g
@@ -230,7 +232,7 @@ static int scan_backward(const hcmen_scan& s, const hcmen_scan_grad& grad, const
   F* through_B = scratch.vectors(per_chunk);
   F* through_decay = scratch.vectors(per_chunk);
   F* decays = scratch.vectors(per_tile);
-  F* before = scratch.vectors(per_tile + kBackwardTile);
+  F* before = scratch.vectors(per_tile);
   F* sum_B = scratch.vectors(per_tile);
   F* sum_C = scratch.vectors(per_tile);
 
@@ -269,18 +271,20 @@ static int scan_backward(const hcmen_scan& s, const hcmen_scan_grad& grad, const
     for (int64_t k = 0; k < chunk; ++k) {
       const float* u_row = u_rows.first + (start + k) * u_rows.stride;
       const float* delta_row = delta_rows.first + (start + k) * delta_rows.stride;
+      prefetch_row(u_rows, start + k + chunk, s.time, block.count);
+      prefetch_row(delta_rows, start + k + chunk, s.time, block.count);
       for (int v = 0; v < vectors; ++v) {
         const int lanes = lanes_of(block.count, v);
         F dk = load(delta_row + v * kLanes, lanes) + bias[v];
         if (s.delta_softplus) dk = softplus(dk);
         largest[v] = magnitude_max(largest[v], dk);
-        d[v * chunk + k] = dk;
-        du[v * chunk + k] = dk * load(u_row + v * kLanes, lanes);
+        d[v * room + k] = dk;
+        du[v * room + k] = dk * load(u_row + v * kLanes, lanes);
       }
     }
     const Projection B = project(B_rows, start, chunk, states, nullptr);
     for (int v = 0; v < vectors; ++v) {
-      F *av = a + v * states, *hv = carry + v * states, *dv = d + v * chunk, *duv = du + v * chunk;
+      F *av = a + v * states, *hv = carry + v * states, *dv = d + v * room, *duv = du + v * room;
       if (all_products_below((F)largest[v], rate[v], kFastExponent)) {
         advance_states<false>(states, chunk, av, hv, dv, duv, B);
       } else {
@@ -302,16 +306,22 @@ static int scan_backward(const hcmen_scan& s, const hcmen_scan_grad& grad, const
     I largest[kBlockVectors] = {};
     for (int64_t k = 0; k < steps; ++k) {
       const int64_t step = start + k;
+      if (step >= chunk) {
+        prefetch_row(u_rows, step - chunk, s.time, block.count);
+        prefetch_row(delta_rows, step - chunk, s.time, block.count);
+        prefetch_row(dy_rows, step - chunk, s.time, block.count);
+        prefetch_row(z_rows, step - chunk, s.time, block.count);
+      }
+      prefetch_row(du_rows, step, s.time, block.count);
+      prefetch_row(ddelta_rows, step, s.time, block.count);
+      prefetch_row(dz_rows, step, s.time, block.count);
       for (int v = 0; v < vectors; ++v) {
         const int lanes = lanes_of(block.count, v);
-        const int64_t at = v * chunk + k, offset = v * kLanes;
+        const int64_t at = v * room + k, offset = v * kLanes;
         const F uk = load(u_rows.first + step * u_rows.stride + offset, lanes);
         F dk = load(delta_rows.first + step * delta_rows.stride + offset, lanes) + bias[v];
         slope[at] = splat(1.0f);
-        if (s.delta_softplus) {
-          slope[at] = sigmoid(dk);
-          dk = softplus(dk);
-        }
+        if (s.delta_softplus) dk = softplus(dk, &slope[at]);
         largest[v] = magnitude_max(largest[v], dk);
         F dyk = load(dy_rows.first + step * dy_rows.stride + offset, lanes);
         if (s.z) {
@@ -335,7 +345,7 @@ static int scan_backward(const hcmen_scan& s, const hcmen_scan_grad& grad, const
       for (int64_t j = 0; j < steps * size; ++j) sum_B[j] = sum_C[j] = F{};
       const Projection b = {B.row + n, B.stride}, c = {C.row + n, C.stride};
       for (int v = 0; v < vectors; ++v) {
-        const int64_t at = v * states + n, first = v * chunk;
+        const int64_t at = v * states + n, first = v * room;
         const ChunkBuffers buffers = {d + first, du + first, dy + first, y + first, through_B + first,
                                       through_decay + first};
         const F* from = starts + i * per_vector + at;
@@ -356,7 +366,7 @@ static int scan_backward(const hcmen_scan& s, const hcmen_scan_grad& grad, const
       const int64_t step = start + k;
       for (int v = 0; v < vectors; ++v) {
         const int lanes = lanes_of(block.count, v);
-        const int64_t at = v * chunk + k, offset = v * kLanes;
+        const int64_t at = v * room + k, offset = v * kLanes;
         const F uk = load(u_rows.first + step * u_rows.stride + offset, lanes);
         const F ddelta = fma(uk, through_B[at], through_decay[at] * kLn2) * slope[at];
         dbias[v] += ddelta;
