@@ -89,19 +89,19 @@ def test_a_folder_stands_for_its_clips_in_order_and_not_for_folders_below(shared
 def test_bad_clips_are_named_and_the_others_scored(shared_bundle, tmp_path, clip):
     (tmp_path / "cut.npz").write_bytes(clip.read_bytes()[:200])
     np.savez(tmp_path / "wrong.npz", text=np.zeros((3, 7), np.float32))
-    arguments = [clip, tmp_path / "cut.npz", tmp_path / "wrong.npz", tmp_path / "none.npz", clip]
+    arguments = [clip, tmp_path / "wrong.npz", tmp_path / "cut.npz", tmp_path / "none.npz", clip]
     done = run(main, *arguments, "--bundle", shared_bundle, "--format", "json")
     assert done.code == 5  # the gravest
     answer = json.loads(done.out)
     assert [r["clip"] for r in answer["results"]] == [str(clip), str(clip)]
     assert [(os.path.basename(e["clip"]), e["exit_code"]) for e in answer["errors"]] == [
-        ("cut.npz", 5),
         ("wrong.npz", 2),
+        ("cut.npz", 5),
         ("none.npz", 2),
     ]
     assert done.lines == [f"error: {e['error']}" for e in answer["errors"]]
-    done = run(main, *arguments[2:], "--bundle", shared_bundle)
-    assert (done.code, len(done.lines), len(done.out.splitlines())) == (2, 2, 3)
+    done = run(main, *arguments[3:], "--bundle", shared_bundle)
+    assert (done.code, len(done.lines), len(done.out.splitlines())) == (2, 1, 3)
 
 
 def test_notes_are_one_line_per_kind_and_quiet_silences_them(shared_bundle, tmp_path):

@@ -77,6 +77,27 @@ def test_clips_of_a_variant_run_together(shared_bundle, monkeypatch):
     assert len(runs) == 2
 
 
+def test_an_observer_is_told_the_places_of_every_batch(model):
+    """Over more clips than are read ahead, with bad ones between: each place once, beside its own inputs and score."""
+    clips = [clip_arrays(i, VARIANTS[i % 3].present) for i in range(600)]
+    bad = {5, 255, 256, 300, 599}
+    told = {}
+
+    def observe(variant, places, inputs, outputs):
+        length = inputs[f"{variant_named(variant).present[0]}_length"]
+        assert len(places) == len(length) == len(outputs["score"])
+        told.update(zip(places, zip([variant] * len(places), length, outputs["score"], strict=True), strict=True))
+
+    items = [{} if i in bad else c for i, c in enumerate(clips)]
+    outcomes = list(model.outcomes(items, observe=observe))
+    assert sorted(told) == [i for i in range(600) if i not in bad]
+    for i, (variant, length, score) in told.items():
+        assert variant == outcomes[i].variant == VARIANTS[i % 3].name
+        assert length == len(clips[i][VARIANTS[i % 3].present[0]])
+        assert float(score) == outcomes[i].score
+    assert all(isinstance(outcomes[i], InputError) for i in bad)
+
+
 def test_a_list_of_none_is_a_list_of_none(model):
     assert model([]) == []
 
