@@ -107,6 +107,7 @@ def main(
         torch.set_num_threads(threads)
     dataset = _load_data(source, model_config, train_config.seed, console)
     out.mkdir(parents=True, exist_ok=True)
+    _sweep(out)
     trainer = Trainer(model_config, train_config, dataset, out, source)
     if resume:
         trainer.resume()
@@ -170,6 +171,13 @@ def _clear(out: Path) -> None:
     """Removes what an earlier run left, so that the folder never mixes two runs."""
     for name in _OUTPUTS:
         (out / name).unlink(missing_ok=True)
+
+
+def _sweep(out: Path) -> None:
+    """Removes half-written files, which a process that is killed cannot do itself."""
+    for name in _OUTPUTS:
+        for left in out.glob(f".{name}.*.tmp"):
+            left.unlink(missing_ok=True)
 
 
 def _load_data(source: Mapping[str, Any], config: ModelConfig, seed: int, console: Console) -> MultimodalDataset:

@@ -185,7 +185,7 @@ def test_task_loss_averages_both_views() -> None:
     labels = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     expected = np.mean([np.square(v.score.detach().numpy() - labels.numpy()).mean() for v in (clean, corrupted)])
     found = task_loss(clean, corrupted, labels)
-    assert float(found) == pytest.approx(expected)
+    assert found.item() == pytest.approx(expected)
     found.backward()
     assert clean.score.grad is not None
     assert corrupted.score.grad is not None

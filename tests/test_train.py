@@ -207,6 +207,7 @@ def test_a_resumed_run_ends_as_if_uninterrupted(reference: Path, tmp_path: Path,
         assert broken.stdout == ""
     assert command("--out", folder, "--resume", "-q") == 0
     assert result(folder) == result(reference)
+    assert {p.name for p in folder.iterdir()} == OUTPUTS
 
 
 def _state_text(folder: Path) -> str:

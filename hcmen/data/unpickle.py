@@ -223,7 +223,7 @@ _DAMAGE = (
 )
 
 
-class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc]
+class _Reader(pickle._Unpickler):
     """Python's unpickler with stand-ins for every name, and without the opcodes that data has no use for."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
@@ -271,7 +271,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc]
     def _forbidden(self) -> None:
         raise _Forbidden("an object of a class, or one kept outside the file")
 
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
     dispatch[pickle.BUILD[0]] = _build
     dispatch[pickle.REDUCE[0]] = _reduce
     dispatch[pickle.BYTEARRAY8[0]] = _bytearray
