@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -73,10 +74,10 @@ def _table(manifest: Manifest) -> str:
                 name,
                 f"{v.graph.bytes / 1024:.0f} KiB",
                 str(v.parity["cases"]),
-                f"{score['max_abs']:.1e}",
-                f"{score['mean_abs']:.1e}",
-                f"{score['p99_abs']:.1e}",
-                f"{score['cosine']:.9f}",
+                _figure(score["max_abs"]),
+                _figure(score["mean_abs"]),
+                _figure(score["p99_abs"]),
+                _figure(score["cosine"], ".9f"),
                 str(score["nan"]),
                 "ok" if v.parity["passed"] else "FAILED",
             )
@@ -88,6 +89,11 @@ def _table(manifest: Manifest) -> str:
     ]
     weights = f"weights.bin {manifest.weights.bytes / 1024:.0f} KiB, shared by all variants"
     return "\n".join([text[0], "-" * len(text[0]), *text[1:], "", weights])
+
+
+def _figure(value: float | None, form: str = ".1e") -> str:
+    """A figure of a parity report; there is none where NaN left nothing to measure."""
+    return "none" if value is None else format(value, form)
 
 
 def export_bundle(
@@ -131,12 +137,12 @@ def export_bundle(
         parity = {}
         for i, (name, report) in enumerate(_measure(folder, len(clips)), 1):
             parity[name] = report
-            worst = report["outputs"]["score"]["max_abs"]
-            console.note(f"[{i}/{len(variants)}] parity of {name}: largest score difference {worst:.1e}")
+            worst = _figure(report["outputs"]["score"]["max_abs"])
+            console.note(f"[{i}/{len(variants)}] parity of {name}: largest score difference {worst}")
         manifest = _manifest(model, about, checkpoint, folder, weights, parity)
         failed = [name for name, p in parity.items() if not p["passed"]]
         if failed:
-            console.note(_table(manifest))
+            console.block(_table(manifest))
             raise CheckFailed(_failure(failed, parity))
         write_manifest(folder, manifest)
     return manifest
@@ -181,11 +187,21 @@ def _measure(folder: Path, clips: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _failure(failed: Sequence[str], parity: Mapping[str, Any]) -> str:
-    worst = max(failed, key=lambda name: parity[name]["outputs"]["score"]["max_abs"])
-    report = parity[worst]["outputs"]["score"]
+    """The line that tells of the worst output; NaN is worse than any difference."""
+
+    def severity(place: tuple[str, str]) -> float:
+        required = parity[place[0]]["outputs"][place[1]]["required_atol"]
+        return math.inf if required is None else float(required)
+
+    name, output = max(((v, o) for v in failed for o in parity[v]["outputs"]), key=severity)
+    report = parity[name]["outputs"][output]
+    where = f"parity failed for {', '.join(failed)}: {output} of '{name}' is"
+    if report["nan"]:
+        worst = report["worst"]
+        return f"{where} {worst['got']} at {worst['index']}, expected {worst['expected']}; no bundle was written"
     return (
-        f"parity failed for {', '.join(failed)}: score of '{worst}' is off by {report['max_abs']:.1e} at "
-        f"{report['worst']['index']}, it would pass with atol {report['required_atol']:.1e}; no bundle was written"
+        f"{where} off by {report['max_abs']:.1e} at {report['worst']['index']}, "
+        f"it would pass with atol {report['required_atol']:.1e}; no bundle was written"
     )
 
 

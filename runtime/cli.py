@@ -194,6 +194,11 @@ class Console:
         if self.verbosity >= 0:
             click.echo(one_line(message), err=True)
 
+    def block(self, text: str) -> None:
+        """Text of several lines, such as a table, on stderr as it is, unless -q."""
+        if self.verbosity >= 0:
+            click.echo(text, err=True)
+
     def detail(self, message: object) -> None:
         """One line on stderr, with -v."""
         if self.verbosity >= 1:
