@@ -3,7 +3,12 @@
 #include <pthread.h>
 #include <signal.h>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <new>
@@ -13,13 +18,36 @@
 namespace hcmen {
 namespace {
 
-// Lives on the caller's stack. `next` is shared without the lock; all else belongs to the pool's mutex.
+// To be woken costs some 50 microseconds, as much as many a scan. So whoever waits looks about for that long first, and
+// sleeps then: operators in a row find the workers awake, and an idle pool uses no processor.
+constexpr std::chrono::microseconds kLookAbout(50);
+
+inline void relax() {
+#if defined(__SSE2__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+template <class Condition>
+void look_about(Condition condition) {
+  const auto until = std::chrono::steady_clock::now() + kLookAbout;
+  do {
+    for (int i = 0; i < 8; ++i) {
+      if (condition()) return;
+      relax();
+    }
+  } while (std::chrono::steady_clock::now() < until);
+}
+
+// Lives on the caller's stack. `next` is shared without the lock; all else is changed under the pool's mutex only.
 struct Job {
   void (*body)(void*, int64_t);
   void* context;
   int64_t tasks;
   int seats;  // helpers that may still join
-  int helpers = 0;
+  std::atomic<int> helpers{0};
   std::atomic<int64_t> next{0};
   std::condition_variable left;
   Job* following = nullptr;
@@ -40,17 +68,23 @@ class Pool {
       while (workers_ < job.seats && start_worker()) ++workers_;
       job.following = jobs_;
       jobs_ = &job;
+      announced_.fetch_add(1, std::memory_order_relaxed);
     }
     for (int i = 0; i < job.seats; ++i) wake_.notify_one();
     job.work();
     std::unique_lock<std::mutex> lock(mutex_);
-    // Out of the list first: a helper that wakes late finds nothing, and nobody waits for it.
+    // Out of the list first: a helper that comes late finds nothing, and nobody waits for it.
     for (Job** link = &jobs_; *link; link = &(*link)->following) {
       if (*link == &job) {
         *link = job.following;
         break;
       }
     }
+    if (job.helpers == 0) return;
+    lock.unlock();
+    look_about([&] { return job.helpers.load(std::memory_order_relaxed) == 0; });
+    // The last helper still holds the lock while it names itself gone, and may then touch the job no more.
+    lock.lock();
     job.left.wait(lock, [&] { return job.helpers == 0; });
   }
 
@@ -74,13 +108,24 @@ class Pool {
 
   [[noreturn]] void serve() {
     std::unique_lock<std::mutex> lock(mutex_);
+    bool rested = false;  // looked about in vain
     for (;;) {
       Job* job = jobs_;
       while (job && job->seats == 0) job = job->following;
       if (!job) {
-        wake_.wait(lock);
+        const uint64_t seen = announced_.load(std::memory_order_relaxed);
+        if (rested) {
+          wake_.wait(lock);
+          rested = false;
+        } else {
+          lock.unlock();
+          look_about([&] { return announced_.load(std::memory_order_relaxed) != seen; });
+          lock.lock();
+          rested = true;
+        }
         continue;
       }
+      rested = false;
       --job->seats;
       ++job->helpers;
       lock.unlock();
@@ -95,6 +140,7 @@ class Pool {
   std::condition_variable wake_;
   Job* jobs_ = nullptr;
   int workers_ = 0;
+  std::atomic<uint64_t> announced_{0};
 };
 
 // Never destroyed: its workers run until the process ends. (The library is linked so that it is never unloaded.)
