@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 	$(BIN)/python samples/demo.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,6 +49,8 @@ def main(console: Console, checkpoint: Path, bundle: Path, variants: tuple[str, 
     Every graph is run and compared with the eager PyTorch model before the bundle is put in place; if one is further
     away than the bound allows, nothing is written and the exit code is 1.
     """
+    # Threads that spin while they wait make each other wait on shared cores; read once, when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     chosen = [variant_named(name) for name in dict.fromkeys(variants)] or list(VARIANTS)
     manifest = export_bundle(checkpoint, bundle, chosen, console=console, force=force)
     rows = {name: v.parity for name, v in manifest.variants.items()}

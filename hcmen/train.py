@@ -22,12 +22,13 @@ from hcmen.modalities import VARIANTS
 from hcmen.runtime.cli import Choice, Console, command
 
 if TYPE_CHECKING:
-    from hcmen.data import MultimodalDataset
+    from hcmen.data import MultimodalDataset, Split
     from hcmen.model import HCMEN
 
 __all__ = ["load_checkpoint", "main"]
 
-CURVES = "curves.png"
+CURVES, CLIPS = "curves.png", "clips"
+SAVED_CLIPS = 20
 _NAMES = {"floor": "the floor", "linear": "the linear model"}
 _OUTPUTS = ("checkpoint.safetensors", "config.json", "last.safetensors", "log.jsonl", CURVES)
 
@@ -81,8 +82,8 @@ def main(
     """Train HCMEN, and compare it with the majority floor and a linear model on the test split.
 
     Writes to --out: checkpoint.safetensors and config.json (the epoch with the lowest validation MAE, averaged over
-    the seven missing-modality variants), last.safetensors (for --resume), log.jsonl and curves.png. The test split is
-    looked at once, at the end.
+    the seven missing-modality variants), last.safetensors (for --resume), log.jsonl, curves.png and clips/ (validation
+    samples that hcmen-export checks parity on). The test split is looked at once, at the end.
     """
     if resume and force:
         raise click.UsageError("--resume and --force exclude each other: go on, or start over")
@@ -117,6 +118,7 @@ def main(
     with _shown(console, train_config.epochs, len(trainer.history)) as (on_step, on_epoch):
         trainer.run(on_step, on_epoch)
     _draw_curves(out / CURVES, trainer.history)
+    _save_clips(out / CLIPS, dataset.splits["valid"])
 
     model, described = load_checkpoint(out)
     report = {
@@ -169,15 +171,14 @@ def _check_free(out: Path, force: bool) -> None:
 
 def _clear(out: Path) -> None:
     """Removes what an earlier run left, so that the folder never mixes two runs."""
-    for name in _OUTPUTS:
-        (out / name).unlink(missing_ok=True)
+    for path in (*(out / name for name in _OUTPUTS), *(out / CLIPS).glob("*.npz")):
+        path.unlink(missing_ok=True)
 
 
 def _sweep(out: Path) -> None:
     """Removes half-written files, which a process that is killed cannot do itself."""
-    for name in _OUTPUTS:
-        for left in out.glob(f".{name}.*.tmp"):
-            left.unlink(missing_ok=True)
+    for left in (*(p for name in _OUTPUTS for p in out.glob(f".{name}.*.tmp")), *(out / CLIPS).glob(".*.npz.tmp-*")):
+        left.unlink(missing_ok=True)
 
 
 def _load_data(source: Mapping[str, Any], config: ModelConfig, seed: int, console: Console) -> MultimodalDataset:
@@ -279,6 +280,15 @@ def _draw_curves(path: Path, history: list[dict[str, Any]]) -> None:
     figure.savefig(picture, format="png")
     plt.close(figure)
     write_whole(path, picture.getvalue())
+
+
+def _save_clips(folder: Path, split: Split) -> None:
+    """Leaves the first validation samples beside the checkpoint, as clips that hcmen-export checks parity on."""
+    from hcmen.clip import write_clip
+
+    folder.mkdir(exist_ok=True)
+    for i in range(min(SAVED_CLIPS, len(split))):
+        write_clip(folder / f"{i:03d}.npz", {m: x[i, : split.lengths[m][i]] for m, x in split.features.items()})
 
 
 # --- the table ------------------------------------------------------------------------------------------------------

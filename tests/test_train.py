@@ -22,7 +22,9 @@ import torch
 
 import hcmen.data.synthetic
 from hcmen import metrics, train, training
+from hcmen.clip import read_clip
 from hcmen.config import FeatureConfig, ModelConfig, Preset, TrainConfig
+from hcmen.data import MultimodalDataset
 from hcmen.data.mmsa import dataset_from_mmsa
 from hcmen.data.synthetic import make_synthetic, write_synthetic
 from hcmen.errors import CheckFailed, CorruptFileError, HcmenError, InputError
@@ -44,7 +46,7 @@ MICRO = ModelConfig(
 SAMPLES = (24, 12, 16)
 # Every epoch of this run is better than the one before, so that each writes a checkpoint to be killed in.
 TRAIN = TrainConfig(epochs=3, batch_size=10, learning_rate=1e-3)
-OUTPUTS = {"checkpoint.safetensors", "config.json", "last.safetensors", "log.jsonl", "curves.png"}
+OUTPUTS = {"checkpoint.safetensors", "config.json", "last.safetensors", "log.jsonl", "curves.png", "clips"}
 
 # A process that runs the command on the micro model, with one thing about it changed.
 PROGRAM = f"""
@@ -130,6 +132,18 @@ def test_two_runs_are_identical(reference: Path, tmp_path: Path) -> None:
     assert command("--out", tmp_path / "again", "-q") == 0
     assert result(tmp_path / "again") == result(reference)
     assert {p.name for p in reference.iterdir()} == OUTPUTS
+
+
+def test_validation_clips_lie_beside_the_checkpoint(reference: Path, dataset: MultimodalDataset) -> None:
+    """They are what the model was validated on, in the form that hcmen-run and hcmen-export read."""
+    model, _ = load_checkpoint(reference)
+    clips = [read_clip(path, model.config) for path in sorted((reference / "clips").iterdir())]
+    split = dataset.splits["valid"]
+    assert len(clips) == min(20, len(split))
+    for i, clip in enumerate(clips):
+        for m, x in clip.features.items():
+            assert np.array_equal(x, split.features[m][i, : split.lengths[m][i]])
+        assert clip.variant.name == "full"
 
 
 def test_another_seed_is_another_run(reference: Path, tmp_path: Path) -> None:
@@ -470,7 +484,7 @@ def test_a_full_disk_leaves_the_last_good_epoch(
         patch.setattr(os, "fsync", full)
         assert command("--out", tmp_path) == 2
     assert "no space left on device" in capsys.readouterr().err.splitlines()[-1]
-    assert {p.name for p in tmp_path.iterdir()} == OUTPUTS - {"curves.png"}
+    assert {p.name for p in tmp_path.iterdir()} == OUTPUTS - {"curves.png", "clips"}
     assert load_checkpoint(tmp_path)[1]["epoch"] == 1
     assert command("--out", tmp_path, "--resume", "-q") == 0
     assert result(tmp_path) == result(reference)
