@@ -30,7 +30,8 @@ __all__ = ["load_checkpoint", "main"]
 CURVES, CLIPS = "curves.png", "clips"
 SAVED_CLIPS = 20
 _NAMES = {"floor": "the floor", "linear": "the linear model"}
-_OUTPUTS = ("checkpoint.safetensors", "config.json", "last.safetensors", "log.jsonl", CURVES)
+REPORT = "report.json"
+_OUTPUTS = ("checkpoint.safetensors", "config.json", "last.safetensors", "log.jsonl", CURVES, REPORT)
 
 
 def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[HCMEN, dict[str, Any]]:
@@ -82,8 +83,9 @@ def main(
     """Train HCMEN, and compare it with the majority floor and a linear model on the test split.
 
     Writes to --out: checkpoint.safetensors and config.json (the epoch with the lowest validation MAE, averaged over
-    the seven missing-modality variants), last.safetensors (for --resume), log.jsonl, curves.png and clips/ (validation
-    samples that hcmen-export checks parity on). The test split is looked at once, at the end.
+    the seven missing-modality variants), last.safetensors (for --resume), log.jsonl, curves.png, clips/ (validation
+    samples that hcmen-export checks parity on) and report.json, the scores on the test split, which is looked at once,
+    at the end.
     """
     if resume and force:
         raise click.UsageError("--resume and --force exclude each other: go on, or start over")
@@ -102,6 +104,7 @@ def main(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
+    from hcmen.checkpoint import write_json
     from hcmen.training import Trainer
 
     if threads is not None:
@@ -128,7 +131,9 @@ def main(
         "dataset": described["dataset"],
         "test": _test_scores(model, dataset),
     }
-    console.emit(_without_nan(report), _text(report))
+    plain = _without_nan(report)
+    write_json(out / REPORT, {"schema_version": 1, **plain})
+    console.emit(plain, _text(report))
 
 
 # --- settings and data ----------------------------------------------------------------------------------------------

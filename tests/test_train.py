@@ -46,7 +46,15 @@ MICRO = ModelConfig(
 SAMPLES = (24, 12, 16)
 # Every epoch of this run is better than the one before, so that each writes a checkpoint to be killed in.
 TRAIN = TrainConfig(epochs=3, batch_size=10, learning_rate=1e-3)
-OUTPUTS = {"checkpoint.safetensors", "config.json", "last.safetensors", "log.jsonl", "curves.png", "clips"}
+OUTPUTS = {
+    "checkpoint.safetensors",
+    "config.json",
+    "last.safetensors",
+    "log.jsonl",
+    "curves.png",
+    "clips",
+    "report.json",
+}
 
 # A process that runs the command on the micro model, with one thing about it changed.
 PROGRAM = f"""
@@ -484,7 +492,7 @@ def test_a_full_disk_leaves_the_last_good_epoch(
         patch.setattr(os, "fsync", full)
         assert command("--out", tmp_path) == 2
     assert "no space left on device" in capsys.readouterr().err.splitlines()[-1]
-    assert {p.name for p in tmp_path.iterdir()} == OUTPUTS - {"curves.png", "clips"}
+    assert {p.name for p in tmp_path.iterdir()} == OUTPUTS - {"curves.png", "clips", "report.json"}
     assert load_checkpoint(tmp_path)[1]["epoch"] == 1
     assert command("--out", tmp_path, "--resume", "-q") == 0
     assert result(tmp_path) == result(reference)

@@ -1,0 +1,149 @@
+"""Writes the figures of README.md from docs/results/*.json, so that the two cannot drift apart.
+
+python benchmarks/readme.py           rewrites the part between the two markers
+python benchmarks/readme.py --check   exits with 1 if it would change
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- figures: written by benchmarks/readme.py -->", "<!-- end of figures -->"
+
+
+def result(name: str) -> dict[str, Any]:
+    """The JSON docs/results/<name>.json."""
+    return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def scan(data: dict[str, Any]) -> str:
+    """The selective scan beside its alternatives."""
+
+    def median(case: dict[str, Any], method: str, threads: int) -> float:
+        return next(r["median_ms"] for r in case["runs"] if (r["method"], r["threads"]) == (method, threads))
+
+    rows = []
+    for case in data["cases"]:
+        ours = median(case, "native", 1)
+        rows.append(
+            [
+                f"{case['channels']} x {case['steps']} x {case['states']}",
+                f"{ours:.3g} ms",
+                *(f"{median(case, m, 1):.3g} ms" for m in ("ort_op", "onnx_scan", "reference")),
+                f"{case['times_onnx_scan']:.1f} x",
+                f"{case['times_reference']:.1f} x",
+                f"{case['share_of_exp_rate']:.2f}",
+                f"{median(case, 'ort_op', 1) / median(case, 'ort_op', 2):.2f} x",
+            ]
+        )
+    header = [
+        "channels x steps x states",
+        "kernel",
+        "as ONNX Runtime op",
+        "standard `Scan`",
+        "eager reference",
+        "over `Scan`",
+        "over eager",
+        "share of exp rate",
+        "op, 2 threads over 1",
+    ]
+    return (
+        f"Selective scan on one thread, float32, batch 1, {data['native_instruction_set']} kernels, medians side by side "
+        'in one process. "Share of exp rate" is how many exponentials the whole scan computes per second over what a '
+        f"bare loop of the same exponential over registers reaches.\n\n{table(header, rows)}"
+    )
+
+
+def cold_start(data: dict[str, Any]) -> str:
+    """Process start to score."""
+    rows = [
+        [r["process"], f"{r['seconds_median']:.2f} s", f"{r['peak_resident_mib_median']:.0f} MiB", str(r["n"])]
+        for r in data["rows"]
+    ]
+    return "From process start to the score of one clip, demo bundle, fresh processes taking turns:\n\n" + table(
+        ["process", "median", "peak resident", "n"], rows
+    )
+
+
+def training(data: dict[str, Any]) -> str:
+    """The demo's test split."""
+    accuracy = "acc2_non0"
+    rows = [
+        [
+            name,
+            *(f"{scores[m]['mae']:.2f}" for m in ("hcmen", "linear", "floor")),
+            *(f"{100 * scores[m][accuracy]:.0f} %" for m in ("hcmen", "linear", "floor")),
+        ]
+        for name, scores in data["test"].items()
+    ]
+    header = ["variant", "MAE", "linear", "floor", "Acc-2", "linear", "floor"]
+    return (
+        f"The demo's model on the {data['dataset']['samples']['test']} test samples of its synthetic set; *linear* is "
+        "ridge regression on mean frames, trained per variant, *floor* the mean training label (MAE) or the commonest "
+        f"class (Acc-2, negative against positive):\n\n{table(header, rows)}"
+    )
+
+
+def runtimes(data: dict[str, Any]) -> str:
+    """The ONNX Runtime versions that one library and one set of files ran in."""
+    worst = {
+        way: max(c[way]["max_error_of_largest"] for r in data["runtimes"] for c in r["cases"] if "float32" in c["name"])
+        for way in ("kernel", "function")
+    }
+    versions = ", ".join(r["onnxruntime"] for r in data["runtimes"])
+    return (
+        f"One binary and one file per case ran in ONNX Runtime {versions}: largest float32 error {worst['kernel']:.1e} "
+        f"of the largest output with the library, {worst['function']:.1e} without it."
+    )
+
+
+def machine(data: dict[str, Any]) -> str:
+    """The machine of a result."""
+    m = data["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
+    return f"Machine: {m['cpu']}, {m['logical_cores']} cores (shared), {m['compiler']}, {versions}, {m['date']}."
+
+
+def figures() -> str:
+    """The whole part between the markers."""
+    scans, cold = result("scan_cpu"), result("cold_start")
+    parts = [
+        scan(scans),
+        cold_start(cold),
+        runtimes(result("ort_matrix")),
+        training(result("demo_training")),
+        f"{machine(scans)} The files in `docs/results` hold every figure and the command that made it.",
+    ]
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Rewrites README.md, or checks it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if README.md is stale")
+    arguments = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    fresh = f"{before}{BEGIN}\n\n{figures()}\n\n{END}{after}"
+    if fresh == text:
+        return
+    if arguments.check:
+        sys.exit("README.md does not quote docs/results as it is: run python benchmarks/readme.py")
+    readme.write_text(fresh)
+
+
+if __name__ == "__main__":
+    main()
