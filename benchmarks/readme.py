@@ -59,9 +59,9 @@ def scan(data: dict[str, Any]) -> str:
         "op, 2 threads over 1",
     ]
     return (
-        f"Selective scan on one thread, float32, batch 1, {data['native_instruction_set']} kernels, medians side by side "
-        'in one process. "Share of exp rate" is how many exponentials the whole scan computes per second over what a '
-        f"bare loop of the same exponential over registers reaches.\n\n{table(header, rows)}"
+        f"Selective scan on one thread, float32, batch 1, {data['native_instruction_set']} kernels, medians side by "
+        'side in one process. "Share of exp rate" is how many exponentials the whole scan computes per second over what '
+        f"a bare loop of the same exponential over registers reaches.\n\n{table(header, rows)}"
     )
 
 
