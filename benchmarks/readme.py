@@ -60,8 +60,8 @@ def scan(data: dict[str, Any]) -> str:
     ]
     return (
         f"Selective scan on one thread, float32, batch 1, {data['native_instruction_set']} kernels, medians side by "
-        'side in one process. "Share of exp rate" is how many exponentials the whole scan computes per second over what '
-        f"a bare loop of the same exponential over registers reaches.\n\n{table(header, rows)}"
+        'side in one process. "Share of exp rate" is how many exponentials the whole scan computes per second over '
+        f"what a bare loop of the same exponential over registers reaches.\n\n{table(header, rows)}"
     )
 
 
