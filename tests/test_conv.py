@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ from hcmen.errors import InputError
 from hcmen.scan import causal_conv1d, causal_conv1d_ref, implementation
 
 SIZES = [(1, 1, 1), (3, 2, 15), (1, 7, 16), (2, 50, 17), (1, 40, 131), (2, 500, 64)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tensors are tiny, and threads only slow torch down; the test of threads sets its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def conv_data(batch: int, time: int, channel: int, width: int) -> dict[str, Tensor]:

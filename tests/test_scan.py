@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,16 @@ from torch import Tensor
 
 from hcmen.errors import BackendError, InputError
 from hcmen.scan import implementation, selective_scan, selective_scan_ref
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The oracles are thousands of tiny operators, which threads only slow down; tests of threads set their own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 PARAMETERS = ("u", "delta", "A", "B", "C", "D", "delta_bias", "z", "initial_state")
 
