@@ -11,12 +11,14 @@ a load that comes and goes falls on all of them alike. Reported are medians with
     onnx_scan     the standard ONNX Scan in ONNX Runtime, written by hand as lean as we know how: the honest opponent
     onnx_function the model-local function our models carry, in ONNX Runtime without our library
     reference     selective_scan_ref, plain PyTorch
+    mamba_ssm_ref mamba_ssm's function of that name, with --mamba-ssm FILE; it gets its own layout, channels before time
     exp           the exponentials alone, in registers, by the code the native scan uses: no scan can be faster
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import ctypes
 import json
 import statistics
@@ -159,7 +161,18 @@ def session(model: ModelProto, threads: int, *, library: bool = False) -> onnxru
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def methods(data: Arrays) -> dict[tuple[str, int], Callable[[], Any]]:
+def mamba_ssm_reference(source: Path) -> Callable[..., torch.Tensor]:
+    """`selective_scan_ref` of a mamba_ssm checkout; the file as a whole needs CUDA extensions to be imported."""
+    import einops
+
+    tree = ast.parse(source.read_text())
+    tree.body = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "selective_scan_ref"]
+    names = {"torch": torch, "F": torch.nn.functional, "rearrange": einops.rearrange, "repeat": einops.repeat}
+    exec(compile(tree, str(source), "exec"), names)
+    return names["selective_scan_ref"]  # type: ignore[return-value]
+
+
+def methods(data: Arrays, mamba_ssm: Path | None = None) -> dict[tuple[str, int], Callable[[], Any]]:
     """(name, threads) -> a call that returns y, all ready to run."""
     channels, states = data["A"].shape
     tensors = {name: torch.from_numpy(x) for name, x in data.items()}
@@ -209,6 +222,15 @@ def methods(data: Arrays) -> dict[tuple[str, int], Callable[[], Any]]:
         calls["onnx_scan", threads] = run(hand_written, threads, library=False)
         calls["onnx_function", threads] = run(one_node, threads, library=False)
         calls["reference", threads] = reference
+    if mamba_ssm is not None:
+        function = mamba_ssm_reference(mamba_ssm)
+        theirs = {k: x.transpose(1, 2).contiguous() if x.dim() == 3 else x for k, x in tensors.items()}
+
+        def peer() -> np.ndarray:
+            with torch.inference_mode():
+                return function(**theirs, delta_softplus=True).transpose(1, 2).numpy()
+
+        calls["mamba_ssm_ref", 1] = peer
     return calls
 
 
@@ -222,10 +244,10 @@ def check(calls: dict[tuple[str, int], Callable[[], Any]]) -> None:
             sys.exit(f"{name} at {threads} threads is off by {error:.3g}, expected at most {bound:.3g}: not timed")
 
 
-def measure(case: tuple[int, int, int], seconds: float, rounds: int) -> dict[str, Any]:
+def measure(case: tuple[int, int, int], seconds: float, rounds: int, mamba_ssm: Path | None) -> dict[str, Any]:
     """Medians of one case; at least three rounds, then until `rounds` are done or `seconds` have gone."""
     channels, steps, states = case
-    calls = methods(make_data(channels, steps, states))
+    calls = methods(make_data(channels, steps, states), mamba_ssm)
     check(calls)
     library = load_library()
     elements = channels * steps * states
@@ -271,6 +293,7 @@ def measure(case: tuple[int, int, int], seconds: float, rounds: int) -> dict[str
         "share_of_exp_rate": rate / exp_rate,
         "times_onnx_scan": milliseconds("onnx_scan", 1) / milliseconds("native", 1),
         "times_reference": milliseconds("reference", 1) / milliseconds("native", 1),
+        **({"times_mamba_ssm_ref": milliseconds("mamba_ssm_ref", 1) / milliseconds("native", 1)} if mamba_ssm else {}),
         "two_threads_over_one": milliseconds("native", 1) / milliseconds("native", 2),
     }
 
@@ -297,10 +320,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each case")
     parser.add_argument("--rounds", type=int, default=51, help=f"most rounds of {RUNS_PER_ROUND} runs for each case")
     parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many cases")
+    parser.add_argument(
+        "--mamba-ssm", type=Path, help="mamba_ssm/ops/selective_scan_interface.py of a checkout, to time it too"
+    )
     options = parser.parse_args()
     results = []
     for case in CASES[: options.cases]:
-        results.append(measure(case, options.seconds, options.rounds))
+        results.append(measure(case, options.seconds, options.rounds, options.mamba_ssm))
         print(report(results[-1]), flush=True)
     if options.out:
         document = {
