@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from helpers.scan_grid import SIZES, assert_close, grid_case, grid_feeds, oracle, scan_feeds
 from onnx import helper, numpy_helper
 
 from hcmen.errors import BackendError, CheckFailed
@@ -25,7 +26,7 @@ from hcmen.export.one_node import conv_model, one_node_model, scan_model
 from hcmen.runtime import selfcheck
 from hcmen.runtime.library import library_path
 from hcmen.runtime.selfcheck import operators_run, run_selfcheck
-from hcmen.scan import causal_conv1d_ref, selective_scan_ref
+from hcmen.scan import causal_conv1d_ref
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "runtime" / "csrc"
@@ -53,73 +54,14 @@ def session(model, threads=1, library=True):
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def scan_feeds(rng, batch, time, channel, state, group, dtype, softplus, gated, stateful):
-    """Steps of softplus(N(-4, 1)), decays down to -16: docs/op.md."""
-
-    def normal(*shape):
-        return rng.normal(size=shape).astype(np.float32)
-
-    projection = (batch, time, state) if group is None else (batch, time, group, state)
-    delta = rng.normal(-4.0, 1.0, (batch, time, channel))
-    feeds = {
-        "u": normal(batch, time, channel).astype(dtype),
-        "delta": (delta if softplus else np.logaddexp(0.0, delta)).astype(dtype),
-        "A": np.tile(-np.linspace(1.0, 16.0, state, dtype=np.float32), (channel, 1)),
-        "B": normal(*projection).astype(dtype),
-        "C": normal(*projection).astype(dtype),
-        "D": normal(channel),
-        "delta_bias": np.abs(normal(channel)) / 10 if softplus else np.abs(normal(channel)) / 1000,
-    }
-    if gated:
-        feeds["z"] = normal(batch, time, channel).astype(dtype)
-    if stateful:
-        feeds["initial_state"] = normal(batch, channel, state)
-    return {name: x.astype(np.float32) if name == "delta_bias" else x for name, x in feeds.items()}
-
-
-def scan_oracle(feeds, softplus, reverse):
-    wide = {name: torch.from_numpy(x.astype(np.float64)) for name, x in feeds.items()}
-    y, last = selective_scan_ref(**wide, delta_softplus=softplus, reverse=reverse, return_last_state=True)
-    return y.numpy(), last.numpy()
-
-
-def assert_scan_close(got, feeds, softplus, reverse, bound):
-    for name, g, w in zip(("y", "last_state"), got, scan_oracle(feeds, softplus, reverse), strict=False):
-        assert g.shape == w.shape
-        if g.dtype == np.float16:
-            np.testing.assert_allclose(g.astype(np.float64), w, rtol=1e-3, atol=1e-4, err_msg=name)
-        else:
-            worst = np.abs(g - w).max() / np.abs(w).max()
-            assert worst <= bound, f"{name}: {worst:.2e} of the largest value"
-
-
-# Every size with every other; the switches go round so that each size meets every one of them.
-SIZES = list(itertools.product((1, 2, 7, 500), (1, 15, 16, 17, 512), (1, 4, 12, 16, 17, 64)))
-SWITCHES = list(itertools.product((False, True), repeat=4))
-
-
 @pytest.mark.parametrize(("time", "channel", "state"), SIZES)
 def test_scan_numbers(time, channel, state):
-    index = SIZES.index((time, channel, state))
     for batch in (1, 3):
-        gated, stateful, reverse, softplus = SWITCHES[(index * 5 + batch * 3) % len(SWITCHES)]
-        group = None if channel % 2 or (index + batch) % 3 == 0 else 1 + (index + batch) % 2
-        dtype = "float16" if (index + batch) % 5 == 0 else "float32"
-        rng = np.random.default_rng(index)
-        feeds = scan_feeds(rng, batch, time, channel, state, group, dtype, softplus, gated, stateful)
-        model = scan_model(
-            channel,
-            state,
-            group=group,
-            dtype=dtype,
-            delta_softplus=softplus,
-            reverse=reverse,
-            gated=gated,
-            stateful=stateful,
-            functions=False,
-        )
+        case = grid_case(time, channel, state, batch)
+        feeds = grid_feeds(time, channel, state, batch, case)
+        model = scan_model(channel, state, **case, functions=False)
         one, two = (session(model, threads).run(None, feeds) for threads in (1, 2))
-        assert_scan_close(one, feeds, softplus, reverse, 1e-6)
+        assert_close(one, oracle(feeds, case["delta_softplus"], case["reverse"]))
         for a, b in zip(one, two, strict=True):
             np.testing.assert_array_equal(a, b)
 
@@ -190,7 +132,7 @@ def test_a_node_of_constants_can_be_folded():
     model = scan_model(64, 16, delta_softplus=True, gated=True, functions=False)
     del model.graph.input[:]
     model.graph.initializer.extend(numpy_helper.from_array(x, name) for name, x in feeds.items())
-    assert_scan_close(session(model, 2).run(None, {}), feeds, True, False, 1e-6)
+    assert_close(session(model, 2).run(None, {}), oracle(feeds, True, False))
 
 
 # --- which implementation runs ----------------------------------------------------------------------------------------
@@ -309,7 +251,7 @@ def test_registering_twice_means_once():
     feeds = scan_feeds(rng, 1, 3, 4, 2, None, "float32", False, False, False)
     for _ in range(2):
         made = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        assert_scan_close(made.run(None, feeds), feeds, False, False, 1e-6)
+        assert_close(made.run(None, feeds), oracle(feeds, False, False))
 
 
 def test_a_runtime_too_old_is_refused_by_name():

@@ -13,6 +13,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from helpers.scan_grid import SIZES, assert_close, grid_case, grid_feeds, oracle, scan_feeds
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -21,7 +22,7 @@ from hcmen.export.one_node import conv_model, scan_model, selfcheck_conv_model, 
 from hcmen.export.scan_function import add_functions, strip_functions
 from hcmen.runtime.library import library_path
 from hcmen.runtime.selfcheck import _model_path, selfcheck_inputs
-from hcmen.scan import causal_conv1d, causal_conv1d_ref, implementation, selective_scan, selective_scan_ref
+from hcmen.scan import causal_conv1d, causal_conv1d_ref, implementation, selective_scan
 
 
 def run(model, feeds, threads=1, library=False):
@@ -35,72 +36,18 @@ def run(model, feeds, threads=1, library=False):
     return made.run(None, feeds)
 
 
-def scan_feeds(rng, batch, time, channel, state, group, dtype, softplus, gated, stateful):
-    def normal(*shape):
-        return rng.normal(size=shape).astype(np.float32)
-
-    projection = (batch, time, state) if group is None else (batch, time, group, state)
-    delta = rng.normal(-4.0, 1.0, (batch, time, channel))
-    feeds = {
-        "u": normal(batch, time, channel).astype(dtype),
-        "delta": (delta if softplus else np.logaddexp(0.0, delta)).astype(dtype),
-        "A": np.tile(-np.linspace(1.0, 16.0, state, dtype=np.float32), (channel, 1)),
-        "B": normal(*projection).astype(dtype),
-        "C": normal(*projection).astype(dtype),
-        "D": normal(channel),
-        "delta_bias": np.abs(normal(channel)) * np.float32(0.1 if softplus else 0.001),
-    }
-    if gated:
-        feeds["z"] = normal(batch, time, channel).astype(dtype)
-    if stateful:
-        feeds["initial_state"] = normal(batch, channel, state)
-    return feeds
-
-
-def oracle(feeds, softplus, reverse):
-    wide = {name: torch.from_numpy(x.astype(np.float64)) for name, x in feeds.items()}
-    y, last = selective_scan_ref(**wide, delta_softplus=softplus, reverse=reverse, return_last_state=True)
-    return y.numpy(), last.numpy()
-
-
-def assert_close(got, want, bound=1e-6):
-    for g, w in zip(got, want, strict=False):
-        assert g.shape == w.shape
-        if g.dtype == np.float16:
-            np.testing.assert_allclose(g.astype(np.float64), w, rtol=1e-3, atol=1e-4)
-        else:
-            worst = np.abs(g - w).max() / np.abs(w).max()
-            assert worst <= bound, f"{worst:.2e} of the largest value"
-
-
 # --- numbers ----------------------------------------------------------------------------------------------------------
-
-SIZES = list(itertools.product((1, 2, 7, 500), (1, 15, 16, 17, 512), (1, 4, 12, 16, 17, 64)))
-SWITCHES = list(itertools.product((False, True), repeat=4))
 
 
 @pytest.mark.parametrize(("time", "channel", "state"), SIZES)
 def test_scan_numbers(time, channel, state):
-    index = SIZES.index((time, channel, state))
     for batch in (1, 3):
-        gated, stateful, reverse, softplus = SWITCHES[(index * 5 + batch * 3) % len(SWITCHES)]
-        group = None if channel % 2 or (index + batch) % 3 == 0 else 1 + (index + batch) % 2
-        dtype = "float16" if (index + batch) % 5 == 0 else "float32"
-        rng = np.random.default_rng(index)
-        feeds = scan_feeds(rng, batch, time, channel, state, group, dtype, softplus, gated, stateful)
-        model = scan_model(
-            channel,
-            state,
-            group=group,
-            dtype=dtype,
-            delta_softplus=softplus,
-            reverse=reverse,
-            gated=gated,
-            stateful=stateful,
-        )
-        got = run(model, feeds, threads=1 + index % 2)
+        case = grid_case(time, channel, state, batch)
+        feeds = grid_feeds(time, channel, state, batch, case)
+        model = scan_model(channel, state, **case)
+        got = run(model, feeds, threads=1 + SIZES.index((time, channel, state)) % 2)
         assert got[0].dtype == feeds["u"].dtype
-        assert_close(got, oracle(feeds, softplus, reverse))
+        assert_close(got, oracle(feeds, case["delta_softplus"], case["reverse"]))
 
 
 @pytest.mark.parametrize("time", [1, 2, 500])
