@@ -7,12 +7,14 @@ one padded batch. So a golden set stands on the slow twin, and padding and batch
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from hcmen.checkpoint import CHECKPOINT, load_checkpoint
 from hcmen.clip import Clip, batch_clips
 from hcmen.config import ModelConfig
 from hcmen.errors import CheckFailed
@@ -122,12 +124,19 @@ def eager_outputs(checkpoint: Path, variant_name: str, inputs: Mapping[str, np.n
         InputError, CorruptFileError: the checkpoint is missing or damaged, or the inputs do not fit it.
         CheckFailed: float32 and float64 disagree beyond the bound for scores.
     """
-    from hcmen.checkpoint import load_checkpoint
-
-    model, _ = load_checkpoint(checkpoint)
+    weights = checkpoint / CHECKPOINT
+    stamp = weights.stat().st_mtime_ns if weights.exists() else 0
+    model, exact_model = _loaded(checkpoint, stamp)
     variant = variant_named(variant_name)
     outputs = _run(model, variant, inputs)
     with implementation("ref"):
-        exact = _run(_double(model), variant, inputs)
+        exact = _run(exact_model, variant, inputs)
     _check_against_exact(outputs, exact, variant)
     return outputs
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(checkpoint: Path, stamp: int) -> tuple[HCMEN, HCMEN]:
+    """The model of a checkpoint folder and its float64 twin; `stamp` changes when the folder is trained anew."""
+    model, _ = load_checkpoint(checkpoint)
+    return model, _double(model)
