@@ -12,16 +12,26 @@ The stand-ins never call NumPy's own unpickling code: they check dtype, shape an
 the bytes, without a copy. Declared sizes are held against the size of the file before anything is allocated. The
 machine is Python's own unpickler in Python rather than the one in C, whose memo is an array that a hostile index blows
 up.
+
+The file is mapped into memory, not read: byte strings from 64 KiB on, which is where arrays keep their numbers, stay
+where they are, and the arrays are views over the map. What is held in memory are the small things alone: strings,
+numbers, containers. In protocol 2 an array's bytes are spelt as UTF-8 text; they are respelt piece by piece, into
+memory or into a nameless file where there is a folder for it.
 """
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import math
+import mmap
 import os
 import pickle
 import re
+import stat
 import struct
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -29,54 +39,171 @@ import numpy as np
 
 from hcmen.errors import CorruptFileError, InputError
 
-__all__ = ["load_pickle"]
+__all__ = ["MappedPickle", "load_pickle"]
 
 _DTYPE = re.compile(r"(?:b1|[iu][1248]|f[248]|[US]\d{1,6}|O[48]?)")
 _MAX_RANK = 4
+
+# Byte strings and texts of this size and more are left in the map.
+_LARGE_BYTES = 1 << 16
+_PIECE_BYTES = 1 << 22
 
 
 def load_pickle(path: Path) -> Any:
     """What the pickle at `path` holds: arrays, str, bytes, int, float, bool, None, tuple, list and dict of these.
 
-    Arrays are read-only views over the bytes of the file; arrays of objects come back as lists.
+    Arrays are read-only views over the file, which stays mapped as long as one of them lives, and which must not be
+    cut short meanwhile. Arrays of objects come back as lists. Byte strings of 64 KiB and more that are not in an array
+    come back as memoryviews, texts of that size as an object without use.
 
     Raises:
         InputError: there is no such file, or it cannot be read.
         CorruptFileError: the pickle calls for anything but NumPy arrays, strings and numbers, or is damaged.
     """
-    try:
-        with open(path, "rb") as file:
-            if file.read(4) == b"PK\x03\x04":
-                raise CorruptFileError(f"{path}: a zip archive, expected a pickle of MMSA's layout: unpack it first")
-            file.seek(0)
-            return _unwrap(_Reader(file, path).load())
-    except OSError as error:
-        raise InputError(
-            f"{path}: {(error.strerror or 'cannot be read').lower()}, expected a data file in MMSA's layout"
-        ) from error
+    with MappedPickle(path) as source:
+        return source.load()
+
+
+class MappedPickle:
+    """A pickle on disk, mapped but not read.
+
+    Attributes:
+        size: bytes of the file.
+    """
+
+    def __init__(self, path: Path, scratch: Path | None = None) -> None:
+        """Opens and maps `path`.
+
+        Args:
+            path: the pickle.
+            scratch: the folder for arrays that have to be respelt (protocol 2); they go to memory if None.
+
+        Raises:
+            InputError: there is no such file, or it cannot be read.
+            CorruptFileError: it is a zip archive.
+        """
+        self.path, self._scratch = path, scratch
+        self._maps: list[mmap.mmap] = []
+        try:
+            # Not to wait for whoever writes to a pipe.
+            self._file: BinaryIO = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
+            with contextlib.ExitStack() as on_error:
+                on_error.callback(self._file.close)
+                status = os.fstat(self._file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise InputError(f"{path}: not a regular file, expected a data file in MMSA's layout")
+                self.size = status.st_size
+                if os.pread(self._file.fileno(), 4, 0) == b"PK\x03\x04":
+                    raise CorruptFileError(
+                        f"{path}: a zip archive, expected a pickle of MMSA's layout: unpack it first"
+                    )
+                # Nothing can be mapped of an empty file.
+                self._view = self._mapped(self._file) if self.size else memoryview(b"")
+                on_error.pop_all()
+        except OSError as error:
+            raise InputError(
+                f"{path}: {(error.strerror or 'cannot be read').lower()}, expected a data file in MMSA's layout"
+            ) from error
+
+    def __enter__(self) -> MappedPickle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # The map itself goes with the last array over it.
+        self._file.close()
+
+    def load(self) -> Any:
+        """What the pickle holds, see `load_pickle`.
+
+        Raises:
+            CorruptFileError: as `load_pickle`.
+            OSError: an array cannot be respelt into the scratch folder.
+        """
+        return _unwrap(_Reader(_MappedFile(self._view), self).load())
+
+    def pieces(self) -> Iterator[bytes]:
+        """The bytes of the file from start to end, a few megabytes at a time, read past the map."""
+        at = 0
+        while piece := os.pread(self._file.fileno(), _PIECE_BYTES, at):
+            yield piece
+            at += len(piece)
+
+    def release(self) -> None:
+        """Lets go of the pages that were touched; the next touch reads them from the file again."""
+        for mapped in self._maps:
+            if hasattr(mapped, "madvise"):
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+    def respelt(self, text: memoryview) -> memoryview:
+        """The UTF-8 `text` as Latin-1: in a nameless file that is mapped, or in memory where there is no folder.
+
+        Raises:
+            ValueError: the text is not UTF-8, or holds a character beyond Latin-1.
+            OSError: the scratch file cannot be written.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("surrogatepass")
+
+        def pieces() -> Iterator[bytes]:
+            for start in range(0, len(text), _PIECE_BYTES):
+                yield decoder.decode(text[start : start + _PIECE_BYTES]).encode("latin1")
+                self.release()
+            yield decoder.decode(b"", final=True).encode("latin1")
+
+        if self._scratch is None:
+            return memoryview(b"".join(pieces()))
+        with tempfile.TemporaryFile(dir=self._scratch) as file:
+            for piece in pieces():
+                file.write(piece)
+            file.flush()
+            return self._mapped(file)
+
+    def _mapped(self, file: Any) -> memoryview:
+        self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return memoryview(self._maps[-1])
 
 
 class _Forbidden(Exception):
     """The pickle wants something that is not admitted; the message says what."""
 
 
-class _BoundedFile:
-    """A file that refuses to read more than it has left, so that a declared size cannot make a reader allocate."""
+class _LongText:
+    """A text that is left as it lies in the file, for the one use that data has for it: bytes in protocol 2."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._left = os.fstat(file.fileno()).st_size
+    __slots__ = ("latin1",)
+
+    def __init__(self, latin1: Callable[[], memoryview]) -> None:
+        self.latin1 = latin1
+
+
+class _MappedFile:
+    """The map as the file that the unpickler asks for; it refuses to read more than it has left, so that a declared
+    size cannot make a reader allocate."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._view, self._at = view, 0
+
+    def view(self, size: int) -> memoryview:
+        left = len(self._view) - self._at
+        if not 0 <= size <= left:
+            raise EOFError(f"{size} bytes announced, {left} left")
+        self._at += size
+        return self._view[self._at - size : self._at]
 
     def read(self, size: int) -> bytes:
-        if size > self._left:
-            raise EOFError(f"{size} bytes announced, {self._left} left")
-        self._left -= size
-        return self._file.read(size)
+        return self.view(size).tobytes()
+
+    def check(self, size: int) -> None:
+        """Refuses an announcement of more than there is."""
+        self.view(size)
+        self._at -= size
 
     def readline(self) -> bytes:
-        line = self._file.readline()
-        self._left -= len(line)
-        return line
+        start = self._at
+        for first in range(start, len(self._view), _LARGE_BYTES):
+            found = self._view[first : first + _LARGE_BYTES].tobytes().find(b"\n")
+            if found >= 0:
+                return self.read(first + found + 1 - start)
+        return self.read(len(self._view) - start)
 
 
 class _Admitted:
@@ -146,8 +273,9 @@ class _Array:
             self.value = data
             return
         numpy_dtype, count = dtype.numpy(), math.prod(shape)
-        if not isinstance(data, (bytes, bytearray)) or len(data) != count * numpy_dtype.itemsize:
-            got = len(data) if isinstance(data, (bytes, bytearray)) else type(data).__name__
+        is_bytes = isinstance(data, (bytes, bytearray, memoryview))
+        if not is_bytes or len(data) != count * numpy_dtype.itemsize:
+            got = len(data) if is_bytes else type(data).__name__
             raise ValueError(f"array {shape} of {numpy_dtype} has {got} bytes of {count * numpy_dtype.itemsize}")
         if not count or not numpy_dtype.itemsize:
             self.value = np.zeros(shape, numpy_dtype)
@@ -182,10 +310,10 @@ def _no_direct_call(*_: Any) -> Any:
     raise _Forbidden("numpy.ndarray called directly")
 
 
-def _encode(text: Any, codec: Any = "latin1") -> bytes:
-    if not isinstance(text, str) or codec not in ("latin1", "latin-1"):
+def _encode(text: Any, codec: Any = "latin1") -> bytes | memoryview:
+    if not isinstance(text, (str, _LongText)) or codec not in ("latin1", "latin-1"):
         raise _Forbidden(f"_codecs.encode with codec {codec!r}")
-    return text.encode("latin1")
+    return text.latin1() if isinstance(text, _LongText) else text.encode("latin1")
 
 
 def _empty_bytes(*args: Any) -> bytes:
@@ -226,9 +354,9 @@ _DAMAGE = (
 class _Reader(pickle._Unpickler):
     """Python's unpickler with stand-ins for every name, and without the opcodes that data has no use for."""
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
-        super().__init__(_BoundedFile(file))
-        self._path = path
+    def __init__(self, file: _MappedFile, source: MappedPickle) -> None:
+        super().__init__(file)
+        self._mapped, self._source, self._path = file, source, source.path
 
     def load(self) -> Any:
         try:
@@ -264,9 +392,41 @@ class _Reader(pickle._Unpickler):
             raise _Forbidden(f"a call of a {type(function).__name__}")
         self.stack[-1] = function(*args)
 
-    def _bytearray(self) -> None:
+    # A frame is only a hint to read ahead. Not to follow it keeps the reading at one place in the map, from which
+    # large strings can be cut, and a frame of the size of the file from being allocated.
+
+    def _frame(self) -> None:
         (size,) = struct.unpack("<Q", self.read(8))
-        self.append(bytearray(self.read(size)))
+        self._mapped.check(size)
+
+    def _counted(self, form: str) -> memoryview:
+        (size,) = struct.unpack(form, self.read(struct.calcsize(form)))
+        return self._mapped.view(size)
+
+    def _push_bytes(self, data: memoryview) -> None:
+        self.append(data if len(data) >= _LARGE_BYTES else data.tobytes())
+
+    def _push_text(self, data: memoryview) -> None:
+        large = len(data) >= _LARGE_BYTES
+        self.append(
+            _LongText(lambda: self._source.respelt(data)) if large else str(data.tobytes(), "utf-8", "surrogatepass")
+        )
+
+    def _bytes4(self) -> None:
+        self._push_bytes(self._counted("<I"))
+
+    def _bytes8(self) -> None:
+        self._push_bytes(self._counted("<Q"))
+
+    def _text4(self) -> None:
+        self._push_text(self._counted("<I"))
+
+    def _text8(self) -> None:
+        self._push_text(self._counted("<Q"))
+
+    def _bytearray(self) -> None:
+        data = self._counted("<Q")
+        self.append(data if len(data) >= _LARGE_BYTES else bytearray(data))
 
     def _forbidden(self) -> None:
         raise _Forbidden("an object of a class, or one kept outside the file")
@@ -274,6 +434,11 @@ class _Reader(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
     dispatch[pickle.BUILD[0]] = _build
     dispatch[pickle.REDUCE[0]] = _reduce
+    dispatch[pickle.FRAME[0]] = _frame
+    dispatch[pickle.BINBYTES[0]] = _bytes4
+    dispatch[pickle.BINBYTES8[0]] = _bytes8
+    dispatch[pickle.BINUNICODE[0]] = _text4
+    dispatch[pickle.BINUNICODE8[0]] = _text8
     dispatch[pickle.BYTEARRAY8[0]] = _bytearray
     for _opcode in (
         pickle.NEWOBJ,
