@@ -45,6 +45,7 @@ def _batches(split: Split, variant: Variant, batch_size: int) -> Iterator[tuple[
         lengths = {m: split.lengths[m][rows] for m in variant.present}
         features = {m: split.features[m][rows, : lengths[m].max()] for m in variant.present}
         yield (
-            {m: torch.from_numpy(np.ascontiguousarray(x)) for m, x in features.items()},
+            # Always a copy: features may be a read-only map, which torch warns of.
+            {m: torch.from_numpy(np.array(x)) for m, x in features.items()},
             {m: torch.from_numpy(n) for m, n in lengths.items()},
         )

@@ -1,6 +1,9 @@
 """Data: sets in memory, their readers and makers, and the corruption of training samples. NumPy only, no torch.
 
 mmsa.py       the pickles of MMSA (MOSI, MOSEI, SIMS, SIMSv2), read safely
+folder.py     the same as a folder of arrays that stay on disk
+convert.py    hcmen-convert, from the one to the other
+cut.py        hcmen-clip, single samples as clips
 synthetic.py  a set of the same layout whose sentiment a linear model cannot read
 missing.py    which steps and modalities of a sample are dropped in an epoch
 baseline.py   the linear model that HCMEN has to beat
@@ -23,7 +26,7 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Split:
-    """Samples in memory; N samples, T_m steps and F_m features of modality m.
+    """Samples in memory, or mapped from disk and then read-only; N samples, T_m steps and F_m features of modality m.
 
     features: {m: float32 [N, T_m, F_m]}, zero beyond the valid prefix.
     lengths: {m: int64 [N]}, the valid prefix, at least 1.

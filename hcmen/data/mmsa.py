@@ -12,15 +12,21 @@ A file is a pickled dict {"train", "valid", "test"} of dicts with these keys (N 
 What is put right on the way: -inf, NaN, +inf and float64 values that overflow float32 become 0 and are counted; steps
 beyond a sample's length become 0 (BERT writes something there); lengths that a file does not give are found from the
 data. What cannot be put right is refused.
+
+Axes go by their name, never by their order: the file's audio is read as audio whatever its place. `RawSplit` is a split
+that has been checked and not converted; its pieces are converted one after the other, so that a file larger than the
+memory can pass through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from hcmen.config import ModelConfig
 from hcmen.data import SPLITS, FloatArray, IntArray, MultimodalDataset, Split
@@ -28,17 +34,29 @@ from hcmen.data.unpickle import load_pickle
 from hcmen.errors import InputError
 from hcmen.modalities import MODALITIES
 
-__all__ = ["dataset_from_mmsa", "read_mmsa"]
+__all__ = ["Piece", "RawSplit", "dataset_from_mmsa", "open_split", "read_mmsa"]
+
+RawArray = npt.NDArray[Any]
+
+# Stored bytes per piece. A piece passes through a handful of temporaries of its size.
+_PIECE_BYTES = 1 << 23
 
 
 def read_mmsa(path: str | Path, config: ModelConfig) -> MultimodalDataset:
     """The data set in the MMSA file `path`, checked against the sizes and label range of `config`.
+
+    `path` may also be a folder that hcmen-convert wrote. The numbers are the same; those of the folder stay on disk,
+    as read-only maps.
 
     Raises:
         InputError: no such file; a split or key is missing; the set is not the one `config` is for.
         CorruptFileError: the file is damaged, or holds anything but arrays, strings and numbers.
     """
     path = Path(path)
+    if path.is_dir():
+        from hcmen.data.folder import read_folder
+
+        return read_folder(path, config)
     return dataset_from_mmsa(load_pickle(path), str(path), config)
 
 
@@ -48,24 +66,128 @@ def dataset_from_mmsa(data: Any, name: str, config: ModelConfig) -> MultimodalDa
     Raises:
         InputError: as `read_mmsa`.
     """
-    if not isinstance(data, Mapping):
-        raise InputError(f"{name}: holds a {type(data).__name__}, expected a dict with the splits {', '.join(SPLITS)}")
     cleaned = dict.fromkeys(MODALITIES, 0)
-    splits = {s: _split(_member(data, s, Mapping, name), f"{name}: {s}", config, cleaned) for s in SPLITS}
+    splits = {s: _converted(open_split(data, s, name, config), cleaned) for s in SPLITS}
     return MultimodalDataset(name, splits, config.label_min, config.label_max, cleaned)
 
 
-def _split(data: Mapping[str, Any], where: str, config: ModelConfig, cleaned: dict[str, int]) -> Split:
-    labels = _labels(_member(data, "regression_labels", object, where), where, config)
+def open_split(data: Any, split: str, name: str, config: ModelConfig | None = None) -> RawSplit:
+    """The split `split` of `data`, a dict of MMSA's layout; `name` is what error messages call it.
+
+    Args:
+        data: {"train", "valid", "test"}, see the top of this file.
+        split: which one; the others are not looked at.
+        name: what error messages call the data.
+        config: the sizes and label range to hold the split against; any will do if None.
+
+    Raises:
+        InputError: the split or one of its keys is missing, its arrays do not fit each other, or do not fit `config`.
+    """
+    if not isinstance(data, Mapping):
+        raise InputError(f"{name}: holds a {type(data).__name__}, expected a dict with the splits {', '.join(SPLITS)}")
+    members, where = _member(data, split, Mapping, name), f"{name}: {split}"
+    labels = _labels(_member(members, "regression_labels", object, where), where, config)
+    raw = {m: _features(_member(members, m, object, where), where, m, config, len(labels)) for m in MODALITIES}
+    given = {m: n for m in MODALITIES if (n := _given_lengths(members, where, m, raw[m])) is not None}
+    mask = None if "text" in given else _text_mask(members, where, raw["text"])
+    return RawSplit(labels, _ids(members.get("id", list(range(len(labels)))), where, len(labels)), raw, given, mask)
+
+
+class Piece(NamedTuple):
+    """Some neighbouring samples of one modality: float32 features [n, T, F], zero beyond lengths int64 [n].
+
+    cleaned: how many stored values were NaN or infinite in float32.
+    """
+
+    features: FloatArray
+    lengths: IntArray
+    cleaned: int
+
+
+@dataclass(frozen=True)
+class RawSplit:
+    """A split whose shapes, labels and lengths are checked, and whose features are as they were stored.
+
+    labels: float32 [N]. ids: N names. raw: {m: [N, T_m, F_m]}, any number type and memory order.
+    given: {m: int64 [N]}, the lengths that the data gives. text_mask: [N, T], the attention mask, if there is one.
+    """
+
+    labels: FloatArray
+    ids: list[str]
+    raw: Mapping[str, RawArray]
+    given: Mapping[str, IntArray]
+    text_mask: RawArray | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pieces(
+        self, m: str, release: Callable[[], None] = lambda: None, samples: slice = slice(None)
+    ) -> Iterator[Piece]:
+        """Modality `m`, converted, a few megabytes at a time.
+
+        Args:
+            m: the modality.
+            release: called whenever some megabytes of the stored array have been touched.
+            samples: which neighbouring samples; all if not given.
+        """
+        raw = self.raw[m]
+        start, stop, _ = samples.indices(len(raw))
+        step = max(1, _PIECE_BYTES // (raw[0].size * max(4, raw.itemsize)))
+        for first in range(start, stop, step):
+            rows = slice(first, min(first + step, stop))
+            x = _as_float32(raw, rows, release)
+            bad = ~np.isfinite(x)
+            cleaned = int(np.count_nonzero(bad))
+            if cleaned:
+                x[bad] = 0.0
+            lengths = self._lengths(m, rows, x)
+            x[np.arange(x.shape[1]) >= lengths[:, None]] = 0.0
+            yield Piece(x, lengths, cleaned)
+            release()
+
+    def sample(self, index: int) -> dict[str, FloatArray]:
+        """The valid steps [length, F] of sample `index`, per modality."""
+        pieces = {m: next(self.pieces(m, samples=slice(index, index + 1))) for m in MODALITIES}
+        return {m: x[0, : lengths[0]] for m, (x, lengths, _) in pieces.items()}
+
+    def _lengths(self, m: str, rows: slice, x: FloatArray) -> IntArray:
+        """Valid prefix of the samples `rows`, at least 1: given, or from the mask, or up to the last non-zero frame."""
+        if m in self.given:
+            return self.given[m][rows]
+        if m == "text" and self.text_mask is not None:
+            return _last(self.text_mask[rows] != 0)
+        return _last(x.any(axis=2))
+
+
+def _converted(split: RawSplit, cleaned: dict[str, int]) -> Split:
     features: dict[str, FloatArray] = {}
     lengths: dict[str, IntArray] = {}
     for m in MODALITIES:
-        x, bad = _features(_member(data, m, object, where), where, m, config, len(labels))
-        cleaned[m] += bad
-        lengths[m] = _lengths(data, where, m, x)
-        x[np.arange(x.shape[1]) >= lengths[m][:, None]] = 0.0
-        features[m] = x
-    return Split(features, lengths, labels, _ids(data.get("id", list(range(len(labels)))), where, len(labels)))
+        features[m] = np.empty(split.raw[m].shape, np.float32)
+        lengths[m] = np.empty(len(split), np.int64)
+        first = 0
+        for piece in split.pieces(m):
+            rows = slice(first, first := first + len(piece.lengths))
+            features[m][rows], lengths[m][rows] = piece.features, piece.lengths
+            cleaned[m] += piece.cleaned
+    return Split(features, lengths, split.labels, split.ids)
+
+
+def _as_float32(raw: RawArray, rows: slice, release: Callable[[], None]) -> FloatArray:
+    """A copy of raw[rows] in C order; overflow becomes infinity, in silence."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if raw.flags.c_contiguous or not raw.flags.f_contiguous:
+            return np.array(raw[rows], dtype=np.float32, order="C")
+        # In Fortran order the samples of a piece lie strewn over the whole array: gathered column by column, and let
+        # go of in between, or a map of the array would come into memory as a whole.
+        columns = raw.reshape(len(raw), -1, order="F")
+        x = np.empty((rows.stop - rows.start, columns.shape[1]), np.float32, order="F")
+        step = max(1, _PIECE_BYTES // (len(raw) * raw.itemsize))
+        for first in range(0, columns.shape[1], step):
+            x[:, first : first + step] = columns[rows, first : first + step]
+            release()
+        return np.ascontiguousarray(x.reshape(len(x), *raw.shape[1:], order="F"))
 
 
 def _ids(value: Any, where: str, samples: int) -> list[str]:
@@ -99,52 +221,53 @@ def _array(value: Any, where: str, key: str, rank: int) -> np.ndarray[Any, np.dt
     return array
 
 
-def _features(value: Any, where: str, m: str, config: ModelConfig, samples: int) -> tuple[FloatArray, int]:
+def _features(value: Any, where: str, m: str, config: ModelConfig | None, samples: int) -> RawArray:
     raw = _array(value, where, m, 3)
-    expected = config.modality(m)
-    if raw.shape[2] != expected.features:
+    expected = config.modality(m) if config else None
+    if expected and raw.shape[2] != expected.features:
         raise InputError(
             f"{where}: {m} has {raw.shape[2]} features per step, expected {expected.features}: "
             "the file is of another data set than the preset"
         )
-    if not 1 <= raw.shape[1] <= expected.max_steps:
+    if expected and not 1 <= raw.shape[1] <= expected.max_steps:
         raise InputError(
             f"{where}: {m} has {raw.shape[1]} steps, expected 1 to {expected.max_steps}: "
             "the file is of another data set than the preset"
         )
     if raw.shape[0] != samples:
         raise InputError(f"{where}: {m} has {raw.shape[0]} samples, expected {samples}, one per label")
-    with np.errstate(over="ignore", invalid="ignore"):
-        x = np.array(raw, dtype=np.float32, order="C")
-    bad = ~np.isfinite(x)
-    count = int(np.count_nonzero(bad))
-    if count:
-        x[bad] = 0.0
-    return x, count
+    if not raw.size:
+        raise InputError(f"{where}: {m} has shape {list(raw.shape)}, expected at least one step and one feature")
+    return raw
 
 
-def _lengths(data: Mapping[str, Any], where: str, m: str, x: FloatArray) -> IntArray:
-    """Valid prefix of modality `m`, at least 1: given, or from the text mask, or the last non-zero frame."""
+def _given_lengths(data: Mapping[str, Any], where: str, m: str, x: RawArray) -> IntArray | None:
+    """The lengths that the data gives for modality `m`, raised to 1 where they are 0; None if it gives none."""
     key = f"{m}_lengths"
-    if key in data:
-        given = _array(data[key], where, key, 1)
-        if len(given) != len(x) or np.any(given != np.floor(given)):
-            raise InputError(f"{where}: '{key}' has {len(given)} entries, expected {len(x)} whole numbers")
-        wrong = np.flatnonzero((given < 0) | (given > x.shape[1]))
-        if wrong.size:
-            raise InputError(
-                f"{where}: '{key}' of sample {wrong[0]} is {given[wrong[0]]:g}, expected 0 to {x.shape[1]}, "
-                f"the steps of {m}"
-            )
-        return np.maximum(given.astype(np.int64), 1)
-    if m == "text" and "text_bert" in data:
-        tokens = _array(data["text_bert"], where, "text_bert", 3)
-        if tokens.shape != (len(x), 3, x.shape[1]):
-            raise InputError(
-                f"{where}: 'text_bert' has shape {list(tokens.shape)}, expected {[len(x), 3, x.shape[1]]}, as text has"
-            )
-        return _last(tokens[:, 1] != 0)
-    return _last(x.any(axis=2))
+    if key not in data:
+        return None
+    given = _array(data[key], where, key, 1)
+    if len(given) != len(x) or np.any(given != np.floor(given)):
+        raise InputError(f"{where}: '{key}' has {len(given)} entries, expected {len(x)} whole numbers")
+    wrong = np.flatnonzero((given < 0) | (given > x.shape[1]))
+    if wrong.size:
+        raise InputError(
+            f"{where}: '{key}' of sample {wrong[0]} is {given[wrong[0]]:g}, expected 0 to {x.shape[1]}, "
+            f"the steps of {m}"
+        )
+    return np.maximum(given.astype(np.int64), 1)
+
+
+def _text_mask(data: Mapping[str, Any], where: str, x: RawArray) -> RawArray | None:
+    """The attention mask [N, T] of 'text_bert'; None if there is none."""
+    if "text_bert" not in data:
+        return None
+    tokens = _array(data["text_bert"], where, "text_bert", 3)
+    if tokens.shape != (len(x), 3, x.shape[1]):
+        raise InputError(
+            f"{where}: 'text_bert' has shape {list(tokens.shape)}, expected {[len(x), 3, x.shape[1]]}, as text has"
+        )
+    return tokens[:, 1]
 
 
 def _last(real: np.ndarray[Any, np.dtype[np.bool_]]) -> IntArray:
@@ -153,10 +276,16 @@ def _last(real: np.ndarray[Any, np.dtype[np.bool_]]) -> IntArray:
     return np.maximum((real * steps).max(axis=1), 1).astype(np.int64)
 
 
-def _labels(value: Any, where: str, config: ModelConfig) -> FloatArray:
-    labels = _array(value, where, "regression_labels", 1).astype(np.float32)
+def _labels(value: Any, where: str, config: ModelConfig | None) -> FloatArray:
+    with np.errstate(over="ignore"):
+        labels = _array(value, where, "regression_labels", 1).astype(np.float32)
     if not labels.size:
         raise InputError(f"{where}: holds no samples, expected at least 1")
+    if config is None:
+        wrong = np.flatnonzero(~np.isfinite(labels))
+        if wrong.size:
+            raise InputError(f"{where}: the label of sample {wrong[0]} is {labels[wrong[0]]:g}, expected a number")
+        return labels
     # Labels are averages of several annotators, stored as they came out: allow the last bits.
     slack = 1e-4
     wrong = np.flatnonzero(~((labels >= config.label_min - slack) & (labels <= config.label_max + slack)))

@@ -1,0 +1,321 @@
+"""A data set as a folder of arrays that are mapped instead of read: what hcmen-convert writes.
+
+    dataset.json              where the numbers come from, and the sizes of what follows
+    train/ valid/ test/       text.npy audio.npy vision.npy                              float32 [N, T, F], as in Split
+                              text_lengths.npy audio_lengths.npy vision_lengths.npy      int64 [N]
+                              regression_labels.npy                                      float32 [N]
+                              id.json                                                    N strings
+
+The names are MMSA's keys, so a folder is checked by the same code as a pickle. The numbers are what the reader makes
+of the pickle: cleaned, float32, zero beyond the lengths.
+
+A folder appears whole or not at all: it is written to a temporary neighbour, `.NAME.tmp-PID`, and renamed. The arrays
+are written rather than mapped, since a full disk ends a process that writes through a map.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import hcmen
+from hcmen.config import ModelConfig
+from hcmen.data import SPLITS, MultimodalDataset, Split
+from hcmen.data.mmsa import RawArray, RawSplit, open_split
+from hcmen.errors import CorruptFileError, InputError
+from hcmen.modalities import MODALITIES
+
+__all__ = ["INDEX", "check_free", "map_arrays", "read_folder", "write_folder"]
+
+SCHEMA_VERSION = 1
+INDEX = "dataset.json"
+
+_IDS = "id.json"
+_ARRAYS = {
+    **{m: (np.dtype("<f4"), 3) for m in MODALITIES},
+    **{f"{m}_lengths": (np.dtype("<i8"), 1) for m in MODALITIES},
+    "regression_labels": (np.dtype("<f4"), 1),
+}
+
+
+def read_folder(folder: Path, config: ModelConfig) -> MultimodalDataset:
+    """The data set in `folder`, checked against the sizes and label range of `config`; features stay on disk.
+
+    Raises:
+        InputError: `folder` holds no data set, or not the one `config` is for.
+        CorruptFileError: a file is missing, truncated or altered.
+    """
+    index = _read_index(folder)
+    data = {name: _map_split(folder, name, index) for name in SPLITS}
+    splits = {}
+    for name in SPLITS:
+        raw = open_split(data, name, str(folder), config)
+        splits[name] = Split(dict(raw.raw), dict(raw.given), raw.labels, raw.ids)
+    return MultimodalDataset(str(folder), splits, config.label_min, config.label_max, index["cleaned"])
+
+
+def map_arrays(folder: Path, split: str) -> dict[str, dict[str, Any]]:
+    """One split of `folder` in MMSA's layout, {split: {key: array}}, the arrays read-only maps.
+
+    Raises:
+        InputError: `folder` holds no data set.
+        CorruptFileError: a file is missing, truncated or altered.
+    """
+    return {split: _map_split(folder, split, _read_index(folder))}
+
+
+def check_free(out: Path, force: bool) -> None:
+    """Finds out before the work whether a data set may and can be written to `out`.
+
+    Raises:
+        InputError: something is there that `force` does not allow to replace, or the place cannot be written.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise InputError(f"{out}: is there and is no folder, expected a new name: choose another")
+    if out.exists() and any(out.iterdir()):
+        if not (out / INDEX).exists():
+            raise InputError(f"{out}: holds files and no {INDEX}, so it is no data set to replace: choose another name")
+        if not force:
+            raise InputError(f"{out}: holds a data set already: replace it with --force, or choose another name")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out, "tmp")
+        probe = _neighbour(out, "tmp")
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise _unwritable(out, error) from error
+
+
+def write_folder(
+    out: Path,
+    splits: Mapping[str, RawSplit],
+    source: Mapping[str, Any],
+    release: Callable[[], None] = lambda: None,
+    on_bytes: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Writes `splits` to the folder `out`, whole or not at all, in place of a data set that is there.
+
+    Args:
+        out: the folder.
+        splits: train, valid and test.
+        source: what the index says of their origin.
+        release: called whenever some megabytes of the stored arrays have been touched.
+        on_bytes: called with the number of bytes written since the last call.
+
+    Returns:
+        What dataset.json says.
+
+    Raises:
+        InputError: there is too little space, or the place cannot be written; nothing is left behind.
+    """
+    needed = sum(4 * raw.size for split in splits.values() for raw in split.raw.values())
+    temporary = _neighbour(out, "tmp")
+    try:
+        free = shutil.disk_usage(out.parent).free
+        if needed > free:
+            raise InputError(
+                f"{out}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: free some space or choose another "
+                "place"
+            )
+        temporary.mkdir()
+        index = _write(temporary, splits, source, release, on_bytes)
+        _swap(temporary, out)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sweep(out, "old")
+    return index
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def _write(
+    folder: Path,
+    splits: Mapping[str, RawSplit],
+    source: Mapping[str, Any],
+    release: Callable[[], None],
+    on_bytes: Callable[[int], None],
+) -> dict[str, Any]:
+    cleaned = dict.fromkeys(MODALITIES, 0)
+    described = {}
+    for name, split in splits.items():
+        (folder / name).mkdir()
+        for m in MODALITIES:
+            lengths = np.empty(len(split), np.int64)
+
+            def features(m: str = m, split: RawSplit = split, lengths: RawArray = lengths) -> Iterable[RawArray]:
+                first = 0
+                for piece in split.pieces(m, release):
+                    lengths[first : first + len(piece.lengths)] = piece.lengths
+                    first += len(piece.lengths)
+                    cleaned[m] += piece.cleaned
+                    yield piece.features
+                    on_bytes(piece.features.nbytes)
+
+            _write_array(folder / name / f"{m}.npy", m, split.raw[m].shape, features())
+            _write_array(folder / name / f"{m}_lengths.npy", f"{m}_lengths", lengths.shape, [lengths])
+        _write_array(folder / name / "regression_labels.npy", "regression_labels", split.labels.shape, [split.labels])
+        _write_json(folder / name / _IDS, split.ids)
+        described[name] = {
+            "samples": len(split),
+            "sizes": {m: {"steps": x.shape[1], "features": x.shape[2]} for m, x in split.raw.items()},
+            "bytes": {path.name: path.stat().st_size for path in sorted((folder / name).iterdir())},
+        }
+    labels = np.concatenate([split.labels for split in splits.values()])
+    index = {
+        "schema_version": SCHEMA_VERSION,
+        "source": dict(source),
+        "cleaned": cleaned,
+        "label_min": float(labels.min()),
+        "label_max": float(labels.max()),
+        "splits": described,
+        "versions": {"hcmen": hcmen.__version__, "numpy": np.__version__},
+    }
+    _write_json(folder / INDEX, index)
+    return index
+
+
+def _write_array(path: Path, key: str, shape: tuple[int, ...], pieces: Iterable[RawArray]) -> None:
+    dtype, _ = _ARRAYS[key]
+    with open(path, "wb") as file:
+        header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for piece in pieces:
+            file.write(np.ascontiguousarray(piece, dtype).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_json(path: Path, data: Any) -> None:
+    with open(path, "w", encoding="ascii") as file:
+        json.dump(data, file, indent=2 if isinstance(data, dict) else None, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _swap(temporary: Path, out: Path) -> None:
+    """Renames `temporary` to `out`; what was there is moved aside first, and back if that fails."""
+    if not out.exists():
+        os.rename(temporary, out)
+        return
+    aside = _neighbour(out, "old")
+    os.rename(out, aside)
+    try:
+        os.rename(temporary, out)
+    except BaseException:
+        os.rename(aside, out)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _neighbour(out: Path, kind: str) -> Path:
+    return out.with_name(f".{out.name}.{kind}-{os.getpid()}")
+
+
+def _sweep(out: Path, kind: str) -> None:
+    """Removes what processes left that were killed."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.{kind}-(\d+)")
+    for path in out.parent.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match and not _alive(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _unwritable(out: Path, error: OSError) -> InputError:
+    reason = (error.strerror or "cannot be written").lower()
+    return InputError(
+        f"{out}: {reason}, expected a place for the converted data set: free some space or choose another"
+    )
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder}: is a directory without {INDEX}, expected a data file or a folder that hcmen-convert wrote"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path}: {(error.strerror or 'cannot be read').lower()}, expected a data set") from error
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{path}: not JSON ({str(error)[:100]}): convert the data file again") from error
+    found = index.get("schema_version") if isinstance(index, dict) else None
+    if found != SCHEMA_VERSION:
+        raise CorruptFileError(
+            f"{path}: schema_version is {found!r}, expected {SCHEMA_VERSION}: convert the data file again"
+        )
+    cleaned, splits = index.get("cleaned"), index.get("splits")
+    names = {_IDS, *(f"{key}.npy" for key in _ARRAYS)}
+    whole = isinstance(cleaned, dict) and sorted(cleaned) == sorted(MODALITIES)
+    whole = whole and all(type(n) is int for n in cleaned.values()) and isinstance(splits, dict)
+    for split in SPLITS:
+        sizes = splits.get(split, {}).get("bytes") if whole and isinstance(splits.get(split, {}), dict) else None
+        if not isinstance(sizes, dict) or set(sizes) != names or not all(type(n) is int for n in sizes.values()):
+            raise CorruptFileError(f"{path}: does not describe the split {split}: convert the data file again")
+    assert isinstance(index, dict)
+    return index
+
+
+def _map_split(folder: Path, split: str, index: Mapping[str, Any]) -> dict[str, Any]:
+    sizes = index["splits"][split]["bytes"]
+    for name, expected in sizes.items():
+        path = folder / split / name
+        with contextlib.suppress(OSError):
+            size = path.stat().st_size
+            if size == expected:
+                continue
+            raise CorruptFileError(
+                f"{path}: has {size} bytes, {INDEX} says {expected}: truncated or altered, convert the data file again"
+            )
+        raise CorruptFileError(f"{path}: cannot be found or read, {INDEX} lists it: convert the data file again")
+    data: dict[str, Any] = {key: _map_array(folder / split / f"{key}.npy", key) for key in _ARRAYS}
+    path = folder / split / _IDS
+    try:
+        data["id"] = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{path}: no list of names ({str(error)[:100]}): convert the data file again") from error
+    return data
+
+
+def _map_array(path: Path, key: str) -> RawArray:
+    dtype, rank = _ARRAYS[key]
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, SyntaxError, TypeError, EOFError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise CorruptFileError(f"{path}: damaged ({reason}): convert the data file again") from error
+    if array.dtype != dtype or array.ndim != rank or not array.flags.c_contiguous:
+        raise CorruptFileError(
+            f"{path}: {array.dtype} of shape {list(array.shape)}, expected {dtype} with {rank} axes in C order: "
+            "convert the data file again"
+        )
+    # As a plain array over the map: np.memmap would hand its own class on to every result.
+    return np.asarray(array)
