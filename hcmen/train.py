@@ -47,7 +47,11 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[HCMEN, dict[str, An
 
 
 @command("hcmen-train")
-@click.option("--data", type=click.Path(path_type=Path), help="MMSA data file (.pkl); the synthetic set if not given.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="MMSA data file (.pkl), or its folder from hcmen-convert; the synthetic set if not given.",
+)
 @click.option("--preset", type=Choice(list(PRESETS)), help="Model sizes and training settings.  [default: tiny]")
 @click.option("--epochs", type=click.IntRange(min=1), help="Passes over the training split; the preset's if not given.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Samples per optimiser step.")

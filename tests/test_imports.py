@@ -145,7 +145,15 @@ def loaded_after(script: str, *arguments: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["hcmen.runtime.command", "hcmen.runtime.doctor", "hcmen.export.command", "hcmen.train"]
+    "module",
+    [
+        "hcmen.runtime.command",
+        "hcmen.runtime.doctor",
+        "hcmen.export.command",
+        "hcmen.train",
+        "hcmen.data.convert",
+        "hcmen.data.cut",
+    ],
 )
 @pytest.mark.parametrize("flag", ["--help", "--version"])
 def test_help_and_version_import_nothing_heavy(module, flag):

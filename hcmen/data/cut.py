@@ -1,0 +1,144 @@
+"""The command hcmen-clip: single samples of a data set, as the .npz clips that hcmen-run reads."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hcmen.data import SPLITS
+from hcmen.errors import InputError
+from hcmen.modalities import MODALITIES
+from hcmen.runtime.cli import Choice, Console, command
+
+if TYPE_CHECKING:
+    from hcmen.data.mmsa import RawSplit
+
+__all__ = ["main"]
+
+
+@command("hcmen-clip")
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--split", type=Choice(list(SPLITS)), default="test", show_default=True, help="Which split to cut from.")
+@click.option(
+    "--index", "indices", type=click.IntRange(min=0), multiple=True, help="Sample number, from 0; repeatable."
+)
+@click.option("--id", "ids", multiple=True, help="Name of the sample, such as 'video$_$3'; repeatable.")
+@click.option("--all", "everything", is_flag=True, help="Every sample of the split.")
+@click.option(
+    "--modalities",
+    metavar="NAMES",
+    default=",".join(MODALITIES),
+    show_default=True,
+    help="What the clips carry, separated by commas; the others are left out.",
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The clip (one sample, a name in .npz), or the folder for SPLIT-INDEX.npz.",
+)
+@click.option("--force", is_flag=True, help="Write over clips that are there.")
+def main(
+    console: Console,
+    data: Path,
+    split: str,
+    indices: tuple[int, ...],
+    ids: tuple[str, ...],
+    everything: bool,
+    modalities: str,
+    out: Path,
+    force: bool,
+) -> None:
+    """Cut clips for hcmen-run out of DATA, an MMSA data file (.pkl) or a folder that hcmen-convert wrote.
+
+    A clip holds the valid steps of one sample, NaN and infinity set to zero, as hcmen-train sees them.
+    """
+    if everything == bool(indices or ids):
+        raise click.UsageError("name samples with --index or --id, or take every one with --all")
+    kept = _modalities(modalities)
+    source = _opened(data, split)
+    chosen = range(len(source)) if everything else _chosen(f"{data}: {split}", source.ids, indices, ids)
+    if out.suffix == ".npz":
+        if len(chosen) > 1:
+            raise InputError(f"{out}: one clip, and {len(chosen)} samples are asked for: give a folder")
+        paths = {chosen[0]: out}
+    else:
+        paths = {i: out / f"{split}-{i:05d}.npz" for i in chosen}
+    there = next((path for path in paths.values() if path.exists()), None)
+    if there is not None and not force:
+        raise InputError(f"{there}: is there already: write over it with --force, or choose another --out")
+
+    from hcmen.clip import write_clip
+
+    (out.parent if out.suffix == ".npz" else out).mkdir(parents=True, exist_ok=True)
+    clips: list[dict[str, Any]] = []
+    with console.progress("cutting", len(paths), "clips") as bar:
+        for i, path in paths.items():
+            features = {m: x for m, x in source.sample(i).items() if m in kept}
+            write_clip(path, features)
+            clips.append(
+                {
+                    "path": str(path),
+                    "index": i,
+                    "id": source.ids[i],
+                    "label": float(source.labels[i]),
+                    "steps": {m: len(x) for m, x in features.items()},
+                }
+            )
+            bar.advance()
+    console.emit({"data": str(data), "split": split, "clips": clips}, "\n".join(map(_line, clips)))
+
+
+def _line(clip: dict[str, Any]) -> str:
+    steps = ", ".join(f"{m} {n}" for m, n in clip["steps"].items())
+    return f"{clip['path']}: sample {clip['index']} ({clip['id']}), label {clip['label']:g}, steps {steps}"
+
+
+def _modalities(value: str) -> set[str]:
+    names = [name.strip() for name in value.split(",")]
+    for name in names:
+        if name not in MODALITIES:
+            near = difflib.get_close_matches(name, MODALITIES, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise click.UsageError(
+                f"--modalities: unknown modality '{name}': {hint}choose from {', '.join(MODALITIES)}"
+            )
+    return set(names)
+
+
+def _opened(path: Path, split: str) -> RawSplit:
+    """The split, as it is stored: of a large file only what is cut out is converted."""
+    from hcmen.data.folder import map_arrays
+    from hcmen.data.mmsa import open_split
+    from hcmen.data.unpickle import load_pickle
+
+    return open_split(map_arrays(path, split) if path.is_dir() else load_pickle(path), split, str(path))
+
+
+def _chosen(where: str, names: Sequence[str], indices: Sequence[int], ids: Sequence[str]) -> list[int]:
+    """The samples asked for, each once, in the order of the split."""
+    found = set()
+    for index in indices:
+        if index >= len(names):
+            raise InputError(f"{where}: has no sample {index}, expected 0 to {len(names) - 1}")
+        found.add(index)
+    for name in ids:
+        places = [i for i, other in enumerate(names) if other == name]
+        if not places:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f": did you mean '{near[0]}'?" if near else f", its first is '{names[0]}'"
+            raise InputError(f"{where}: has no sample called '{name}'{hint}")
+        if len(places) > 1:
+            first, second = places[:2]
+            raise InputError(f"{where}: samples {first} and {second} are both called '{name}': choose with --index")
+        found.add(places[0])
+    return sorted(found)
+
+
+if __name__ == "__main__":
+    main()
