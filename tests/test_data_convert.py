@@ -456,6 +456,12 @@ def _same_size(name: str, array: Any) -> Any:
     return damage
 
 
+def _archive(out: Path) -> None:
+    _same_size("valid/text.npy", np.zeros(3))(out)
+    path = out / "valid" / "text.npy"
+    path.write_bytes(b"PK\x03\x04".ljust(path.stat().st_size, b"\0"))
+
+
 DAMAGED = {
     "no index": (lambda out: (out / "dataset.json").unlink(), InputError, "is a directory without dataset.json"),
     "index cut": (lambda out: os.truncate(out / "dataset.json", 50), CorruptFileError, "not JSON"),
@@ -484,6 +490,7 @@ DAMAGED = {
         CorruptFileError,
         "valid/text.npy: damaged",
     ),
+    "an archive": (_archive, CorruptFileError, "valid/text.npy: damaged"),
     "other dtype": (_same_size("valid/audio.npy", np.zeros((3, 50, 5))), CorruptFileError, "float64 of shape"),
     "other length": (
         _same_size("valid/audio_lengths.npy", np.array([1, 2, 51])),

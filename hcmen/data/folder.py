@@ -308,7 +308,8 @@ def _map_split(folder: Path, split: str, index: Mapping[str, Any]) -> dict[str, 
 def _map_array(path: Path, key: str) -> RawArray:
     dtype, rank = _ARRAYS[key]
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        # Not np.load, which would open a zip archive of that name as well. Arrays of objects are refused here.
+        array = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, SyntaxError, TypeError, EOFError) as error:
         reason = " ".join(str(error).split())[:100]
         raise CorruptFileError(f"{path}: damaged ({reason}): convert the data file again") from error
