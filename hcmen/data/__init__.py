@@ -6,6 +6,8 @@ convert.py    hcmen-convert, from the one to the other
 cut.py        hcmen-clip, single samples as clips
 synthetic.py  a set of the same layout whose sentiment a linear model cannot read
 missing.py    which steps and modalities of a sample are dropped in an epoch
+protocols.py  which are dropped when a model is judged
+published.py  what others scored under these protocols
 baseline.py   the linear model that HCMEN has to beat
 """
 

@@ -1,0 +1,283 @@
+"""The field's missing-modality protocols as data: what of a split is hidden from the model when it is judged.
+
+    intra       every modality loses steps at the same rate r, r = 0.0 to 0.9 (TFR-Net, MMSA, LNLN, TF-Mamba)
+    fixed       the seven sets of modalities, each for every sample (MMIN, GCNet, HRLF)
+    random_mr   every sample keeps a set of its own; MR is the share of modalities that are missing, 0.0 to 0.7
+    imbalanced  the rule of `intra` with a rate per modality
+
+What a setting hides is a function of the seed and a sample's index in the split; batches and workers have no part in
+it. docs/protocols.md has the definitions on one page.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hcmen.data import FloatArray, IntArray, Split
+from hcmen.errors import InputError
+from hcmen.modalities import MODALITIES, VARIANTS, Variant
+
+__all__ = [
+    "PROTOCOLS",
+    "Average",
+    "Batch",
+    "Masks",
+    "Protocol",
+    "Setting",
+    "apply_setting",
+    "batches",
+    "protocol_named",
+]
+
+BoolArray = npt.NDArray[np.bool_]
+Noise = Mapping[str, npt.NDArray[np.float64]]
+
+# Names these uses of (seed, modality, index) and (seed, index); missing.py and training.py have 1 to 3.
+_STEPS, _SETS = 4, 5
+_COUNT = len(MODALITIES)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What a setting leaves of N samples.
+
+    keep: {m: bool [N, T_m]}, False for dropped and for padded steps. lengths: {m: int64 [N]}, the valid prefix, which
+    dropping leaves as it is. present: bool [N, 3] in the order of MODALITIES, at least one per row.
+    """
+
+    keep: dict[str, BoolArray]
+    lengths: dict[str, IntArray]
+    present: BoolArray
+
+    @property
+    def missing_rate(self) -> float:
+        """The share of modalities that are missing, 1 - sum |u_i| / (3 N)."""
+        return 1.0 - int(self.present.sum()) / self.present.size
+
+    @property
+    def dropped_steps(self) -> dict[str, float]:
+        """Per modality the share of its valid steps that are dropped."""
+        return {m: 1.0 - int(x.sum()) / int(self.lengths[m].sum()) for m, x in self.keep.items()}
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """The variants that some sample is left with."""
+        there = {tuple(row) for row in np.unique(self.present, axis=0).tolist()}
+        return tuple(v for v in VARIANTS if v.mask in there)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the lengths, the kept steps and the presence; how far a split is padded does not enter."""
+        digest = hashlib.sha256()
+        for m in MODALITIES:
+            valid = _valid(self.lengths[m], self.keep[m].shape[1])
+            digest.update(self.lengths[m].astype("<i8").tobytes())
+            digest.update(np.packbits(self.keep[m][valid]).tobytes())
+        digest.update(np.packbits(self.present).tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of a protocol.
+
+    name: unique in its protocol. rates: probability per modality, in the order of MODALITIES, that a step is dropped.
+    present: which modalities every sample has. missing_rate: the share of modalities to take away, drawn per sample,
+    instead of the same set for all.
+    """
+
+    name: str
+    rates: tuple[float, ...] = (0.0,) * _COUNT
+    present: tuple[bool, ...] = (True,) * _COUNT
+    missing_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if len(self.rates) != _COUNT or not all(0.0 <= r <= 1.0 for r in self.rates):
+            raise InputError(f"setting '{self.name}': rates are {self.rates}, expected {_COUNT} numbers from 0 to 1")
+        if len(self.present) != _COUNT or not any(self.present):
+            raise InputError(f"setting '{self.name}': present is {self.present}, expected at least one of {_COUNT}")
+        if not 0.0 <= self.missing_rate <= 1.0:
+            raise InputError(f"setting '{self.name}': missing_rate is {self.missing_rate}, expected 0 to 1")
+        if self.missing_rate and not all(self.present):
+            raise InputError(f"setting '{self.name}': missing_rate and a fixed set exclude each other: choose one")
+
+
+@dataclass(frozen=True)
+class Average:
+    """A mean over some settings of a protocol, as the field's tables print it; `about` is its label."""
+
+    name: str
+    about: str
+    settings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A named list of settings, and the averages that are quoted of it."""
+
+    name: str
+    about: str
+    settings: tuple[Setting, ...]
+    averages: tuple[Average, ...]
+
+    def apply(self, split: Split, seed: int) -> dict[str, Masks]:
+        """The masks of every setting by name, all from one draw, so that a higher rate hides more of the same."""
+        noise = _step_noise(split, seed) if any(any(s.rates) for s in self.settings) else None
+        return {s.name: _apply(s, split, seed, noise) for s in self.settings}
+
+
+def apply_setting(setting: Setting, split: Split, seed: int) -> Masks:
+    """The masks of one setting: the same that `Protocol.apply` gives."""
+    return _apply(setting, split, seed, _step_noise(split, seed) if any(setting.rates) else None)
+
+
+class Batch(NamedTuple):
+    """Samples of one variant, dropped steps set to zero.
+
+    rows: their places in the split. features: {m: float32 [batch, longest, F_m]} and lengths: {m: int64 [batch]} of
+    the modalities that are present.
+    """
+
+    variant: Variant
+    rows: IntArray
+    features: dict[str, FloatArray]
+    lengths: dict[str, IntArray]
+
+
+def batches(split: Split, masks: Masks, batch_size: int) -> Iterator[Batch]:
+    """The split as `masks` leaves it, each sample once, variant by variant, padded to the longest of each batch."""
+    for variant in masks.variants:
+        members = np.flatnonzero((masks.present == variant.mask).all(axis=1))
+        for start in range(0, len(members), batch_size):
+            rows = members[start : start + batch_size]
+            lengths = {m: split.lengths[m][rows] for m in variant.present}
+            longest = {m: int(n.max()) for m, n in lengths.items()}
+            features = {m: split.features[m][rows, :t] * masks.keep[m][rows, :t, None] for m, t in longest.items()}
+            yield Batch(variant, rows, features, lengths)
+
+
+def protocol_named(name: str) -> Protocol:
+    """The protocol called `name`.
+
+    Raises:
+        InputError: there is none; the message suggests the nearest one.
+    """
+    found = PROTOCOLS.get(name)
+    if found is None:
+        near = difflib.get_close_matches(name, PROTOCOLS, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise InputError(f"unknown protocol '{name}': {hint}choose from {', '.join(PROTOCOLS)}")
+    return found
+
+
+# --- the draws ------------------------------------------------------------------------------------------------------
+
+
+def _apply(setting: Setting, split: Split, seed: int, noise: Noise | None) -> Masks:
+    keep = {}
+    for m, rate in zip(MODALITIES, setting.rates, strict=True):
+        steps, lengths = split.features[m].shape[1], split.lengths[m]
+        keep[m] = _valid(lengths, steps)
+        if not rate or noise is None:
+            continue
+        keep[m] &= noise[m] > rate
+        if m == "text":  # [CLS] and [SEP]
+            keep[m][:, 0] = True
+            keep[m][np.arange(len(split)), lengths - 1] = True
+    present = np.tile(np.array(setting.present), (len(split), 1))
+    if setting.missing_rate:
+        present = _random_sets(len(split), setting.missing_rate, seed)
+    return Masks(keep, split.lengths, present)
+
+
+def _step_noise(split: Split, seed: int) -> Noise:
+    """{m: [N, T_m]} in (0, 1], so that a rate of 0 keeps every step; a step's number depends on nothing behind it."""
+    noise = {}
+    for i, m in enumerate(MODALITIES):
+        noise[m] = np.zeros(split.features[m].shape[:2])
+        for row, length in enumerate(split.lengths[m]):
+            noise[m][row, :length] = 1.0 - np.random.default_rng((_STEPS, seed, i, row)).random(length)
+    return noise
+
+
+def _random_sets(samples: int, rate: float, seed: int) -> BoolArray:
+    """Presence [samples, 3] with `rate` of all modalities missing, or as much as leaves one to each sample.
+
+    Each sample draws the modality it keeps for sure and a number for each of the other two; over the whole split the
+    lowest numbers go missing, as many as the rate asks for. That hits the rate to half a modality, where independent
+    draws would scatter about it, and a higher rate takes away more of the same.
+    """
+    draws = np.array([np.random.default_rng((_SETS, seed, row)).random(1 + _COUNT) for row in range(samples)])
+    kept = np.floor(draws[:, 0] * _COUNT).astype(np.int64)
+    numbers = draws[:, 1:]
+    numbers[np.arange(samples), kept] = 2.0
+    missing = min(round(rate * samples * _COUNT), samples * (_COUNT - 1))
+    present = np.ones(samples * _COUNT, dtype=np.bool_)
+    present[np.argsort(numbers, axis=None, kind="stable")[:missing]] = False
+    return present.reshape(samples, _COUNT)
+
+
+def _valid(lengths: IntArray, steps: int) -> BoolArray:
+    return np.arange(steps) < lengths[:, None]
+
+
+# --- the protocols --------------------------------------------------------------------------------------------------
+
+
+def _mean(settings: Sequence[Setting], name: str, about: str) -> Average:
+    return Average(name, about, tuple(s.name for s in settings))
+
+
+def _protocols() -> dict[str, Protocol]:
+    intra = tuple(Setting(f"r={k / 10:.1f}", rates=(k / 10,) * _COUNT) for k in range(10))
+    fixed = tuple(Setting(v.name, present=v.mask) for v in VARIANTS)
+    random_mr = tuple(Setting(f"MR={k / 10:.1f}", missing_rate=k / 10) for k in range(8))
+    imbalanced = tuple(
+        Setting(f"{m}_{name}", rates=tuple(own if k == m else other for k in MODALITIES))
+        for name, own, other in (("poor", 0.8, 0.2), ("rich", 0.2, 0.8))
+        for m in MODALITIES
+    )
+    incomplete = [s for s in fixed if not all(s.present)]
+    return {
+        p.name: p
+        for p in (
+            Protocol(
+                "intra",
+                "steps dropped at rate r in all modalities",
+                intra,
+                (_mean(intra, "mean_of_rates", "mean of the ten rates"),),
+            ),
+            Protocol(
+                "fixed",
+                "whole modalities missing, one set for all samples",
+                fixed,
+                (
+                    _mean(incomplete, "mean_of_six", "mean of the six incomplete sets"),
+                    _mean(fixed, "mean_of_seven", "mean of all seven sets"),
+                ),
+            ),
+            Protocol(
+                "random_mr",
+                "whole modalities missing, drawn per sample",
+                random_mr,
+                (_mean(random_mr, "mean_of_rates", "mean of the eight rates"),),
+            ),
+            Protocol(
+                "imbalanced",
+                "steps dropped at 0.8 in some modalities and 0.2 in the others",
+                imbalanced,
+                (_mean(imbalanced, "mean_of_six", "mean of the six settings"),),
+            ),
+        )
+    }
+
+
+PROTOCOLS: dict[str, Protocol] = _protocols()
+"""The protocols by name."""
