@@ -1,8 +1,8 @@
-"""Scores of a model on a split, for each of the seven variants."""
+"""Scores of a model on a split: for each variant, or as a missing-modality protocol leaves the samples."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from hcmen.data import Split
+from hcmen.data.protocols import Masks, batches
 from hcmen.modalities import VARIANTS, Variant
 from hcmen.model import HCMEN
 
-__all__ = ["predict", "predict_variants"]
+__all__ = ["predict", "predict_masked", "predict_variants"]
 
 Array = npt.NDArray[np.float64]
 
@@ -36,6 +37,33 @@ def predict(model: HCMEN, split: Split, variant: Variant, batch_size: int = 256)
 def predict_variants(model: HCMEN, split: Split, batch_size: int = 256) -> dict[str, Array]:
     """`predict` for every variant, by name."""
     return {v.name: predict(model, split, v, batch_size) for v in VARIANTS}
+
+
+def predict_masked(
+    model: HCMEN,
+    split: Split,
+    masks: Masks,
+    batch_size: int = 256,
+    on_batch: Callable[[int], None] = lambda samples: None,
+) -> Array:
+    """Scores [samples] of `split` in label units, from what `masks` leaves of each sample.
+
+    A sample's absent modalities are not run; `on_batch` is told how many samples each batch had. The model is left in
+    the mode (training or evaluation) it came in.
+    """
+    before = model.training
+    scores = np.empty(len(split))
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for batch in batches(split, masks, batch_size):
+                features = {m: torch.from_numpy(x) for m, x in batch.features.items()}
+                lengths = {m: torch.from_numpy(n) for m, n in batch.lengths.items()}
+                scores[batch.rows] = model(features, lengths).score.double().numpy()
+                on_batch(len(batch.rows))
+    finally:
+        model.train(before)
+    return scores
 
 
 def _batches(split: Split, variant: Variant, batch_size: int) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:

@@ -153,6 +153,7 @@ def loaded_after(script: str, *arguments: str) -> set[str]:
         "hcmen.train",
         "hcmen.data.convert",
         "hcmen.data.cut",
+        "hcmen.evaluate_command",
     ],
 )
 @pytest.mark.parametrize("flag", ["--help", "--version"])
