@@ -16,7 +16,13 @@ from typing import Any
 from hcmen.errors import InputError
 from hcmen.modalities import MODALITIES
 
-__all__ = ["PRESETS", "FeatureConfig", "ModelConfig", "TrainConfig", "preset_named"]
+__all__ = ["AUXILIARIES", "MIXES", "PRESETS", "FeatureConfig", "ModelConfig", "TrainConfig", "preset_named"]
+
+MIXES = ("none", "mixup", "manifold", "ms-mix", "powmix")
+"""Ways of mixing training samples; hcmen/mixing.py says what each does."""
+
+AUXILIARIES = ("none", "polarity")
+"""Heads that take part in training only; see hcmen/losses.py."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -45,6 +51,8 @@ class ModelConfig:
     conv_width: taps of the causal convolution (mamba_ssm's d_conv). backbone_depth: CNN + BiMamba pairs after fusion.
     alignment_tokens: tokens per modality in the alignment loss, used in training only.
     label_min, label_max: the range of the data set's labels, for reporting; the head itself is not squashed.
+    proxies, cnn, mamba: ablations. Without proxies present tokens are not enhanced and a learned token stands for an
+    absent modality; without cnn or mamba every block of that kind passes its input on.
     """
 
     text: FeatureConfig
@@ -60,6 +68,9 @@ class ModelConfig:
     alignment_tokens: int = 8
     label_min: float = -3.0
     label_max: float = 3.0
+    proxies: bool = True
+    cnn: bool = True
+    mamba: bool = True
 
     def __post_init__(self) -> None:
         for name in ("width", "tokens", "states", "expand", "backbone_depth", "alignment_tokens"):
@@ -111,6 +122,21 @@ class TrainConfig:
     warmup_fraction: share of the optimiser steps with a rising learning rate; it falls along a cosine after them.
     modality_drop_probability, step_drop_probability, max_step_drop_rate: the corruption of one view of each sample,
     drawn from (seed, epoch, index); see hcmen/data/missing.py.
+
+    alignment_weight: factor of the alignment loss (nats); 0 computes none.
+
+    mix: one of MIXES. Samples are mixed as hcmen/mixing.py says, with draws from (seed, epoch, step).
+    mix_weight: factor of the mixtures' squared error (label units squared) beside that of the samples themselves.
+    mix_alpha: concentration of the Beta and Dirichlet distributions that weights are drawn from; 1 is uniform, large
+    numbers are even mixtures.
+    mix_similarity: ms-mix pairs samples more alike than this, a share of the batch's range of cosine similarities.
+    mix_same_sign: ms-mix pairs no positive label with a negative one.
+    intensity_weight: factor of ms-mix's loss that teaches intensities (nats).
+    powmix_ratio: mixtures per sample of the batch. powmix_parts: samples per mixture. powmix_probability: share of
+    the steps that mix at all.
+
+    aux: one of AUXILIARIES. polarity_weight: factor of the polarity head's cross-entropy (nats).
+    decoupled_weight: within it, factor of the decoupled term of mixtures.
     """
 
     epochs: int = 30
@@ -124,14 +150,40 @@ class TrainConfig:
     step_drop_probability: float = 0.5
     max_step_drop_rate: float = 0.9
     seed: int = 0
+    mix: str = "none"
+    mix_weight: float = 0.7
+    mix_alpha: float = 2.0
+    mix_similarity: float = 0.4
+    mix_same_sign: bool = False
+    intensity_weight: float = 0.5
+    powmix_ratio: float = 1.0
+    powmix_parts: int = 3
+    powmix_probability: float = 0.5
+    aux: str = "none"
+    polarity_weight: float = 0.1
+    decoupled_weight: float = 0.1
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, f"epochs is {self.epochs}, expected at least 1")
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}, expected at least 1")
         _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}, expected a positive number")
         _require(self.seed >= 0, f"seed is {self.seed}, expected 0 or more")
-        for name in ("weight_decay", "alignment_weight"):
+        for name in (
+            "weight_decay",
+            "alignment_weight",
+            "mix_weight",
+            "intensity_weight",
+            "polarity_weight",
+            "decoupled_weight",
+        ):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
+        for name, choices in (("mix", MIXES), ("aux", AUXILIARIES)):
+            value = getattr(self, name)
+            _require(value in choices, f"{name} is {value!r}, expected one of {', '.join(choices)}")
+        for name in ("mix_alpha", "powmix_ratio"):
+            value = getattr(self, name)
+            _require(value > 0 and math.isfinite(value), f"{name} is {value}, expected a positive number")
+        _require(self.powmix_parts >= 2, f"powmix_parts is {self.powmix_parts}, expected at least 2")
         _require(
             self.gradient_clip_norm > 0, f"gradient_clip_norm is {self.gradient_clip_norm}, expected a positive number"
         )
@@ -140,6 +192,8 @@ class TrainConfig:
             "modality_drop_probability",
             "step_drop_probability",
             "max_step_drop_rate",
+            "mix_similarity",
+            "powmix_probability",
         ):
             _require(0.0 <= getattr(self, name) <= 1.0, f"{name} is {getattr(self, name)}, expected 0 to 1")
 
@@ -156,6 +210,8 @@ class TrainConfig:
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
+    "bool": (bool,),
+    "str": (str,),
     "FeatureConfig": (Mapping,),
 }
 
@@ -177,7 +233,8 @@ def _checked(cls: type, data: Mapping[str, Any], prefix: str = "") -> dict[str, 
         kinds = _KINDS[str(f.type)]
         value = data[name]
         _require(
-            isinstance(value, kinds) and not isinstance(value, bool),
+            # In Python a bool is an int, in JSON it is not.
+            isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)),
             f"config key '{prefix}{name}' is {value!r}, expected {f.type}",
         )
     return {name: data[name] for name in fields if name in data}

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from hcmen.scan import causal_conv1d, selective_scan
 
-__all__ = ["AttentionPooling", "BiMamba", "BiMambaBlock", "CNNBlock"]
+__all__ = ["AttentionPooling", "BiMamba", "BiMambaBlock", "CNNBlock", "Skip"]
 
 # Far below any real logit or step size, yet inside float16: exp and softplus of it are exactly zero in both formats.
 MASKED = -1e4
@@ -117,6 +117,14 @@ class BiMambaBlock(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [b, t, d], mask [b, t] -> [b, t, d]."""
         return x + self.norm(self.mixer(x, mask))
+
+
+class Skip(nn.Module):
+    """Stands in the place of a block that an ablation leaves out."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x as it came."""
+        return x
 
 
 class AttentionPooling(nn.Module):

@@ -1,4 +1,4 @@
-"""The training losses: squared error of the score, and alignment of tokens across modalities.
+"""The training losses: squared error of the score, alignment of tokens across modalities, polarity as a second task.
 
 Glossary (batch b, tokens n, width d)
     X   [b, n, d]   source tokens, which learn
@@ -10,7 +10,7 @@ form of FMFN, where a sample pair is scored by its matching tokens. Ours differs
 one, one temperature (CLIP's 0.07) for tokens and samples instead of 0.01 and a raw factor, no token-by-token weight
 matrices, and samples for which a side is wholly absent take no part.
 
-Everything here that learns lives in `AlignmentLoss`, outside the model: no export can reach it.
+Everything here that learns lives in `AlignmentLoss` and `PolarityLoss`, outside the model: no export can reach it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hcmen.config import ModelConfig
 from hcmen.modalities import MODALITIES
 from hcmen.model import Outputs
 
-__all__ = ["AlignmentLoss", "task_loss", "token_info_nce"]
+__all__ = ["AlignmentLoss", "PolarityLoss", "decoupled_cross_entropy", "polarity", "task_loss", "token_info_nce"]
 
 TEMPERATURE = 0.07
 
@@ -44,7 +44,8 @@ class AlignmentLoss(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.tokens = min(config.alignment_tokens, config.tokens)
-        self.pairs = [("proxy", m, m) for m in MODALITIES] + [("tokens", m, "text") for m in ("audio", "vision")]
+        proxied = MODALITIES if config.proxies else ()
+        self.pairs = [("proxy", m, m) for m in proxied] + [("tokens", m, "text") for m in ("audio", "vision")]
         self.forms = nn.ParameterDict(
             {f"{kind}_{m}": nn.Parameter(torch.eye(config.width)) for kind, m, _ in self.pairs}
         )
@@ -104,3 +105,55 @@ def token_info_nce(source: Tensor, target: Tensor, form: Tensor, temperature: fl
 def _soft_max(x: Tensor, temperature: float) -> Tensor:
     """Mean over the last axis, weighted towards the largest entries."""
     return (x * (x / temperature).softmax(dim=-1)).sum(dim=-1)
+
+
+class PolarityLoss(nn.Module):
+    """An auxiliary head that tells negative, neutral and positive apart, from what the score is made of."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head = nn.Linear(config.width, 3)
+
+    def forward(self, clean: Outputs, corrupted: Outputs, labels: Tensor) -> Tensor:
+        """Cross-entropy of the label's polarity in nats, averaged over both views."""
+        classes = polarity(labels)
+        return 0.5 * sum(F.cross_entropy(self.head(view.pooled), classes) for view in (clean, corrupted))
+
+    def mixed(self, mixed: Outputs, class_weights: Tensor, decoupled_weight: float) -> Tensor:
+        """Decoupled Mixup (arXiv 2203.10761): mixed cross-entropy + decoupled_weight * the decoupled term.
+
+        Args:
+            mixed: the model's outputs for k mixtures.
+            class_weights: [k, 3], what share of each mixture's label each polarity has; rows sum to one.
+            decoupled_weight: eta of the paper.
+        """
+        logits = self.head(mixed.pooled)
+        both = F.cross_entropy(logits, class_weights)
+        return both + decoupled_weight * decoupled_cross_entropy(logits, class_weights)
+
+
+def polarity(labels: Tensor) -> Tensor:
+    """Class of each label: 0 negative, 1 neutral (exactly zero), 2 positive."""
+    return torch.sign(labels).long() + 1
+
+
+def decoupled_cross_entropy(logits: Tensor, class_weights: Tensor) -> Tensor:
+    """Cross-entropy of the class that dominates a mixture, its partners' classes taken out of the softmax.
+
+    A confident choice of the dominant class is thus not held against its partner. Mixtures within one class have no
+    partner, those without a class above one half no dominant class: they take no part. With every sample's share,
+    rather than a pair's lambda, the rule also covers mixtures of more than two.
+
+    Args:
+        logits: [k, c]. class_weights: [k, c], rows sum to one.
+
+    Returns:
+        A scalar, the mean over the mixtures that take part; 0 if there are none.
+    """
+    share, dominant = class_weights.max(dim=1)
+    own = F.one_hot(dominant, logits.shape[1]).bool()
+    partners = (class_weights > 0) & ~own
+    rows = (share > 0.5) & partners.any(dim=1)
+    if not bool(rows.any()):
+        return logits.new_zeros(())
+    return F.cross_entropy(logits.masked_fill(partners, -torch.inf)[rows], dominant[rows])

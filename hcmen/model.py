@@ -7,6 +7,8 @@ from where. `HCMEN.forward` reads like the paper's three parts:
     2. cross-modal enhancement           H -> P_m, E_m     proxies from the other modalities' mixed tokens
     3. multimodal mix-up fusion          E -> score        gated sum, CNN-Mamba backbone, head
 
+`encode` is part 1 and `fuse` parts 2 and 3, so that training can put other tokens in between (hcmen/mixing.py).
+
 Glossary (batch b, L tokens, width d)
     H_m   [b, L, d]   tokens of modality m
     M_m   [b, L, d]   mixed tokens for target m: convex sum of the H_k of the other modalities that are present
@@ -31,7 +33,7 @@ from torch.nn import functional as F
 
 from hcmen.config import FeatureConfig, ModelConfig
 from hcmen.errors import InputError
-from hcmen.layers import MASKED, AttentionPooling, BiMambaBlock, CNNBlock
+from hcmen.layers import MASKED, AttentionPooling, BiMambaBlock, CNNBlock, Skip
 from hcmen.modalities import MODALITIES
 
 __all__ = ["HCMEN", "Outputs", "Prediction"]
@@ -50,13 +52,17 @@ class Prediction(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """A prediction and what the training losses look at; proxies exist where some other modality is in the features."""
+    """A prediction and what the training losses look at; proxies exist where some other modality is in the features.
+
+    pooled [batch, d] is what the head scores.
+    """
 
     score: Tensor
     modality_weights: Tensor
     tokens: dict[str, Tensor]
     proxies: dict[str, Tensor]
     present: Tensor
+    pooled: Tensor
 
 
 class ModalityEncoder(nn.Module):
@@ -70,8 +76,8 @@ class ModalityEncoder(nn.Module):
         self.input_norm = nn.LayerNorm(features.features)
         self.projection = nn.Linear(features.features, config.width)
         self.dropout = nn.Dropout(config.dropout)
-        self.local = CNNBlock(config.width, config.dropout)
-        self.context = BiMambaBlock(config.width, config.states, config.expand, config.conv_width)
+        self.local = _local(config)
+        self.context = _context(config)
         self.pool = AttentionPooling(config.width, config.tokens)
 
     def forward(self, x: Tensor, length: Tensor) -> Tensor:
@@ -89,23 +95,22 @@ class HCMEN(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        d, mamba = config.width, (config.width, config.states, config.expand, config.conv_width)
+        d = config.width
 
         self.encoders = nn.ModuleDict({m: ModalityEncoder(config.modality(m), config) for m in MODALITIES})
 
-        self.proxies = nn.ModuleDict(
-            {m: nn.Sequential(CNNBlock(d, config.dropout), BiMambaBlock(*mamba)) for m in MODALITIES}
-        )
-        self.mix_logits = nn.ParameterDict({m: nn.Parameter(torch.zeros(len(MODALITIES) - 1)) for m in MODALITIES})
+        proxied = MODALITIES if config.proxies else ()
+        self.proxies = nn.ModuleDict({m: nn.Sequential(_local(config), _context(config)) for m in proxied})
+        self.mix_logits = nn.ParameterDict({m: nn.Parameter(torch.zeros(len(MODALITIES) - 1)) for m in proxied})
         # exp of it scales the cosine similarity; CLIP's initial temperature 0.07 and its ceiling of 100.
         self.log_similarity_scale = nn.ParameterDict(
-            {m: nn.Parameter(torch.tensor(math.log(1 / 0.07))) for m in MODALITIES}
+            {m: nn.Parameter(torch.tensor(math.log(1 / 0.07))) for m in proxied}
         )
 
         self.absent_tokens = nn.ParameterDict({m: nn.Parameter(0.02 * torch.randn(d)) for m in MODALITIES})
         self.gate = nn.Linear(len(MODALITIES) * d, len(MODALITIES))
         self.backbone = nn.ModuleList(
-            nn.Sequential(CNNBlock(d, config.dropout), BiMambaBlock(*mamba)) for _ in range(config.backbone_depth)
+            nn.Sequential(_local(config), _context(config)) for _ in range(config.backbone_depth)
         )
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, 1)
@@ -131,17 +136,25 @@ class HCMEN(nn.Module):
     def training_step_outputs(
         self, features: Mapping[str, Tensor], lengths: Mapping[str, Tensor], present: Tensor | None = None
     ) -> Outputs:
-        """As `forward`, with the tokens and proxies that the alignment loss compares."""
+        """As `forward`, with what the training losses look at."""
         self._check(features, lengths, present)
+        return self.fuse(self.encode(features, lengths), present)
+
+    def encode(self, features: Mapping[str, Tensor], lengths: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Part 1, hierarchical unimodal modelling: H_m [batch, L, d] of every modality in `features`."""
+        return {m: self.encoders[m](features[m], lengths[m]) for m in MODALITIES if m in features}
+
+    def fuse(self, tokens: Mapping[str, Tensor], present: Tensor | None = None) -> Outputs:
+        """Parts 2 and 3, from the tokens H_m [batch, L, d] of one modality or more.
+
+        A modality that is not among the keys is absent for the whole batch, and `present` is as in `forward`.
+        """
         presence: dict[str, Presence] = {
-            m: (True if present is None else present[:, i]) if m in features else False
-            for i, m in enumerate(MODALITIES)
+            m: (True if present is None else present[:, i]) if m in tokens else False for i, m in enumerate(MODALITIES)
         }
-        # Part 1: hierarchical unimodal modelling
-        tokens = {m: self.encoders[m](features[m], lengths[m]) for m in MODALITIES if m in features}
         # Part 2: cross-modal enhancement
         proxies = {
-            m: self.proxies[m](mixed) for m in MODALITIES if (mixed := self._mix(m, tokens, presence)) is not None
+            m: self.proxies[m](mixed) for m in self.proxies if (mixed := self._mix(m, tokens, presence)) is not None
         }
         enhanced = {m: self._enhance(m, tokens, proxies, presence) for m in MODALITIES}
         # Part 3: multimodal mix-up fusion
@@ -151,7 +164,7 @@ class HCMEN(nn.Module):
             fused = block(fused)
         pooled = self.norm(fused).amax(dim=1)
         score = self.head(pooled)[:, 0]
-        return Outputs(score, weights, tokens, proxies, self._presence_tensor(presence, score))
+        return Outputs(score, weights, dict(tokens), proxies, self._presence_tensor(presence, score), pooled)
 
     def set_normalisation(self, statistics: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
         """Stores mean and standard deviation [features] per modality; the model applies them to raw features.
@@ -198,7 +211,12 @@ class HCMEN(nn.Module):
         proxies: Mapping[str, Tensor],
         presence: Mapping[str, Presence],
     ) -> Tensor:
-        """E_m: H_m with its proxy's matching content added; P_m where m is absent; H_m where nothing else is there."""
+        """E_m: H_m with its proxy's matching content added; P_m where m is absent; H_m where nothing else is there.
+
+        Without proxies: H_m, or the learned absent token [d] where m is absent.
+        """
+        if not self.config.proxies:
+            return _choose(presence[target], lambda: tokens[target], lambda: self.absent_tokens[target])
         others = [presence[m] for m in MODALITIES if m != target]
         company = _any(others)
         return _choose(
@@ -268,6 +286,14 @@ class HCMEN(nn.Module):
     @staticmethod
     def _presence_tensor(presence: Mapping[str, Presence], like: Tensor) -> Tensor:
         return torch.stack([_expand(presence[m], like.shape[0], like) for m in MODALITIES], dim=1)
+
+
+def _local(config: ModelConfig) -> nn.Module:
+    return CNNBlock(config.width, config.dropout) if config.cnn else Skip()
+
+
+def _context(config: ModelConfig) -> nn.Module:
+    return BiMambaBlock(config.width, config.states, config.expand, config.conv_width) if config.mamba else Skip()
 
 
 def _expand(presence: Presence, batch: int, like: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hcmen.config import PRESETS, ModelConfig, TrainConfig, preset_named
+from hcmen.config import AUXILIARIES, MIXES, PRESETS, ModelConfig, TrainConfig, preset_named
 from hcmen.errors import InputError
 from hcmen.modalities import VARIANTS
 from hcmen.runtime.cli import Choice, Console, command
@@ -56,6 +56,8 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[HCMEN, dict[str, An
 @click.option("--epochs", type=click.IntRange(min=1), help="Passes over the training split; the preset's if not given.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Samples per optimiser step.")
 @click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Peak learning rate.")
+@click.option("--mix", type=Choice(list(MIXES)), help="How training samples are mixed.  [default: none]")
+@click.option("--aux", type=Choice(list(AUXILIARIES)), help="Auxiliary head, in training only.  [default: none]")
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**32 - 1),
@@ -78,6 +80,8 @@ def main(
     epochs: int | None,
     batch_size: int | None,
     learning_rate: float | None,
+    mix: str | None,
+    aux: str | None,
     seed: int | None,
     out: Path,
     resume: bool,
@@ -93,8 +97,15 @@ def main(
     """
     if resume and force:
         raise click.UsageError("--resume and --force exclude each other: go on, or start over")
-    given = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
-    given = {name: value for name, value in given.items() if value is not None}
+    options = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "mix": mix,
+        "aux": aux,
+        "seed": seed,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
     if resume:
         model_config, train_config, source = _resumed_settings(out, preset, given, data)
     else:
@@ -151,7 +162,7 @@ def _resumed_settings(
 
     _, state = load_state(out)
     asked = {"preset": preset, "data": str(data.resolve()) if data else None, **given}
-    before = {**state["train"], **state["run"]}
+    before = {**TrainConfig.from_json(state["train"]).to_json(), **state["run"]}
     for name, value in asked.items():
         if value is not None and value != before.get(name):
             raise InputError(

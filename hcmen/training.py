@@ -1,14 +1,21 @@
 """The training loop.
 
 Two views of every sample: as it is, and corrupted (hcmen/data/missing.py). Both give a squared error; the alignment
-loss compares the corrupted view's tokens with the clean view's.
+loss compares the corrupted view's tokens with the clean view's. Mixing (hcmen/mixing.py), where it is on, adds mixtures
+of the corrupted view, so that these have modalities missing as well. The loss is
+
+    task + alignment_weight * alignment + mix_weight * mix + intensity_weight * intensity
+         + polarity_weight * (polarity + mix_weight * polarity_mix)
+
+with the weights of TrainConfig; log.jsonl has every term, before weighting, as a mean over the epoch's samples.
 
 The checkpoint is chosen by one number, the mean of the validation MAE over the seven variants, each with its absent
 modalities left out for every sample: no draw, so no luck.
 
-Everything random is a function of the seed, the epoch and a sample's index: the order of the samples, the corruption,
-and PyTorch's generator (dropout), which is set anew at the start of each epoch. A run that is resumed after an epoch
-therefore needs no generator states, and goes on bit for bit as if it had never stopped.
+Everything random is a function of the seed, the epoch and a sample's index, or the step's number for what concerns a
+batch: the order of the samples, the corruption, the mixing, and PyTorch's generator (dropout), which is set anew at the
+start of each epoch. A run that is resumed after an epoch therefore needs no generator states, and goes on bit for bit
+as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -27,6 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hcmen import checkpoint, metrics
 from hcmen.config import ModelConfig, TrainConfig
@@ -34,7 +42,8 @@ from hcmen.data import IntArray, MultimodalDataset, Split
 from hcmen.data.missing import corruption
 from hcmen.errors import CheckFailed, InputError
 from hcmen.evaluate import predict_variants
-from hcmen.losses import AlignmentLoss, task_loss
+from hcmen.losses import AlignmentLoss, PolarityLoss, polarity, task_loss
+from hcmen.mixing import Mixture, Samples, make_mixing
 from hcmen.modalities import MODALITIES
 from hcmen.model import HCMEN, Outputs
 
@@ -43,7 +52,9 @@ __all__ = ["Progress", "Trainer", "feature_statistics", "learning_rate_at"]
 LOG = "log.jsonl"
 
 # Numbers that tell apart the uses of (seed, epoch); missing.py has 1.
-_ORDER, _DROPOUT = 2, 3
+_ORDER, _DROPOUT, _MIXING = 2, 3, 4
+
+_TERMS = ("loss", "task_loss", "alignment_loss", "mix_loss", "intensity_loss", "polarity_loss", "polarity_mix_loss")
 
 
 class Progress(NamedTuple):
@@ -77,11 +88,16 @@ class Trainer:
         self.model = HCMEN(config)
         self.model.set_normalisation(feature_statistics(dataset.splits["train"]))
         self.alignment = AlignmentLoss(config)
+        self.mixing = make_mixing(config, train)
+        self.polarity = PolarityLoss(config) if train.aux == "polarity" else None
         self.history: list[dict[str, Any]] = []
         self._fingerprint = _fingerprint(dataset)
+        parts = {"model": self.model, "alignment": self.alignment, "mixing": self.mixing, "polarity": self.polarity}
         self._parameters = {
-            **{f"model/{name}": p for name, p in self.model.named_parameters()},
-            **{f"alignment/{name}": p for name, p in self.alignment.named_parameters()},
+            f"{part}/{name}": p
+            for part, module in parts.items()
+            if module is not None
+            for name, p in module.named_parameters()
         }
         self._optimiser = _optimiser(self._parameters, train)
 
@@ -129,6 +145,9 @@ class Trainer:
             CorruptFileError: the state is damaged.
         """
         tensors, state = checkpoint.load_state(self.out)
+        # Settings that the state does not know yet were at their defaults.
+        state["model"] = ModelConfig.from_json(state["model"]).to_json()
+        state["train"] = TrainConfig.from_json(state["train"]).to_json()
         mine = {"model": self.model.config.to_json(), "train": self.train_config.to_json(), "data": self._fingerprint}
         for part, value in mine.items():
             if state.get(part) != value:
@@ -155,7 +174,7 @@ class Trainer:
         order = np.random.default_rng((_ORDER, config.seed, epoch)).permutation(len(split))
         batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
         total = len(batches) * config.epochs
-        sums = dict.fromkeys(("loss", "task_loss", "alignment_loss", "gradient_norm"), 0.0)
+        sums = dict.fromkeys((*_TERMS, "gradient_norm"), 0.0)
         self.model.train()
         for step, indices in enumerate(batches):
             rate = learning_rate_at(config, (epoch - 1) * len(batches) + step, total)
@@ -168,10 +187,8 @@ class Trainer:
 
     def _step(self, epoch: int, step: int, split: Split, indices: IntArray) -> dict[str, float]:
         clean, corrupted = self._views(epoch, split, indices)
-        task = task_loss(clean, corrupted, torch.from_numpy(split.labels[indices]))
-        weight = self.train_config.alignment_weight
-        alignment = self.alignment(clean, corrupted) if weight else task.new_zeros(())
-        loss = task + weight * alignment
+        parts = self._losses(epoch, step, split, indices, clean, corrupted)
+        loss = parts["loss"]
         self._optimiser.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), self.train_config.gradient_clip_norm)
@@ -185,23 +202,74 @@ class Trainer:
                     f"try a lower --learning-rate than {self.train_config.learning_rate:g}"
                 )
         self._optimiser.step()
-        parts = {"loss": loss, "task_loss": task, "alignment_loss": alignment, "gradient_norm": norm}
-        return {name: float(value.detach()) for name, value in parts.items()}
+        return {name: float(value.detach()) for name, value in {**parts, "gradient_norm": norm}.items()}
+
+    def _losses(
+        self, epoch: int, step: int, split: Split, indices: IntArray, clean: Outputs, corrupted: Outputs
+    ) -> dict[str, Tensor]:
+        """The terms of the loss, before weighting; 0 for those that are off or have nothing to go by."""
+        config, labels = self.train_config, torch.from_numpy(split.labels[indices])
+        task = task_loss(clean, corrupted, labels)
+        terms = {**dict.fromkeys(_TERMS, task.new_zeros(())), "task_loss": task}
+        if config.alignment_weight:
+            terms["alignment_loss"] = self.alignment(clean, corrupted)
+        if self.polarity is not None:
+            terms["polarity_loss"] = self.polarity(clean, corrupted, labels)
+        if self.mixing is not None:
+            generator = np.random.default_rng((_MIXING, config.seed, epoch, step))
+            samples = Samples(corrupted.tokens, corrupted.present, labels)
+            if self.mixing.of_features:
+                features, lengths, _ = self._corrupted(epoch, split, indices)
+                samples = Samples(features, corrupted.present, labels, lengths)
+            if config.intensity_weight:
+                terms["intensity_loss"] = self.mixing.teach(samples)
+            mixture = self.mixing(samples, generator)
+            if mixture is not None:
+                mixed = self._mixed(mixture)
+                terms["mix_loss"] = F.mse_loss(mixed.score, mixture.labels)
+                if self.polarity is not None:
+                    classes = F.one_hot(polarity(labels), 3).to(mixture.label_shares.dtype)
+                    shares = (mixture.label_shares[..., None] * classes[mixture.rows]).sum(dim=1)
+                    terms["polarity_mix_loss"] = self.polarity.mixed(mixed, shares, config.decoupled_weight)
+        weights = {
+            "task_loss": 1.0,
+            "alignment_loss": config.alignment_weight,
+            "mix_loss": config.mix_weight,
+            "intensity_loss": config.intensity_weight,
+            "polarity_loss": config.polarity_weight,
+            "polarity_mix_loss": config.polarity_weight * config.mix_weight,
+        }
+        terms["loss"] = sum(weight * terms[name] for name, weight in weights.items())
+        return terms
+
+    def _mixed(self, mixture: Mixture) -> Outputs:
+        """The model's outputs for mixtures, of features or of tokens."""
+        if mixture.lengths is None:
+            return self.model.fuse(mixture.values, mixture.present)
+        return self.model.training_step_outputs(mixture.values, mixture.lengths, mixture.present)
 
     def _views(self, epoch: int, split: Split, indices: IntArray) -> tuple[Outputs, Outputs]:
         """The model's outputs for the clean and the corrupted view, computed as one batch."""
+        features, lengths, present = self._corrupted(epoch, split, indices)
+        clean = {m: torch.from_numpy(split.features[m][indices, : x.shape[1]]) for m, x in features.items()}
+        both = self.model.training_step_outputs(
+            {m: torch.cat([clean[m], x]) for m, x in features.items()},
+            {m: n.repeat(2) for m, n in lengths.items()},
+            torch.cat([torch.ones_like(present), present]),
+        )
+        return _rows(both, slice(None, len(indices))), _rows(both, slice(len(indices), None))
+
+    def _corrupted(
+        self, epoch: int, split: Split, indices: IntArray
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Features, lengths and presence of the corrupted view, padded to the longest sample of the batch."""
         lengths = {m: split.lengths[m][indices] for m in MODALITIES}
         steps = {m: int(n.max()) for m, n in lengths.items()}
         corrupt = corruption(self.train_config, epoch, indices, lengths, steps)
-        features = {}
-        for m in MODALITIES:
-            x = split.features[m][indices, : steps[m]]
-            features[m] = torch.from_numpy(np.concatenate([x, x * corrupt.keep[m][..., None]]))
-        present = np.concatenate([np.ones_like(corrupt.present), corrupt.present])
-        both = self.model.training_step_outputs(
-            features, {m: torch.from_numpy(n).repeat(2) for m, n in lengths.items()}, torch.from_numpy(present)
-        )
-        return _rows(both, slice(None, len(indices))), _rows(both, slice(len(indices), None))
+        features = {
+            m: torch.from_numpy(split.features[m][indices, : steps[m]] * corrupt.keep[m][..., None]) for m in MODALITIES
+        }
+        return features, {m: torch.from_numpy(n) for m, n in lengths.items()}, torch.from_numpy(corrupt.present)
 
     def _validate(self) -> dict[str, float]:
         """Validation MAE per variant."""
@@ -294,6 +362,7 @@ def _rows(outputs: Outputs, rows: slice) -> Outputs:
         {m: x[rows] for m, x in outputs.tokens.items()},
         {m: x[rows] for m, x in outputs.proxies.items()},
         outputs.present[rows],
+        outputs.pooled[rows],
     )
 
 

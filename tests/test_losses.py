@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,7 +10,15 @@ import pytest
 import torch
 
 from hcmen.config import FeatureConfig, ModelConfig
-from hcmen.losses import TEMPERATURE, AlignmentLoss, task_loss, token_info_nce
+from hcmen.losses import (
+    TEMPERATURE,
+    AlignmentLoss,
+    PolarityLoss,
+    decoupled_cross_entropy,
+    polarity,
+    task_loss,
+    token_info_nce,
+)
 from hcmen.model import Outputs
 
 CONFIG = ModelConfig(
@@ -97,7 +106,7 @@ def outputs(batch: int, seed: int, present: list[list[bool]] | None = None) -> O
 
     there = torch.tensor(present) if present is not None else torch.ones(batch, 3, dtype=torch.bool)
     score = torch.randn(batch, generator=generator, dtype=torch.float64, requires_grad=True)
-    return Outputs(score, torch.zeros(batch, 3), tokens(), tokens(), there)
+    return Outputs(score, torch.zeros(batch, 3), tokens(), tokens(), there, torch.zeros(batch, CONFIG.width))
 
 
 def pool(x: torch.Tensor) -> np.ndarray:
@@ -196,3 +205,80 @@ def test_pooled_tokens_never_outnumber_the_tokens() -> None:
         FeatureConfig(4, 8), FeatureConfig(3, 8), FeatureConfig(3, 8), width=6, tokens=2, alignment_tokens=8
     )
     assert AlignmentLoss(few).tokens == 2
+
+
+def test_without_proxies_only_tokens_are_aligned() -> None:
+    config = dataclasses.replace(CONFIG, proxies=False)
+    loss = AlignmentLoss(config).double()
+    assert set(loss.forms) == {"tokens_audio", "tokens_vision"}
+    clean, corrupted = (outputs(4, seed)._replace(proxies={}) for seed in (0, 1))
+    pairs = [(corrupted.tokens[m], clean.tokens["text"]) for m in ("audio", "vision")]
+    expected = np.mean([info_nce_by_loops(pool(x), pool(y), np.eye(6), TEMPERATURE) for x, y in pairs])
+    assert loss(clean, corrupted).item() == pytest.approx(expected, rel=1e-10)
+
+
+def decoupled_by_loops(logits: np.ndarray, shares: np.ndarray) -> float:
+    losses = []
+    for z, w in zip(logits, shares, strict=True):
+        dominant = [c for c in range(len(w)) if w[c] > 0.5]
+        partners = [c for c in range(len(w)) if w[c] > 0 and c not in dominant]
+        if dominant and partners:
+            others = [c for c in range(len(w)) if c not in partners]
+            losses.append(math.log(sum(math.exp(z[c]) for c in others)) - z[dominant[0]])
+    return sum(losses) / len(losses) if losses else 0.0
+
+
+def test_polarity_classes() -> None:
+    assert polarity(torch.tensor([-3.0, -0.2, 0.0, -0.0, 0.1, 2.0])).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_decoupled_term_by_hand() -> None:
+    """Negative at 0.7 with positive: the softmax is over negative and neutral alone."""
+    logits = torch.tensor([[1.0, 0.5, 9.0]])
+    found = decoupled_cross_entropy(logits, torch.tensor([[0.7, 0.0, 0.3]]))
+    assert float(found) == pytest.approx(math.log(math.exp(1.0) + math.exp(0.5)) - 1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("shares", [[1.0, 0.0, 0.0], [0.5, 0.0, 0.5], [0.4, 0.3, 0.3]])
+def test_one_class_and_no_dominant_class_are_skipped(shares: list[float]) -> None:
+    logits = torch.tensor([[1.0, -2.0, 0.5]], requires_grad=True)
+    assert float(decoupled_cross_entropy(logits, torch.tensor([shares]))) == 0.0
+    more = torch.tensor([[0.3, 1.0, 2.0]])
+    both = decoupled_cross_entropy(torch.cat([logits, more]), torch.tensor([shares, [0.1, 0.0, 0.9]]))
+    assert float(both.detach()) == pytest.approx(math.log(math.exp(1.0) + math.exp(2.0)) - 2.0, rel=1e-6)
+
+
+def test_mixed_polarity_equals_loops() -> None:
+    generator = np.random.default_rng(0)
+    shares = generator.dirichlet(np.full(3, 0.6), 30)
+    shares[:10] = np.eye(3)[generator.integers(0, 3, 10)]
+    shares[10:20, 1] = 0.0
+    shares /= shares.sum(axis=1, keepdims=True)
+    torch.manual_seed(0)
+    loss = PolarityLoss(CONFIG).double()
+    pooled = torch.from_numpy(generator.standard_normal((30, CONFIG.width))).requires_grad_()
+    logits = loss.head(pooled).detach().numpy()
+    log_softmax = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    expected = -(shares * log_softmax).sum(axis=1).mean() + 0.3 * decoupled_by_loops(logits, shares)
+    found = loss.mixed(outputs(30, 0)._replace(pooled=pooled), torch.from_numpy(shares), 0.3)
+    assert found.item() == pytest.approx(expected, rel=1e-10)
+    found.backward()
+    for x in (pooled, *loss.parameters()):
+        assert bool(torch.isfinite(x.grad).all())
+        assert float(x.grad.abs().sum()) > 0
+
+
+def test_polarity_loss_averages_both_views() -> None:
+    generator = np.random.default_rng(1)
+    labels = torch.tensor([1.0, -2.0, 0.0, 0.4], dtype=torch.float64)
+    torch.manual_seed(0)
+    loss = PolarityLoss(CONFIG).double()
+    views = [
+        outputs(4, seed)._replace(pooled=torch.from_numpy(generator.standard_normal((4, CONFIG.width))))
+        for seed in (0, 1)
+    ]
+    terms = []
+    for view in views:
+        z = loss.head(view.pooled).detach().numpy()
+        terms += [math.log(np.exp(z[i]).sum()) - z[i, c] for i, c in enumerate([2, 0, 1, 2])]
+    assert loss(*views, labels).item() == pytest.approx(np.mean(terms), rel=1e-10)

@@ -286,12 +286,127 @@ def test_variants_are_the_seven_subsets():
         ({"label_min": 3.0}, r"label range is \[3.0, 3.0\]"),
         ({"dropout": float("nan")}, "dropout is nan"),
         ({"width": True}, "width' is True"),
+        ({"dropout": False}, "dropout' is False, expected float"),
+        ({"proxies": 1}, "proxies' is 1, expected bool"),
+        ({"cnn": "no"}, "cnn' is 'no', expected bool"),
+        ({"mamba": None}, "mamba' is None, expected bool"),
     ],
 )
 def test_bad_configurations_are_refused_in_one_line(change, message):
     with pytest.raises(InputError, match=message) as caught:
         ModelConfig.from_json({**CONFIG.to_json(), **change})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mix": 1}, "mix' is 1, expected str"),
+        ({"mix": None}, "mix' is None, expected str"),
+        ({"mix": True}, "mix' is True, expected str"),
+        ({"mix": "msmix"}, "mix is 'msmix', expected one of none, mixup, manifold, ms-mix, powmix"),
+        ({"aux": "intensity"}, "aux is 'intensity', expected one of none, polarity"),
+        ({"mix_same_sign": 0}, "mix_same_sign' is 0, expected bool"),
+        ({"mix_same_sign": "true"}, "mix_same_sign' is 'true', expected bool"),
+        ({"mix_alpha": 0}, "mix_alpha is 0, expected a positive number"),
+        ({"mix_alpha": float("inf")}, "mix_alpha is inf"),
+        ({"mix_alpha": True}, "mix_alpha' is True, expected float"),
+        ({"powmix_ratio": float("nan")}, "powmix_ratio is nan"),
+        ({"powmix_parts": 1}, "powmix_parts is 1, expected at least 2"),
+        ({"powmix_parts": 2.0}, "powmix_parts' is 2.0, expected int"),
+        ({"powmix_probability": 1.5}, "powmix_probability is 1.5, expected 0 to 1"),
+        ({"mix_similarity": -0.1}, "mix_similarity is -0.1, expected 0 to 1"),
+        ({"mix_weight": -1.0}, "mix_weight is -1.0, expected 0 or more"),
+        ({"polarity_weight": float("nan")}, "polarity_weight is nan, expected 0 or more"),
+    ],
+)
+def test_bad_training_settings_are_refused_in_one_line(change, message):
+    with pytest.raises(InputError, match=message) as caught:
+        TrainConfig.from_json({**TrainConfig().to_json(), **change})
+    assert "\n" not in str(caught.value)
+
+
+def test_configurations_from_before_a_setting_have_its_default(model):
+    """A checkpoint of an earlier version says nothing of the ablations, and has all that its model had."""
+    old = {k: v for k, v in CONFIG.to_json().items() if k not in ("proxies", "cnn", "mamba")}
+    assert ModelConfig.from_json(old) == CONFIG
+    HCMEN(ModelConfig.from_json(old)).load_state_dict(model.state_dict())
+    assert TrainConfig.from_json({"epochs": 3}) == TrainConfig(epochs=3)
+
+
+# --- ablations --------------------------------------------------------------------------------------------------------
+
+ABLATIONS = {
+    "without proxies": {"proxies": False},
+    "without CNN": {"cnn": False},
+    "without Mamba": {"mamba": False},
+    "without any": {"proxies": False, "cnn": False, "mamba": False},
+}
+
+
+@pytest.fixture(scope="module", params=ABLATIONS)
+def ablated(request) -> HCMEN:
+    torch.manual_seed(0)
+    model = HCMEN(dataclasses.replace(CONFIG, **ABLATIONS[request.param]))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model.eval()
+
+
+def test_an_ablation_leaves_its_weights_out(ablated):
+    parts = {"proxies": ("proxies.", "mix_logits", "log_similarity"), "cnn": (".conv.",), "mamba": (".mixer.",)}
+    names = list(ablated.state_dict())
+    for switch, markers in parts.items():
+        # Blocks inside the proxies go with them.
+        found = [n for n in names if any(marker in n for marker in markers)]
+        assert bool(found) == getattr(ablated.config, switch), switch
+
+
+def test_an_ablated_model_keeps_the_invariances(ablated):
+    """Padding, batch, and absence told in two ways."""
+    test_padding_changes_nothing(ablated, 3.0)
+    test_a_clip_does_not_see_its_batch(ablated)
+    test_absent_features_are_never_read(ablated)
+    for variant in VARIANTS:
+        test_told_of_an_absence_is_the_subset_model(ablated, variant)
+
+
+def test_gradients_reach_every_parameter_of_an_ablated_model(ablated):
+    features, lengths = batch(7)
+    present = torch.tensor([v.mask for v in VARIANTS])
+    ablated.zero_grad()
+    ablated(features, lengths, present).score.square().sum().backward()
+    assert [n for n, p in ablated.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    ablated.zero_grad()
+
+
+def test_without_proxies_an_absent_modality_is_its_learned_token():
+    """The fused stream by hand: the gate's weights times H_m, or times the absent token at every place."""
+    torch.manual_seed(2)
+    model = HCMEN(dataclasses.replace(CONFIG, proxies=False)).eval()
+    features, lengths = batch(3)
+    seen = []
+    model.backbone[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        tokens = model.encode({m: features[m] for m in ("text", "vision")}, lengths)
+        weights = model.fuse(tokens).modality_weights
+    absent = model.absent_tokens["audio"].expand(3, CONFIG.tokens, -1)
+    streams = [tokens["text"], absent, tokens["vision"]]
+    expected = sum(weights[:, i, None, None] * x for i, x in enumerate(streams))
+    torch.testing.assert_close(seen[0], expected.detach())
+    assert model.fuse(tokens).proxies == {}
+
+
+def test_encode_and_fuse_are_the_forward_pass(model):
+    features, lengths = batch(4)
+    present = torch.tensor([v.mask for v in VARIANTS[:4]])
+    with torch.inference_mode():
+        outputs = model.fuse(model.encode(features, lengths), present)
+        whole = model(features, lengths, present)
+        assert torch.equal(model.head(outputs.pooled)[:, 0], whole.score)
+    assert torch.equal(outputs.score, whole.score)
+    assert torch.equal(outputs.modality_weights, whole.modality_weights)
 
 
 def test_reference_functions_match_their_own_docstring():
