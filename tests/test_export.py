@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import os
 import signal
@@ -189,6 +190,29 @@ def test_parity_on_clips_the_export_never_saw(exported, model, variant, library)
         inputs = batch_clips([random_clip(s) for s in seeds], variant.present)
         score, weights = session.run(["score", "modality_weights"], inputs)
         eager = parity._run(model, variant, inputs)
+        np.testing.assert_allclose(score, eager["score"], atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(weights, eager["modality_weights"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"proxies": False}, "vision_missing"),
+        ({"cnn": False}, "audio_missing"),
+        ({"mamba": False}, "full"),
+        ({"proxies": False, "cnn": False, "mamba": False}, "text_only"),
+    ],
+    ids=["without proxies", "without CNN", "without Mamba", "without any"],
+)
+def test_ablated_models_are_exported_too(changes, name):
+    ablated, variant = make_model(dataclasses.replace(CONFIG, **changes)), variant_named(name)
+    proto = export_variant(ablated, variant)
+    assert any(n.domain == "hcmen" for n in proto.graph.node) == ablated.config.mamba
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    for seeds in ((100,), (101, 102, 103)):
+        inputs = batch_clips([random_clip(s) for s in seeds], variant.present)
+        eager = parity._run(ablated, variant, inputs)
+        score, weights = session.run(["score", "modality_weights"], inputs)
         np.testing.assert_allclose(score, eager["score"], atol=1e-5, rtol=1e-5)
         np.testing.assert_allclose(weights, eager["modality_weights"], atol=1e-5, rtol=1e-5)
 

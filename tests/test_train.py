@@ -22,6 +22,7 @@ import torch
 
 import hcmen.data.synthetic
 from hcmen import metrics, train, training
+from hcmen.checkpoint import load_state, save_state
 from hcmen.clip import read_clip
 from hcmen.config import FeatureConfig, ModelConfig, Preset, TrainConfig
 from hcmen.data import MultimodalDataset
@@ -264,6 +265,34 @@ def test_resuming_with_other_settings_is_refused(
     assert len(error.splitlines()) == 1
     assert re.search(message, error)
     assert result(reference) == before
+
+
+def test_mixing_and_its_resumption_by_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    arguments = ("--mix", "ms-mix", "--aux", "polarity", "-q")
+    assert command("--out", whole, *arguments) == 0
+    assert process("--out", broken, *arguments, change=ENDS["SIGKILL in the middle of an epoch"]).returncode == -9
+    for option, value, had in (("--mix", "mixup", "ms-mix"), ("--aux", "none", "polarity")):
+        capsys.readouterr()
+        assert command("--out", broken, "--resume", option, value) == 2
+        assert f"{option} is {value}, the run in {broken} has {had}" in capsys.readouterr().err
+    assert command("--out", broken, "--resume", "-q") == 0
+    assert result(broken) == result(whole)
+    assert load_checkpoint(whole)[1]["train"]["mix"] == "ms-mix"
+    assert command("--out", tmp_path, "--mix", "ms-mx") == 2
+    assert "did you mean 'ms-mix'?" in capsys.readouterr().err
+
+
+def test_a_run_of_a_version_with_fewer_settings_goes_on(reference: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    process("--out", folder, change=ENDS["SIGKILL in the middle of an epoch"])
+    tensors, state = load_state(folder)
+    for part, new in (("model", ("proxies", "cnn", "mamba")), ("train", ("mix", "mix_weight", "mix_alpha", "aux"))):
+        for name in new:
+            del state[part][name]
+    save_state(folder, tensors, state)
+    assert command("--out", folder, "--resume", "-q") == 0
+    assert result(folder) == result(reference)
 
 
 def test_resuming_on_other_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
