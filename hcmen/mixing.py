@@ -37,7 +37,19 @@ from torch.nn import functional as F
 from hcmen.config import ModelConfig, TrainConfig
 from hcmen.modalities import MODALITIES
 
-__all__ = ["MSMix", "Manifold", "Mixing", "Mixture", "Mixup", "Plan", "PowMix", "Samples", "make_mixing", "mix"]
+__all__ = [
+    "IntensityPredictor",
+    "MSMix",
+    "Manifold",
+    "Mixing",
+    "Mixture",
+    "Mixup",
+    "Plan",
+    "PowMix",
+    "Samples",
+    "make_mixing",
+    "mix",
+]
 
 
 class Samples(NamedTuple):

@@ -97,6 +97,7 @@ def test_no_value_of_another_type_passes(document, value):
     lawful = {
         "1.5": numbers,
         "-1": {p for p in numbers if "std" not in p},
+        "True": {("model", switch) for switch in ("proxies", "cnn", "mamba")},
         repr(10**30): numbers,
         "{}": {("versions",)},
         "'x'": {p for p in paths_of(document) if p[-1] == "file"},
