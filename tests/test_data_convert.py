@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.micro import MICRO
 from helpers.mmsa_files import FILES, expected, make, soil, written
 
 from hcmen import train
-from hcmen.config import FeatureConfig, ModelConfig, Preset, TrainConfig
+from hcmen.config import Preset, TrainConfig
 from hcmen.data import folder, mmsa
 from hcmen.data.convert import convert, main
 from hcmen.data.mmsa import read_mmsa
@@ -107,16 +108,6 @@ def test_features_stay_on_disk(tmp_path: Path, source: Path) -> None:
 
 # --- training on it ---------------------------------------------------------------------------------------------------
 
-MICRO = ModelConfig(
-    FeatureConfig(6, 10),
-    FeatureConfig(3, 16),
-    FeatureConfig(4, 16),
-    width=8,
-    tokens=4,
-    states=2,
-    expand=1,
-    alignment_tokens=2,
-)
 TRAIN = TrainConfig(epochs=2, batch_size=10, learning_rate=1e-3)
 
 

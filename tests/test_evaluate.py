@@ -15,12 +15,13 @@ import pytest
 import torch
 from helpers import small_bundle
 from helpers.command import Outcome, open_folder, run, without_privileges
+from helpers.micro import MICRO
 from test_imports import loaded_after
 
 import hcmen.evaluate_command
 from hcmen import metrics
 from hcmen.checkpoint import save_checkpoint
-from hcmen.config import FeatureConfig, ModelConfig, TrainConfig, preset_named
+from hcmen.config import ModelConfig, TrainConfig, preset_named
 from hcmen.data import MultimodalDataset, Split
 from hcmen.data.mmsa import dataset_from_mmsa, read_mmsa
 from hcmen.data.protocols import PROTOCOLS, Masks
@@ -33,16 +34,6 @@ from hcmen.modalities import MODALITIES, VARIANTS, variant_named
 from hcmen.model import HCMEN
 from hcmen.robustness import Run, csv_text, markdown, published_rows, run_scores, spread, summarise, text
 
-MICRO = ModelConfig(
-    FeatureConfig(6, 10),
-    FeatureConfig(3, 16),
-    FeatureConfig(4, 16),
-    width=8,
-    tokens=4,
-    states=2,
-    expand=1,
-    alignment_tokens=2,
-)
 SAMPLES = (24, 12, 16)
 EXPORTED = ("full", "audio_only")
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from helpers.micro import MICRO
 
-from hcmen.config import MIXES, FeatureConfig, ModelConfig, TrainConfig
+from hcmen.config import MIXES, TrainConfig
 from hcmen.data import MultimodalDataset
 from hcmen.data.mmsa import dataset_from_mmsa
 from hcmen.data.synthetic import make_synthetic
@@ -25,16 +26,6 @@ from hcmen.model import HCMEN
 from hcmen.train import load_checkpoint
 from hcmen.training import Trainer
 
-MICRO = ModelConfig(
-    FeatureConfig(6, 10),
-    FeatureConfig(3, 16),
-    FeatureConfig(4, 16),
-    width=8,
-    tokens=4,
-    states=2,
-    expand=1,
-    alignment_tokens=2,
-)
 TRAIN = TrainConfig(epochs=2, batch_size=10)
 METHODS = [name for name in MIXES if name != "none"]
 

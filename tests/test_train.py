@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from helpers.micro import MICRO
 
 import hcmen.data.synthetic
 from hcmen import metrics, train, training
 from hcmen.checkpoint import load_state, save_state
 from hcmen.clip import read_clip
-from hcmen.config import FeatureConfig, ModelConfig, Preset, TrainConfig
+from hcmen.config import ModelConfig, Preset, TrainConfig
 from hcmen.data import MultimodalDataset
 from hcmen.data.mmsa import dataset_from_mmsa
 from hcmen.data.synthetic import make_synthetic, write_synthetic
@@ -34,16 +35,6 @@ from hcmen.modalities import VARIANTS, variant_named
 from hcmen.train import load_checkpoint
 from hcmen.training import Trainer, feature_statistics, learning_rate_at
 
-MICRO = ModelConfig(
-    FeatureConfig(6, 10),
-    FeatureConfig(3, 16),
-    FeatureConfig(4, 16),
-    width=8,
-    tokens=4,
-    states=2,
-    expand=1,
-    alignment_tokens=2,
-)
 SAMPLES = (24, 12, 16)
 # Every epoch of this run is better than the one before, so that each writes a checkpoint to be killed in.
 TRAIN = TrainConfig(epochs=3, batch_size=10, learning_rate=1e-3)
