@@ -16,7 +16,7 @@ import click
 import hcmen
 from hcmen.errors import CheckFailed
 from hcmen.modalities import VARIANTS, Variant, variant_named
-from hcmen.runtime.cli import Console, command
+from hcmen.runtime.cli import Console, aligned, command
 
 if TYPE_CHECKING:
     from hcmen.bundle import Manifest
@@ -85,13 +85,8 @@ def _table(manifest: Manifest) -> str:
                 "ok" if v.parity["passed"] else "FAILED",
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    text = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    ]
     weights = f"weights.bin {manifest.weights.bytes / 1024:.0f} KiB, shared by all variants"
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:], "", weights])
+    return "\n".join([*aligned(lines), "", weights])
 
 
 def _figure(value: float | None, form: str = ".1e") -> str:

@@ -25,6 +25,7 @@ from hcmen.data.protocols import Masks, Protocol
 from hcmen.data.published import Published
 from hcmen.errors import CheckFailed
 from hcmen.modalities import MODALITIES
+from hcmen.runtime.cli import aligned
 
 __all__ = [
     "LABELS",
@@ -189,10 +190,10 @@ def text(report: Mapping[str, Any]) -> str:
     parts = [_title(report)]
     for name, protocol in report["protocols"].items():
         header, *rows = _table(report, protocol, measures)
-        parts.append("\n".join([f"{name}: {protocol['about']}", *_aligned([header, *rows])]))
+        parts.append("\n".join([f"{name}: {protocol['about']}", *aligned([header, *rows])]))
         published = _published_table(report, name, measures)
         if published:
-            parts.append("\n".join([f"{name}: published beside ours, {_average_of(protocol)}", *_aligned(published)]))
+            parts.append("\n".join([f"{name}: published beside ours, {_average_of(protocol)}", *aligned(published)]))
     parts.append("\n".join(_notes(report)))
     return "\n\n".join(parts)
 
@@ -317,15 +318,6 @@ def _number(measure: str, value: float | None) -> str:
 
 def _absent(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in rows
-    ]
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
 def _marked(rows: Sequence[Sequence[str]]) -> str:

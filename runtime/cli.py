@@ -54,6 +54,7 @@ __all__ = [
     "Command",
     "Console",
     "Progress",
+    "aligned",
     "command",
     "describe_error",
     "one_line",
@@ -82,6 +83,20 @@ def one_line(message: object) -> str:
     """`message` on a single line, with control characters (a file name may hold some) made visible."""
     text = " ".join(str(message).split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table: a header, a rule, the rest; the first column to the left, figures to the right.
+
+    Args:
+        rows: the header first, at least one cell each, all of one length.
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in rows
+    ]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
 def describe_error(error: BaseException) -> tuple[str, int]:

@@ -18,6 +18,7 @@ from typing import Any
 from hcmen.clip import batch_clips, read_clip
 from hcmen.modalities import VARIANTS, variant_named
 from hcmen.runtime import load
+from hcmen.runtime.cli import aligned
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = Path(sys.executable).parent
@@ -86,12 +87,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 def as_text(rows: list[dict[str, Any]]) -> str:
     """The table with aligned columns."""
-    table = [HEADER, *map(cells, rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(HEADER))]
-    lines = [
-        "  ".join([t[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(t[1:], widths[1:], strict=True))]) for t in table
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return "\n".join(aligned([HEADER, *map(cells, rows)]))
 
 
 def as_picture(rows: list[dict[str, Any]], footer: str, path: Path) -> None:
