@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import json
 import math
 import os
 import warnings
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import hcmen
-from hcmen.errors import CheckFailed
+from hcmen.errors import CheckFailed, CorruptFileError
 from hcmen.modalities import VARIANTS, Variant, variant_named
 from hcmen.runtime.cli import Console, aligned, command
 
@@ -128,6 +129,8 @@ def export_bundle(
         for i, variant in enumerate(variants, 1):
             console.note(f"[{i}/{len(variants)}] eager outputs of {variant.name}, in float32 and float64")
             _write_golden(model, variant, clips, folder)
+        if model.config.text_encoder is not None:
+            _copy_tokenizer(checkpoint, folder, console)
         # The runtime reads nothing that no manifest lists, so the graphs are measured under a first one.
         weights = file_record(folder / "weights.bin", folder)
         unmeasured = {v.name: {"passed": False} for v in variants}
@@ -151,6 +154,20 @@ def _recorded_clips(checkpoint: Path, model: HCMEN) -> list[Clip]:
     from hcmen.clip import read_clip
 
     return [read_clip(path, model.config) for path in sorted((checkpoint / "clips").glob("*.npz"))]
+
+
+def _copy_tokenizer(checkpoint: Path, folder: Path, console: Console) -> None:
+    """Copies the tokenizer that training left beside the checkpoint; without one the bundle takes token ids alone."""
+    source = checkpoint / "tokenizer.json"
+    if not source.is_file():
+        console.warn(f"{source}: missing, so this bundle will take token ids and no words (hcmen-run --text)")
+        return
+    content = source.read_bytes()
+    try:
+        json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{source}: not JSON ({str(error)[:100]}): train again, or restore the file") from error
+    (folder / "tokenizer.json").write_bytes(content)
 
 
 def _write_golden(model: HCMEN, variant: Variant, clips: Sequence[Clip], folder: Path) -> None:
@@ -219,6 +236,7 @@ def _manifest(
     from hcmen.export.to_onnx import IR_VERSION, OPSET
 
     content = (checkpoint / "checkpoint.safetensors").read_bytes()
+    tokenizer = folder / "tokenizer.json"
     return Manifest(
         model=model.config,
         label_range=(model.config.label_min, model.config.label_max),
@@ -247,4 +265,5 @@ def _manifest(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         opset=OPSET,
         ir_version=IR_VERSION,
+        tokenizer=file_record(tokenizer, folder) if tokenizer.is_file() else None,
     )

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from hcmen.checkpoint import CHECKPOINT, load_checkpoint
-from hcmen.clip import Clip, batch_clips
-from hcmen.config import ModelConfig
+from hcmen.clip import TEXT_TOKENS, Clip, batch_clips
+from hcmen.config import ModelConfig, TextEncoderConfig
 from hcmen.errors import CheckFailed
 from hcmen.modalities import MODALITIES, Variant, variant_named
 from hcmen.model import HCMEN
@@ -46,18 +46,32 @@ def parity_clips(config: ModelConfig, recorded: Sequence[Clip] = (), seed: int =
     generator = np.random.default_rng(seed)
     clips = []
     for index in range(PARITY_CLIPS):
-        source = recorded[index % len(recorded)].features if recorded else {}
-        features = {}
+        clip = recorded[index % len(recorded)] if recorded else Clip("", {})
+        source, features, tokens = clip.features, {}, None
         for m in MODALITIES:
             sizes = config.modality(m)
             # The first clip is as short as can be, the second as long; the others are ragged, each on its own.
             length = {0: 1, 1: sizes.max_steps}.get(index, int(generator.integers(1, sizes.max_steps + 1)))
+            if m == "text" and config.text_encoder:
+                tokens = _resized(clip.text_tokens, length, config.text_encoder, generator)
+                continue
             series = source.get(m)
             if series is None:
                 series = _smooth(generator, sizes.max_steps, sizes.features)
             features[m] = np.resize(series, (length, sizes.features)).astype(np.float32)
-        clips.append(Clip(f"parity {index}", features))
+        clips.append(Clip(f"parity {index}", features, text_tokens=tokens))
     return clips
+
+
+def _resized(
+    tokens: np.ndarray | None, length: int, encoder: TextEncoderConfig, generator: np.random.Generator
+) -> np.ndarray:
+    """`tokens` [3, time] cut or repeated to [3, length]; random ids where there are none."""
+    if tokens is None:
+        tokens = np.ones((3, length), np.int64)
+        tokens[0] = generator.integers(encoder.vocabulary, size=length)
+        tokens[2] = 0
+    return np.stack([np.resize(row, length) for row in tokens])
 
 
 def _smooth(generator: np.random.Generator, steps: int, features: int) -> np.ndarray:
@@ -71,8 +85,14 @@ def _smooth(generator: np.random.Generator, steps: int, features: int) -> np.nda
 
 def _run(model: HCMEN, variant: Variant, inputs: Mapping[str, np.ndarray]) -> Arrays:
     work = next(model.head.parameters()).dtype
-    features = {m: torch.from_numpy(np.ascontiguousarray(inputs[m])).to(work) for m in variant.present}
-    lengths = {m: torch.from_numpy(np.ascontiguousarray(inputs[f"{m}_length"])) for m in variant.present}
+    features, lengths = {}, {}
+    for m in variant.present:
+        if m == "text" and TEXT_TOKENS in inputs:
+            features[m] = torch.from_numpy(np.ascontiguousarray(inputs[TEXT_TOKENS]))
+            lengths[m] = features[m][:, 1].sum(dim=1)
+            continue
+        features[m] = torch.from_numpy(np.ascontiguousarray(inputs[m])).to(work)
+        lengths[m] = torch.from_numpy(np.ascontiguousarray(inputs[f"{m}_length"]))
     with torch.inference_mode():
         prediction = model.eval()(features, lengths)
     return {"score": prediction.score.numpy(), "modality_weights": prediction.modality_weights.numpy()}

@@ -20,6 +20,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from hcmen.clip import TEXT_TOKENS
 from hcmen.errors import BackendError
 from hcmen.export.scan_function import add_functions
 from hcmen.modalities import Variant
@@ -39,25 +40,37 @@ ALIGNMENT_BYTES = 64
 
 
 class _Positional(nn.Module):
-    """The model with the graph's flat list of inputs: features of the present modalities, then their lengths."""
+    """The model with the graph's flat list of inputs: features of the present modalities, then their lengths.
+
+    Text tokens have no length of their own, their attention mask has it.
+    """
 
     def __init__(self, model: HCMEN, variant: Variant) -> None:
         super().__init__()
         self.model = model
         self.present = variant.present
+        self.measured = _measured(model, variant)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         count = len(self.present)
         features = dict(zip(self.present, inputs[:count], strict=True))
-        lengths = dict(zip(self.present, inputs[count:], strict=True))
+        lengths = dict(zip(self.measured, inputs[count:], strict=True))
+        if self.present != self.measured:
+            lengths["text"] = features["text"][:, 1].sum(dim=1)
         prediction = self.model(features, lengths)
         return prediction.score, prediction.modality_weights
+
+
+def _measured(model: HCMEN, variant: Variant) -> tuple[str, ...]:
+    """The present modalities that come with a length."""
+    return tuple(m for m in variant.present if m != "text" or model.text_encoder is None)
 
 
 def export_variant(model: HCMEN, variant: Variant) -> onnx.ModelProto:
     """The graph of one variant, weights inside, with dynamic batch and time.
 
-    Inputs: `m` float32 [batch, m_time, features] for each present modality m, then `m_length` int64 [batch].
+    Inputs: `m` float32 [batch, m_time, features] for each present modality m, then `m_length` int64 [batch]. With a
+    text encoder the text is `text_tokens` int64 [batch, 3, text_time] alone.
     Outputs: `score` float32 [batch], `modality_weights` float32 [batch, 3].
 
     Raises:
@@ -69,18 +82,28 @@ def export_variant(model: HCMEN, variant: Variant) -> onnx.ModelProto:
     inputs: list[Tensor] = []
     dynamic: list[dict[int, torch.export.Dim]] = []
     # Two samples of at least two steps: sizes of 0 and 1 would be burnt into the graph by the tracer.
+    measured = _measured(model, variant)
+    names = []
     for m in variant.present:
         config = model.config.modality(m)
-        inputs.append(torch.zeros(2, max(2, config.max_steps), config.features))
-        dynamic.append({0: batch, 1: torch.export.Dim(f"{m}_time")})
-    inputs += [torch.full((2,), 2, dtype=torch.int64) for _ in variant.present]
-    dynamic += [{0: batch} for _ in variant.present]
+        steps, time = max(2, config.max_steps), torch.export.Dim(f"{m}_time")
+        if m in measured:
+            names.append(m)
+            inputs.append(torch.zeros(2, steps, config.features))
+            dynamic.append({0: batch, 1: time})
+        else:
+            names.append(TEXT_TOKENS)
+            inputs.append(torch.ones(2, 3, steps, dtype=torch.int64))
+            dynamic.append({0: batch, 2: time})
+    names += [f"{m}_length" for m in measured]
+    inputs += [torch.full((2,), 2, dtype=torch.int64) for _ in measured]
+    dynamic += [{0: batch} for _ in measured]
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
                 wrapper,
                 tuple(inputs),
-                input_names=[*variant.present, *(f"{m}_length" for m in variant.present)],
+                input_names=names,
                 output_names=["score", "modality_weights"],
                 dynamic_shapes=(tuple(dynamic),),
                 opset_version=OPSET,

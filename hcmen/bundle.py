@@ -4,6 +4,7 @@
     weights.bin           the weights of all variants
     <variant>.onnx        one graph per variant
     golden/<variant>.npz  inputs with the eager model's outputs, so that a device checks itself
+    tokenizer.json        words to token ids; only where the model has a text encoder
 
 A bundle is not trusted. The manifest is read with every key, type and value checked (`Manifest.from_json`). A listed
 file must be a regular file reached by plain names, through no symbolic link, of the listed size and sha256; `read`
@@ -106,6 +107,7 @@ class Manifest:
     """manifest.json. normalisation: modality -> {"mean": [features], "std": [features]} of the training features.
 
     versions: tool -> version at export. source: where the weights came from. label_range: (lowest, highest) label.
+    tokenizer: for the text encoder, if there is one and its tokenizer came with the checkpoint.
     """
 
     model: ModelConfig
@@ -123,6 +125,7 @@ class Manifest:
     op_domain: str = OP_DOMAIN
     op_version: int = OP_VERSION
     schema_version: int = SCHEMA_VERSION
+    tokenizer: FileRecord | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of manifest.json, which `from_json` reads back to an equal manifest."""
@@ -143,6 +146,7 @@ class Manifest:
             },
             "source": dict(self.source),
             "weights": dataclasses.asdict(self.weights),
+            **({} if self.tokenizer is None else {"tokenizer": dataclasses.asdict(self.tokenizer)}),
             "variants": {name: _variant_to_json(v) for name, v in self.variants.items()},
         }
 
@@ -194,6 +198,7 @@ class Manifest:
             source=top.value("source", dict),
             weights=_record_from_json(top.object("weights")),
             variants=_variants_from_json(top.object("variants"), model),
+            tokenizer=_record_from_json(top.object("tokenizer")) if "tokenizer" in top.data else None,
         )
         top.finish()
         return manifest
@@ -246,7 +251,8 @@ class Bundle:
     def records(self) -> list[FileRecord]:
         """All files that the manifest lists, the weights first."""
         variants = self.manifest.variants.values()
-        return [self.manifest.weights, *(v.graph for v in variants), *(v.golden for v in variants)]
+        tokenizer = [self.manifest.tokenizer] if self.manifest.tokenizer else []
+        return [self.manifest.weights, *tokenizer, *(v.graph for v in variants), *(v.golden for v in variants)]
 
     def _verify(self, record: FileRecord, *, keep: bool) -> NDArray[np.uint8]:
         """Reads and hashes a listed file; returns its content with `keep`, else an empty array."""
@@ -385,9 +391,15 @@ def writing_bundle(path: str | os.PathLike[str], *, force: bool = False) -> Iter
 
 
 def expected_inputs(model: ModelConfig, variant: str) -> tuple[TensorSpec, ...]:
-    """The inputs of the graph of `variant`: features and valid length per present modality, in axis order."""
+    """The inputs of the graph of `variant`: features and valid length per present modality, in axis order.
+
+    The text of a model with a text encoder is `text_tokens` alone, whose attention mask says how long it is.
+    """
     inputs: list[TensorSpec] = []
     for m in variant_named(variant).present:
+        if m == "text" and model.text_encoder:
+            inputs.append(TensorSpec("text_tokens", "int64", ("batch", 3, "text_time")))
+            continue
         inputs.append(TensorSpec(m, "float32", ("batch", f"{m}_time", model.modality(m).features)))
         inputs.append(TensorSpec(f"{m}_length", "int64", ("batch",)))
     return tuple(inputs)

@@ -16,13 +16,25 @@ from typing import Any
 from hcmen.errors import InputError
 from hcmen.modalities import MODALITIES
 
-__all__ = ["AUXILIARIES", "MIXES", "PRESETS", "FeatureConfig", "ModelConfig", "TrainConfig", "preset_named"]
+__all__ = [
+    "AUXILIARIES",
+    "MIXES",
+    "PRESETS",
+    "FeatureConfig",
+    "ModelConfig",
+    "TextEncoderConfig",
+    "TrainConfig",
+    "preset_named",
+]
 
 MIXES = ("none", "mixup", "manifold", "ms-mix", "powmix")
 """Ways of mixing training samples; hcmen/mixing.py says what each does."""
 
 AUXILIARIES = ("none", "polarity")
 """Heads that take part in training only; see hcmen/losses.py."""
+
+ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu")
+"""Activations of a text encoder, by the names of its config.json."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -43,6 +55,48 @@ class FeatureConfig:
 
 
 @dataclass(frozen=True)
+class TextEncoderConfig:
+    """A BERT encoder inside the model, by the sizes of its own config.json; its width is the text's `features`.
+
+    vocabulary: token ids. positions: longest sequence, in tokens. unknown_token: id of [UNK], which stands for a word
+    that is dropped. norm_epsilon: of every layer norm. dropout: of hidden states and of attention weights.
+    """
+
+    vocabulary: int
+    layers: int
+    heads: int
+    intermediate: int
+    positions: int
+    token_types: int = 2
+    activation: str = "gelu"
+    norm_epsilon: float = 1e-12
+    dropout: float = 0.1
+    unknown_token: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("vocabulary", "layers", "heads", "intermediate", "positions", "token_types"):
+            _require(getattr(self, name) >= 1, f"text_encoder.{name} is {getattr(self, name)}, expected at least 1")
+        _require(
+            self.activation in ACTIVATIONS,
+            f"text_encoder.activation is {self.activation!r}, expected one of {', '.join(ACTIVATIONS)}",
+        )
+        _require(
+            math.isfinite(self.norm_epsilon) and self.norm_epsilon > 0,
+            f"text_encoder.norm_epsilon is {self.norm_epsilon}, expected a positive number",
+        )
+        _require(0.0 <= self.dropout < 1.0, f"text_encoder.dropout is {self.dropout}, expected 0 <= dropout < 1")
+        _require(
+            0 <= self.unknown_token < self.vocabulary,
+            f"text_encoder.unknown_token is {self.unknown_token}, expected an id below {self.vocabulary}",
+        )
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TextEncoderConfig:
+        """The encoder of these sizes; raises InputError on missing or unknown keys, wrong types or values."""
+        return cls(**_checked(cls, data, "text_encoder."))
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The architecture of one HCMEN.
 
@@ -53,6 +107,7 @@ class ModelConfig:
     label_min, label_max: the range of the data set's labels, for reporting; the head itself is not squashed.
     proxies, cnn, mamba: ablations. Without proxies present tokens are not enhanced and a learned token stands for an
     absent modality; without cnn or mamba every block of that kind passes its input on.
+    text_encoder: the BERT that makes the text features out of token ids; None takes features as they come.
     """
 
     text: FeatureConfig
@@ -71,6 +126,7 @@ class ModelConfig:
     proxies: bool = True
     cnn: bool = True
     mamba: bool = True
+    text_encoder: TextEncoderConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("width", "tokens", "states", "expand", "backbone_depth", "alignment_tokens"):
@@ -81,6 +137,17 @@ class ModelConfig:
             math.isfinite(self.label_min) and math.isfinite(self.label_max) and self.label_min < self.label_max,
             f"label range is [{self.label_min}, {self.label_max}], expected two finite numbers in rising order",
         )
+        encoder = self.text_encoder
+        if encoder is not None:
+            _require(
+                self.text.features % encoder.heads == 0,
+                f"text_encoder.heads is {encoder.heads}, expected a divisor of the {self.text.features} text features",
+            )
+            _require(
+                self.text.max_steps <= encoder.positions,
+                f"text.max_steps is {self.text.max_steps}, expected at most the {encoder.positions} positions of the "
+                "text encoder",
+            )
 
     @property
     def channels(self) -> int:
@@ -112,6 +179,8 @@ class ModelConfig:
         values = dict(_checked(cls, data))
         for name in MODALITIES:
             values[name] = FeatureConfig(**_checked(FeatureConfig, values[name], f"{name}."))
+        if values.get("text_encoder") is not None:
+            values["text_encoder"] = TextEncoderConfig.from_json(values["text_encoder"])
         return cls(**values)
 
 
@@ -134,6 +203,9 @@ class TrainConfig:
     intensity_weight: factor of ms-mix's loss that teaches intensities (nats).
     powmix_ratio: mixtures per sample of the batch. powmix_parts: samples per mixture. powmix_probability: share of
     the steps that mix at all.
+
+    text_encoder_learning_rate: peak learning rate of the text encoder, which rises and falls with the other one; 0
+    leaves the encoder as it came, without dropout.
 
     aux: one of AUXILIARIES. polarity_weight: factor of the polarity head's cross-entropy (nats).
     decoupled_weight: within it, factor of the decoupled term of mixtures.
@@ -162,6 +234,7 @@ class TrainConfig:
     aux: str = "none"
     polarity_weight: float = 0.1
     decoupled_weight: float = 0.1
+    text_encoder_learning_rate: float = 2e-5
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, f"epochs is {self.epochs}, expected at least 1")
@@ -175,6 +248,7 @@ class TrainConfig:
             "intensity_weight",
             "polarity_weight",
             "decoupled_weight",
+            "text_encoder_learning_rate",
         ):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
         for name, choices in (("mix", MIXES), ("aux", AUXILIARIES)):
@@ -213,6 +287,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "bool": (bool,),
     "str": (str,),
     "FeatureConfig": (Mapping,),
+    "TextEncoderConfig | None": (Mapping, type(None)),
 }
 
 

@@ -71,9 +71,7 @@ def _batches(split: Split, variant: Variant, batch_size: int) -> Iterator[tuple[
     for start in range(0, len(split), batch_size):
         rows = slice(start, start + batch_size)
         lengths = {m: split.lengths[m][rows] for m in variant.present}
-        features = {m: split.features[m][rows, : lengths[m].max()] for m in variant.present}
         yield (
-            # Always a copy: features may be a read-only map, which torch warns of.
-            {m: torch.from_numpy(np.array(x)) for m, x in features.items()},
+            {m: torch.from_numpy(split.model_input(m, rows, int(lengths[m].max()))) for m in variant.present},
             {m: torch.from_numpy(n) for m, n in lengths.items()},
         )

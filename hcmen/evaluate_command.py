@@ -283,6 +283,7 @@ def _bundle(
 ) -> _Judged:
     import numpy as np
 
+    from hcmen.clip import graph_inputs
     from hcmen.data.mmsa import read_mmsa
     from hcmen.data.protocols import batches
     from hcmen.runtime import load
@@ -323,8 +324,7 @@ def _bundle(
                     console.warn(f"variant '{name}' runs without the kernel library: slow; see hcmen-doctor")
                 if manifest.variants[name].parity["passed"] is not True:
                     console.warn(f"{folder}: variant '{name}' failed its parity check at export")
-            lengths = {f"{m}_length": n for m, n in batch.lengths.items()}
-            scores[batch.rows] = model.run(name, {**batch.features, **lengths})["score"]
+            scores[batch.rows] = model.run(name, graph_inputs(batch.features, batch.lengths))["score"]
             on_batch(len(batch.rows))
         return scores
 

@@ -35,6 +35,7 @@ from hcmen.config import FeatureConfig, ModelConfig
 from hcmen.errors import InputError
 from hcmen.layers import MASKED, AttentionPooling, BiMambaBlock, CNNBlock, Skip
 from hcmen.modalities import MODALITIES
+from hcmen.text_encoder import TextEncoder
 
 __all__ = ["HCMEN", "Outputs", "Prediction"]
 
@@ -97,6 +98,7 @@ class HCMEN(nn.Module):
         self.config = config
         d = config.width
 
+        self.text_encoder = TextEncoder(config.text_encoder, config.text.features) if config.text_encoder else None
         self.encoders = nn.ModuleDict({m: ModalityEncoder(config.modality(m), config) for m in MODALITIES})
 
         proxied = MODALITIES if config.proxies else ()
@@ -122,7 +124,8 @@ class HCMEN(nn.Module):
 
         Args:
             features: per modality float32 [batch, m_time, m_features], zero padded at the end. A modality that is not
-                among the keys is absent for the whole batch.
+                among the keys is absent for the whole batch. With a text encoder, text is its tokens int64
+                [batch, 3, text_time], or what it made of them.
             lengths: per modality int64 [batch], how many steps are real.
             present: bool [batch, 3] in the order of MODALITIES, which modalities each sample has; None means all
                 that `features` holds. At least one per row.
@@ -142,7 +145,15 @@ class HCMEN(nn.Module):
 
     def encode(self, features: Mapping[str, Tensor], lengths: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Part 1, hierarchical unimodal modelling: H_m [batch, L, d] of every modality in `features`."""
+        features = self.embed(features)
         return {m: self.encoders[m](features[m], lengths[m]) for m in MODALITIES if m in features}
+
+    def embed(self, features: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """`features` with text tokens turned into text features float32 [batch, text_time, text_features]."""
+        text = features.get("text")
+        if self.text_encoder is None or text is None or text.is_floating_point():
+            return features
+        return {**features, "text": self.text_encoder(text)}
 
     def fuse(self, tokens: Mapping[str, Tensor], present: Tensor | None = None) -> Outputs:
         """Parts 2 and 3, from the tokens H_m [batch, L, d] of one modality or more.
@@ -269,7 +280,12 @@ class HCMEN(nn.Module):
             if m not in MODALITIES:
                 raise InputError(f"unknown modality '{m}': choose from {', '.join(MODALITIES)}")
             expected = self.config.modality(m).features
-            if x.dim() != 3 or x.shape[2] != expected or x.shape[1] < 1:
+            if m == "text" and self.text_encoder is not None and not x.is_floating_point():
+                if x.dtype != torch.int64 or x.dim() != 3 or x.shape[1] != 3 or x.shape[2] < 1:
+                    raise InputError(
+                        f"text tokens are {x.dtype} {list(x.shape)}, expected torch.int64 [batch, 3, time >= 1]"
+                    )
+            elif x.dim() != 3 or x.shape[2] != expected or x.shape[1] < 1:
                 raise InputError(f"{m} has shape {list(x.shape)}, expected [batch, time, {expected}] with time >= 1")
             batch = x.shape[0] if batch is None else batch
             if m not in lengths:

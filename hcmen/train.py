@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 __all__ = ["load_checkpoint", "main"]
 
-CURVES, CLIPS = "curves.png", "clips"
+CURVES, CLIPS, TOKENIZER = "curves.png", "clips", "tokenizer.json"
 SAVED_CLIPS = 20
 _NAMES = {"floor": "the floor", "linear": "the linear model"}
 REPORT = "report.json"
-_OUTPUTS = ("checkpoint.safetensors", "config.json", "last.safetensors", "log.jsonl", CURVES, REPORT)
+_OUTPUTS = ("checkpoint.safetensors", "config.json", "last.safetensors", "log.jsonl", CURVES, REPORT, TOKENIZER)
 
 
 def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[HCMEN, dict[str, Any]]:
@@ -56,6 +56,16 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[HCMEN, dict[str, An
 @click.option("--epochs", type=click.IntRange(min=1), help="Passes over the training split; the preset's if not given.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Samples per optimiser step.")
 @click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Peak learning rate.")
+@click.option(
+    "--text-encoder",
+    type=click.Path(path_type=Path),
+    help="Folder of a BERT (config.json, weights, vocabulary) to put into the model; the data's tokens are its input.",
+)
+@click.option(
+    "--text-encoder-learning-rate",
+    type=click.FloatRange(min=0),
+    help="Peak learning rate of the text encoder; 0 freezes it.  [default: 2e-5]",
+)
 @click.option("--mix", type=Choice(list(MIXES)), help="How training samples are mixed.  [default: none]")
 @click.option("--aux", type=Choice(list(AUXILIARIES)), help="Auxiliary head, in training only.  [default: none]")
 @click.option(
@@ -80,6 +90,8 @@ def main(
     epochs: int | None,
     batch_size: int | None,
     learning_rate: float | None,
+    text_encoder: Path | None,
+    text_encoder_learning_rate: float | None,
     mix: str | None,
     aux: str | None,
     seed: int | None,
@@ -101,38 +113,50 @@ def main(
         "epochs": epochs,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
+        "text_encoder_learning_rate": text_encoder_learning_rate,
         "mix": mix,
         "aux": aux,
         "seed": seed,
     }
     given = {name: value for name, value in options.items() if value is not None}
     if resume:
-        model_config, train_config, source = _resumed_settings(out, preset, given, data)
+        model_config, train_config, source = _resumed_settings(out, preset, given, data, text_encoder)
     else:
         _check_free(out, force)
         chosen = preset_named(preset or "tiny")
         model_config, train_config = chosen.model, dataclasses.replace(chosen.train, **given)
-        source = {"preset": chosen.name, "data": str(data.resolve()) if data else None}
+        source = {
+            "preset": chosen.name,
+            "data": str(data.resolve()) if data else None,
+            "text_encoder": str(text_encoder.resolve()) if text_encoder else None,
+        }
+        if text_encoder is None and text_encoder_learning_rate is not None:
+            raise click.UsageError("--text-encoder-learning-rate is for --text-encoder, which is not given")
 
     # OpenMP's threads spin while they wait. Where other programs want the cores as well, that makes a step ten times
     # slower than letting them sleep; it is read once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
-    from hcmen.checkpoint import write_json
+    from hcmen.checkpoint import write_json, write_whole
     from hcmen.training import Trainer
 
     if threads is not None:
         torch.set_num_threads(threads)
+    tokenizer = None
+    if text_encoder is not None and not resume:
+        model_config, tokenizer = _with_text_encoder(model_config, text_encoder, source["preset"])
     dataset = _load_data(source, model_config, train_config.seed, console)
     out.mkdir(parents=True, exist_ok=True)
     _sweep(out)
-    trainer = Trainer(model_config, train_config, dataset, out, source)
+    trainer = Trainer(model_config, train_config, dataset, out, source, None if resume else text_encoder)
     if resume:
         trainer.resume()
         console.note(f"resuming after epoch {len(trainer.history)} of {train_config.epochs}")
     else:
         _clear(out)
+        if tokenizer is not None:
+            write_whole(out / TOKENIZER, tokenizer)
     with _shown(console, train_config.epochs, len(trainer.history)) as (on_step, on_epoch):
         trainer.run(on_step, on_epoch)
     _draw_curves(out / CURVES, trainer.history)
@@ -154,14 +178,28 @@ def main(
 # --- settings and data ----------------------------------------------------------------------------------------------
 
 
+def _with_text_encoder(config: ModelConfig, folder: Path, preset: str) -> tuple[ModelConfig, bytes]:
+    """`config` with the BERT in `folder` for its text, and the content of its tokenizer.json."""
+    from hcmen.text_encoder import read_sizes, read_tokenizer
+
+    encoder, hidden = read_sizes(folder)
+    if hidden != config.text.features:
+        raise InputError(
+            f"{folder}: the hidden size is {hidden}, preset {preset} expects {config.text.features} text features: "
+            "choose a BERT of that size"
+        )
+    return dataclasses.replace(config, text_encoder=encoder), read_tokenizer(folder)
+
+
 def _resumed_settings(
-    out: Path, preset: str | None, given: Mapping[str, Any], data: Path | None
+    out: Path, preset: str | None, given: Mapping[str, Any], data: Path | None, text_encoder: Path | None
 ) -> tuple[ModelConfig, TrainConfig, dict[str, Any]]:
     """The settings of the run in `out`; options that were given must agree with them."""
     from hcmen.checkpoint import load_state
 
     _, state = load_state(out)
-    asked = {"preset": preset, "data": str(data.resolve()) if data else None, **given}
+    paths = {"data": data, "text_encoder": text_encoder}
+    asked = {"preset": preset, **{name: str(path.resolve()) for name, path in paths.items() if path}, **given}
     before = {**TrainConfig.from_json(state["train"]).to_json(), **state["run"]}
     for name, value in asked.items():
         if value is not None and value != before.get(name):
@@ -304,11 +342,15 @@ def _draw_curves(path: Path, history: list[dict[str, Any]]) -> None:
 
 def _save_clips(folder: Path, split: Split) -> None:
     """Leaves the first validation samples beside the checkpoint, as clips that hcmen-export checks parity on."""
-    from hcmen.clip import write_clip
+    from hcmen.clip import TEXT_TOKENS, write_clip
 
     folder.mkdir(exist_ok=True)
     for i in range(min(SAVED_CLIPS, len(split))):
-        write_clip(folder / f"{i:03d}.npz", {m: x[i, : split.lengths[m][i]] for m, x in split.features.items()})
+        arrays = {m: x[i, : split.lengths[m][i]] for m, x in split.features.items()}
+        if split.text_tokens:
+            del arrays["text"]
+            arrays[TEXT_TOKENS] = split.text_tokens.ids[i, :, : split.lengths["text"][i]]
+        write_clip(folder / f"{i:03d}.npz", arrays)
 
 
 # --- the table ------------------------------------------------------------------------------------------------------

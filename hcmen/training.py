@@ -46,6 +46,7 @@ from hcmen.losses import AlignmentLoss, PolarityLoss, polarity, task_loss
 from hcmen.mixing import Mixture, Samples, make_mixing
 from hcmen.modalities import MODALITIES
 from hcmen.model import HCMEN, Outputs
+from hcmen.text_encoder import load_weights
 
 __all__ = ["Progress", "Trainer", "feature_statistics", "learning_rate_at"]
 
@@ -53,6 +54,9 @@ LOG = "log.jsonl"
 
 # Numbers that tell apart the uses of (seed, epoch); missing.py has 1.
 _ORDER, _DROPOUT, _MIXING = 2, 3, 4
+
+# How the names of the text encoder's parameters begin.
+_TEXT_ENCODER = "model/text_encoder."
 
 _TERMS = ("loss", "task_loss", "alignment_loss", "mix_loss", "intensity_loss", "polarity_loss", "polarity_mix_loss")
 
@@ -81,12 +85,33 @@ class Trainer:
         dataset: MultimodalDataset,
         out: Path,
         run: Mapping[str, Any] | None = None,
+        text_encoder: Path | None = None,
     ) -> None:
-        """Builds model and optimiser; `run` is kept with the state, for the command line to read back."""
+        """Builds model and optimiser.
+
+        Args:
+            config: the model. train: the run. dataset: what to train on; with text tokens where the model has a text
+                encoder. out: the folder for what is written.
+            run: kept with the state, for the command line to read back.
+            text_encoder: the folder with the weights that the text encoder starts from; without it they are random,
+                unless `resume` brings those of the state.
+
+        Raises:
+            InputError, CorruptFileError: as `hcmen.text_encoder.load_weights`.
+            BackendError: the model has a text encoder and `transformers` is not installed.
+        """
         self.train_config, self.dataset, self.out, self.run_info = train, dataset, out, dict(run or {})
         torch.manual_seed(train.seed)
         self.model = HCMEN(config)
-        self.model.set_normalisation(feature_statistics(dataset.splits["train"]))
+        statistics = feature_statistics(dataset.splits["train"])
+        if self.model.text_encoder is not None:
+            # What BERT says is normalised already, and changes as it learns.
+            del statistics["text"]
+            if text_encoder is not None:
+                load_weights(self.model.text_encoder, text_encoder)
+            if train.text_encoder_learning_rate == 0:
+                self.model.text_encoder.freeze()
+        self.model.set_normalisation(statistics)
         self.alignment = AlignmentLoss(config)
         self.mixing = make_mixing(config, train)
         self.polarity = PolarityLoss(config) if train.aux == "polarity" else None
@@ -179,7 +204,7 @@ class Trainer:
         for step, indices in enumerate(batches):
             rate = learning_rate_at(config, (epoch - 1) * len(batches) + step, total)
             for group in self._optimiser.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["share"]
             for name, value in self._step(epoch, step, split, indices).items():
                 sums[name] += value * len(indices) / len(split)
             on_step(Progress(epoch, step + 1, len(batches), sums["loss"] * len(split) / _seen(batches, step)))
@@ -220,7 +245,7 @@ class Trainer:
             samples = Samples(corrupted.tokens, corrupted.present, labels)
             if self.mixing.of_features:
                 features, lengths, _ = self._corrupted(epoch, split, indices)
-                samples = Samples(features, corrupted.present, labels, lengths)
+                samples = Samples(self.model.embed(features), corrupted.present, labels, lengths)
             if config.intensity_weight:
                 terms["intensity_loss"] = self.mixing.teach(samples)
             mixture = self.mixing(samples, generator)
@@ -251,7 +276,7 @@ class Trainer:
     def _views(self, epoch: int, split: Split, indices: IntArray) -> tuple[Outputs, Outputs]:
         """The model's outputs for the clean and the corrupted view, computed as one batch."""
         features, lengths, present = self._corrupted(epoch, split, indices)
-        clean = {m: torch.from_numpy(split.features[m][indices, : x.shape[1]]) for m, x in features.items()}
+        clean = {m: torch.from_numpy(split.model_input(m, indices, int(lengths[m].max()))) for m in features}
         both = self.model.training_step_outputs(
             {m: torch.cat([clean[m], x]) for m, x in features.items()},
             {m: n.repeat(2) for m, n in lengths.items()},
@@ -262,13 +287,11 @@ class Trainer:
     def _corrupted(
         self, epoch: int, split: Split, indices: IntArray
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        """Features, lengths and presence of the corrupted view, padded to the longest sample of the batch."""
+        """Features (or text tokens), lengths and presence of the corrupted view, padded to the longest of the batch."""
         lengths = {m: split.lengths[m][indices] for m in MODALITIES}
         steps = {m: int(n.max()) for m, n in lengths.items()}
         corrupt = corruption(self.train_config, epoch, indices, lengths, steps)
-        features = {
-            m: torch.from_numpy(split.features[m][indices, : steps[m]] * corrupt.keep[m][..., None]) for m in MODALITIES
-        }
+        features = {m: torch.from_numpy(split.model_input(m, indices, steps[m], corrupt.keep[m])) for m in MODALITIES}
         return features, {m: torch.from_numpy(n) for m, n in lengths.items()}, torch.from_numpy(corrupt.present)
 
     def _validate(self) -> dict[str, float]:
@@ -347,11 +370,21 @@ def feature_statistics(split: Split) -> dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def _optimiser(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; biases, norms and scalars, and what the scan's layers mark (A_log, D), are not decayed."""
-    kept = [p for p in parameters.values() if p.dim() < 2 or getattr(p, "_no_weight_decay", False)]
-    chosen = {id(p) for p in kept}
-    decayed = [p for p in parameters.values() if id(p) not in chosen]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    """AdamW; biases, norms and scalars, and what the scan's layers mark (A_log, D), are not decayed.
+
+    A group's `share` is its part of the learning rate.
+    """
+    groups = []
+    for ours, share in ((True, 1.0), (False, config.text_encoder_learning_rate / config.learning_rate)):
+        own = [p for name, p in parameters.items() if name.startswith(_TEXT_ENCODER) != ours and p.requires_grad]
+        kept = [p for p in own if p.dim() < 2 or getattr(p, "_no_weight_decay", False)]
+        chosen = {id(p) for p in kept}
+        decayed = [p for p in own if id(p) not in chosen]
+        groups += [
+            {"params": part, "weight_decay": decay, "share": share}
+            for part, decay in ((decayed, config.weight_decay), (kept, 0.0))
+            if part
+        ]
     return torch.optim.AdamW(groups, lr=config.learning_rate)
 
 
@@ -379,7 +412,8 @@ def _fingerprint(dataset: MultimodalDataset) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name in ("train", "valid"):
         split = dataset.splits[name]
-        for array in (*split.features.values(), *split.lengths.values(), split.labels):
+        tokens = (split.text_tokens.ids,) if split.text_tokens else ()
+        for array in (*split.features.values(), *split.lengths.values(), split.labels, *tokens):
             digest.update(repr(array.shape).encode())
             # Some samples at a time: features may lie on disk.
             for start in range(0, len(array), 64):

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from hcmen.bundle import Bundle
+    from hcmen.clip import Clip
     from hcmen.runtime.compare import Comparison
-    from hcmen.runtime.predictor import Predictor, Result, SelfTest
+    from hcmen.runtime.predictor import ClipLike, Predictor, Result, SelfTest
 
 __all__ = ["main"]
 
@@ -32,6 +33,12 @@ _EPILOG = (
 
 @command("hcmen-run", epilog=_EPILOG)
 @click.argument("clips", nargs=-1, metavar="[CLIP.npz | FOLDER]...")
+@click.option(
+    "--text",
+    "words",
+    metavar="WORDS",
+    help="What is said, in raw words, for a bundle with a text encoder; alone, or with the audio and vision of a clip.",
+)
 @click.option("--bundle", default="build/bundle", show_default=True, help="The folder that hcmen-export wrote.")
 @click.option(
     "--variant",
@@ -50,6 +57,7 @@ _EPILOG = (
 def main(
     console: Console,
     clips: tuple[str, ...],
+    words: str | None,
     bundle: str,
     variant: str,
     backend: str,
@@ -60,11 +68,11 @@ def main(
     self_test: bool,
 ) -> None:
     """Scores clips with an exported bundle. A folder stands for the .npz files directly in it, sorted by name."""
-    if not clips and not self_test:
+    if not clips and words is None and not self_test:
         raise InputError(
             "no clip given, expected .npz files or folders: name some, or test the bundle with --self-test"
         )
-    if check and not clips:
+    if check and not clips and words is None:
         raise InputError("--check compares scores and no clip was given: name some, or use --self-test")
     from hcmen.bundle import read_bundle
     from hcmen.runtime.predictor import Predictor
@@ -85,10 +93,13 @@ def main(
             for test in model.self_test(chosen):
                 tests.append(test)
                 bar.advance()
+    items: list[ClipLike] = list(paths)
+    if words is not None:
+        items, paths = [_with_words(console, model, words, paths, clean)], paths or ["--text"]
     results: list[tuple[int, Result]] = []
-    with console.progress("scoring", len(paths), "clips") as bar:
+    with console.progress("scoring", len(items), "clips") as bar:
         observe = checker.observe if checker else None
-        for i, outcome in enumerate(model.outcomes(paths, variant=variant, observe=observe)):
+        for i, outcome in enumerate(model.outcomes(items, variant=variant, observe=observe)):
             if isinstance(outcome, HcmenError):
                 errors.append((paths[i], outcome))
             else:
@@ -122,6 +133,26 @@ def _expand(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, HcmenE
             )
         paths += found
     return paths, errors
+
+
+def _with_words(console: Console, model: Predictor, words: str, paths: Sequence[str], clean: bool) -> Clip:
+    """The clip named, or an empty one, with `words` for its text."""
+    from dataclasses import replace
+
+    from hcmen.clip import Clip, read_clip
+
+    if len(paths) > 1:
+        raise InputError(f"--text and {len(paths)} clips were given, expected one clip at most: what is said in which?")
+    tokens, dropped = model.encode(words)
+    if dropped:
+        console.note(f"note: the text is {dropped} tokens too long for the model, its end was cut")
+    if not paths:
+        return Clip("--text", {}, text_tokens=tokens)
+    clip = read_clip(paths[0], model.config, clean)
+    if clip.text_tokens is not None:
+        console.note(f"note: {paths[0]}: its own text is replaced by that of --text")
+    ignored = tuple(key for key in clip.ignored if key != "text")
+    return replace(clip, text_tokens=tokens, ignored=ignored)
 
 
 class _EagerCheck:

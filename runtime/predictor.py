@@ -10,6 +10,7 @@ grouped by variant and run in batches; a score depends neither on the padding no
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import threading
@@ -28,6 +29,7 @@ from hcmen.clip import TEXT_TOKENS, Clip, batch_clips, clip_from_arrays, read_cl
 from hcmen.errors import CheckFailed, CorruptFileError, HcmenError, InputError
 from hcmen.modalities import MODALITIES, Variant, variant_named
 from hcmen.runtime.compare import SCORE_ATOL, SCORE_RTOL, Comparison, compare
+from hcmen.runtime.words import Encoded, Tokenizer
 
 if TYPE_CHECKING:
     from hcmen.runtime.ort import OrtBackend, OrtSession
@@ -42,7 +44,8 @@ _MAX_GOLDEN_BYTES = 1 << 29
 _MAX_GOLDEN_MEMBERS = 4096
 
 ClipLike = str | os.PathLike[str] | Clip | Mapping[str, Any]
-"""A path of an .npz clip, a `Clip`, or a dict of arrays per modality."""
+"""A path of an .npz clip, a `Clip`, or a dict of arrays per modality; `text` there may be raw words (a str) where the
+bundle has a text encoder."""
 Arrays = dict[str, NDArray[Any]]
 Observer = Callable[[str, Sequence[int], Arrays, Arrays], None]
 """Told of every run: variant, the places of the batch's clips among all clips given, inputs, outputs."""
@@ -112,6 +115,7 @@ class Predictor:
         self.backend: OrtBackend = OrtBackend(threads)
         self._sessions: dict[str, OrtSession] = {}
         self._weights: NDArray[np.uint8] | None = None
+        self._tokenizer: Tokenizer | None = None
         self._lock = threading.Lock()
 
     @property
@@ -177,6 +181,30 @@ class Predictor:
             InputError, CorruptFileError, BackendError: the variant cannot be loaded, or refused to run.
         """
         return self._session(variant).run(inputs)
+
+    def encode(self, text: str) -> Encoded:
+        """The tokens of raw words, for a bundle that carries a text encoder and its tokenizer.
+
+        Raises:
+            InputError: the bundle has none, or the text is empty. BackendError: `tokenizers` is not installed.
+            CorruptFileError: the bundle's tokenizer is damaged.
+        """
+        record = self.bundle.manifest.tokenizer
+        if self.config.text_encoder is None:
+            raise InputError(
+                f"{self.bundle.path}: has no text encoder and takes no words, expected text features [time, "
+                f"{self.config.text.features}]: give a clip, or export a model trained with --text-encoder"
+            )
+        if record is None:
+            raise InputError(
+                f"{self.bundle.path}: has a text encoder and no tokenizer, expected {TEXT_TOKENS} [3, time]: give a "
+                "clip, or export again from a checkpoint with its tokenizer.json"
+            )
+        with self._lock:
+            if self._tokenizer is None:
+                content = self.bundle.read(record).tobytes()
+                self._tokenizer = Tokenizer(content, self.config, str(self.bundle.path / record.file))
+        return self._tokenizer(text)
 
     def kernels(self, variant: str) -> str:
         """How the hcmen ops of `variant` run: "native", "functions" or "standard"; loads the graph if need be."""
@@ -282,7 +310,7 @@ class Predictor:
                     modality_weights=dict(zip(MODALITIES, weights.tolist(), strict=True)),
                     backend=self.backend.name,
                     kernels=session.kernels,
-                    ignored=(*(m for m in MODALITIES if m in clip.features and m not in present), *clip.ignored),
+                    ignored=(*(m for m in clip.present if m not in present), *clip.ignored),
                     cleaned=clip.cleaned,
                     run_seconds=seconds,
                     batch_size=len(clips),
@@ -294,9 +322,11 @@ class Predictor:
         if isinstance(item, (str, os.PathLike)):
             return read_clip(item, self.config, self.clean)
         if isinstance(item, Clip):
-            checked = clip_from_arrays(item.name, item.features, self.config, self.clean)
-            return Clip(item.name, checked.features, checked.cleaned or item.cleaned, item.ignored)
+            checked = clip_from_arrays(item.name, item.arrays, self.config, self.clean)
+            return dataclasses.replace(checked, cleaned=checked.cleaned or item.cleaned, ignored=item.ignored)
         if isinstance(item, Mapping):
+            if isinstance(item.get("text"), str):
+                item = {**{k: x for k, x in item.items() if k != "text"}, TEXT_TOKENS: self.encode(item["text"]).tokens}
             return clip_from_arrays("clip", item, self.config, self.clean)
         raise InputError(f"a clip is {type(item).__name__}, expected a path, a Clip or a dict of arrays per modality")
 
@@ -305,12 +335,16 @@ class Predictor:
             name = clip.variant.name
             self.bundle.variant(name)
             return name
-        absent = [m for m in chosen.present if m not in clip.features]
+        absent = [m for m in chosen.present if m not in clip.present]
         if absent:
-            tokens = f" (its {TEXT_TOKENS} need a bundle with a text encoder)" if TEXT_TOKENS in clip.ignored else ""
+            why = ""
+            if TEXT_TOKENS in clip.ignored:
+                why = f" (its {TEXT_TOKENS} need a bundle with a text encoder)"
+            elif "text" in clip.ignored:
+                why = f" (this bundle takes {TEXT_TOKENS} in place of its text features)"
             raise InputError(
                 f"{clip.name}: variant '{chosen.name}' needs {' and '.join(absent)}, the clip has only "
-                f"{', '.join(clip.features)}{tokens}: use variant '{clip.variant.name}' or auto"
+                f"{', '.join(clip.present)}{why}: use variant '{clip.variant.name}' or auto"
             )
         return chosen.name
 

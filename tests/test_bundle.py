@@ -100,6 +100,7 @@ def test_no_value_of_another_type_passes(document, value):
         "True": {("model", switch) for switch in ("proxies", "cnn", "mamba")},
         repr(10**30): numbers,
         "{}": {("versions",)},
+        "None": {("model", "text_encoder")},
         "'x'": {p for p in paths_of(document) if p[-1] == "file"},
     }
     assert taken <= lawful.get(repr(value), set())

@@ -14,16 +14,29 @@ baseline.py   the linear model that HCMEN has to beat
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["SPLITS", "FloatArray", "IntArray", "MultimodalDataset", "Split"]
+__all__ = ["SPLITS", "FloatArray", "IntArray", "MultimodalDataset", "Split", "TextTokens"]
 
 SPLITS: tuple[str, ...] = ("train", "valid", "test")
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """Texts as a text encoder takes them.
+
+    ids: int64 [N, 3, T]: token ids, attention mask (ones on the valid prefix), token types; zero beyond it.
+    unknown: the id that stands for a dropped word.
+    """
+
+    ids: IntArray
+    unknown: int
 
 
 @dataclass(frozen=True)
@@ -33,15 +46,39 @@ class Split:
     features: {m: float32 [N, T_m, F_m]}, zero beyond the valid prefix.
     lengths: {m: int64 [N]}, the valid prefix, at least 1.
     labels: float32 [N]. ids: N names, "video$_$clip" in MMSA's files.
+    text_tokens: for a model with a text encoder, which takes them in place of the text features.
     """
 
     features: dict[str, FloatArray]
     lengths: dict[str, IntArray]
     labels: FloatArray
     ids: list[str]
+    text_tokens: TextTokens | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def model_input(
+        self, m: str, rows: IntArray | slice, steps: int, keep: npt.NDArray[np.bool_] | None = None
+    ) -> npt.NDArray[Any]:
+        """Modality `m` of the samples `rows` as the model takes it; always a copy.
+
+        Args:
+            m: the modality. rows: which samples. steps: how many steps, from the first one on.
+            keep: bool [samples, steps], False for steps that are dropped or padding; all are kept if None.
+
+        Returns:
+            float32 [samples, steps, F], dropped steps zero; or text tokens int64 [samples, 3, steps], the ids of
+            dropped steps replaced by that of the unknown token.
+        """
+        if m != "text" or self.text_tokens is None:
+            x = self.features[m][rows, :steps]
+            return np.array(x) if keep is None else x * keep[..., None]
+        tokens = np.array(self.text_tokens.ids[rows, :, :steps])
+        if keep is not None:
+            ids, mask = tokens[:, 0], tokens[:, 1]
+            ids[(mask != 0) & ~keep] = self.text_tokens.unknown
+        return tokens
 
 
 @dataclass(frozen=True)

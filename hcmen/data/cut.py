@@ -36,6 +36,13 @@ __all__ = ["main"]
     help="What the clips carry, separated by commas; the others are left out.",
 )
 @click.option(
+    "--text",
+    type=Choice(["features", "tokens"]),
+    default="features",
+    show_default=True,
+    help="The text as features, or as tokens for a bundle with a text encoder.",
+)
+@click.option(
     "-o",
     "--out",
     type=click.Path(path_type=Path),
@@ -51,6 +58,7 @@ def main(
     ids: tuple[str, ...],
     everything: bool,
     modalities: str,
+    text: str,
     out: Path,
     force: bool,
 ) -> None:
@@ -73,25 +81,38 @@ def main(
     if there is not None and not force:
         raise InputError(f"{there}: is there already: write over it with --force, or choose another --out")
 
-    from hcmen.clip import write_clip
+    from hcmen.clip import TEXT_TOKENS, write_clip
 
     (out.parent if out.suffix == ".npz" else out).mkdir(parents=True, exist_ok=True)
     clips: list[dict[str, Any]] = []
     with console.progress("cutting", len(paths), "clips") as bar:
         for i, path in paths.items():
             features = {m: x for m, x in source.sample(i).items() if m in kept}
-            write_clip(path, features)
+            arrays: dict[str, Any] = dict(features)
+            steps = {m: len(x) for m, x in features.items()}
+            if text == "tokens" and "text" in kept:
+                del arrays["text"]
+                arrays[TEXT_TOKENS] = _tokens(source, i, f"{data}: {split}")
+                steps["text"] = arrays[TEXT_TOKENS].shape[1]
+            write_clip(path, arrays)
             clips.append(
                 {
                     "path": str(path),
                     "index": i,
                     "id": source.ids[i],
                     "label": float(source.labels[i]),
-                    "steps": {m: len(x) for m, x in features.items()},
+                    "steps": steps,
                 }
             )
             bar.advance()
     console.emit({"data": str(data), "split": split, "clips": clips}, "\n".join(map(_line, clips)))
+
+
+def _tokens(source: RawSplit, index: int, where: str) -> Any:
+    tokens = source.tokens(index)
+    if tokens is None:
+        raise InputError(f"{where}: lacks 'text_bert', expected token ids for --text tokens: take --text features")
+    return tokens
 
 
 def _line(clip: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
     dataset.json              where the numbers come from, and the sizes of what follows
     train/ valid/ test/       text.npy audio.npy vision.npy                              float32 [N, T, F], as in Split
                               text_lengths.npy audio_lengths.npy vision_lengths.npy      int64 [N]
+                              text_bert.npy, where the source has it                     int64 [N, 3, T]
                               regression_labels.npy                                      float32 [N]
                               id.json                                                    N strings
 
@@ -29,7 +30,7 @@ import numpy as np
 import hcmen
 from hcmen.config import ModelConfig
 from hcmen.data import SPLITS, MultimodalDataset, Split
-from hcmen.data.mmsa import RawArray, RawSplit, open_split
+from hcmen.data.mmsa import RawArray, RawSplit, open_split, whole_numbers, with_tokens
 from hcmen.errors import CorruptFileError, InputError
 from hcmen.modalities import MODALITIES
 
@@ -42,8 +43,10 @@ _IDS = "id.json"
 _ARRAYS = {
     **{m: (np.dtype("<f4"), 3) for m in MODALITIES},
     **{f"{m}_lengths": (np.dtype("<i8"), 1) for m in MODALITIES},
+    "text_bert": (np.dtype("<i8"), 3),
     "regression_labels": (np.dtype("<f4"), 1),
 }
+_OPTIONAL = {"text_bert.npy"}
 
 
 def read_folder(folder: Path, config: ModelConfig) -> MultimodalDataset:
@@ -58,7 +61,8 @@ def read_folder(folder: Path, config: ModelConfig) -> MultimodalDataset:
     splits = {}
     for name in SPLITS:
         raw = open_split(data, name, str(folder), config)
-        splits[name] = Split(dict(raw.raw), dict(raw.given), raw.labels, raw.ids)
+        split = Split(dict(raw.raw), dict(raw.given), raw.labels, raw.ids)
+        splits[name] = with_tokens(split, raw, config.text_encoder, f"{folder}: {name}")
     return MultimodalDataset(str(folder), splits, config.label_min, config.label_max, index["cleaned"])
 
 
@@ -118,6 +122,7 @@ def write_folder(
         InputError: there is too little space, or the place cannot be written; nothing is left behind.
     """
     needed = sum(4 * raw.size for split in splits.values() for raw in split.raw.values())
+    needed += sum(8 * split.text_bert.size for split in splits.values() if split.text_bert is not None)
     temporary = _neighbour(out, "tmp")
     try:
         free = shutil.disk_usage(out.parent).free
@@ -165,6 +170,11 @@ def _write(
 
             _write_array(folder / name / f"{m}.npy", m, split.raw[m].shape, features())
             _write_array(folder / name / f"{m}_lengths.npy", f"{m}_lengths", lengths.shape, [lengths])
+        if split.text_bert is not None:
+            stored = split.text_bert
+            starts = range(0, len(stored), 1024)
+            tokens = (whole_numbers(stored[i : i + 1024], name) for i in starts)
+            _write_array(folder / name / "text_bert.npy", "text_bert", stored.shape, tokens)
         _write_array(folder / name / "regression_labels.npy", "regression_labels", split.labels.shape, [split.labels])
         _write_json(folder / name / _IDS, split.ids)
         described[name] = {
@@ -278,7 +288,11 @@ def _read_index(folder: Path) -> dict[str, Any]:
     whole = whole and all(type(n) is int for n in cleaned.values()) and isinstance(splits, dict)
     for split in SPLITS:
         sizes = splits.get(split, {}).get("bytes") if whole and isinstance(splits.get(split, {}), dict) else None
-        if not isinstance(sizes, dict) or set(sizes) != names or not all(type(n) is int for n in sizes.values()):
+        if (
+            not isinstance(sizes, dict)
+            or set(sizes) | _OPTIONAL != names
+            or not all(type(n) is int for n in sizes.values())
+        ):
             raise CorruptFileError(f"{path}: does not describe the split {split}: convert the data file again")
     assert isinstance(index, dict)
     return index
@@ -296,7 +310,9 @@ def _map_split(folder: Path, split: str, index: Mapping[str, Any]) -> dict[str, 
                 f"{path}: has {size} bytes, {INDEX} says {expected}: truncated or altered, convert the data file again"
             )
         raise CorruptFileError(f"{path}: cannot be found or read, {INDEX} lists it: convert the data file again")
-    data: dict[str, Any] = {key: _map_array(folder / split / f"{key}.npy", key) for key in _ARRAYS}
+    data: dict[str, Any] = {
+        key: _map_array(folder / split / f"{key}.npy", key) for key in _ARRAYS if f"{key}.npy" in sizes
+    }
     path = folder / split / _IDS
     try:
         data["id"] = json.loads(path.read_bytes())

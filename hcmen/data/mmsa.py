@@ -3,7 +3,7 @@
 A file is a pickled dict {"train", "valid", "test"} of dicts with these keys (N samples, T steps, F features):
 
     text [N, T, F]  audio [N, T, F]  vision [N, T, F]     features, padded at the end
-    text_bert [N, 3, T]                                   token ids, attention mask, token types
+    text_bert [N, 3, T]                                   token ids, attention mask, token types: for a text encoder
     audio_lengths, vision_lengths [N]                     valid prefix; not in aligned files
     regression_labels [N]                                 sentiment; SIMS also has one per modality (_T, _A, _V)
     id [N]                                                "video$_$clip"
@@ -20,6 +20,7 @@ memory can pass through.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +29,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hcmen.config import ModelConfig
-from hcmen.data import SPLITS, FloatArray, IntArray, MultimodalDataset, Split
+from hcmen.config import ModelConfig, TextEncoderConfig
+from hcmen.data import SPLITS, FloatArray, IntArray, MultimodalDataset, Split, TextTokens
 from hcmen.data.unpickle import load_pickle
 from hcmen.errors import InputError
 from hcmen.modalities import MODALITIES
 
-__all__ = ["Piece", "RawSplit", "dataset_from_mmsa", "open_split", "read_mmsa"]
+__all__ = [
+    "Piece",
+    "RawSplit",
+    "checked_tokens",
+    "dataset_from_mmsa",
+    "open_split",
+    "read_mmsa",
+    "whole_numbers",
+    "with_tokens",
+]
 
 RawArray = npt.NDArray[Any]
 
@@ -67,7 +77,11 @@ def dataset_from_mmsa(data: Any, name: str, config: ModelConfig) -> MultimodalDa
         InputError: as `read_mmsa`.
     """
     cleaned = dict.fromkeys(MODALITIES, 0)
-    splits = {s: _converted(open_split(data, s, name, config), cleaned) for s in SPLITS}
+    splits = {}
+    for s in SPLITS:
+        raw = open_split(data, s, name, config)
+        split = _converted(raw, cleaned)
+        splits[s] = with_tokens(split, raw, config.text_encoder, f"{name}: {s}")
     return MultimodalDataset(name, splits, config.label_min, config.label_max, cleaned)
 
 
@@ -89,8 +103,71 @@ def open_split(data: Any, split: str, name: str, config: ModelConfig | None = No
     labels = _labels(_member(members, "regression_labels", object, where), where, config)
     raw = {m: _features(_member(members, m, object, where), where, m, config, len(labels)) for m in MODALITIES}
     given = {m: n for m in MODALITIES if (n := _given_lengths(members, where, m, raw[m])) is not None}
-    mask = None if "text" in given else _text_mask(members, where, raw["text"])
-    return RawSplit(labels, _ids(members.get("id", list(range(len(labels)))), where, len(labels)), raw, given, mask)
+    tokens = _text_bert(members, where, raw["text"])
+    return RawSplit(labels, _ids(members.get("id", list(range(len(labels)))), where, len(labels)), raw, given, tokens)
+
+
+def with_tokens(split: Split, raw: RawSplit, encoder: TextEncoderConfig | None, where: str) -> Split:
+    """`split` with its text tokens, if there is an `encoder` to take them.
+
+    Raises:
+        InputError: the data has no tokens, or not those of this encoder; `where` is what the message calls it.
+    """
+    if encoder is None:
+        return split
+    if raw.text_bert is None:
+        raise InputError(
+            f"{where}: lacks 'text_bert', expected [N, 3, T] token ids for the text encoder: take another file "
+            "(a folder: convert again), or train without --text-encoder"
+        )
+    tokens = checked_tokens(raw.text_bert, encoder, where)
+    return dataclasses.replace(
+        split,
+        lengths={**split.lengths, "text": tokens[:, 1].sum(axis=1)},
+        text_tokens=TextTokens(tokens, encoder.unknown_token),
+    )
+
+
+def whole_numbers(stored: RawArray, where: str) -> IntArray:
+    """`stored` as int64, a copy; raises InputError if that changes a number."""
+    with np.errstate(invalid="ignore"):
+        tokens = np.array(stored).astype(np.int64)
+    if np.any(tokens != stored):
+        raise InputError(f"{where}: 'text_bert' holds numbers that are not whole, expected token ids")
+    return tokens
+
+
+def checked_tokens(stored: RawArray, encoder: TextEncoderConfig | None, where: str) -> IntArray:
+    """Stored token ids, masks and types [N, 3, T] as int64, zero beyond each mask.
+
+    A text without any token keeps its first one. Without an encoder no id is too large.
+
+    Raises:
+        InputError: numbers that are not whole, a mask that is not ones followed by zeros, ids or types out of range.
+    """
+    tokens = whole_numbers(stored, where)
+    mask = tokens[:, 1]
+    mask[:, 0] = 1
+    lengths = mask.sum(axis=1)
+    prefix = np.arange(mask.shape[1]) < lengths[:, None]
+    wrong = np.flatnonzero(((mask != 0) != prefix).any(axis=1) | (mask > 1).any(axis=1) | (mask < 0).any(axis=1))
+    if wrong.size:
+        raise InputError(
+            f"{where}: the attention mask of sample {wrong[0]} is not ones followed by zeros, expected the rows "
+            "token ids, attention mask, token types in 'text_bert'"
+        )
+    tokens *= prefix[:, None]
+    limits = (encoder.vocabulary, encoder.token_types) if encoder else (np.iinfo(np.int64).max,) * 2
+    for row, what, limit in ((0, "token", limits[0]), (2, "token type", limits[1])):
+        values = tokens[:, row]
+        outside = np.argwhere((values < 0) | (values >= limit))
+        if outside.size:
+            sample, step = outside[0]
+            raise InputError(
+                f"{where}: {what} {values[sample, step]} of sample {sample} is not below {limit}: the file was made "
+                "with the vocabulary of another text encoder"
+            )
+    return tokens
 
 
 class Piece(NamedTuple):
@@ -109,14 +186,15 @@ class RawSplit:
     """A split whose shapes, labels and lengths are checked, and whose features are as they were stored.
 
     labels: float32 [N]. ids: N names. raw: {m: [N, T_m, F_m]}, any number type and memory order.
-    given: {m: int64 [N]}, the lengths that the data gives. text_mask: [N, T], the attention mask, if there is one.
+    given: {m: int64 [N]}, the lengths that the data gives. text_bert: [N, 3, T], token ids, attention mask and token
+    types, if there are any.
     """
 
     labels: FloatArray
     ids: list[str]
     raw: Mapping[str, RawArray]
     given: Mapping[str, IntArray]
-    text_mask: RawArray | None
+    text_bert: RawArray | None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -146,6 +224,17 @@ class RawSplit:
             yield Piece(x, lengths, cleaned)
             release()
 
+    def tokens(self, index: int) -> IntArray | None:
+        """Token ids, attention mask and token types [3, length] of sample `index`; None if the data has none.
+
+        Raises:
+            InputError: they are no tokens.
+        """
+        if self.text_bert is None:
+            return None
+        found = checked_tokens(self.text_bert[index : index + 1], None, f"sample {index}")[0]
+        return found[:, : found[1].sum()]
+
     def sample(self, index: int) -> dict[str, FloatArray]:
         """The valid steps [length, F] of sample `index`, per modality."""
         pieces = {m: next(self.pieces(m, samples=slice(index, index + 1))) for m in MODALITIES}
@@ -155,8 +244,8 @@ class RawSplit:
         """Valid prefix of the samples `rows`, at least 1: given, or from the mask, or up to the last non-zero frame."""
         if m in self.given:
             return self.given[m][rows]
-        if m == "text" and self.text_mask is not None:
-            return _last(self.text_mask[rows] != 0)
+        if m == "text" and self.text_bert is not None:
+            return _last(self.text_bert[rows, 1] != 0)
         return _last(x.any(axis=2))
 
 
@@ -258,8 +347,8 @@ def _given_lengths(data: Mapping[str, Any], where: str, m: str, x: RawArray) -> 
     return np.maximum(given.astype(np.int64), 1)
 
 
-def _text_mask(data: Mapping[str, Any], where: str, x: RawArray) -> RawArray | None:
-    """The attention mask [N, T] of 'text_bert'; None if there is none."""
+def _text_bert(data: Mapping[str, Any], where: str, x: RawArray) -> RawArray | None:
+    """'text_bert' [N, 3, T]; None if there is none."""
     if "text_bert" not in data:
         return None
     tokens = _array(data["text_bert"], where, "text_bert", 3)
@@ -267,7 +356,7 @@ def _text_mask(data: Mapping[str, Any], where: str, x: RawArray) -> RawArray | N
         raise InputError(
             f"{where}: 'text_bert' has shape {list(tokens.shape)}, expected {[len(x), 3, x.shape[1]]}, as text has"
         )
-    return tokens[:, 1]
+    return tokens
 
 
 def _last(real: np.ndarray[Any, np.dtype[np.bool_]]) -> IntArray:

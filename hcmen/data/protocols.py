@@ -15,12 +15,12 @@ import difflib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hcmen.data import FloatArray, IntArray, Split
+from hcmen.data import IntArray, Split
 from hcmen.errors import InputError
 from hcmen.modalities import MODALITIES, VARIANTS, Variant
 
@@ -139,15 +139,15 @@ def apply_setting(setting: Setting, split: Split, seed: int) -> Masks:
 
 
 class Batch(NamedTuple):
-    """Samples of one variant, dropped steps set to zero.
+    """Samples of one variant, dropped steps hidden.
 
-    rows: their places in the split. features: {m: float32 [batch, longest, F_m]} and lengths: {m: int64 [batch]} of
-    the modalities that are present.
+    rows: their places in the split. features: {m: float32 [batch, longest, F_m], or text tokens int64
+    [batch, 3, longest]} and lengths: {m: int64 [batch]} of the modalities that are present.
     """
 
     variant: Variant
     rows: IntArray
-    features: dict[str, FloatArray]
+    features: dict[str, npt.NDArray[Any]]
     lengths: dict[str, IntArray]
 
 
@@ -159,7 +159,7 @@ def batches(split: Split, masks: Masks, batch_size: int) -> Iterator[Batch]:
             rows = members[start : start + batch_size]
             lengths = {m: split.lengths[m][rows] for m in variant.present}
             longest = {m: int(n.max()) for m, n in lengths.items()}
-            features = {m: split.features[m][rows, :t] * masks.keep[m][rows, :t, None] for m, t in longest.items()}
+            features = {m: split.model_input(m, rows, t, masks.keep[m][rows, :t]) for m, t in longest.items()}
             yield Batch(variant, rows, features, lengths)
 
 
