@@ -147,7 +147,7 @@ def checked_tokens(stored: RawArray, encoder: TextEncoderConfig | None, where: s
     """
     tokens = whole_numbers(stored, where)
     mask = tokens[:, 1]
-    mask[:, 0] = 1
+    mask[~mask.any(axis=1), 0] = 1
     lengths = mask.sum(axis=1)
     prefix = np.arange(mask.shape[1]) < lengths[:, None]
     wrong = np.flatnonzero(((mask != 0) != prefix).any(axis=1) | (mask > 1).any(axis=1) | (mask < 0).any(axis=1))
