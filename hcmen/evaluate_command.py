@@ -89,7 +89,7 @@ def main(
     """Judge a checkpoint or a bundle under the missing-modality protocols: all measures, the floor beside each.
 
     intra drops steps at rates 0.0 to 0.9, fixed leaves out whole modalities, random_mr draws them per sample,
-    imbalanced drops steps at a rate per modality. Writes results.json, results.csv, results.md, missing_rate.png and
+    imbalanced does either at a rate per modality. Writes results.json, results.csv, results.md, missing_rate.png and
     fixed_sets.png to --out, replacing those of an earlier evaluation.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

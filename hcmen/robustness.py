@@ -105,6 +105,7 @@ def run_scores(
             found[protocol][setting] = metrics.scores(truth, prediction, family)
             hidden[protocol][setting] = {
                 "missing_rate": mask.missing_rate,
+                "missing_shares": mask.missing_shares,
                 "dropped_steps": mask.dropped_steps,
                 "digest": mask.digest,
             }
@@ -136,7 +137,9 @@ def summarise(runs: Sequence[Run], protocols: Sequence[Protocol]) -> dict[str, A
                     "rates": dict(zip(MODALITIES, setting.rates, strict=True)),
                     "present": [m for m, there in zip(MODALITIES, setting.present, strict=True) if there],
                     "missing_rate_asked": setting.missing_rate,
+                    "missing_rates_asked": dict(zip(MODALITIES, setting.missing_rates, strict=True)),
                     "missing_rate": float(np.mean([h["missing_rate"] for h in hidden])),
+                    "missing_shares": {m: float(np.mean([h["missing_shares"][m] for h in hidden])) for m in MODALITIES},
                     "dropped_steps": {m: float(np.mean([h["dropped_steps"][m] for h in hidden])) for m in MODALITIES},
                     "mask_sha256": [h["digest"] for h in hidden],
                     "scores": {m: spread([s[m] for s in of_runs]) for m in measures},
@@ -193,7 +196,7 @@ def text(report: Mapping[str, Any]) -> str:
         parts.append("\n".join([f"{name}: {protocol['about']}", *aligned([header, *rows])]))
         published = _published_table(report, name, measures)
         if published:
-            parts.append("\n".join([f"{name}: published beside ours, {_average_of(protocol)}", *aligned(published)]))
+            parts.append("\n".join([f"{name}: published beside ours", *aligned(published)]))
     parts.append("\n".join(_notes(report)))
     return "\n\n".join(parts)
 
@@ -206,7 +209,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         parts += [f"## {name}: {protocol['about']}", _marked(_table(report, protocol, measures))]
         published = _published_table(report, name, measures)
         if published:
-            parts += [f"Published beside ours, {_average_of(protocol)}:", _marked(published)]
+            parts += ["Published beside ours:", _marked(published)]
     parts.append("\n".join(f"- {note}" for note in _notes(report)))
     parts += [f"![{about}]({name})" for name, about in report.get("pictures", {}).items()]
     return "\n\n".join(parts) + "\n"
@@ -236,10 +239,11 @@ def published_rows(rows: Iterable[Published]) -> list[dict[str, Any]]:
     return [
         {
             "protocol": row.protocol,
-            "average": row.average,
+            "point": row.point,
             "model": row.model,
             "scores": dict(row.scores),
             "selection": row.selection,
+            "features": row.features,
             "source": row.source,
         }
         for row in rows
@@ -268,11 +272,12 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
 def _table(report: Mapping[str, Any], protocol: Mapping[str, Any], measures: Sequence[str]) -> list[list[str]]:
     rows = [["setting", "modalities missing", "steps dropped", *(f"{LABELS[m]} (floor)" for m in measures)]]
     for setting in protocol["settings"]:
-        dropped = setting["dropped_steps"].values()
+        dropped, missing = setting["dropped_steps"].values(), setting["missing_shares"].values()
+        uneven = any(setting["missing_rates_asked"].values())
         rows.append(
             [
                 setting["name"],
-                f"{setting['missing_rate']:.1%}",
+                "/".join(f"{x:.0%}" for x in missing) if uneven else f"{setting['missing_rate']:.1%}",
                 "/".join(f"{x:.0%}" for x in dropped) if any(dropped) else "0%",
                 *(_cell(m, setting["scores"][m], report["floor"][m]) for m in measures),
             ]
@@ -284,24 +289,20 @@ def _table(report: Mapping[str, Any], protocol: Mapping[str, Any], measures: Seq
 
 
 def _published_table(report: Mapping[str, Any], protocol: str, measures: Sequence[str]) -> list[list[str]]:
-    """Ours and what others printed for the protocol's average; nothing where nothing is known."""
-    found = [row for row in report["published"] if row["protocol"] == protocol]
-    if not found:
-        return []
-    ours = next(a for a in report["protocols"][protocol]["averages"] if a["name"] == found[0]["average"])
-    cells = [_cell(m, ours["scores"][m], None) for m in measures]
-    rows = [
-        ["model", *(LABELS[m] for m in measures), "checkpoint chosen on", "source"],
-        ["hcmen (here)", *cells, _OUR_SELECTION, "this run"],
-    ]
-    for row in found:
-        cells = [_number(m, row["scores"].get(m)) for m in measures]
-        rows.append([row["model"], *cells, row["selection"], row["source"]])
-    return rows
-
-
-def _average_of(protocol: Mapping[str, Any]) -> str:
-    return str(protocol["averages"][0]["about"])
+    """Ours and what others printed, setting by setting and then the averages; nothing where nothing is known."""
+    own = report["protocols"][protocol]
+    rows = [["of", "model", *(LABELS[m] for m in measures), "checkpoint chosen on", "features", "source"]]
+    for point in (*own["settings"], *own["averages"]):
+        found = [r for r in report["published"] if r["protocol"] == protocol and r["point"] == point["name"]]
+        if not found:
+            continue
+        cells = [_cell(m, point["scores"][m], None) for m in measures]
+        label = point.get("about", point["name"])
+        rows.append([label, "hcmen (here)", *cells, _OUR_SELECTION, "of this data set", "this run"])
+        for row in found:
+            cells = [_number(m, row["scores"].get(m)) for m in measures]
+            rows.append([label, row["model"], *cells, row["selection"], row["features"], row["source"]])
+    return rows if len(rows) > 1 else []
 
 
 def _cell(measure: str, found: Mapping[str, Any], floor: float | None) -> str:

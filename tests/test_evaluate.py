@@ -387,15 +387,23 @@ def test_published_numbers_stand_beside_ours_for_a_real_set_only(
     real.parent.mkdir()
     os.link(data_file, real)
     report = hcmen.evaluate_command.evaluate(checkpoints[:1], data=real, protocols=["intra"])
-    assert report["published"] == published_rows(published_for("mosi"))
+    assert report["published"] == published_rows(r for r in published_for("mosi") if r.protocol == "intra")
     for page in (text(report), markdown(report)):
         assert "validation split at r = 0.5" in page
         assert "test split at r = 0.5, one checkpoint per measure" in page
         assert "TCMR, table 1" in page
         assert "72.0" in page
     assert "TCMR" not in csv_text(report)
-    # Published averages are over r: nothing to set beside the fixed sets, nor beside another split.
-    assert hcmen.evaluate_command.evaluate(checkpoints[:1], data=real, protocols=["fixed"])["published"] == []
+    report = hcmen.evaluate_command.evaluate(checkpoints[:1], data=real, protocols=["fixed", "imbalanced"])
+    ours = settings_of(report)["fixed", "text_missing"]["mae"]["mean"]
+    table = [line.split(" | ") for line in markdown(report).splitlines() if line.startswith("| text_missing | ")]
+    # Below the row of all our measures: ours again, then the two that have something to say on this set.
+    assert [row[1] for row in table[1:]] == ["hcmen (here)", "LNLN", "HRLF"]
+    assert f"{ours:.3f}" in table[1]
+    assert {"1.427", "0.075", "52.2", "49.0", "MMSA's files"} <= set(table[2])
+    assert {"75.6", "not comparable: GloVe, COVAREP 74, FACET 35, aligned"} <= set(table[3])
+    assert {r["protocol"] for r in report["published"]} == {"fixed"}
+    # All of it is of the test split.
     assert hcmen.evaluate_command.evaluate(checkpoints[:1], data=real, split="valid")["published"] == []
 
 

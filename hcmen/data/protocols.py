@@ -3,7 +3,7 @@
     intra       every modality loses steps at the same rate r, r = 0.0 to 0.9 (TFR-Net, MMSA, LNLN, TF-Mamba)
     fixed       the seven sets of modalities, each for every sample (MMIN, GCNet, HRLF)
     random_mr   every sample keeps a set of its own; MR is the share of modalities that are missing, 0.0 to 0.7
-    imbalanced  the rule of `intra` with a rate per modality
+    imbalanced  a rate per modality: the rule of `intra`, or whole modalities missing (MissBench's idea)
 
 What a setting hides is a function of the seed and a sample's index in the split; batches and workers have no part in
 it. docs/protocols.md has the definitions on one page.
@@ -40,7 +40,7 @@ BoolArray = npt.NDArray[np.bool_]
 Noise = Mapping[str, npt.NDArray[np.float64]]
 
 # Names these uses of (seed, modality, index) and (seed, index); missing.py and training.py have 1 to 3.
-_STEPS, _SETS = 4, 5
+_STEPS, _SETS, _SHARES = 4, 5, 6
 _COUNT = len(MODALITIES)
 
 
@@ -60,6 +60,11 @@ class Masks:
     def missing_rate(self) -> float:
         """The share of modalities that are missing, 1 - sum |u_i| / (3 N)."""
         return 1.0 - int(self.present.sum()) / self.present.size
+
+    @property
+    def missing_shares(self) -> dict[str, float]:
+        """Per modality the share of samples that lack it."""
+        return {m: 1.0 - int(self.present[:, i].sum()) / len(self.present) for i, m in enumerate(MODALITIES)}
 
     @property
     def dropped_steps(self) -> dict[str, float]:
@@ -90,13 +95,15 @@ class Setting:
 
     name: unique in its protocol. rates: probability per modality, in the order of MODALITIES, that a step is dropped.
     present: which modalities every sample has. missing_rate: the share of modalities to take away, drawn per sample,
-    instead of the same set for all.
+    instead of the same set for all. missing_rates: likewise with a probability per modality that it is missing; every
+    sample keeps one at least, so they sum to less than 2.
     """
 
     name: str
     rates: tuple[float, ...] = (0.0,) * _COUNT
     present: tuple[bool, ...] = (True,) * _COUNT
     missing_rate: float = 0.0
+    missing_rates: tuple[float, ...] = (0.0,) * _COUNT
 
     def __post_init__(self) -> None:
         if len(self.rates) != _COUNT or not all(0.0 <= r <= 1.0 for r in self.rates):
@@ -105,8 +112,16 @@ class Setting:
             raise InputError(f"setting '{self.name}': present is {self.present}, expected at least one of {_COUNT}")
         if not 0.0 <= self.missing_rate <= 1.0:
             raise InputError(f"setting '{self.name}': missing_rate is {self.missing_rate}, expected 0 to 1")
-        if self.missing_rate and not all(self.present):
-            raise InputError(f"setting '{self.name}': missing_rate and a fixed set exclude each other: choose one")
+        shares = self.missing_rates
+        if len(shares) != _COUNT or not all(0.0 <= r <= 1.0 for r in shares) or sum(shares) >= _COUNT - 1:
+            raise InputError(
+                f"setting '{self.name}': missing_rates are {shares}, expected {_COUNT} numbers from 0 to 1 with a sum "
+                f"below {_COUNT - 1}, so that a modality is left"
+            )
+        if bool(self.missing_rate) + any(shares) + (not all(self.present)) > 1:
+            raise InputError(
+                f"setting '{self.name}': missing_rate, missing_rates and a fixed set exclude each other: choose one"
+            )
 
 
 @dataclass(frozen=True)
@@ -194,6 +209,8 @@ def _apply(setting: Setting, split: Split, seed: int, noise: Noise | None) -> Ma
     present = np.tile(np.array(setting.present), (len(split), 1))
     if setting.missing_rate:
         present = _random_sets(len(split), setting.missing_rate, seed)
+    elif any(setting.missing_rates):
+        present = _uneven_sets(len(split), setting.missing_rates, seed)
     return Masks(keep, split.lengths, present)
 
 
@@ -224,6 +241,27 @@ def _random_sets(samples: int, rate: float, seed: int) -> BoolArray:
     return present.reshape(samples, _COUNT)
 
 
+def _uneven_sets(samples: int, rates: Sequence[float], seed: int) -> BoolArray:
+    """Presence [samples, 3]; modality i is missing with probability `rates[i]`, and something is always left.
+
+    Modalities go missing independently, and a sample that would lose all of them draws again. That would leave each
+    one missing more seldom than asked, so the odds q of a single draw are raised: with all = q_1 q_2 q_3 the share
+    that is left after drawing again is (q_i - all) / (1 - all) = r_i, hence q_i = r_i + (1 - r_i) all. Iterating from
+    all = 0 rises to the smallest solution, which is below 1 as long as the rates sum to less than 2.
+    """
+    wanted, all_gone, before = np.asarray(rates, dtype=np.float64), 0.0, -1.0
+    while all_gone > before:
+        before, all_gone = all_gone, float(np.prod(wanted + (1.0 - wanted) * all_gone))
+    odds = wanted + (1.0 - wanted) * all_gone
+    present = np.empty((samples, _COUNT), dtype=np.bool_)
+    for row in range(samples):
+        generator = np.random.default_rng((_SHARES, seed, row))
+        present[row] = False
+        while not present[row].any():
+            present[row] = generator.random(_COUNT) >= odds
+    return present
+
+
 def _valid(lengths: IntArray, steps: int) -> BoolArray:
     return np.arange(steps) < lengths[:, None]
 
@@ -239,10 +277,17 @@ def _protocols() -> dict[str, Protocol]:
     intra = tuple(Setting(f"r={k / 10:.1f}", rates=(k / 10,) * _COUNT) for k in range(10))
     fixed = tuple(Setting(v.name, present=v.mask) for v in VARIANTS)
     random_mr = tuple(Setting(f"MR={k / 10:.1f}", missing_rate=k / 10) for k in range(8))
-    imbalanced = tuple(
-        Setting(f"{m}_{name}", rates=tuple(own if k == m else other for k in MODALITIES))
-        for name, own, other in (("poor", 0.8, 0.2), ("rich", 0.2, 0.8))
-        for m in MODALITIES
+    uneven = [(own, other, m) for own, other in ((0.8, 0.2), (0.2, 0.8)) for m in MODALITIES]
+    of_steps = tuple(
+        Setting(f"{m}_{'poor' if own > other else 'rich'}", rates=tuple(own if k == m else other for k in MODALITIES))
+        for own, other, m in uneven
+    )
+    of_samples = tuple(
+        Setting(
+            f"{m}_{'often' if own > other else 'seldom'}_missing",
+            missing_rates=tuple(own if k == m else other for k in MODALITIES),
+        )
+        for own, other, m in uneven
     )
     incomplete = [s for s in fixed if not all(s.present)]
     return {
@@ -267,13 +312,19 @@ def _protocols() -> dict[str, Protocol]:
                 "random_mr",
                 "whole modalities missing, drawn per sample",
                 random_mr,
-                (_mean(random_mr, "mean_of_rates", "mean of the eight rates"),),
+                (
+                    _mean(random_mr, "mean_of_rates", "mean of the eight rates"),
+                    _mean(random_mr[1:], "mean_of_seven", "mean of the rates above 0"),
+                ),
             ),
             Protocol(
                 "imbalanced",
-                "steps dropped at 0.8 in some modalities and 0.2 in the others",
-                imbalanced,
-                (_mean(imbalanced, "mean_of_six", "mean of the six settings"),),
+                "steps dropped, or whole modalities missing, at 0.8 for some modalities and 0.2 for the others",
+                (*of_steps, *of_samples),
+                (
+                    _mean(of_steps, "mean_of_six", "mean of the six that drop steps"),
+                    _mean(of_samples, "mean_of_six_missing", "mean of the six that lack modalities"),
+                ),
             ),
         )
     }
