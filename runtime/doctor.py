@@ -69,7 +69,7 @@ class Row:
 def main(console: Console, bundle: str | None) -> None:
     """Checks this machine: what is installed and what works. Exit code 1 if anything failed."""
     rows = []
-    with console.progress("checking", 14, "rows") as bar:
+    with console.progress("checking", 15, "rows") as bar:
         for row in check_machine(bundle):
             rows.append(row)
             bar.advance()
@@ -120,6 +120,8 @@ def check_machine(bundle: str | None = None) -> Iterator[Row]:
     torch_version = _version("torch") if torch else None
     what = f"{torch_version or 'installed'}, for hcmen-train, hcmen-export and --check" if torch else "not installed"
     yield Row("torch", INFO, what + ("" if torch else "; scoring does not need it"))
+    tokenizers = _version("tokenizers")
+    yield Row("tokenizers", INFO, f"{tokenizers or 'not installed'}, for raw words to a bundle with a text encoder")
 
 
 def _table(rows: list[Row]) -> str:
