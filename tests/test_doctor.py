@@ -19,7 +19,7 @@ from hcmen.runtime.doctor import Row, check_machine, main
 NAMES = [
     *("python", "hcmen", "system", "cpu", "memory", "numpy", "onnxruntime", "kernel library"),
     *("SelectiveScan, function", "SelectiveScan, kernel", "CausalConv1d, function", "CausalConv1d, kernel"),
-    *("bundle", "torch"),
+    *("bundle", "torch", "tokenizers"),
 ]
 
 
