@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -19,12 +20,14 @@ from hcmen.modalities import MODALITIES
 __all__ = [
     "AUXILIARIES",
     "MIXES",
+    "PRECISIONS",
     "PRESETS",
     "FeatureConfig",
     "ModelConfig",
     "TextEncoderConfig",
     "TrainConfig",
     "preset_named",
+    "train_setting",
 ]
 
 MIXES = ("none", "mixup", "manifold", "ms-mix", "powmix")
@@ -35,6 +38,9 @@ AUXILIARIES = ("none", "polarity")
 
 ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu")
 """Activations of a text encoder, by the names of its config.json."""
+
+PRECISIONS = ("fp32", "bf16")
+"""What the model's matrix products are computed in while it trains; hcmen/training.py says what stays float32."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -188,6 +194,10 @@ class ModelConfig:
 class TrainConfig:
     """One training run.
 
+    batch_size: samples per optimiser step, over all micro-batches and processes.
+    micro_batches: pieces that a batch is computed in, one after the other, for less memory. Terms of single samples
+    come out as with one piece; those over a batch (the alignment's InfoNCE, mixing) see one micro-batch.
+    precision: one of PRECISIONS.
     warmup_fraction: share of the optimiser steps with a rising learning rate; it falls along a cosine after them.
     modality_drop_probability, step_drop_probability, max_step_drop_rate: the corruption of one view of each sample,
     drawn from (seed, epoch, index); see hcmen/data/missing.py.
@@ -235,10 +245,16 @@ class TrainConfig:
     polarity_weight: float = 0.1
     decoupled_weight: float = 0.1
     text_encoder_learning_rate: float = 2e-5
+    micro_batches: int = 1
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, f"epochs is {self.epochs}, expected at least 1")
-        _require(self.batch_size >= 1, f"batch_size is {self.batch_size}, expected at least 1")
+        for name in ("epochs", "batch_size", "micro_batches"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected at least 1")
+        _require(
+            self.micro_batches <= self.batch_size,
+            f"micro_batches is {self.micro_batches}, expected at most the batch_size of {self.batch_size}",
+        )
         _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}, expected a positive number")
         _require(self.seed >= 0, f"seed is {self.seed}, expected 0 or more")
         for name in (
@@ -251,7 +267,7 @@ class TrainConfig:
             "text_encoder_learning_rate",
         ):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
-        for name, choices in (("mix", MIXES), ("aux", AUXILIARIES)):
+        for name, choices in (("mix", MIXES), ("aux", AUXILIARIES), ("precision", PRECISIONS)):
             value = getattr(self, name)
             _require(value in choices, f"{name} is {value!r}, expected one of {', '.join(choices)}")
         for name in ("mix_alpha", "powmix_ratio"):
@@ -279,6 +295,35 @@ class TrainConfig:
     def from_json(cls, data: Mapping[str, Any]) -> TrainConfig:
         """Reads what `to_json` wrote; raises InputError on unknown keys, wrong types or values out of range."""
         return cls(**_checked(cls, data))
+
+
+def train_setting(text: str) -> tuple[str, int | float | bool | str]:
+    """Name and value of a field of `TrainConfig` from "name=value", the value in the field's type.
+
+    Raises:
+        InputError: there is no such field, or the value is none of its type. Whether it is in range is for
+            `TrainConfig` to say.
+    """
+    name, sign, value = (part.strip() for part in text.partition("="))
+    fields = {f.name: str(f.type) for f in dataclasses.fields(TrainConfig)}
+    _require(bool(sign), f"'{text}' is no setting, expected name=value")
+    if name not in fields:
+        near = difflib.get_close_matches(name, fields, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(fields)}"
+        raise InputError(f"unknown training setting '{name}': {hint}")
+    kind = fields[name]
+    found: int | float | bool | str | None = None
+    if kind == "bool":
+        found = {"true": True, "false": False}.get(value.lower())
+    elif kind == "str":
+        found = value
+    else:
+        with contextlib.suppress(ValueError):
+            found = int(value) if kind == "int" else float(value)
+    if found is None or (isinstance(found, float) and not math.isfinite(found)):
+        wanted = {"bool": "true or false", "int": "a whole number", "float": "a finite number"}[kind]
+        raise InputError(f"{name} is '{value}', expected {wanted}")
+    return name, found
 
 
 _KINDS: dict[str, tuple[type, ...]] = {

@@ -1,4 +1,7 @@
-"""Scores of a model on a split: for each variant, or as a missing-modality protocol leaves the samples."""
+"""Scores of a model on a split: for each variant, or as a missing-modality protocol leaves the samples.
+
+The model may be on any device; scores come back as NumPy arrays.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from hcmen.data import Split
 from hcmen.data.protocols import Masks, batches
+from hcmen.device import device_of, moved
 from hcmen.modalities import VARIANTS, Variant
 from hcmen.model import HCMEN
 
@@ -24,14 +28,14 @@ def predict(model: HCMEN, split: Split, variant: Variant, batch_size: int = 256)
 
     The model is left in the mode (training or evaluation) it came in.
     """
-    before = model.training
+    before, device = model.training, device_of(model)
     model.eval()
     try:
         with torch.inference_mode():
-            scores = [model(*batch).score for batch in _batches(split, variant, batch_size)]
+            scores = [model(*_on(device, batch)).score for batch in _batches(split, variant, batch_size)]
     finally:
         model.train(before)
-    return torch.cat(scores).double().numpy()
+    return torch.cat(scores).double().cpu().numpy() if scores else np.empty(0)
 
 
 def predict_variants(model: HCMEN, split: Split, batch_size: int = 256) -> dict[str, Array]:
@@ -51,7 +55,7 @@ def predict_masked(
     A sample's absent modalities are not run; `on_batch` is told how many samples each batch had. The model is left in
     the mode (training or evaluation) it came in.
     """
-    before = model.training
+    before, device = model.training, device_of(model)
     scores = np.empty(len(split))
     model.eval()
     try:
@@ -59,11 +63,19 @@ def predict_masked(
             for batch in batches(split, masks, batch_size):
                 features = {m: torch.from_numpy(x) for m, x in batch.features.items()}
                 lengths = {m: torch.from_numpy(n) for m, n in batch.lengths.items()}
-                scores[batch.rows] = model(features, lengths).score.double().numpy()
+                found = model(*_on(device, (features, lengths))).score
+                scores[batch.rows] = found.double().cpu().numpy()
                 on_batch(len(batch.rows))
     finally:
         model.train(before)
     return scores
+
+
+def _on(
+    device: torch.device, batch: tuple[dict[str, Tensor], dict[str, Tensor]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    features, lengths = ({m: moved(x, device) for m, x in part.items()} for part in batch)
+    return features, lengths
 
 
 def _batches(split: Split, variant: Variant, batch_size: int) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:

@@ -7,6 +7,9 @@ Glossary (sizes: batch b, time t, width d, scan channels c = expand * d, states 
     delta      [b, t, c]   step sizes, from dt_rank numbers per step                   (mamba_ssm: dt)
     A, D, B, C             as in hcmen/scan.py
 
+Under autocast matrix products and convolutions are in bfloat16. Norms and softmaxes get float32, here rather than by
+autocast's lists, which differ between CPU and GPU; the scan widens by itself (hcmen/scan.py).
+
 Every block masks what it mixes over time (convolution, scan, pooling), so the value of a real step depends neither on
 how far its clip is padded nor on the other clips of its batch.
 """
@@ -14,6 +17,8 @@ how far its clip is padded nor on the other clips of its batch.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +26,22 @@ from torch.nn import functional as F
 
 from hcmen.scan import causal_conv1d, selective_scan
 
-__all__ = ["AttentionPooling", "BiMamba", "BiMambaBlock", "CNNBlock", "Skip"]
+__all__ = ["AttentionPooling", "BiMamba", "BiMambaBlock", "CNNBlock", "Skip", "widened", "without_autocast"]
 
 # Far below any real logit or step size, yet inside float16: exp and softplus of it are exactly zero in both formats.
 MASKED = -1e4
+
+
+def widened(x: Tensor) -> Tensor:
+    """`x` in float32 if it is in half precision, else as it is, so that a float64 model stays one."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A block in which operations on tensors like `x` keep their precision; nothing at all where autocast is off."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 class CNNBlock(nn.Module):
@@ -44,7 +61,7 @@ class CNNBlock(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [b, t, d], mask [b, t] -> [b, t, d]."""
         local = self.conv(_zero_padding(x, mask).transpose(1, 2)).transpose(1, 2)
-        return x + self.dropout(F.relu(self.norm(local)))
+        return x + self.dropout(F.relu(self.norm(widened(local))))
 
 
 class BiMamba(nn.Module):
@@ -116,7 +133,7 @@ class BiMambaBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [b, t, d], mask [b, t] -> [b, t, d]."""
-        return x + self.norm(self.mixer(x, mask))
+        return x + self.norm(widened(self.mixer(x, mask)))
 
 
 class Skip(nn.Module):
@@ -139,7 +156,7 @@ class AttentionPooling(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x [b, t, d], mask [b, t] -> [b, tokens, d]."""
         scores = self.queries @ self.key(x).transpose(1, 2) / math.sqrt(x.shape[-1])
-        weights = scores.masked_fill(~mask[:, None], MASKED).softmax(dim=-1)
+        weights = widened(scores).masked_fill(~mask[:, None], MASKED).softmax(dim=-1)
         return weights @ self.value(x)
 
 

@@ -25,7 +25,7 @@ no checkpoint and no export can reach it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -96,11 +96,19 @@ class Mixing(nn.Module, ABC):
 
     of_features: ClassVar[bool] = False
 
-    def forward(self, samples: Samples, generator: np.random.Generator) -> Mixture | None:
-        """Mixtures of `samples`; None where nothing can be mixed, as with a single sample."""
+    def forward(
+        self,
+        samples: Samples,
+        generator: np.random.Generator,
+        agree: Callable[[Plan | None], Plan | None] = lambda plan: plan,
+    ) -> Mixture | None:
+        """Mixtures of `samples`; None where nothing can be mixed, as with a single sample.
+
+        `agree` may put another plan, of the same samples, in the place of the one found.
+        """
         if len(samples.labels) < 2:
             return None
-        plan = self.plan(samples, generator)
+        plan = agree(self.plan(samples, generator))
         return None if plan is None else mix(plan, samples)
 
     @abstractmethod
@@ -223,7 +231,9 @@ class MSMix(Mixing):
             if not len(pairs):
                 return None
             base = torch.from_numpy(generator.beta(self.alpha, self.alpha, len(pairs)))
-            return _plan(pairs, _two(self.shares(samples, torch.from_numpy(pairs), base)), samples)
+            device = samples.labels.device
+            shares = self.shares(samples, torch.from_numpy(pairs).to(device), base.to(device))
+            return _plan(pairs, _two(shares), samples)
 
     def similarity(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Cosine similarity of pooled tokens [b, b], the mean over the modalities that both samples have.

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from hcmen.config import FeatureConfig, ModelConfig
 from hcmen.errors import InputError
-from hcmen.layers import MASKED, AttentionPooling, BiMambaBlock, CNNBlock, Skip
+from hcmen.layers import MASKED, AttentionPooling, BiMambaBlock, CNNBlock, Skip, widened, without_autocast
 from hcmen.modalities import MODALITIES
 from hcmen.text_encoder import TextEncoder
 
@@ -173,8 +173,9 @@ class HCMEN(nn.Module):
         fused = sum(weights[:, i, None, None] * enhanced[m] for i, m in enumerate(MODALITIES))
         for block in self.backbone:
             fused = block(fused)
-        pooled = self.norm(fused).amax(dim=1)
-        score = self.head(pooled)[:, 0]
+        pooled = self.norm(widened(fused)).amax(dim=1)
+        with without_autocast(pooled):
+            score = self.head(pooled)[:, 0]
         return Outputs(score, weights, dict(tokens), proxies, self._presence_tensor(presence, score), pooled)
 
     def set_normalisation(self, statistics: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
@@ -248,7 +249,7 @@ class HCMEN(nn.Module):
         """
         scale = self.log_similarity_scale[target].exp().clamp(max=100.0)
         cosine = _unit(tokens) @ _unit(proxy).transpose(1, 2)
-        similarity = (scale * cosine).softmax(dim=-1)
+        similarity = (scale * widened(cosine)).softmax(dim=-1)
         return tokens + F.relu(similarity - 1.0 / self.config.tokens) @ proxy
 
     # --- part 3 -----------------------------------------------------------------------------------------------------
@@ -268,7 +269,7 @@ class HCMEN(nn.Module):
                 lambda m=m: F.linear(tokens[m].mean(dim=1), columns[m]),
                 lambda m=m: F.linear(self.absent_tokens[m], columns[m]),
             )
-        return logits.softmax(dim=-1)
+        return widened(logits).softmax(dim=-1)
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
@@ -337,4 +338,5 @@ def _choose(condition: Presence, yes: Callable[[], Tensor], no: Callable[[], Ten
 
 
 def _unit(x: Tensor) -> Tensor:
+    x = widened(x)
     return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + 1e-12)

@@ -11,18 +11,23 @@ Glossary (sizes: batch b, time t, channel c, state n, group g; the layout is cha
 `selective_scan_ref` and `causal_conv1d_ref` are plain PyTorch in the precision of their inputs, float64 included: the
 oracle of every other implementation. `selective_scan` and `causal_conv1d` are what models call. They pick
 
-    native   the C++ kernels of libhcmen_ops.so, through torch.library custom ops with autograd (CPU tensors)
-    ref      the reference above (any device, any dtype)
-    onnx     while torch.onnx.export traces: one node hcmen::SelectiveScan or hcmen::CausalConv1d
+    native      the C++ kernels of libhcmen_ops.so, through torch.library custom ops with autograd (CPU tensors)
+    mamba_ssm   the CUDA kernels of the packages mamba_ssm and causal_conv1d, where they are installed (CUDA tensors)
+    ref         the reference above (any device, any dtype)
+    onnx        while torch.onnx.export traces: one node hcmen::SelectiveScan or hcmen::CausalConv1d
 
-`implementation(...)` overrides the choice, so that tests and benchmarks run each on purpose.
+On CUDA without these packages, or with arguments that they do not take, the reference runs: one small operation after
+the other, which is slow, and which a warning says once. `implementation(...)` overrides the choice, so that tests and
+benchmarks run each on purpose; what is named is never replaced by another.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -44,14 +49,14 @@ __all__ = [
 
 OP_DOMAIN = "hcmen"
 OP_VERSION = 1
-IMPLEMENTATIONS = ("auto", "native", "ref")
+IMPLEMENTATIONS = ("auto", "native", "mamba_ssm", "ref")
 
 _chosen: ContextVar[str] = ContextVar("hcmen_scan_implementation", default="auto")
 
 
 @contextmanager
 def implementation(name: str) -> Iterator[None]:
-    """Within the block, `selective_scan` and `causal_conv1d` run as `name`: "native", "ref" or "auto".
+    """Within the block, `selective_scan` and `causal_conv1d` run as `name`: one of IMPLEMENTATIONS.
 
     Raises:
         InputError: there is no such implementation.
@@ -179,19 +184,27 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The selective scan, by the best implementation at hand; arguments and result as in `selective_scan_ref`.
 
-    u, delta, B, C, z share one dtype (float32 or float16; float64 runs on the reference). Gradients flow to every
-    tensor argument.
+    u, delta, B, C, z share one dtype (float32, float16 or bfloat16; float64 runs on the reference). Gradients flow to
+    every tensor argument.
 
     Raises:
         InputError: shapes or dtypes disagree; the message names the argument with got and expected.
-        BackendError: "native" was demanded and the tensors are not on the CPU, or the library cannot be loaded.
+        BackendError: the implementation that was named cannot be had, or does not take such arguments.
     """
     _check_scan(u, delta, A, B, C, D, delta_bias, z, initial_state)
     flags = {"delta_softplus": delta_softplus, "reverse": reverse, "return_last_state": return_last_state}
     if torch.onnx.is_in_onnx_export():
         return _symbolic_scan(u, delta, A, B, C, D, delta_bias, z, initial_state, **flags)
-    if not _use_native(u):
+    how = _choice("scan", u, lambda: _scan_limit(u, delta, A, B, C, D, delta_bias, z, initial_state, return_last_state))
+    if how == "ref":
         return selective_scan_ref(u, delta, A, B, C, D, delta_bias, z, initial_state, **flags)
+    if how == "mamba_ssm":
+        return _mamba_scan(u, delta, A, B, C, D, delta_bias, z, **flags)
+    dtype = u.dtype
+    if dtype == torch.bfloat16:
+        # The C++ kernels read float32 and float16.
+        u, delta, B, C = (x.float() for x in (u, delta, B, C))
+        z = None if z is None else z.float()
     zeros = u.new_zeros(u.shape[2], dtype=torch.float32)
     y, last_state = torch.ops.hcmen.selective_scan(
         u,
@@ -206,6 +219,7 @@ def selective_scan(
         delta_softplus,
         reverse,
     )
+    y = y.to(dtype)
     return (y, last_state) if return_last_state else y
 
 
@@ -216,7 +230,7 @@ def causal_conv1d(
 
     Raises:
         InputError: shapes or dtypes disagree, or the activation is unknown.
-        BackendError: "native" was demanded and cannot be had.
+        BackendError: the implementation that was named cannot be had, or does not take such arguments.
     """
     if activation not in ("silu", "none"):
         raise InputError(f"activation is '{activation}', expected 'silu' or 'none'")
@@ -241,25 +255,65 @@ def causal_conv1d(
             shape=x.shape,
             version=OP_VERSION,
         )
-    if not _use_native(x):
+    how = _choice("convolution", x, lambda: _conv_limit(weight))
+    if how == "ref":
         return causal_conv1d_ref(x, weight, bias, activation=activation, reverse=reverse)
-    return torch.ops.hcmen.causal_conv1d(x, weight.float(), bias.float(), activation == "silu", reverse)
+    if how == "mamba_ssm":
+        return _mamba_conv(x, weight, bias, activation=activation, reverse=reverse)
+    wide = x.float() if x.dtype == torch.bfloat16 else x
+    y: Tensor = torch.ops.hcmen.causal_conv1d(wide, weight.float(), bias.float(), activation == "silu", reverse)
+    return y.to(x.dtype)
 
 
-def _use_native(x: Tensor) -> bool:
+# --- which implementation -------------------------------------------------------------------------------------------
+
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _choice(operation: str, x: Tensor, mamba_limit: Callable[[], str | None]) -> str:
+    """What runs the "scan" or "convolution" of tensors like `x`: "native", "mamba_ssm" or "ref".
+
+    `mamba_limit` says what about the arguments mamba_ssm's kernel does not take, None if it takes them.
+    """
     chosen = _chosen.get()
     if chosen == "ref":
-        return False
-    fits = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float16)
+        return "ref"
+    on_cpu, on_cuda, fits = x.device.type == "cpu", _on_cuda(x), x.dtype in _KERNEL_DTYPES
     if chosen == "native":
-        if not fits:
+        if not (on_cpu and fits):
             raise BackendError(
-                f"the native scan takes float32 or float16 on the CPU, got {x.dtype} on {x.device}: "
+                f"the native scan takes float32, float16 or bfloat16 on the CPU, got {x.dtype} on {x.device}: "
                 "convert the tensors or choose 'ref'"
             )
         load_library()
-        return True
-    return fits and _library_works()
+        return "native"
+    if chosen == "mamba_ssm":
+        if not (on_cuda and fits):
+            raise BackendError(
+                f"mamba_ssm's {operation} takes float32, float16 or bfloat16 on CUDA, got {x.dtype} on {x.device}: "
+                "convert the tensors or choose another implementation"
+            )
+        why = mamba_limit() or _mamba(operation)[1]
+        if why:
+            raise BackendError(f"mamba_ssm's {operation} cannot run: {why}; choose another implementation")
+        return "mamba_ssm"
+    if on_cuda and fits:
+        # The place of a CUDA kernel library of our own: it is asked before other packages are.
+        why = mamba_limit() or _mamba(operation)[1]
+        if not why:
+            return "mamba_ssm"
+        _warn_once(f"the {operation} runs on CUDA by plain PyTorch operations, which is slow: {why}")
+        return "ref"
+    return "native" if on_cpu and fits and _library_works() else "ref"
+
+
+def _on_cuda(x: Tensor) -> bool:
+    return x.device.type == "cuda"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
 
 
 @functools.cache
@@ -268,8 +322,6 @@ def _library_works() -> bool:
     try:
         load_library()
     except BackendError as error:
-        import warnings
-
         warnings.warn(f"the native scan is unavailable, the slow reference runs instead: {error}", stacklevel=3)
         return False
     return True
@@ -372,6 +424,114 @@ def _symbolic_scan(
         version=OP_VERSION,
     )
     return (y, last_state) if return_last_state else y
+
+
+# --- mamba_ssm: channels before time, forward only --------------------------------------------------------------------
+
+_MAMBA = {
+    "scan": ("mamba_ssm", "mamba_ssm.ops.selective_scan_interface", "selective_scan_fn"),
+    "convolution": ("causal_conv1d", "causal_conv1d", "causal_conv1d_fn"),
+}
+_MAMBA_STATES = 256
+_MAMBA_TAPS = (2, 3, 4)
+
+
+@functools.cache
+def _mamba(operation: str) -> tuple[Callable[..., Any] | None, str | None]:
+    """The function of the package that has it, or why it cannot be had."""
+    package, module, name = _MAMBA[operation]
+    try:
+        return getattr(importlib.import_module(module), name), None
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing == package:
+            return None, f"{package} is not installed (pip install --no-build-isolation 'hcmen[cuda]')"
+        return None, f"{package} does not load: it needs {error.name}"
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        # A build for another PyTorch or CUDA shows itself as any of these.
+        return None, f"{package} does not load: {' '.join(str(error).split())[:200]}"
+
+
+def _scan_limit(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    return_last_state: bool,
+) -> str | None:
+    if initial_state is not None:
+        return "mamba_ssm takes no initial state"
+    if A.shape[1] > _MAMBA_STATES:
+        return f"mamba_ssm takes at most {_MAMBA_STATES} states, got {A.shape[1]}"
+    learns = any(x is not None and x.requires_grad for x in (u, delta, A, B, C, D, delta_bias, z))
+    if return_last_state and learns and torch.is_grad_enabled():
+        return "mamba_ssm gives the last state no gradient"
+    return None
+
+
+def _mamba_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    z: Tensor | None,
+    *,
+    delta_softplus: bool,
+    reverse: bool,
+    return_last_state: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`selective_scan` by mamba_ssm's `selective_scan_fn`; a reverse scan is a scan of what is turned round."""
+    function, _ = _mamba("scan")
+    assert function is not None
+
+    def turned(x: Tensor) -> Tensor:
+        """[b, t, ...] -> [b, ..., t], in the order of the scan."""
+        return (x.flip(1) if reverse else x).movedim(1, -1).contiguous()
+
+    found = function(
+        turned(u),
+        turned(delta),
+        A.float().contiguous(),
+        turned(B),
+        turned(C),
+        D=None if D is None else D.float(),
+        z=None if z is None else turned(z),
+        delta_bias=None if delta_bias is None else delta_bias.float(),
+        delta_softplus=delta_softplus,
+        return_last_state=return_last_state,
+    )
+    y, last_state = found if return_last_state else (found, None)
+    y = y.transpose(1, 2)
+    y = y.flip(1) if reverse else y
+    return (y, last_state) if return_last_state else y
+
+
+def _conv_limit(weight: Tensor) -> str | None:
+    taps = weight.shape[1]
+    return None if taps in _MAMBA_TAPS else f"causal_conv1d takes 2 to 4 taps, got {taps}"
+
+
+def _mamba_conv(x: Tensor, weight: Tensor, bias: Tensor, *, activation: str, reverse: bool) -> Tensor:
+    """`causal_conv1d` by causal_conv1d's `causal_conv1d_fn`."""
+    function, _ = _mamba("convolution")
+    assert function is not None
+    # Contiguous: its other layout, channels last, wants multiples of 8 channels.
+    series = (x.flip(1) if reverse else x).transpose(1, 2).contiguous()
+    y: Tensor = function(
+        series,
+        weight.float().contiguous(),
+        bias.float().contiguous(),
+        activation="silu" if activation == "silu" else None,
+    ).transpose(1, 2)
+    return y.flip(1) if reverse else y
 
 
 # --- native: torch.library custom ops over the C interface ----------------------------------------------------------

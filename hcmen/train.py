@@ -9,14 +9,23 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from hcmen.config import AUXILIARIES, MIXES, PRESETS, ModelConfig, TrainConfig, preset_named
+from hcmen.config import (
+    AUXILIARIES,
+    MIXES,
+    PRECISIONS,
+    PRESETS,
+    ModelConfig,
+    TrainConfig,
+    preset_named,
+    train_setting,
+)
 from hcmen.errors import InputError
 from hcmen.modalities import VARIANTS
 from hcmen.runtime.cli import Choice, Console, command
@@ -31,6 +40,19 @@ CURVES, CLIPS, TOKENIZER = "curves.png", "clips", "tokenizer.json"
 SAVED_CLIPS = 20
 _NAMES = {"floor": "the floor", "linear": "the linear model"}
 REPORT = "report.json"
+# Settings with an option of their own; the others have --set.
+_OPTIONS = (
+    *("preset", "data", "text_encoder", "epochs", "batch_size", "micro_batches"),
+    *("learning_rate", "text_encoder_learning_rate", "mix", "aux", "precision", "seed"),
+)
+_TERMS = {
+    "task_loss": "task: squared error",
+    "alignment_loss": "alignment: nats",
+    "mix_loss": "mixtures: squared error",
+    "intensity_loss": "intensity: nats",
+    "polarity_loss": "polarity: nats",
+    "polarity_mix_loss": "polarity of mixtures: nats",
+}
 _OUTPUTS = ("checkpoint.safetensors", "config.json", "last.safetensors", "log.jsonl", CURVES, REPORT, TOKENIZER)
 
 
@@ -54,7 +76,8 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[HCMEN, dict[str, An
 )
 @click.option("--preset", type=Choice(list(PRESETS)), help="Model sizes and training settings.  [default: tiny]")
 @click.option("--epochs", type=click.IntRange(min=1), help="Passes over the training split; the preset's if not given.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Samples per optimiser step.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Samples per optimiser step, over all processes.")
+@click.option("--micro-batches", type=click.IntRange(min=1), help="Pieces a batch is computed in.  [default: 1]")
 @click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Peak learning rate.")
 @click.option(
     "--text-encoder",
@@ -82,13 +105,29 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[HCMEN, dict[str, An
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, to the same result as without the break.")
 @click.option("--force", is_flag=True, help="Start over where --out holds a run already.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: one per core]")
+@click.option(
+    "--set",
+    "changes",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="Any other training setting, a field of hcmen.config.TrainConfig. Repeatable.",
+)
+@click.option(
+    "--device",
+    type=Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="auto: a GPU if there is one.",
+)
+@click.option("--precision", type=Choice(list(PRECISIONS)), help="Of the model's matrix products.  [default: fp32]")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads per process.  [default: one per core]")
 def main(
     console: Console,
     data: Path | None,
     preset: str | None,
     epochs: int | None,
     batch_size: int | None,
+    micro_batches: int | None,
     learning_rate: float | None,
     text_encoder: Path | None,
     text_encoder_learning_rate: float | None,
@@ -98,6 +137,9 @@ def main(
     out: Path,
     resume: bool,
     force: bool,
+    changes: tuple[str, ...],
+    device: str,
+    precision: str | None,
     threads: int | None,
 ) -> None:
     """Train HCMEN, and compare it with the majority floor and a linear model on the test split.
@@ -106,32 +148,29 @@ def main(
     the seven missing-modality variants), last.safetensors (for --resume), log.jsonl, curves.png, clips/ (validation
     samples that hcmen-export checks parity on) and report.json, the scores on the test split, which is looked at once,
     at the end.
+
+    With several GPUs or cores: torchrun --nproc-per-node 2 -m hcmen.train ... trains in two processes, to the result of
+    one.
     """
     if resume and force:
         raise click.UsageError("--resume and --force exclude each other: go on, or start over")
-    options = {
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "text_encoder_learning_rate": text_encoder_learning_rate,
-        "mix": mix,
-        "aux": aux,
-        "seed": seed,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
-    if resume:
-        model_config, train_config, source = _resumed_settings(out, preset, given, data, text_encoder)
-    else:
+    given = _given(
+        changes,
+        epochs=epochs,
+        batch_size=batch_size,
+        micro_batches=micro_batches,
+        learning_rate=learning_rate,
+        text_encoder_learning_rate=text_encoder_learning_rate,
+        mix=mix,
+        aux=aux,
+        precision=precision,
+        seed=seed,
+    )
+    if not resume and text_encoder is None and "text_encoder_learning_rate" in given:
+        raise click.UsageError("--text-encoder-learning-rate is for --text-encoder, which is not given")
+    if not resume and "RANK" not in os.environ:
+        # Before torch is loaded, which takes seconds. Of several processes the first looks, once they have met.
         _check_free(out, force)
-        chosen = preset_named(preset or "tiny")
-        model_config, train_config = chosen.model, dataclasses.replace(chosen.train, **given)
-        source = {
-            "preset": chosen.name,
-            "data": str(data.resolve()) if data else None,
-            "text_encoder": str(text_encoder.resolve()) if text_encoder else None,
-        }
-        if text_encoder is None and text_encoder_learning_rate is not None:
-            raise click.UsageError("--text-encoder-learning-rate is for --text-encoder, which is not given")
 
     # OpenMP's threads spin while they wait. Where other programs want the cores as well, that makes a step ten times
     # slower than letting them sleep; it is read once, when torch is loaded.
@@ -139,26 +178,44 @@ def main(
     import torch
 
     from hcmen.checkpoint import write_json, write_whole
+    from hcmen.ranks import joined
     from hcmen.training import Trainer
 
     if threads is not None:
         torch.set_num_threads(threads)
-    tokenizer = None
-    if text_encoder is not None and not resume:
-        model_config, tokenizer = _with_text_encoder(model_config, text_encoder, source["preset"])
-    dataset = _load_data(source, model_config, train_config.seed, console)
-    out.mkdir(parents=True, exist_ok=True)
-    _sweep(out)
-    trainer = Trainer(model_config, train_config, dataset, out, source, None if resume else text_encoder)
-    if resume:
-        trainer.resume()
-        console.note(f"resuming after epoch {len(trainer.history)} of {train_config.epochs}")
-    else:
-        _clear(out)
-        if tokenizer is not None:
-            write_whole(out / TOKENIZER, tokenizer)
-    with _shown(console, train_config.epochs, len(trainer.history)) as (on_step, on_epoch):
-        trainer.run(on_step, on_epoch)
+    with joined(device) as ranks:
+        console = console if ranks.first else Console(console.format, -1)
+        tokenizer = None
+        if resume:
+            model_config, train_config, source = _resumed_settings(out, preset, given, data, text_encoder)
+        else:
+            if ranks.first:
+                _check_free(out, force)
+            chosen = preset_named(preset or "tiny")
+            model_config, train_config = chosen.model, dataclasses.replace(chosen.train, **given)
+            source = {
+                "preset": chosen.name,
+                "data": str(data.resolve()) if data else None,
+                "text_encoder": str(text_encoder.resolve()) if text_encoder else None,
+            }
+            if text_encoder is not None:
+                model_config, tokenizer = _with_text_encoder(model_config, text_encoder, chosen.name)
+        dataset = _load_data(source, model_config, train_config.seed, console)
+        if ranks.first:
+            out.mkdir(parents=True, exist_ok=True)
+            _sweep(out)
+        trainer = Trainer(model_config, train_config, dataset, out, source, ranks, None if resume else text_encoder)
+        if resume:
+            trainer.resume()
+            console.note(f"resuming after epoch {len(trainer.history)} of {train_config.epochs}")
+        elif ranks.first:
+            _clear(out)
+            if tokenizer is not None:
+                write_whole(out / TOKENIZER, tokenizer)
+        with _shown(console, train_config.epochs, len(trainer.history)) as (on_step, on_epoch):
+            trainer.run(on_step, on_epoch)
+    if not ranks.first:
+        return
     _draw_curves(out / CURVES, trainer.history)
     _save_clips(out / CLIPS, dataset.splits["valid"])
 
@@ -168,7 +225,7 @@ def main(
         "epoch": described["epoch"],
         "validation_mae": described["validation"]["mae"],
         "dataset": described["dataset"],
-        "test": _test_scores(model, dataset),
+        "test": _test_scores(model.to(ranks.device), dataset),
     }
     plain = _without_nan(report)
     write_json(out / REPORT, {"schema_version": 1, **plain})
@@ -191,6 +248,19 @@ def _with_text_encoder(config: ModelConfig, folder: Path, preset: str) -> tuple[
     return dataclasses.replace(config, text_encoder=encoder), read_tokenizer(folder)
 
 
+def _given(changes: Sequence[str], **options: Any) -> dict[str, Any]:
+    """The training settings of the command line: options that were given, and those of --set."""
+    given = {name: value for name, value in options.items() if value is not None}
+    for change in changes:
+        try:
+            name, value = train_setting(change)
+        except InputError as error:
+            raise click.UsageError(f"--set {change}: {error}") from error
+        if given.setdefault(name, value) != value:
+            raise click.UsageError(f"{name} is given twice, as {given[name]} and as {value}: give it once")
+    return given
+
+
 def _resumed_settings(
     out: Path, preset: str | None, given: Mapping[str, Any], data: Path | None, text_encoder: Path | None
 ) -> tuple[ModelConfig, TrainConfig, dict[str, Any]]:
@@ -203,8 +273,9 @@ def _resumed_settings(
     before = {**TrainConfig.from_json(state["train"]).to_json(), **state["run"]}
     for name, value in asked.items():
         if value is not None and value != before.get(name):
+            option = f"--{name.replace('_', '-')}" if name in _OPTIONS else f"--set {name}"
             raise InputError(
-                f"--{name.replace('_', '-')} is {value}, the run in {out} has {before.get(name)}: leave the option out "
+                f"{option} is {value}, the run in {out} has {before.get(name)}: leave the option out "
                 "to resume, or start over with --force"
             )
     return ModelConfig.from_json(state["model"]), TrainConfig.from_json(state["train"]), state["run"]
@@ -306,6 +377,12 @@ def _shown(console: Console, epochs: int, done: int) -> Iterator[tuple[Callable[
         yield on_step, on_epoch
 
 
+def _drawn_terms(history: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """The loss terms that were on, over the epochs, by what they are called in the picture."""
+    terms = {label: [float(r.get(name, 0.0)) for r in history] for name, label in _TERMS.items()}
+    return {label: values for label, values in terms.items() if any(values)}
+
+
 def _draw_curves(path: Path, history: list[dict[str, Any]]) -> None:
     """The losses and the validation MAE over the epochs, as a picture."""
     import io
@@ -319,9 +396,9 @@ def _draw_curves(path: Path, history: list[dict[str, Any]]) -> None:
 
     epochs = [record["epoch"] for record in history]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", dpi=120)
-    left.plot(epochs, [r["task_loss"] for r in history], label="task: squared error")
-    left.plot(epochs, [r["alignment_loss"] for r in history], label="alignment: nats, before weighting")
-    left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
+    for label, values in _drawn_terms(history).items():
+        left.plot(epochs, values, label=label)
+    left.set(xlabel="epoch", ylabel="terms of the training loss, before weighting", ylim=(0, None))
     for variant in VARIANTS:
         right.plot(epochs, [r["validation"][variant.name] for r in history], lw=1, alpha=0.7, label=variant.name)
     right.plot(epochs, [r["validation_mae"] for r in history], color="black", lw=2, label="mean of the seven")

@@ -9,13 +9,22 @@ of the corrupted view, so that these have modalities missing as well. The loss i
 
 with the weights of TrainConfig; log.jsonl has every term, before weighting, as a mean over the epoch's samples.
 
+A batch may be computed in micro-batches, one after the other; their gradients add up, weighted by samples. Terms that
+compare the samples of a batch (alignment, intensity, mixing) see one micro-batch, so they are others with more of them.
+A micro-batch may be spread over processes (hcmen/ranks.py), and there the losses see all of it: the number of processes
+changes a run by rounding only, and by the draws of dropout, which each process makes for its own samples.
+
+Precision bf16: matrix products and convolutions of the model in bfloat16, by autocast; its norms, softmaxes, scans,
+scores and everything outside it (losses, gradients, weights, optimiser) in float32. Validation is all float32, as the
+exported model is.
+
 The checkpoint is chosen by one number, the mean of the validation MAE over the seven variants, each with its absent
 modalities left out for every sample: no draw, so no luck.
 
 Everything random is a function of the seed, the epoch and a sample's index, or the step's number for what concerns a
 batch: the order of the samples, the corruption, the mixing, and PyTorch's generator (dropout), which is set anew at the
-start of each epoch. A run that is resumed after an epoch therefore needs no generator states, and goes on bit for bit
-as if it had never stopped.
+start of each epoch, in each process differently. A run that is resumed after an epoch therefore needs no generator
+states, and goes on bit for bit as if it had never stopped; with another number of processes up to dropout and rounding.
 """
 
 from __future__ import annotations
@@ -40,12 +49,14 @@ from hcmen import checkpoint, metrics
 from hcmen.config import ModelConfig, TrainConfig
 from hcmen.data import IntArray, MultimodalDataset, Split
 from hcmen.data.missing import corruption
+from hcmen.device import moved
 from hcmen.errors import CheckFailed, InputError
 from hcmen.evaluate import predict_variants
 from hcmen.losses import AlignmentLoss, PolarityLoss, polarity, task_loss
-from hcmen.mixing import Mixture, Samples, make_mixing
+from hcmen.mixing import Mixture, Plan, Samples, make_mixing
 from hcmen.modalities import MODALITIES
 from hcmen.model import HCMEN, Outputs
+from hcmen.ranks import Ranks, gather_outputs
 from hcmen.text_encoder import load_weights
 
 __all__ = ["Progress", "Trainer", "feature_statistics", "learning_rate_at"]
@@ -85,14 +96,15 @@ class Trainer:
         dataset: MultimodalDataset,
         out: Path,
         run: Mapping[str, Any] | None = None,
+        ranks: Ranks | None = None,
         text_encoder: Path | None = None,
     ) -> None:
-        """Builds model and optimiser.
+        """Builds model and optimiser on the device of `ranks`, the CPU by default.
 
         Args:
             config: the model. train: the run. dataset: what to train on; with text tokens where the model has a text
                 encoder. out: the folder for what is written.
-            run: kept with the state, for the command line to read back.
+            run: kept with the state, for the command line to read back. ranks: this process among those of the run.
             text_encoder: the folder with the weights that the text encoder starts from; without it they are random,
                 unless `resume` brings those of the state.
 
@@ -101,6 +113,7 @@ class Trainer:
             BackendError: the model has a text encoder and `transformers` is not installed.
         """
         self.train_config, self.dataset, self.out, self.run_info = train, dataset, out, dict(run or {})
+        self.ranks = ranks or Ranks()
         torch.manual_seed(train.seed)
         self.model = HCMEN(config)
         statistics = feature_statistics(dataset.splits["train"])
@@ -122,7 +135,7 @@ class Trainer:
             f"{part}/{name}": p
             for part, module in parts.items()
             if module is not None
-            for name, p in module.named_parameters()
+            for name, p in module.to(self.ranks.device).named_parameters()
         }
         self._optimiser = _optimiser(self._parameters, train)
 
@@ -139,11 +152,18 @@ class Trainer:
     ) -> None:
         """Trains the epochs that are still to do, and writes checkpoint, state and log after each.
 
+        Of several processes the first writes; the callbacks run in all.
+
         Raises:
             CheckFailed: the loss or a gradient is not finite; the files are those of the last good epoch.
-            InputError: a file cannot be written.
+            InputError: a file cannot be written, or the processes of the run differ in settings or data.
+            BackendError: another process has ended.
             KeyboardInterrupt: Ctrl-C; between epochs the files are whole.
         """
+        settings = json.dumps([self.model.config.to_json(), self.train_config.to_json(), len(self.history)])
+        self.ranks.check_same(settings, "settings")
+        self.ranks.check_same(self._fingerprint, "data")
+        self.ranks.spread(p.data for p in self._parameters.values())
         for epoch in range(len(self.history) + 1, self.train_config.epochs + 1):
             started = time.monotonic()
             losses = self._epoch(epoch, on_step)
@@ -186,16 +206,18 @@ class Trainer:
             moments = {k: tensors.get(f"optimiser/{name}/{k}") for k in ("step", "exp_avg", "exp_avg_sq")}
             # A parameter that has had no gradient yet has no moments either.
             if all(value is not None for value in moments.values()):
-                self._optimiser.state[p] = moments
+                step = moments.pop("step")
+                self._optimiser.state[p] = {"step": step, **{k: x.to(p.device) for k, x in moments.items()}}
         self.history = state["history"]
         # A process killed between two writes may have left the log behind the state.
-        self._write_log()
+        if self.ranks.first:
+            self._write_log()
 
     # --- one epoch --------------------------------------------------------------------------------------------------
 
     def _epoch(self, epoch: int, on_step: Callable[[Progress], None]) -> dict[str, float]:
         config, split = self.train_config, self.dataset.splits["train"]
-        torch.manual_seed(_torch_seed(config.seed, epoch))
+        torch.manual_seed(_torch_seed(config.seed, epoch, self.ranks.rank))
         order = np.random.default_rng((_ORDER, config.seed, epoch)).permutation(len(split))
         batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
         total = len(batches) * config.epochs
@@ -211,29 +233,46 @@ class Trainer:
         return {**sums, "learning_rate": rate}
 
     def _step(self, epoch: int, step: int, split: Split, indices: IntArray) -> dict[str, float]:
-        clean, corrupted = self._views(epoch, split, indices)
-        parts = self._losses(epoch, step, split, indices, clean, corrupted)
-        loss = parts["loss"]
         self._optimiser.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self._parameters.values(), self.train_config.gradient_clip_norm)
-        for name, value in (("loss", loss), ("gradient", norm)):
-            if not bool(torch.isfinite(value)):
+        sums: dict[str, Tensor] = {}
+        pieces = np.array_split(indices, min(self.train_config.micro_batches, len(indices)))
+        for number, piece in enumerate(pieces):
+            clean, corrupted = self._views(epoch, split, piece)
+            parts = self._losses(epoch, step, split, piece, clean, corrupted, number)
+            share = len(piece) / len(indices)
+            (share * parts["loss"]).backward()
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + share * value.detach()
+        self.ranks.average(self._parameters.values())
+        sums["gradient_norm"] = nn.utils.clip_grad_norm_(
+            self._parameters.values(), self.train_config.gradient_clip_norm
+        )
+        # One transfer, since a GPU is waited for.
+        found = dict(zip(sums, torch.stack([x.float() for x in sums.values()]).tolist(), strict=True))
+        for name, key in (("loss", "loss"), ("gradient", "gradient_norm")):
+            if not math.isfinite(found[key]):
                 kept = (
                     f"the checkpoint of epoch {self.best['epoch']} is kept" if self.best else "there is no checkpoint"
                 )
                 raise CheckFailed(
-                    f"the {name} is {float(value.detach()):g} in epoch {epoch}, step {step + 1}: {kept}; "
+                    f"the {name} is {found[key]:g} in epoch {epoch}, step {step + 1}: {kept}; "
                     f"try a lower --learning-rate than {self.train_config.learning_rate:g}"
                 )
         self._optimiser.step()
-        return {name: float(value.detach()) for name, value in {**parts, "gradient_norm": norm}.items()}
+        return found
 
     def _losses(
-        self, epoch: int, step: int, split: Split, indices: IntArray, clean: Outputs, corrupted: Outputs
+        self,
+        epoch: int,
+        step: int,
+        split: Split,
+        indices: IntArray,
+        clean: Outputs,
+        corrupted: Outputs,
+        micro_batch: int = 0,
     ) -> dict[str, Tensor]:
         """The terms of the loss, before weighting; 0 for those that are off or have nothing to go by."""
-        config, labels = self.train_config, torch.from_numpy(split.labels[indices])
+        config, labels = self.train_config, moved(torch.from_numpy(split.labels[indices]), self.ranks.device)
         task = task_loss(clean, corrupted, labels)
         terms = {**dict.fromkeys(_TERMS, task.new_zeros(())), "task_loss": task}
         if config.alignment_weight:
@@ -241,14 +280,15 @@ class Trainer:
         if self.polarity is not None:
             terms["polarity_loss"] = self.polarity(clean, corrupted, labels)
         if self.mixing is not None:
-            generator = np.random.default_rng((_MIXING, config.seed, epoch, step))
+            place = (step, micro_batch) if micro_batch else (step,)
+            generator = np.random.default_rng((_MIXING, config.seed, epoch, *place))
             samples = Samples(corrupted.tokens, corrupted.present, labels)
             if self.mixing.of_features:
                 features, lengths, _ = self._corrupted(epoch, split, indices)
                 samples = Samples(self.model.embed(features), corrupted.present, labels, lengths)
             if config.intensity_weight:
                 terms["intensity_loss"] = self.mixing.teach(samples)
-            mixture = self.mixing(samples, generator)
+            mixture = self.mixing(samples, generator, self._agreed)
             if mixture is not None:
                 mixed = self._mixed(mixture)
                 terms["mix_loss"] = F.mse_loss(mixed.score, mixture.labels)
@@ -267,22 +307,55 @@ class Trainer:
         terms["loss"] = sum(weight * terms[name] for name, weight in weights.items())
         return terms
 
+    def _agreed(self, plan: Plan | None) -> Plan | None:
+        """The plan of the first process: similarities that differ in their last bits may pair other samples."""
+        if self.ranks.world == 1:
+            return plan
+        found = self.ranks.agreed(None if plan is None else [x.cpu() for x in plan])
+        return None if found is None else Plan(*(x.to(self.ranks.device) for x in found))
+
     def _mixed(self, mixture: Mixture) -> Outputs:
-        """The model's outputs for mixtures, of features or of tokens."""
-        if mixture.lengths is None:
-            return self.model.fuse(mixture.values, mixture.present)
-        return self.model.training_step_outputs(mixture.values, mixture.lengths, mixture.present)
+        """The model's outputs for mixtures, of features or of tokens; each process computes some of them."""
+        count = len(mixture.labels)
+        own = self._own(count)
+        values, present = {m: x[own] for m, x in mixture.values.items()}, mixture.present[own]
+        with self._autocast():
+            if mixture.lengths is None:
+                outputs = self.model.fuse(values, present)
+            else:
+                lengths = {m: n[own] for m, n in mixture.lengths.items()}
+                outputs = self.model.training_step_outputs(values, lengths, present)
+        return gather_outputs(self.ranks, [_float32(outputs)], count)[0]
 
     def _views(self, epoch: int, split: Split, indices: IntArray) -> tuple[Outputs, Outputs]:
-        """The model's outputs for the clean and the corrupted view, computed as one batch."""
-        features, lengths, present = self._corrupted(epoch, split, indices)
-        clean = {m: torch.from_numpy(split.model_input(m, indices, int(lengths[m].max()))) for m in features}
-        both = self.model.training_step_outputs(
-            {m: torch.cat([clean[m], x]) for m, x in features.items()},
-            {m: n.repeat(2) for m, n in lengths.items()},
-            torch.cat([torch.ones_like(present), present]),
-        )
-        return _rows(both, slice(None, len(indices))), _rows(both, slice(len(indices), None))
+        """The model's outputs for the clean and the corrupted view, computed as one batch.
+
+        Each process computes some of the samples, and has the outputs of all.
+        """
+        own = indices[self._own(len(indices))]
+        features, lengths, present = self._corrupted(epoch, split, own)
+        clean = {
+            m: moved(torch.from_numpy(split.model_input(m, own, int(split.lengths[m][own].max()))), self.ranks.device)
+            for m in features
+        }
+        with self._autocast():
+            both = self.model.training_step_outputs(
+                {m: torch.cat([clean[m], x]) for m, x in features.items()},
+                {m: n.repeat(2) for m, n in lengths.items()},
+                torch.cat([torch.ones_like(present), present]),
+            )
+        both = _float32(both)
+        views = _rows(both, slice(None, len(own))), _rows(both, slice(len(own), None))
+        first, second = gather_outputs(self.ranks, views, len(indices))
+        return first, second
+
+    def _own(self, count: int) -> slice:
+        """The rows that this process computes: its share, or one of another's where that is none."""
+        share = self.ranks.share(count)
+        return share if share.stop > share.start else slice(0, 1)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.train_config.precision == "bf16")
 
     def _corrupted(
         self, epoch: int, split: Split, indices: IntArray
@@ -292,12 +365,21 @@ class Trainer:
         steps = {m: int(n.max()) for m, n in lengths.items()}
         corrupt = corruption(self.train_config, epoch, indices, lengths, steps)
         features = {m: torch.from_numpy(split.model_input(m, indices, steps[m], corrupt.keep[m])) for m in MODALITIES}
-        return features, {m: torch.from_numpy(n) for m, n in lengths.items()}, torch.from_numpy(corrupt.present)
+        device = self.ranks.device
+        return (
+            {m: moved(x, device) for m, x in features.items()},
+            {m: moved(torch.from_numpy(n), device) for m, n in lengths.items()},
+            moved(torch.from_numpy(corrupt.present), device),
+        )
 
     def _validate(self) -> dict[str, float]:
-        """Validation MAE per variant."""
+        """Validation MAE per variant; each process scores some of the samples."""
         split = self.dataset.splits["valid"]
-        predictions = predict_variants(self.model, split)
+        predictions = predict_variants(self.model, split.rows(self.ranks.share(len(split))))
+        if self.ranks.world > 1:
+            own = torch.from_numpy(np.stack(list(predictions.values()), axis=1)).to(self.ranks.device)
+            columns = self.ranks.gather(own, len(split)).cpu().numpy().T
+            predictions = dict(zip(predictions, columns, strict=True))
         if not all(np.isfinite(p).all() for p in predictions.values()):
             raise CheckFailed(
                 "the model's validation scores are not finite: try a lower --learning-rate than "
@@ -309,6 +391,9 @@ class Trainer:
 
     def _save(self, record: dict[str, Any]) -> None:
         """Checkpoint first, then the state: a process killed in between redoes the epoch and writes the same again."""
+        if not self.ranks.first:
+            self.history.append(record)
+            return
         if record["best"]:
             checkpoint.save_checkpoint(
                 self.out,
@@ -399,12 +484,21 @@ def _rows(outputs: Outputs, rows: slice) -> Outputs:
     )
 
 
+def _float32(outputs: Outputs) -> Outputs:
+    """`outputs` for the losses, which know no other precision."""
+
+    def wide(x: Tensor) -> Tensor:
+        return x if x.dtype == torch.bool else x.float()
+
+    return Outputs(*({m: wide(x) for m, x in f.items()} if isinstance(f, dict) else wide(f) for f in outputs))
+
+
 def _seen(batches: list[IntArray], step: int) -> int:
     return sum(len(b) for b in batches[: step + 1])
 
 
-def _torch_seed(seed: int, epoch: int) -> int:
-    return int(np.random.SeedSequence((_DROPOUT, seed, epoch)).generate_state(1)[0])
+def _torch_seed(seed: int, epoch: int, rank: int) -> int:
+    return int(np.random.SeedSequence((_DROPOUT, seed, epoch, *([rank] if rank else []))).generate_state(1)[0])
 
 
 def _fingerprint(dataset: MultimodalDataset) -> str:

@@ -321,6 +321,10 @@ def _report(error: BaseException, *, verbose: bool) -> int:
     line, code = describe_error(error)
     if verbose and not isinstance(error, (click.ClickException, KeyboardInterrupt)):
         click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+    # A launcher such as torchrun starts a command several times, and all are used wrongly in the same way.
+    several = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
+    if several and isinstance(error, click.ClickException):
+        return code
     with contextlib.suppress(OSError):
         _echo_error(line)
     return code

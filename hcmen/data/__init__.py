@@ -58,6 +58,17 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def rows(self, rows: slice) -> Split:
+        """Some neighbouring samples of this split, on the same memory."""
+        tokens = self.text_tokens
+        return Split(
+            {m: x[rows] for m, x in self.features.items()},
+            {m: n[rows] for m, n in self.lengths.items()},
+            self.labels[rows],
+            self.ids[rows],
+            None if tokens is None else TextTokens(tokens.ids[rows], tokens.unknown),
+        )
+
     def model_input(
         self, m: str, rows: IntArray | slice, steps: int, keep: npt.NDArray[np.bool_] | None = None
     ) -> npt.NDArray[Any]:
