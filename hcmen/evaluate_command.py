@@ -64,6 +64,7 @@ _PACKAGES = ("hcmen", "numpy", "torch", "onnxruntime")
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of what is hidden.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Samples per batch.")
+@click.option("--device", type=Choice(["auto", "cpu", "cuda"]), help="Where checkpoints are run.  [default: auto]")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: one per core]")
 @click.option(
     "--out",
@@ -82,6 +83,7 @@ def main(
     protocols: tuple[str, ...],
     seed: int,
     batch_size: int,
+    device: str | None,
     threads: int | None,
     out: Path,
     no_pictures: bool,
@@ -104,6 +106,7 @@ def main(
         protocols=list(dict.fromkeys(protocols)) or list(_NAMES),
         seed=seed,
         batch_size=batch_size,
+        device=device,
         threads=threads,
         console=console,
     )
@@ -134,6 +137,7 @@ def evaluate(
     protocols: Sequence[str] = _NAMES,
     seed: int = 0,
     batch_size: int = 64,
+    device: str | None = None,
     threads: int | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -143,7 +147,7 @@ def evaluate(
         InputError: a checkpoint, bundle or data file is missing, is of another kind than the others, or does not fit;
             the bundle lacks a variant that a protocol needs.
         CorruptFileError: a file is damaged.
-        BackendError: the bundle cannot be run here.
+        BackendError: the bundle cannot be run here, or there is no such device.
         CheckFailed: a score is NaN or infinite.
     """
     from hcmen import metrics
@@ -152,11 +156,15 @@ def evaluate(
     from hcmen.robustness import published_rows, run_scores, summarise
 
     console = console or Console(verbosity=-1)
+    if bundle and device not in (None, "auto"):
+        raise InputError(
+            f"--device {device} is for checkpoints, a bundle runs where its runtime does: leave --device out"
+        )
     chosen = [protocol_named(name) for name in protocols]
     judged = (
         [_bundle(bundle, checkpoints, data, split, threads, batch_size, console)]
         if bundle
-        else _checkpoints(checkpoints, data, split, threads, batch_size, console)
+        else _checkpoints(checkpoints, data, split, device, threads, batch_size, console)
     )
     dataset = judged[0].dataset
     family = metrics.family_for(dataset.label_min, dataset.label_max)
@@ -235,17 +243,25 @@ class _Judged:
 
 
 def _checkpoints(
-    folders: Sequence[Path], data: Path | None, split: str, threads: int | None, batch_size: int, console: Console
+    folders: Sequence[Path],
+    data: Path | None,
+    split: str,
+    device: str | None,
+    threads: int | None,
+    batch_size: int,
+    console: Console,
 ) -> list[_Judged]:
     import torch
 
     from hcmen.checkpoint import load_checkpoint
+    from hcmen.device import choose_device
     from hcmen.evaluate import predict_masked
 
     if not folders:
         raise InputError("no checkpoint and no bundle given: name one with --checkpoint or --bundle")
     if threads is not None:
         torch.set_num_threads(threads)
+    place = choose_device(device or "auto")
     judged: list[_Judged] = []
     sets: dict[str, MultimodalDataset] = {}
     for folder in folders:
@@ -264,6 +280,7 @@ def _checkpoints(
                 "checkpoints of the same data, or name the data with --data"
             )
         part = dataset.splits[split]
+        model.to(place)
 
         def score(masks: Masks, on_batch: Callable[[int], None], model: Any = model, part: Split = part) -> Any:
             return predict_masked(model, part, masks, batch_size, on_batch)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -266,8 +267,9 @@ def _together(operation: Callable[..., Any], *arguments: Any, **options: Any) ->
     try:
         operation(*arguments, **options)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:120]
+        # Gloo begins with a place in its sources.
+        reason = re.sub(r"^\[[^]]*\] *", "", " ".join(str(error).split())).partition(". ")[0][:150]
         raise BackendError(
-            f"another process of this run has ended or does not answer ({reason}...): see what stopped it, then go on "
+            f"another process of this run has ended or does not answer ({reason}): see what stopped it, then go on "
             "with --resume"
         ) from error

@@ -175,6 +175,8 @@ def main(
     # OpenMP's threads spin while they wait. Where other programs want the cores as well, that makes a step ten times
     # slower than letting them sleep; it is read once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Where another process of the run has gone, torch's own warnings of it are a page of stack frames.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
 
     from hcmen.checkpoint import write_json, write_whole
