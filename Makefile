@@ -24,6 +24,7 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/scan.py --out docs/results/scan_cpu.json
+	$(BIN)/python benchmarks/training.py --out docs/results/training_speed.json
 
 # Installed in place: a change of Python code needs no reinstall, a change of C++ code does, and make sees to it.
 $(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)

@@ -22,7 +22,7 @@ from hcmen.training import Trainer
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 SAMPLES = (24, 12, 16)
-TRAIN = TrainConfig(epochs=2, batch_size=10, learning_rate=1e-3, mix="ms-mix", aux="polarity")
+TRAIN = TrainConfig(epochs=2, batch_size=10, learning_rate=1e-3, mix="manifold", aux="polarity")
 STILL = dataclasses.replace(MICRO, dropout=0.0)
 needs_mamba = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("mamba_ssm", "causal_conv1d")), reason="needs mamba_ssm"
