@@ -753,3 +753,22 @@ def test_unlisted_errors_are_ours(config: ModelConfig):
 
 def test_presets_have_no_encoder():
     assert all(p.model.text_encoder is None for p in hcmen.config.PRESETS.values())
+
+
+@pytest.mark.parametrize("change", [{"micro_batches": 3}, {"precision": "bf16"}])
+def test_micro_batches_and_bfloat16_know_tokens(bert: Path, config: ModelConfig, dataset, tmp_path: Path, change: dict):
+    still = dataclasses.replace(
+        config, dropout=0.0, text_encoder=dataclasses.replace(config.text_encoder, dropout=0.0)
+    )  # fmt: skip
+    train = dataclasses.replace(TRAIN, alignment_weight=0.0, batch_size=24)
+    histories = []
+    for name, settings in (("whole", {}), ("changed", change)):
+        (tmp_path / name).mkdir()
+        trainer = Trainer(
+            still, dataclasses.replace(train, **settings), dataset, tmp_path / name, text_encoder=bert
+        )  # fmt: skip
+        trainer.run()
+        histories.append([record["task_loss"] for record in trainer.history])
+    assert histories[1] == pytest.approx(histories[0], rel=0.05 if "precision" in change else 1e-5)
+    if "precision" in change:
+        assert histories[1] != histories[0]
