@@ -73,7 +73,7 @@ class Ranks:
         """Averages gradients over the processes; a parameter that has none in any of them is left without."""
         if self.world == 1:
             return
-        parameters = list(parameters)
+        parameters = [p for p in parameters if p.requires_grad]
         missing = torch.tensor([float(p.grad is None) for p in parameters], device=self.device)
         grads = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters]
         everything = torch.cat([*grads, missing])
