@@ -353,7 +353,7 @@ def torchrun(folder: Path, change: str, *arguments: str) -> subprocess.Completed
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=400,
     )
 
 

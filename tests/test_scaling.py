@@ -308,7 +308,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, li
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr
     return root, dict(zip(work, map(json.loads, done.stdout.splitlines()), strict=True))

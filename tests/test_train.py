@@ -93,7 +93,7 @@ def process(*arguments: Any, change: str = "") -> subprocess.CompletedProcess[st
         [sys.executable, "-c", PROGRAM.format(change=change), "--threads", "1", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
     )
 
 

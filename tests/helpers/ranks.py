@@ -32,7 +32,7 @@ def environment(**more: str) -> dict[str, str]:
     return {**mine, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **more}
 
 
-def run(world: int, program: str, *arguments: Any, timeout: float = 150) -> list[Done]:
+def run(world: int, program: str, *arguments: Any, timeout: float = 400) -> list[Done]:
     """Runs `program` in `world` processes; one alone is told of no others."""
     port = str(free_port())
     started = []
