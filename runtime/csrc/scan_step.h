@@ -25,6 +25,13 @@
 #define HCMEN_HD inline
 #endif
 
+// Loops that must unroll on a device, so that arrays stay in registers; a host compiler need not know.
+#if defined(__CUDA_ARCH__)
+#define HCMEN_UNROLL _Pragma("unroll")
+#else
+#define HCMEN_UNROLL
+#endif
+
 namespace hcmen {
 namespace step {
 
@@ -185,7 +192,7 @@ HCMEN_HD InputGradients input_gradients(Sums sums, float u, float delta, float b
 template <int kWidth>
 HCMEN_HD float convolve(const float (&window)[kWidth], const float (&weight)[kWidth], float bias) {
   float sum = bias;
-#pragma unroll
+  HCMEN_UNROLL
   for (int k = 0; k < kWidth; ++k) sum = fmaf(weight[k], window[k], sum);
   return sum;
 }

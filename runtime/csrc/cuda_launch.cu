@@ -1,0 +1,61 @@
+// What the kernels' files share: the last error of CUDA, sums of parts, and the kernel that does nothing.
+#include "cuda_launch.h"
+
+#include <stdio.h>
+
+namespace hcmen {
+namespace cuda {
+namespace {
+
+thread_local char problem[256] = "";
+
+constexpr int kSumThreads = 128;
+
+__global__ void __launch_bounds__(kSumThreads) sum_parts_kernel(const SumArguments a) {
+  const int64_t index = (int64_t)blockIdx.x * kSumThreads + threadIdx.x;
+  if (index >= a.size) return;
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int64_t i = 0; i < a.count; ++i) sum += a.parts[i * a.stride + index];
+  const int64_t rows = a.columns > 0 ? a.size / a.columns : 1;
+  a.to[a.columns > 0 ? index % a.columns * rows + index / a.columns : index] = sum;
+}
+
+struct Nothing {};
+
+__global__ void nothing_kernel(const Nothing) {}
+
+}  // namespace
+
+int failed(cudaError_t error) {
+#if defined(HCMEN_EMULATE)
+  snprintf(problem, sizeof(problem), "error %d", error);
+#else
+  snprintf(problem, sizeof(problem), "%s: %s", cudaGetErrorName(error), cudaGetErrorString(error));
+  // Said once, here; the next caller of the runtime shall not find it.
+  cudaGetLastError();
+#endif
+  return HCMEN_CUDA_FAILED;
+}
+
+int sum_parts(const SumArguments& arguments, void* stream) {
+  const int64_t blocks = ceil_div(arguments.size, kSumThreads);
+  if (blocks > kMostBlocks) return HCMEN_BAD_ARGUMENT;
+  return launch(sum_parts_kernel, blocks, kSumThreads, 0, stream, arguments);
+}
+
+}  // namespace cuda
+}  // namespace hcmen
+
+extern "C" {
+
+HCMEN_API int hcmen_cuda_ops_version(void) { return HCMEN_CUDA_OPS_VERSION; }
+
+HCMEN_API const char* hcmen_cuda_problem(void) { return hcmen::cuda::problem; }
+
+HCMEN_API int hcmen_cuda_nothing(const hcmen_cuda_launch* launch) {
+  using namespace hcmen::cuda;
+  return launch ? hcmen::cuda::launch(nothing_kernel, 1, kWarp, 0, launch->stream, Nothing{}) : HCMEN_BAD_ARGUMENT;
+}
+
+}  // extern "C"

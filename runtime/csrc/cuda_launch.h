@@ -1,0 +1,116 @@
+// What the .cu files share: launching, errors, loads of four elements at once, and sums in a fixed order. Internal.
+//
+// With HCMEN_EMULATE the same sources are compiled for the host, and tests/emulation/cuda_emulation.h runs them.
+#ifndef HCMEN_CUDA_LAUNCH_H_
+#define HCMEN_CUDA_LAUNCH_H_
+
+#if defined(HCMEN_EMULATE)
+#include "cuda_emulation.h"
+#else
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+#include <stdint.h>
+
+#include "checks.h"
+#include "cuda_ops.h"
+
+namespace hcmen {
+namespace cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+// What any device gives a block without being asked for more.
+constexpr int64_t kMostSharedBytes = 48 << 10;
+
+// Keeps what CUDA said for hcmen_cuda_problem, and returns HCMEN_CUDA_FAILED.
+int failed(cudaError_t error);
+
+#if defined(HCMEN_EMULATE)
+inline float* shared_memory() { return ::emulation::block->shared.get(); }
+
+template <class Arguments>
+int launch(void (*kernel)(Arguments), int64_t blocks, int threads, int64_t shared_bytes, void* stream,
+           const Arguments& arguments) {
+  (void)stream;
+  ::emulation::launch((unsigned)blocks, (unsigned)threads, (size_t)shared_bytes, [&] { kernel(arguments); });
+  return HCMEN_OK;
+}
+#else
+__device__ inline float* shared_memory() {
+  extern __shared__ float4 hcmen_shared[];
+  return reinterpret_cast<float*>(hcmen_shared);
+}
+
+template <class Arguments>
+int launch(void (*kernel)(Arguments), int64_t blocks, int threads, int64_t shared_bytes, void* stream,
+           const Arguments& arguments) {
+  Arguments copy = arguments;
+  void* list[] = {&copy};
+  const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3((unsigned)blocks),
+                                             dim3((unsigned)threads), list, (size_t)shared_bytes,
+                                             static_cast<cudaStream_t>(stream));
+  return error == cudaSuccess ? HCMEN_OK : failed(error);
+}
+#endif
+
+// A grid has at most this many blocks.
+constexpr int64_t kMostBlocks = INT32_MAX;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// --- elements -------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct alignas(4 * sizeof(T)) Four {
+  T at[4];
+};
+
+__host__ __device__ __forceinline__ float widened(float x) { return x; }
+__host__ __device__ __forceinline__ float widened(__half x) { return __half2float(x); }
+__host__ __device__ __forceinline__ void narrow(float x, float* to) { *to = x; }
+__host__ __device__ __forceinline__ void narrow(float x, __half* to) { *to = __float2half_rn(x); }
+
+// kCount (1 or 4) consecutive elements; of four the address must be a multiple of their size.
+template <int kCount, class T>
+__device__ __forceinline__ void load(const T* from, float (&to)[kCount]) {
+  if constexpr (kCount == 4) {
+    const Four<T> x = *reinterpret_cast<const Four<T>*>(from);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = widened(x.at[i]);
+  } else {
+    to[0] = widened(*from);
+  }
+}
+
+template <int kCount, class T>
+__device__ __forceinline__ void store(const float (&from)[kCount], T* to) {
+  if constexpr (kCount == 4) {
+    Four<T> x;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) narrow(from[i], &x.at[i]);
+    *reinterpret_cast<Four<T>*>(to) = x;
+  } else {
+    narrow(from[0], to);
+  }
+}
+
+inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % (uintptr_t)bytes == 0; }
+
+// --- sums of parts --------------------------------------------------------------------------------------------------
+
+// to[i] = parts[0][i] + parts[1][i] + ..., in that order. With `columns` > 0 parts are [rows][columns] and `to` is
+// [columns][rows]: a transpose on the way.
+struct SumArguments {
+  const float* parts;
+  int64_t count, stride, size, columns;
+  float* to;
+};
+
+int sum_parts(const SumArguments& arguments, void* stream);
+
+}  // namespace cuda
+}  // namespace hcmen
+
+#endif  // HCMEN_CUDA_LAUNCH_H_

@@ -1,0 +1,97 @@
+"""Builds the CUDA sources for the host, where tests/emulation runs their kernels, and calls them over NumPy arrays."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hcmen.runtime.cuda_library import CudaLaunch, declare, workspace_bytes
+from helpers import kernel_cases as cases
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "runtime" / "csrc"
+EMULATION = ROOT / "tests" / "emulation"
+KERNELS = [CSRC / name for name in ("selective_scan.cu", "causal_conv1d.cu", "cuda_launch.cu")]
+
+
+def compiler() -> str | None:
+    """The C++ compiler, or None."""
+    return shutil.which(os.environ.get("CXX", "c++"))
+
+
+def build(target: Path, flags: Sequence[str], sources: Sequence[Path]) -> subprocess.CompletedProcess[str]:
+    """Compiles `sources` for the host, over the emulation."""
+    common = ["-std=c++17", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
+    include = ["-DHCMEN_EMULATE", "-I", str(EMULATION), "-I", str(CSRC)]
+    command = [str(compiler()), *common, *flags, *include, "-x", "c++", *map(str, sources), "-o", str(target)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The emulated library, with the order of its threads to choose."""
+    library = declare(ctypes.CDLL(str(path)), str(path))
+    library.emulation_set_order.argtypes = [ctypes.c_int]
+    library.emulation_launches.restype = ctypes.c_uint64
+    return library
+
+
+class Kernels:
+    """The C functions over NumPy arrays. Workspaces are full of NaN and exactly as large as asked for."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self.library = library
+
+    def _workspace(self, size: int, launch: CudaLaunch) -> np.ndarray:
+        assert size % 4 == 0
+        # Aligned to 16 bytes, as the interface asks; NumPy's own memory is.
+        memory = np.full(size // 4, np.nan, np.float32)
+        assert memory.ctypes.data % 16 == 0
+        launch.workspace, launch.workspace_bytes = memory.ctypes.data if size else None, size
+        return memory
+
+    def scan(self, case: cases.ScanCase, arrays: cases.Arrays, **wish: int) -> tuple[np.ndarray, np.ndarray]:
+        y = np.full(arrays["u"].shape, np.nan, arrays["u"].dtype)
+        last = np.full((case.batch, case.channel, case.state), np.nan, np.float32)
+        scan = cases.scan_structure(case, {**arrays, "y": y, "last_state": last}, cases.address)
+        launch = CudaLaunch(**wish)
+        memory = self._workspace(workspace_bytes(self.library, "selective_scan", scan, launch, 0), launch)
+        assert self.library.hcmen_cuda_selective_scan_forward(*cases.by_reference(scan, launch)) == 0
+        del memory
+        return y, last
+
+    def scan_gradients(
+        self, case: cases.ScanCase, arrays: cases.Arrays, dy: np.ndarray, dlast: np.ndarray | None
+    ) -> cases.Arrays:
+        got = cases.gradient_arrays(case, arrays)
+        inputs: dict[str, Any] = {"dy": dy, **({} if dlast is None else {"dlast_state": dlast})}
+        scan = cases.scan_structure(case, arrays, cases.address)
+        grad = cases.scan_gradients_structure({**got, **inputs}, cases.address)
+        launch = CudaLaunch()
+        memory = self._workspace(workspace_bytes(self.library, "selective_scan", scan, None, 1), launch)
+        assert self.library.hcmen_cuda_selective_scan_backward(*cases.by_reference(scan, grad, launch)) == 0
+        del memory
+        return got
+
+    def conv(self, case: cases.ConvCase, arrays: cases.Arrays) -> np.ndarray:
+        y = np.full(arrays["x"].shape, np.nan, arrays["x"].dtype)
+        conv = cases.conv_structure(case, {**arrays, "y": y}, cases.address)
+        assert workspace_bytes(self.library, "causal_conv1d", conv, 0) == 0
+        assert self.library.hcmen_cuda_causal_conv1d_forward(*cases.by_reference(conv, CudaLaunch())) == 0
+        return y
+
+    def conv_gradients(self, case: cases.ConvCase, arrays: cases.Arrays, dy: np.ndarray) -> cases.Arrays:
+        got = {f"d{name}": np.full(x.shape, np.nan, np.float32) for name, x in arrays.items()}
+        conv = cases.conv_structure(case, arrays, cases.address)
+        grad = cases.conv_gradients_structure({**got, "dy": dy}, cases.address)
+        launch = CudaLaunch()
+        memory = self._workspace(workspace_bytes(self.library, "causal_conv1d", conv, 1), launch)
+        assert self.library.hcmen_cuda_causal_conv1d_backward(*cases.by_reference(conv, grad, launch)) == 0
+        del memory
+        return got
