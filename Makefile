@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard runtime/csrc/*)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench cuda-architectures clean
 
 demo: $(VENV)/installed
 	$(BIN)/python samples/demo.py
@@ -25,6 +25,10 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/scan.py --out docs/results/scan_cpu.json
 	$(BIN)/python benchmarks/training.py --out docs/results/training_speed.json
+
+# The CUDA kernels by nvcc for every architecture from 75 to 120, warnings being errors: registers and spills of each.
+cuda-architectures:
+	$(PYTHON) tests/gpu/build.py --architectures all --out build/cuda_all
 
 # Installed in place: a change of Python code needs no reinstall, a change of C++ code does, and make sees to it.
 $(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)

@@ -2,6 +2,9 @@
 #include "cuda_launch.h"
 
 #include <stdio.h>
+#include <stdlib.h>
+
+#include "cuda_memory.h"
 
 namespace hcmen {
 namespace cuda {
@@ -37,6 +40,37 @@ int failed(cudaError_t error) {
 #endif
   return HCMEN_CUDA_FAILED;
 }
+
+#if defined(HCMEN_EMULATE)
+int allocate(int64_t bytes, void** memory) {
+  *memory = malloc((size_t)bytes);
+  return *memory ? HCMEN_OK : HCMEN_NO_MEMORY;
+}
+void release(void* memory) { free(memory); }
+bool capturing(void*) { return false; }
+#else
+int allocate(int64_t bytes, void** memory) {
+  const cudaError_t error = cudaMalloc(memory, (size_t)bytes);
+  if (error == cudaSuccess) return HCMEN_OK;
+  const int status = failed(error);
+  return error == cudaErrorMemoryAllocation ? (int)HCMEN_NO_MEMORY : status;
+}
+
+void release(void* memory) {
+  // At the end of a process the device may be gone before its memory is given back.
+  if (cudaFree(memory) != cudaSuccess) cudaGetLastError();
+}
+
+bool capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) != cudaSuccess) {
+    // The default stream cannot be asked while another one is being recorded.
+    cudaGetLastError();
+    return true;
+  }
+  return status != cudaStreamCaptureStatusNone;
+}
+#endif
 
 int sum_parts(const SumArguments& arguments, void* stream) {
   const int64_t blocks = ceil_div(arguments.size, kSumThreads);

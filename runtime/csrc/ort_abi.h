@@ -1,4 +1,4 @@
-// The part of ONNX Runtime's C interface that a CPU operator library needs, in our own words.
+// The part of ONNX Runtime's C interface that an operator library needs, in our own words.
 //
 // The onnxruntime wheel ships no C headers, and a library built against new headers is refused by an older runtime. The
 // interface itself is append-only: a function keeps its position in the table for ever, and a runtime reads of a custom
@@ -84,6 +84,7 @@ struct ApiBase {
     (const KernelInfo* info, const char* name, float* out, size_t* size))                                            \
   F(KernelInfoGetAttributeArray_int64, 163, Status*,                                                                 \
     (const KernelInfo* info, const char* name, int64_t* out, size_t* size))                                          \
+  F(KernelContext_GetGPUComputeStream, 193, Status*, (const KernelContext* context, void** out))                     \
   F(KernelInfo_GetInputCount, 230, Status*, (const KernelInfo* info, size_t* out))                                   \
   F(KernelInfo_GetOutputCount, 231, Status*, (const KernelInfo* info, size_t* out))                                  \
   F(KernelInfo_GetInputTypeInfo, 234, Status*, (const KernelInfo* info, size_t index, TypeInfo** out))               \

@@ -336,7 +336,7 @@ __device__ __forceinline__ void load_slice(const float* from, float (&to)[kCount
 }
 
 template <class T, int kStates, int kMode>
-__global__ void __launch_bounds__(kMostThreads) scan_forward_kernel(const ForwardArguments a) {
+__global__ void __launch_bounds__(kMostThreads, 1) scan_forward_kernel(const ForwardArguments a) {
   constexpr int kStride = slice_stride(kStates);
   const hcmen_scan& s = a.s;
   const Layout& plan = a.plan;
@@ -677,7 +677,7 @@ __device__ __forceinline__ Held sum_over_channels(float (&values)[kCount], int c
 }
 
 template <int kStates>
-__global__ void __launch_bounds__(4 * kWarp) scan_backward_kernel(const BackwardArguments a) {
+__global__ void __launch_bounds__(4 * kWarp, 2) scan_backward_kernel(const BackwardArguments a) {
   const hcmen_scan& s = a.s;
   const hcmen_scan_grad& g = a.g;
   const float* const u_in = static_cast<const float*>(s.u);

@@ -1,0 +1,182 @@
+"""Builds libhcmen_ops_cuda.so with nvcc and the host compiler, without CMake, and reads what ptxas says of each kernel.
+
+    python tests/gpu/build.py                              for the device of this machine, or sm_90
+    python tests/gpu/build.py --architectures all          every architecture from 75 to 120 that nvcc knows
+    python tests/gpu/build.py --architectures 87,90 --out build/cuda
+
+Warnings are errors. Standard library only, so that it runs on a bare machine. Objects are kept beside the library and
+made again only when a source has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["WANTED", "Kernel", "architectures_known", "build", "device_architecture", "find_nvcc"]
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "runtime" / "csrc"
+WANTED = (75, 80, 86, 87, 89, 90, 100, 110, 120)
+"""Turing to Blackwell, Orin (87) and Thor (110) among them."""
+CUDA_SOURCES = ("selective_scan.cu", "causal_conv1d.cu", "cuda_launch.cu")
+CUDA_FLAGS = [
+    *("-std=c++17", "-O3", "-ftz=true", "-Werror=all-warnings", "-Xptxas=-v"),
+    "-Xcompiler=-Wall,-Wextra,-Werror,-fPIC,-fvisibility=hidden",
+]
+HOST_FLAGS = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-fvisibility=hidden"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ptxas says of one kernel for one architecture. spill_bytes: stores and loads; stack_bytes: a stack frame."""
+
+    name: str
+    architecture: int
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+
+
+def find_nvcc() -> str | None:
+    """nvcc, as CUDACXX or the path name it, or None."""
+    return shutil.which(os.environ.get("CUDACXX", "nvcc"))
+
+
+def architectures_known(nvcc: str) -> list[int]:
+    """Those of WANTED that this nvcc compiles for."""
+    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = {int(number) for number in re.findall(r"compute_(\d+)\b", listing)}
+    return [a for a in WANTED if a in known]
+
+
+def device_architecture() -> int | None:
+    """Of the first device, from nvidia-smi, or None."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return None
+    query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    found = re.match(r"(\d+)\.(\d)", subprocess.run(query, capture_output=True, text=True).stdout)
+    return 10 * int(found[1]) + int(found[2]) if found else None
+
+
+def build(folder: Path, architectures: Sequence[int], *, jobs: int = 2) -> tuple[Path, list[Kernel]]:
+    """The library for `architectures` in `folder`, and its kernels.
+
+    Raises:
+        RuntimeError: a compiler is missing, or refused; the message has its words.
+    """
+    nvcc, host = find_nvcc(), shutil.which(os.environ.get("CXX", "c++"))
+    if nvcc is None or host is None:
+        raise RuntimeError("nvcc and a C++ compiler are needed: put them on the path, or name them in CUDACXX and CXX")
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = sorted(p for p in CSRC.iterdir() if p.suffix in (".h", ".cu", ".cc", ".map"))
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources) + Path(__file__).read_bytes()).hexdigest()[:16]
+
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    wanted = f"{digest} {','.join(map(str, architectures))}"
+
+    def compile_cuda(name: str) -> tuple[Path, str]:
+        target = folder / f"{Path(name).stem}.o"
+        log, stamp = target.with_suffix(".log"), target.with_suffix(".stamp")
+        if not (target.exists() and stamp.exists() and stamp.read_text() == wanted):
+            stamp.unlink(missing_ok=True)
+            log.write_text(
+                _run([nvcc, *CUDA_FLAGS, f"--threads={jobs}", *codes, "-c", str(CSRC / name), "-o", str(target)])
+            )
+            stamp.write_text(wanted)
+        return target, log.read_text()
+
+    with ThreadPoolExecutor(jobs) as pool:
+        made = list(pool.map(compile_cuda, CUDA_SOURCES))
+    kernels = [kernel for _, log in made for kernel in _kernels(log)]
+
+    target, stamp = folder / "libhcmen_ops_cuda.so", folder / "stamp"
+    if not (target.exists() and stamp.exists() and stamp.read_text() == wanted):
+        operators = folder / "ort_cuda_ops.o"
+        _run([host, *HOST_FLAGS, "-c", str(CSRC / "ort_cuda_ops.cc"), "-o", str(operators)])
+        link = [f"-Xlinker=--version-script={CSRC / 'exports.map'}", "-Xlinker=--no-undefined", "-Xlinker=-z,nodelete"]
+        link += ["-Xcompiler=-static-libstdc++,-static-libgcc", "-cudart=static"]
+        _run([nvcc, "-shared", *link, *(str(path) for path, _ in made), str(operators), "-o", str(target)])
+        stamp.write_text(wanted)
+    return target, kernels
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+_REPORT = re.compile(
+    r"Compiling entry function '[^']+' for 'sm_(?P<architecture>\d+)'\s+ptxas info\s+: "
+    r"Function properties for (?P<name>\S+)\s+(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads\s+ptxas info\s+: Used (?P<registers>\d+) registers"
+)
+
+
+def _kernels(log: str) -> list[Kernel]:
+    found = []
+    for match in _REPORT.finditer(log):
+        # _ZN..<length of the name><name>I<template arguments>E..: the name and its arguments are enough.
+        readable = re.search(r"\d+([a-z_]+_kernel)(I.*?E(?=E?v))?", match["name"])
+        name = readable[1] if readable else match["name"]
+        arguments = re.findall(r"6__half|(?<=I)f|Li\d+", readable[2] or "") if readable else []
+        readable_arguments = [{"6__half": "half", "f": "float"}.get(a, a.removeprefix("Li")) for a in arguments]
+        found.append(
+            Kernel(
+                name + (f"<{', '.join(readable_arguments)}>" if arguments else ""),
+                int(match["architecture"]),
+                int(match["registers"]),
+                int(match["stores"]) + int(match["loads"]),
+                int(match["stack"]),
+            )
+        )
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--architectures", help="all, or numbers like 87,90; by default that of this machine, or 90")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "cuda")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2)
+    options = parser.parse_args(arguments)
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("there is no nvcc: put it on the path, or name it in CUDACXX", file=sys.stderr)
+        return 3
+    if options.architectures == "all":
+        chosen = architectures_known(nvcc)
+    elif options.architectures:
+        chosen = [int(a) for a in options.architectures.split(",")]
+    else:
+        chosen = [device_architecture() or 90]
+    try:
+        library, kernels = build(options.out, chosen, jobs=options.jobs)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 3
+    print(f"{library}: {library.stat().st_size / 2**20:.1f} MiB for sm_{', sm_'.join(map(str, chosen))}\n")
+    names = list(dict.fromkeys(k.name for k in kernels))
+    print("registers" + " " * 31 + "".join(f"{'sm_' + str(a):>8}" for a in chosen))
+    for name in names:
+        cells = {k.architecture: k for k in kernels if k.name == name}
+        row = [f"{cells[a].registers}{'*' if cells[a].spill_bytes else ''}" for a in chosen]
+        print(f"{name:<40}" + "".join(f"{cell:>8}" for cell in row))
+    spilled = [k for k in kernels if k.spill_bytes]
+    print(f"\n{len(kernels)} kernels, {len(spilled)} with spills (*)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
