@@ -11,14 +11,15 @@ Glossary (sizes: batch b, time t, channel c, state n, group g; the layout is cha
 `selective_scan_ref` and `causal_conv1d_ref` are plain PyTorch in the precision of their inputs, float64 included: the
 oracle of every other implementation. `selective_scan` and `causal_conv1d` are what models call. They pick
 
-    native      the C++ kernels of libhcmen_ops.so, through torch.library custom ops with autograd (CPU tensors)
+    native      the C++ kernels of libhcmen_ops.so, through torch.library custom ops with autograd (CPU tensors), and
+                those of libhcmen_ops_cuda.so where it was built (CUDA tensors; hcmen/scan_cuda.py)
     mamba_ssm   the CUDA kernels of the packages mamba_ssm and causal_conv1d, where they are installed (CUDA tensors)
     ref         the reference above (any device, any dtype)
     onnx        while torch.onnx.export traces: one node hcmen::SelectiveScan or hcmen::CausalConv1d
 
-On CUDA without these packages, or with arguments that they do not take, the reference runs: one small operation after
-the other, which is slow, and which a warning says once. `implementation(...)` overrides the choice, so that tests and
-benchmarks run each on purpose; what is named is never replaced by another.
+On CUDA mamba_ssm's kernels come first, then ours. Without either, or with arguments that none takes, the reference
+runs: one small operation after the other, which is slow, and which a warning says once. `implementation(...)` overrides
+the choice, so that tests and benchmarks run each on purpose; what is named is never replaced by another.
 """
 
 from __future__ import annotations
@@ -279,10 +280,13 @@ def _choice(operation: str, x: Tensor, mamba_limit: Callable[[], str | None]) ->
     if chosen == "ref":
         return "ref"
     on_cpu, on_cuda, fits = x.device.type == "cpu", _on_cuda(x), x.dtype in _KERNEL_DTYPES
+    if chosen == "native" and on_cuda and fits:
+        scan_cuda.demand()
+        return "native"
     if chosen == "native":
         if not (on_cpu and fits):
             raise BackendError(
-                f"the native scan takes float32, float16 or bfloat16 on the CPU, got {x.dtype} on {x.device}: "
+                f"the native scan takes float32, float16 or bfloat16 on the CPU or CUDA, got {x.dtype} on {x.device}: "
                 "convert the tensors or choose 'ref'"
             )
         load_library()
@@ -298,10 +302,11 @@ def _choice(operation: str, x: Tensor, mamba_limit: Callable[[], str | None]) ->
             raise BackendError(f"mamba_ssm's {operation} cannot run: {why}; choose another implementation")
         return "mamba_ssm"
     if on_cuda and fits:
-        # The place of a CUDA kernel library of our own: it is asked before other packages are.
         why = mamba_limit() or _mamba(operation)[1]
         if not why:
             return "mamba_ssm"
+        if scan_cuda.works():
+            return "native"
         _warn_once(f"the {operation} runs on CUDA by plain PyTorch operations, which is slow: {why}")
         return "ref"
     return "native" if on_cpu and fits and _library_works() else "ref"
@@ -747,3 +752,7 @@ def _conv_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 
 _causal_conv1d_op.register_autograd(_conv_backward, setup_context=_conv_setup)
+
+
+# Registers the kernels of CUDA tensors for the ops above, which it imports.
+from hcmen import scan_cuda  # noqa: E402

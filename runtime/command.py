@@ -46,7 +46,10 @@ _EPILOG = (
     show_default=True,
     help="Which graph: auto takes the one for exactly what each clip carries. With --self-test: which one to test.",
 )
-@click.option("--backend", default="auto", show_default=True, help="auto or ort; a named one never falls back.")
+@click.option(
+    "--backend", default="auto", show_default=True, help="auto, ort or ort-cuda; a named one never falls back."
+)
+@click.option("--cuda-graph", is_flag=True, help="With ort-cuda: record a graph once per input shape, then replay it.")
 @click.option("--threads", type=int, help="Worker threads. Default: the physical cores.")
 @click.option("--clean", is_flag=True, help="Set NaN and infinity in clips to zero instead of refusing them.")
 @click.option("--check", is_flag=True, help="Compare every score with the eager PyTorch model (needs torch).")
@@ -61,6 +64,7 @@ def main(
     bundle: str,
     variant: str,
     backend: str,
+    cuda_graph: bool,
     threads: int | None,
     clean: bool,
     check: bool,
@@ -80,7 +84,8 @@ def main(
     if variant != "auto":
         variant_named(variant)
     paths, errors = _expand(clips)
-    model = Predictor(read_bundle(bundle), backend=backend, threads=threads, clean=clean)
+    opened = read_bundle(bundle)
+    model = Predictor(opened, backend=backend, threads=threads, clean=clean, cuda_graph=cuda_graph)
     checker = _EagerCheck(model.bundle, checkpoint) if check else None
     console.detail(
         f"bundle {bundle}, backend {model.backend.name} {model.backend.version}, {model.backend.threads} threads"

@@ -69,7 +69,7 @@ class Row:
 def main(console: Console, bundle: str | None) -> None:
     """Checks this machine: what is installed and what works. Exit code 1 if anything failed."""
     rows = []
-    with console.progress("checking", 15, "rows") as bar:
+    with console.progress("checking", 19, "rows") as bar:
         for row in check_machine(bundle):
             rows.append(row)
             bar.advance()
@@ -115,6 +115,7 @@ def check_machine(bundle: str | None = None) -> Iterator[Row]:
                 yield _attempt(f"{op}, kernel", partial(check, _library_path()), fix)
             else:
                 yield Row(f"{op}, kernel", SKIPPED, "needs the kernel library")
+    yield from _cuda()
     yield _bundle(bundle, can_run=ort.status == OK)
     torch = find_spec("torch") is not None
     torch_version = _version("torch") if torch else None
@@ -122,6 +123,67 @@ def check_machine(bundle: str | None = None) -> Iterator[Row]:
     yield Row("torch", INFO, what + ("" if torch else "; scoring does not need it"))
     tokenizers = _version("tokenizers")
     yield Row("tokenizers", INFO, f"{tokenizers or 'not installed'}, for raw words to a bundle with a text encoder")
+
+
+def _cuda() -> Iterator[Row]:
+    """The backend ort-cuda. A machine without it is sound: what is absent is told, what is there and broken fails."""
+    from hcmen.runtime import cuda_library
+    from hcmen.runtime.cuda_device import describe_devices
+
+    problem = cuda_library.device_problem()
+    yield Row("cuda device", INFO if problem else OK, problem or describe_devices())
+    provider = find_spec("onnxruntime") is not None and _has_cuda_provider()
+    yield Row("cuda provider", OK if provider else INFO, "in onnxruntime" if provider else "not in onnxruntime")
+    try:
+        path: Path | None = cuda_library.cuda_library_path()
+    except BackendError as error:
+        path = None
+        yield Row("cuda kernels", INFO, f"not built: {one_line(error)}")
+    else:
+
+        def load() -> str:
+            library = cuda_library.load_cuda_library()
+            return f"version {library.hcmen_cuda_ops_version()}, {path}"
+
+        yield _attempt("cuda kernels", load, "build libhcmen_ops_cuda.so again: docs/cuda.md")
+    missing = [what for what, there in (("a device", not problem), ("the provider", provider)) if not there]
+    missing += [] if path else ["the kernels"]
+    if missing or path is None:
+        yield Row("SelectiveScan, cuda", SKIPPED, f"needs {' and '.join(missing)}")
+    else:
+        fix = "docs/cuda.md; CUDA and cuDNN must be the versions that onnxruntime-gpu was built for"
+        yield _attempt("SelectiveScan, cuda", partial(_check_cuda_scan, path), fix)
+
+
+def _has_cuda_provider() -> bool:
+    from hcmen.runtime.ort import import_onnxruntime
+
+    try:
+        return "CUDAExecutionProvider" in import_onnxruntime().get_available_providers()
+    except HcmenError:
+        return False  # the row of onnxruntime says why
+
+
+def _check_cuda_scan(library: Path) -> str:
+    """The one-node model through the backend, as a bundle's graphs run."""
+    import numpy as np
+
+    from hcmen.runtime.ort_cuda import OrtCudaBackend
+    from hcmen.runtime.selfcheck import TOLERANCE, selective_scan_numpy, selfcheck_inputs
+
+    session = OrtCudaBackend(1).session(
+        _beside("selfcheck.onnx").read_bytes(), np.zeros(0, np.uint8), "weights.bin", "the one-node model"
+    )
+    inputs: dict[str, Any] = selfcheck_inputs()
+    got = session.run(inputs)
+    expected = selective_scan_numpy(**inputs, delta_softplus=True)
+    off = max(
+        float(np.abs(got[name] - want).max() / np.abs(want).max())
+        for name, want in zip(("y", "last_state"), expected, strict=True)
+    )
+    if not off <= TOLERANCE:
+        raise CheckFailed(f"off by {off:.1e} of the largest output, expected {TOLERANCE:.0e} or less, with {library}")
+    return f"largest error {off:.1e} of the largest output"
 
 
 def _table(rows: list[Row]) -> str:

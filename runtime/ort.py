@@ -17,7 +17,7 @@ import functools
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ class OrtBackend:
     """
 
     name = "ort"
+    _providers: Sequence[Any] = ("CPUExecutionProvider",)
 
     def __init__(self, threads: int | None = None, *, library: bool = True):
         self._ort = import_onnxruntime()
@@ -78,7 +79,7 @@ class OrtBackend:
         self.library_problem: str | None = "left out on request"
         if library:
             try:
-                self.library = library_path()
+                self.library = self._library_path()
                 self._options(self.library)
                 self.library_problem = None
             except HcmenError as error:
@@ -109,9 +110,15 @@ class OrtBackend:
         try:
             values = [self._ort.OrtValue.ortvalue_from_numpy(t.view(weights)) for t in graph.external]
             options.add_external_initializers([t.name for t in graph.external], values)
-            session = self._ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            session = self._ort.InferenceSession(model, options, providers=list(self._providers))
         except Exception as error:
             raise _load_error(error, where, self.version) from error
+        return self._session(session, kernels, where)
+
+    def _library_path(self) -> Path:
+        return library_path()
+
+    def _session(self, session: Any, kernels: str, where: str) -> OrtSession:
         return OrtSession(session, kernels, where)
 
     def _options(self, library: Path | None) -> Any:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKENDS", "BATCH_CLIPS", "ClipLike", "Predictor", "Result", "SelfTest", "load"]
 
-BACKENDS = ("auto", "ort")
+BACKENDS = ("auto", "ort", "ort-cuda")
 BATCH_CLIPS = 32
 """Most clips in one run of a graph; more gain little and cost memory."""
 _GROUP_CLIPS = 256  # clips read ahead to find batch mates of the same variant
@@ -93,26 +93,36 @@ class Predictor:
 
     Args:
         bundle: from `read_bundle`; its manifest is checked, its files are verified as they are loaded.
-        backend: "ort", or "auto" for the best at hand, which is "ort".
+        backend: "ort" (ONNX Runtime on the CPU), "ort-cuda" (on a CUDA device), or "auto", which is "ort".
         threads: worker threads per session, the physical cores by default.
         clean: set NaN and infinity in clips to zero, and count them, instead of refusing them.
+        cuda_graph: with "ort-cuda", record each graph once per input shape and replay it.
 
     Raises:
-        InputError: no such backend, or a thread count below 1.
+        InputError: no such backend, a thread count below 1, or an option that the backend does not have.
         BackendError: the backend is not installed or does not work.
     """
 
-    def __init__(self, bundle: Bundle, *, backend: str = "auto", threads: int | None = None, clean: bool = False):
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        backend: str = "auto",
+        threads: int | None = None,
+        clean: bool = False,
+        cuda_graph: bool = False,
+    ):
         if backend not in BACKENDS:
             raise InputError(f"unknown backend '{backend}': choose from {', '.join(BACKENDS)}")
         if threads is not None and not 1 <= threads <= 1024:
             raise InputError(f"threads is {threads}, expected 1 to 1024")
-        from hcmen.runtime.ort import OrtBackend
+        if cuda_graph and backend != "ort-cuda":
+            raise InputError(f"cuda_graph is an option of the backend 'ort-cuda', got backend '{backend}'")
 
         self.bundle = bundle
         self.config = bundle.manifest.model
         self.clean = clean
-        self.backend: OrtBackend = OrtBackend(threads)
+        self.backend: OrtBackend = _make_backend(backend, threads, cuda_graph)
         self._sessions: dict[str, OrtSession] = {}
         self._weights: NDArray[np.uint8] | None = None
         self._tokenizer: Tokenizer | None = None
@@ -349,8 +359,23 @@ class Predictor:
         return chosen.name
 
 
+def _make_backend(name: str, threads: int | None, cuda_graph: bool) -> OrtBackend:
+    if name == "ort-cuda":
+        from hcmen.runtime.ort_cuda import OrtCudaBackend
+
+        return OrtCudaBackend(threads, cuda_graph=cuda_graph)
+    from hcmen.runtime.ort import OrtBackend
+
+    return OrtBackend(threads)
+
+
 def load(
-    bundle: str | os.PathLike[str], *, backend: str = "auto", threads: int | None = None, clean: bool = False
+    bundle: str | os.PathLike[str],
+    *,
+    backend: str = "auto",
+    threads: int | None = None,
+    clean: bool = False,
+    cuda_graph: bool = False,
 ) -> Predictor:
     """Opens the bundle in the folder `bundle`; graphs are loaded when they are first needed.
 
@@ -363,7 +388,8 @@ def load(
         BackendError: the backend is missing, or the bundle needs another version of the ops.
     """
     # Graphs are opened later, when the working directory may be another one.
-    return Predictor(read_bundle(os.path.abspath(bundle)), backend=backend, threads=threads, clean=clean)
+    opened = read_bundle(os.path.abspath(bundle))
+    return Predictor(opened, backend=backend, threads=threads, clean=clean, cuda_graph=cuda_graph)
 
 
 def _read_golden(content: NDArray[np.uint8], where: str) -> list[Arrays]:

@@ -75,7 +75,7 @@ def allowed(importer: str, imported: str) -> bool:
     if source == target or target == "base" or source == "export":
         return True
     if source == "torch" and target == "runtime":
-        return imported in ("hcmen.runtime", "hcmen.runtime.library", "hcmen.runtime.cli")
+        return imported in ("hcmen.runtime", "hcmen.runtime.library", "hcmen.runtime.cuda_library", "hcmen.runtime.cli")
     return False
 
 
