@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from helpers import emulated
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "runtime" / "csrc"
@@ -36,9 +38,18 @@ class Build:
     """What was built against one version: the program, the plugins over CPU kernels, and, with nvcc, the real ones."""
 
     version: str
+    include: Path
     test: Path
     host: Path
     cuda: Path | None
+
+    @property
+    def system_includes(self) -> list[str]:
+        """Options for a compiler."""
+        cache = (self.test.parents[2] / "CMakeCache.txt").read_text()
+        cuda = re.search(r"^HCMEN_CUDA_INCLUDE_DIR:PATH=(.+)$", cache, re.M)
+        assert cuda
+        return ["-isystem", str(self.include), "-isystem", cuda[1]]
 
     @property
     def libraries(self) -> list[Path]:
@@ -68,6 +79,8 @@ def build(include: Path, name: str, *options: str) -> Build:
         "-DHCMEN_TESTS=ON",
         f"-DTENSORRT_INCLUDE_DIR={include}",
         "-DCMAKE_BUILD_TYPE=Release",
+        # As PTX too, for whatever GPU is here.
+        f"-DCMAKE_CUDA_ARCHITECTURES={os.environ.get('HCMEN_CUDA_ARCHITECTURES', '80')}",
         *options,
     ]
     configured = run([cmake, "-S", str(SOURCES), "-B", str(folder), *settings])
@@ -89,7 +102,11 @@ def build(include: Path, name: str, *options: str) -> Build:
     version = run([str(program), str(kept / "libhcmen_trt_host.so"), "contract"]).stdout.partition("\n")[0]
     assert version.startswith("TensorRT headers ")
     return Build(
-        version.rpartition(" ")[2], program, kept / "libhcmen_trt_host.so", kept / "libhcmen_trt.so" if cuda else None
+        version.rpartition(" ")[2],
+        include,
+        program,
+        kept / "libhcmen_trt_host.so",
+        kept / "libhcmen_trt.so" if cuda else None,
     )
 
 
@@ -111,6 +128,19 @@ def test_every_method_keeps_its_contract(built: Build) -> None:
 def test_enqueue_gives_the_reference_numbers(built: Build) -> None:
     """Every input, output, attribute and type reaches the kernel as docs/op.md has it, on host memory."""
     assert built.check(built.host, "enqueue-host").stderr == ""
+
+
+@needs_linux
+@pytest.mark.timeout(900)
+def test_the_cuda_kernels_give_the_reference_numbers(built: Build, tmp_path: Path) -> None:
+    """The plugins with the CUDA sources themselves, compiled for the host (tests/emulation), at the last version."""
+    if built.include != INCLUDES[-1]:
+        pytest.skip("the kernels do not depend on the version of TensorRT: once is enough")
+    library = tmp_path / "libhcmen_trt_emulated.so"
+    flags = ["-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wno-error", "-ldl", *built.system_includes]
+    made = emulated.build(library, flags, [*emulated.KERNELS, SOURCES / "trt_plugin.cc"])
+    assert made.returncode == 0, made.stderr[-3000:]
+    assert built.check(library, "enqueue-emulated").stderr == ""
 
 
 def has_gpu() -> bool:
