@@ -418,7 +418,7 @@ void add_expected(Line& line, const Tensor& tensor, const Sizes& sizes, bool wit
       if (size == kGroup && !with_group) continue;
       line.add(first ? "" : ", ");
       first = false;
-      const bool number = !names && sizes.value[size] != kUnknown && size != kGroup;
+      const bool number = !names && sizes.value[size] != kUnknown;
       number ? line.add("%" PRId64, sizes.value[size]) : line.add("%s", kSizeNames[size]);
     }
     line.add("]");

@@ -931,8 +931,10 @@ class Memory {
   Memory& operator=(const Memory&) = delete;
 
   void write(const void* from) {
-    on_gpu ? cuda(cudaMemcpy(data_, from, size_, cudaMemcpyHostToDevice), "cudaMemcpy")
-           : (void)memcpy(data_, from, size_);
+    if (!on_gpu) return (void)memcpy(data_, from, size_);
+    cuda(cudaMemcpy(data_, from, size_, cudaMemcpyHostToDevice), "cudaMemcpy");
+    // A copy may return before its last bytes are there, and the stream of the tests waits for no other.
+    cuda(cudaDeviceSynchronize(), "cudaMemcpy");
   }
   void read(void* to) const {
     on_gpu ? cuda(cudaMemcpy(to, data_, size_, cudaMemcpyDeviceToHost), "cudaMemcpy") : (void)memcpy(to, data_, size_);
