@@ -47,12 +47,14 @@ __all__ = [
     "SCHEMA_VERSION",
     "Bundle",
     "FileRecord",
+    "JsonObject",
     "Manifest",
     "TensorSpec",
     "VariantRecord",
     "expected_inputs",
     "expected_outputs",
     "file_record",
+    "parse_json",
     "read_bundle",
     "write_manifest",
     "writing_bundle",
@@ -159,7 +161,7 @@ class Manifest:
             BackendError: its graphs need another version of the ops than this package has.
             CorruptFileError: anything missing, unknown, of the wrong type, out of range or unsafe.
         """
-        top = _Object("", data)
+        top = JsonObject("", data)
         schema = top.integer("schema_version", 1)
         if schema != SCHEMA_VERSION:
             raise InputError(
@@ -243,6 +245,19 @@ class Bundle:
         self._verify(record, keep=False)
         return self.path / record.file
 
+    def read_index(self, name: str) -> bytes | None:
+        """The content of a small file that no manifest lists, since it is made on the device; None if it is not there.
+
+        Raises:
+            InputError: it may not be read.
+            CorruptFileError: a link, or not a regular file.
+        """
+        try:
+            with _opened_beneath(self.path, name) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
+                return file.read(_MAX_MANIFEST_BYTES + 1)
+        except _MissingFile:
+            return None
+
     def verify(self) -> None:
         """Verifies every file that the manifest lists; raises CorruptFileError at the first that is not as listed."""
         for record in self.records():
@@ -304,7 +319,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
         ) from error
     where = root / MANIFEST_FILE
     try:
-        return Bundle(root, Manifest.from_json(_parse_json(content)))
+        return Bundle(root, Manifest.from_json(parse_json(content)))
     except HcmenError as error:
         raise type(error)(f"{where}: {str(error).removeprefix('manifest: ')}") from error
 
@@ -341,7 +356,7 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Path:
         OSError: it cannot be written.
     """
     text = json.dumps(_plain(manifest.to_json()), indent=1, allow_nan=False)
-    Manifest.from_json(_parse_json(text.encode()))
+    Manifest.from_json(parse_json(text.encode()))
     path = Path(folder) / MANIFEST_FILE
     path.write_text(text + "\n", encoding="ascii")
     return path
@@ -416,7 +431,7 @@ def expected_outputs() -> tuple[TensorSpec, ...]:
 # --- reading the manifest -------------------------------------------------------------------------------------------
 
 
-class _Object:
+class JsonObject:
     """A JSON object whose keys are taken one by one; `finish` refuses the ones that nobody took."""
 
     def __init__(self, where: str, data: Any):
@@ -464,8 +479,12 @@ class _Object:
             raise CorruptFileError(f"manifest: '{self._name(key)}' holds a number beyond float32")
         return tuple(float(v) for v in values)
 
-    def object(self, key: str) -> _Object:
-        return _Object(self._name(key), self.value(key, dict))
+    def object(self, key: str) -> JsonObject:
+        return JsonObject(self._name(key), self.value(key, dict))
+
+    def record(self) -> FileRecord:
+        """The keys of a file record, among others that may be there."""
+        return _take_record(self)
 
     def finish(self) -> None:
         unknown = [k for k in self.data if k not in self._taken]
@@ -478,8 +497,12 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "null" if value is None else "a number")
 
 
-def _parse_json(content: bytes) -> Any:
-    """JSON without its traps: no duplicate keys, no NaN or infinity, no excess of size or depth."""
+def parse_json(content: bytes) -> Any:
+    """JSON without its traps: no duplicate keys, no NaN or infinity, no excess of size or depth.
+
+    Raises:
+        CorruptFileError: it has one of them, or is no JSON.
+    """
     if len(content) > _MAX_MANIFEST_BYTES:
         raise CorruptFileError(f"manifest: more than {_MAX_MANIFEST_BYTES} bytes, expected a few thousand")
 
@@ -517,13 +540,13 @@ def _depth_exceeds(data: Any, limit: int) -> bool:
     return True
 
 
-def _record_from_json(data: _Object) -> FileRecord:
+def _record_from_json(data: JsonObject) -> FileRecord:
     record = _take_record(data)
     data.finish()
     return record
 
 
-def _take_record(data: _Object) -> FileRecord:
+def _take_record(data: JsonObject) -> FileRecord:
     record = FileRecord(data.string("file"), data.string("sha256"), data.integer("bytes", 1, _MAX_FILE_BYTES))
     _check_file_name(record.file)
     if not _SHA256.match(record.sha256):
@@ -542,7 +565,7 @@ def _check_file_name(name: str) -> None:
 def _tensors_from_json(data: list[Any], where: str) -> tuple[TensorSpec, ...]:
     specs = []
     for i, item in enumerate(data):
-        entry = _Object(f"{where}[{i}]", item)
+        entry = JsonObject(f"{where}[{i}]", item)
         shape = entry.value("shape", list)
         if not all(isinstance(s, (str, int)) and not isinstance(s, bool) for s in shape):
             raise CorruptFileError(f"manifest: '{where}[{i}].shape' is {shape}, expected names and integers")
@@ -551,7 +574,7 @@ def _tensors_from_json(data: list[Any], where: str) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
-def _variants_from_json(data: _Object, model: ModelConfig) -> dict[str, VariantRecord]:
+def _variants_from_json(data: JsonObject, model: ModelConfig) -> dict[str, VariantRecord]:
     names = [v.name for v in VARIANTS]
     for name in data.data:
         if name not in names:
@@ -561,7 +584,7 @@ def _variants_from_json(data: _Object, model: ModelConfig) -> dict[str, VariantR
     return {name: _variant_from_json(data.object(name), name, model) for name in names if name in data.data}
 
 
-def _variant_from_json(data: _Object, name: str, model: ModelConfig) -> VariantRecord:
+def _variant_from_json(data: JsonObject, name: str, model: ModelConfig) -> VariantRecord:
     record = VariantRecord(
         graph=_take_record(data),
         golden=_record_from_json(data.object("golden")),
@@ -578,7 +601,7 @@ def _variant_from_json(data: _Object, name: str, model: ModelConfig) -> VariantR
             raise CorruptFileError(
                 f"manifest: '{data.where}.{what}' is {_signature(got)}, expected {_signature(expected)}"
             )
-    parity = _Object(f"{data.where}.parity", data.data["parity"])
+    parity = JsonObject(f"{data.where}.parity", data.data["parity"])
     parity.value("passed", bool)
     return record
 
@@ -587,7 +610,7 @@ def _signature(specs: tuple[TensorSpec, ...]) -> str:
     return "; ".join(f"{t.name} {t.dtype} {list(t.shape)}" for t in specs)[:300] or "none"
 
 
-def _normalisation_from_json(data: _Object, model: ModelConfig) -> dict[str, dict[str, tuple[float, ...]]]:
+def _normalisation_from_json(data: JsonObject, model: ModelConfig) -> dict[str, dict[str, tuple[float, ...]]]:
     made = {}
     for m in MODALITIES:
         entry = data.object(m)
@@ -679,7 +702,7 @@ def _looks_like_bundle(folder: Path) -> bool:
     """Whether `folder` was written by us, of whatever schema and state; only then is it replaced unasked."""
     try:
         with open(folder / MANIFEST_FILE, "rb") as file:
-            data = _parse_json(file.read(_MAX_MANIFEST_BYTES + 1))
+            data = parse_json(file.read(_MAX_MANIFEST_BYTES + 1))
     except (OSError, CorruptFileError):
         return False
     return isinstance(data, dict) and data.get("name") == NAME and "schema_version" in data and "variants" in data
