@@ -47,9 +47,13 @@ _EPILOG = (
     help="Which graph: auto takes the one for exactly what each clip carries. With --self-test: which one to test.",
 )
 @click.option(
-    "--backend", default="auto", show_default=True, help="auto, ort or ort-cuda; a named one never falls back."
+    "--backend",
+    default="auto",
+    show_default=True,
+    help="auto, ort, ort-cuda or tensorrt; a named one never falls back.",
 )
 @click.option("--cuda-graph", is_flag=True, help="With ort-cuda: record a graph once per input shape, then replay it.")
+@click.option("--precision", help="fp32 or fp16: which engines of hcmen-compile the backend tensorrt takes.")
 @click.option("--threads", type=int, help="Worker threads. Default: the physical cores.")
 @click.option("--clean", is_flag=True, help="Set NaN and infinity in clips to zero instead of refusing them.")
 @click.option("--check", is_flag=True, help="Compare every score with the eager PyTorch model (needs torch).")
@@ -65,6 +69,7 @@ def main(
     variant: str,
     backend: str,
     cuda_graph: bool,
+    precision: str | None,
     threads: int | None,
     clean: bool,
     check: bool,
@@ -84,8 +89,9 @@ def main(
     if variant != "auto":
         variant_named(variant)
     paths, errors = _expand(clips)
-    opened = read_bundle(bundle)
-    model = Predictor(opened, backend=backend, threads=threads, clean=clean, cuda_graph=cuda_graph)
+    model = Predictor(
+        read_bundle(bundle), backend=backend, threads=threads, clean=clean, cuda_graph=cuda_graph, precision=precision
+    )
     checker = _EagerCheck(model.bundle, checkpoint) if check else None
     console.detail(
         f"bundle {bundle}, backend {model.backend.name} {model.backend.version}, {model.backend.threads} threads"
@@ -111,7 +117,7 @@ def main(
                 results.append((i, outcome))
             bar.advance()
 
-    checks = checker.reports() if checker else {}
+    checks = checker.reports(model) if checker else {}
     eager = {i: checker.scores[i] for i, _ in results} if checker else {}
     _emit(console, model, results, eager, errors, tests, checks)
     _mention(console, [result for _, result in results])
@@ -201,15 +207,17 @@ class _EagerCheck:
             for name, value in values.items():
                 store.setdefault(variant, {}).setdefault(name, []).append(value)
 
-    def reports(self) -> dict[str, dict[str, Comparison]]:
-        """variant -> output -> comparison, over all that was run."""
+    def reports(self, model: Predictor) -> dict[str, dict[str, Comparison]]:
+        """variant -> output -> comparison, over all that was run, within the bound of what `model` runs."""
         import numpy as np
 
         from hcmen.runtime.compare import compare
 
         return {
             variant: {
-                name: compare(np.concatenate(got), np.concatenate(self._expected[variant][name]))
+                name: compare(
+                    np.concatenate(got), np.concatenate(self._expected[variant][name]), *model.tolerance(variant)
+                )
                 for name, got in outputs.items()
             }
             for variant, outputs in self._got.items()

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from hcmen.bundle import OP_DOMAIN
 from hcmen.errors import BackendError, CorruptFileError, HcmenError
+from hcmen.runtime.compare import SCORE_ATOL, SCORE_RTOL
 from hcmen.runtime.graph import read_graph
 from hcmen.runtime.library import library_path
 
@@ -41,6 +42,8 @@ STANDARD = "standard"
 
 class OrtSession:
     """One graph, ready to run. kernels: NATIVE, FUNCTIONS or STANDARD. Several threads may run it at once."""
+
+    tolerance = (SCORE_ATOL, SCORE_RTOL)
 
     def __init__(self, session: Any, kernels: str, where: str):
         self.kernels = kernels

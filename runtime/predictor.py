@@ -19,7 +19,8 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast, overload
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,15 +29,16 @@ from hcmen.bundle import Bundle, read_bundle
 from hcmen.clip import TEXT_TOKENS, Clip, batch_clips, clip_from_arrays, read_clip
 from hcmen.errors import CheckFailed, CorruptFileError, HcmenError, InputError
 from hcmen.modalities import MODALITIES, Variant, variant_named
-from hcmen.runtime.compare import SCORE_ATOL, SCORE_RTOL, Comparison, compare
+from hcmen.runtime.compare import Comparison, compare
 from hcmen.runtime.words import Encoded, Tokenizer
 
 if TYPE_CHECKING:
     from hcmen.runtime.ort import OrtBackend, OrtSession
+    from hcmen.runtime.trt import TrtBackend, TrtSession
 
-__all__ = ["BACKENDS", "BATCH_CLIPS", "ClipLike", "Predictor", "Result", "SelfTest", "load"]
+__all__ = ["BACKENDS", "BATCH_CLIPS", "ClipLike", "Predictor", "Result", "SelfTest", "Session", "golden_test", "load"]
 
-BACKENDS = ("auto", "ort", "ort-cuda")
+BACKENDS = ("auto", "ort", "ort-cuda", "tensorrt")
 BATCH_CLIPS = 32
 """Most clips in one run of a graph; more gain little and cost memory."""
 _GROUP_CLIPS = 256  # clips read ahead to find batch mates of the same variant
@@ -88,15 +90,28 @@ class SelfTest:
         return all(c.passed for c in self.outputs.values())
 
 
+class Session(Protocol):
+    """A loaded variant, whatever runs it. kernels: as in `Result`. tolerance: (atol, rtol) of its parity."""
+
+    kernels: str
+    tolerance: tuple[float, float]
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        """The outputs by name."""
+        ...
+
+
 class Predictor:
     """A loaded bundle; call it with a clip, or with a list of clips. Several threads may.
 
     Args:
         bundle: from `read_bundle`; its manifest is checked, its files are verified as they are loaded.
-        backend: "ort" (ONNX Runtime on the CPU), "ort-cuda" (on a CUDA device), or "auto", which is "ort".
-        threads: worker threads per session, the physical cores by default.
+        backend: "ort" (ONNX Runtime on the CPU), "ort-cuda" (on a CUDA device), "tensorrt" (engines that hcmen-compile
+            made on this device), or "auto", which is "ort".
+        threads: worker threads per session, the physical cores by default; not for "tensorrt".
         clean: set NaN and infinity in clips to zero, and count them, instead of refusing them.
         cuda_graph: with "ort-cuda", record each graph once per input shape and replay it.
+        precision: "fp32" or "fp16", which engines "tensorrt" takes; None for fp16 where it was compiled, else fp32.
 
     Raises:
         InputError: no such backend, a thread count below 1, or an option that the backend does not have.
@@ -111,6 +126,7 @@ class Predictor:
         threads: int | None = None,
         clean: bool = False,
         cuda_graph: bool = False,
+        precision: str | None = None,
     ):
         if backend not in BACKENDS:
             raise InputError(f"unknown backend '{backend}': choose from {', '.join(BACKENDS)}")
@@ -118,12 +134,24 @@ class Predictor:
             raise InputError(f"threads is {threads}, expected 1 to 1024")
         if cuda_graph and backend != "ort-cuda":
             raise InputError(f"cuda_graph is an option of the backend 'ort-cuda', got backend '{backend}'")
-
         self.bundle = bundle
         self.config = bundle.manifest.model
         self.clean = clean
-        self.backend: OrtBackend = _make_backend(backend, threads, cuda_graph)
-        self._sessions: dict[str, OrtSession] = {}
+        self.backend: OrtBackend | TrtBackend
+        self._open: Callable[[str], OrtSession | TrtSession]
+        if backend == "tensorrt":
+            if threads is not None:
+                raise InputError(f"threads is {threads}, and the backend 'tensorrt' has none: leave it out")
+            from hcmen.runtime.trt import TrtBackend
+
+            self.backend = TrtBackend(precision)
+            self._open = partial(self.backend.open, bundle)
+        else:
+            if precision is not None:
+                raise InputError(f"precision is '{precision}', and only the backend 'tensorrt' has one: leave it out")
+            self.backend = _make_backend(backend, threads, cuda_graph)
+            self._open = partial(self._open_graph, self.backend)
+        self._sessions: dict[str, OrtSession | TrtSession] = {}
         self._weights: NDArray[np.uint8] | None = None
         self._tokenizer: Tokenizer | None = None
         self._lock = threading.Lock()
@@ -220,53 +248,40 @@ class Predictor:
         """How the hcmen ops of `variant` run: "native", "functions" or "standard"; loads the graph if need be."""
         return self._session(variant).kernels
 
+    def tolerance(self, variant: str) -> tuple[float, float]:
+        """(atol, rtol) within which `variant` agrees with the eager model; loads it if need be."""
+        return self._session(variant).tolerance
+
     def self_test(
-        self, variants: Sequence[str] | None = None, *, atol: float = SCORE_ATOL, rtol: float = SCORE_RTOL
+        self, variants: Sequence[str] | None = None, *, atol: float | None = None, rtol: float | None = None
     ) -> Iterator[SelfTest]:
         """Runs the golden inputs of each variant (all by default) and compares with the eager model's outputs.
+
+        Args:
+            variants: which. atol, rtol: the bound; by default the one of docs/parity.md for what runs.
 
         Raises:
             InputError, CorruptFileError, BackendError: a variant or its golden file cannot be loaded, or did not run.
         """
         for variant in self.variants if variants is None else variants:
-            record = self.bundle.variant(variant)
-            where = f"{self.bundle.path / record.golden.file}"
-            cases = _read_golden(self.bundle.read(record.golden), where)
-            got: dict[str, list[NDArray[Any]]] = {t.name: [] for t in record.outputs}
-            expected: dict[str, list[NDArray[Any]]] = {t.name: [] for t in record.outputs}
-            for arrays in cases:
-                missing = [t.name for t in (*record.inputs, *record.outputs) if t.name not in arrays]
-                if missing:
-                    raise CorruptFileError(f"{where}: a case lacks {missing[0]!r}: export the bundle again")
-                outputs = self.run(variant, {t.name: arrays[t.name] for t in record.inputs})
-                for name in got:
-                    if outputs[name].shape != arrays[name].shape:
-                        compare(outputs[name], arrays[name])  # raises, naming both shapes
-                    got[name].append(outputs[name])
-                    expected[name].append(arrays[name])
-            comparisons = {
-                name: compare(np.concatenate(got[name]), np.concatenate(expected[name]), atol, rtol) for name in got
-            }
-            yield SelfTest(variant, len(cases), comparisons)
+            yield golden_test(self.bundle, variant, self._session(variant), atol, rtol)
 
-    def _session(self, variant: str) -> OrtSession:
+    def _session(self, variant: str) -> OrtSession | TrtSession:
         found = self._sessions.get(variant)
         if found is not None:
             return found
         with self._lock:
             if variant not in self._sessions:
-                record = self.bundle.variant(variant)
-                manifest = self.bundle.manifest
-                if self._weights is None:
-                    self._weights = self.bundle.read(manifest.weights)
-                where = str(self.bundle.path / record.graph.file)
-                self._sessions[variant] = self.backend.session(
-                    self.bundle.read(record.graph).tobytes(),
-                    self._weights,
-                    manifest.weights.file,
-                    where,
-                )
+                self._sessions[variant] = self._open(variant)
             return self._sessions[variant]
+
+    def _open_graph(self, backend: OrtBackend, variant: str) -> OrtSession:
+        record = self.bundle.variant(variant)
+        manifest = self.bundle.manifest
+        if self._weights is None:
+            self._weights = self.bundle.read(manifest.weights)
+        where = str(self.bundle.path / record.graph.file)
+        return backend.session(self.bundle.read(record.graph).tobytes(), self._weights, manifest.weights.file, where)
 
     def _score_group(
         self, items: Sequence[ClipLike], first: int, chosen: Variant | None, observe: Observer | None
@@ -376,6 +391,7 @@ def load(
     threads: int | None = None,
     clean: bool = False,
     cuda_graph: bool = False,
+    precision: str | None = None,
 ) -> Predictor:
     """Opens the bundle in the folder `bundle`; graphs are loaded when they are first needed.
 
@@ -389,7 +405,39 @@ def load(
     """
     # Graphs are opened later, when the working directory may be another one.
     opened = read_bundle(os.path.abspath(bundle))
-    return Predictor(opened, backend=backend, threads=threads, clean=clean, cuda_graph=cuda_graph)
+    return Predictor(opened, backend=backend, threads=threads, clean=clean, cuda_graph=cuda_graph, precision=precision)
+
+
+def golden_test(
+    bundle: Bundle, variant: str, session: Session, atol: float | None = None, rtol: float | None = None
+) -> SelfTest:
+    """Runs the golden inputs of `variant` in `session` and compares with the eager model's outputs.
+
+    Args:
+        bundle, variant: whose golden set. session: what runs. atol, rtol: the bound, by default the session's own.
+
+    Raises:
+        CorruptFileError: the golden file is damaged.
+        HcmenError: what the session raises.
+    """
+    record = bundle.variant(variant)
+    where = f"{bundle.path / record.golden.file}"
+    cases = _read_golden(bundle.read(record.golden), where)
+    got: dict[str, list[NDArray[Any]]] = {t.name: [] for t in record.outputs}
+    expected: dict[str, list[NDArray[Any]]] = {t.name: [] for t in record.outputs}
+    for arrays in cases:
+        missing = [t.name for t in (*record.inputs, *record.outputs) if t.name not in arrays]
+        if missing:
+            raise CorruptFileError(f"{where}: a case lacks {missing[0]!r}: export the bundle again")
+        outputs = session.run({t.name: arrays[t.name] for t in record.inputs})
+        for name in got:
+            if outputs[name].shape != arrays[name].shape:
+                compare(outputs[name], arrays[name])  # raises, naming both shapes
+            got[name].append(outputs[name])
+            expected[name].append(arrays[name])
+    bound = (session.tolerance[0] if atol is None else atol, session.tolerance[1] if rtol is None else rtol)
+    comparisons = {name: compare(np.concatenate(got[name]), np.concatenate(expected[name]), *bound) for name in got}
+    return SelfTest(variant, len(cases), comparisons)
 
 
 def _read_golden(content: NDArray[np.uint8], where: str) -> list[Arrays]:
