@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,12 @@ def shared_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(shared_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the small bundle that a test may damage."""
     return Path(shutil.copytree(shared_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def micro_bundle(tmp_path: Path) -> Path:
+    """A fresh copy of the exported bundle in tests/data; tests/make_micro_bundle.py makes it."""
+    target = tmp_path / "micro"
+    with zipfile.ZipFile(Path(__file__).resolve().parent / "data" / "micro_bundle.zip") as archive:
+        archive.extractall(target)
+    return target
