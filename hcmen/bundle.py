@@ -445,6 +445,7 @@ class JsonObject:
         return f"{self.where}.{key}" if self.where else key
 
     def value(self, key: str, kind: type) -> Any:
+        """The value at `key`, of the type `kind`; raises CorruptFileError as all of these."""
         if key not in self.data:
             raise CorruptFileError(f"manifest: key '{self._name(key)}' is missing")
         self._taken.add(key)
@@ -454,24 +455,28 @@ class JsonObject:
         return value
 
     def string(self, key: str) -> str:
+        """A string of at most 1000 characters."""
         value: str = self.value(key, str)
         if len(value) > 1000:
             raise CorruptFileError(f"manifest: '{self._name(key)}' has {len(value)} characters, expected at most 1000")
         return value
 
     def one_of(self, key: str, choices: tuple[str, ...]) -> str:
+        """One of the strings `choices`."""
         value = self.string(key)
         if value not in choices:
             raise CorruptFileError(f"manifest: '{self._name(key)}' is {value!r}, expected {' or '.join(choices)}")
         return value
 
     def integer(self, key: str, least: int, most: int = 1 << 31) -> int:
+        """An integer from `least` to `most`."""
         value: int = self.value(key, int)
         if not least <= value <= most:
             raise CorruptFileError(f"manifest: '{self._name(key)}' is {value}, expected {least} to {most}")
         return value
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """A list of `count` finite numbers."""
         values = self.value(key, list)
         if len(values) != count or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
             raise CorruptFileError(f"manifest: '{self._name(key)}' is not a list of {count} numbers")
@@ -480,6 +485,7 @@ class JsonObject:
         return tuple(float(v) for v in values)
 
     def object(self, key: str) -> JsonObject:
+        """The object at `key`."""
         return JsonObject(self._name(key), self.value(key, dict))
 
     def record(self) -> FileRecord:
@@ -487,6 +493,7 @@ class JsonObject:
         return _take_record(self)
 
     def finish(self) -> None:
+        """Refuses keys that nobody took."""
         unknown = [k for k in self.data if k not in self._taken]
         if unknown:
             raise CorruptFileError(f"manifest: unknown key {self._name(unknown[0])!r}: copy or export the bundle again")

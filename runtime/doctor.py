@@ -69,7 +69,7 @@ class Row:
 def main(console: Console, bundle: str | None) -> None:
     """Checks this machine: what is installed and what works. Exit code 1 if anything failed."""
     rows = []
-    with console.progress("checking", 19, "rows") as bar:
+    with console.progress("checking", 24, "rows") as bar:
         for row in check_machine(bundle):
             rows.append(row)
             bar.advance()
@@ -117,6 +117,9 @@ def check_machine(bundle: str | None = None) -> Iterator[Row]:
                 yield Row(f"{op}, kernel", SKIPPED, "needs the kernel library")
     yield from _cuda()
     yield _bundle(bundle, can_run=ort.status == OK)
+    from hcmen.runtime.trt_doctor import tensorrt_rows
+
+    yield from tensorrt_rows(bundle or (DEFAULT_BUNDLE if Path(DEFAULT_BUNDLE).is_dir() else None))
     torch = find_spec("torch") is not None
     torch_version = _version("torch") if torch else None
     what = f"{torch_version or 'installed'}, for hcmen-train, hcmen-export and --check" if torch else "not installed"

@@ -495,6 +495,7 @@ def _logger(module: Any) -> Any:
             self.sink: Any = None
 
         def log(self, severity: Any, msg: str) -> None:
+            """What TensorRT calls."""
             if severity.name == "VERBOSE":
                 return
             text = " ".join(msg.split())

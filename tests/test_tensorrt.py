@@ -25,6 +25,7 @@ from helpers.small_bundle import clip_arrays
 
 import hcmen.runtime.cuda
 import hcmen.runtime.trt
+import hcmen.runtime.trt_doctor
 from hcmen.bundle import read_bundle
 from hcmen.clip import write_clip
 from hcmen.config import ModelConfig
@@ -34,7 +35,9 @@ from hcmen.export.compile_command import main as compile_main
 from hcmen.export.to_tensorrt import Compiler, Options, profile_shapes
 from hcmen.runtime import load
 from hcmen.runtime.command import main as run_main
+from hcmen.runtime.doctor import Row
 from hcmen.runtime.trt import TrtBackend, parsed_version
+from hcmen.runtime.trt_doctor import tensorrt_rows
 
 
 @pytest.fixture
@@ -608,6 +611,63 @@ def test_a_truncated_index(ready, clip):
     index = ready / "engines" / "manifest.json"
     index.write_bytes(index.read_bytes()[:50])
     assert "not valid JSON" in said(ready, clip, 5)
+
+
+# --- the doctor -------------------------------------------------------------------------------------------------------
+
+
+def examined(bundle: Path, monkeypatch) -> dict[str, Row]:
+    monkeypatch.setattr(hcmen.runtime.trt_doctor, "find_driver", lambda: "560.35, Orin")
+    return {r.name: r for r in tensorrt_rows(str(bundle))}
+
+
+def test_the_doctor_finds_everything_in_order(ready, monkeypatch):
+    found = examined(ready, monkeypatch)
+    assert [r.status for r in found.values()] == ["info", "ok", "ok", "ok", "ok"]
+    assert found["nvidia driver"].detail == "560.35, Orin"
+    assert found["gpu"].detail.startswith("sm 87, driver for CUDA 12.8, runtime 12.6 (libcudart.so.12), 102")
+    assert found["tensorrt"].detail == "10.3.0"
+    assert found["engines"].detail == "1, each as listed; golden set passed for full fp32"
+
+
+def test_the_doctor_finds_a_wrong_engine(ready, trt, monkeypatch):
+    trt.noise = 1.0
+    row = examined(ready, monkeypatch)["engines"]
+    assert (row.status, row.fix) == ("FAILED", "run hcmen-compile on this device again")
+    assert "the golden set fails for 'full' in fp32" in row.detail
+
+
+def test_the_doctor_finds_engines_of_another_device(ready, monkeypatch, tmp_path):
+    machine(monkeypatch, tmp_path, "10.7.0", FakeCuda(sm=87))
+    row = examined(ready, monkeypatch)["engines"]
+    assert row.status == "FAILED"
+    assert "1 of 1 do not fit: " in row.detail
+    assert "made by TensorRT 10.3.0" in row.detail
+
+
+def test_the_doctor_finds_a_damaged_engine(ready, monkeypatch):
+    (path,) = ready.glob("engines/*.engine")
+    path.write_bytes(b"x")
+    row = examined(ready, monkeypatch)["engines"]
+    assert (row.status, row.fix) == ("FAILED", "run hcmen-compile on this device, with --force")
+
+
+def test_the_doctor_on_a_machine_with_parts_missing(ready, trt, monkeypatch, tmp_path):
+    trt.libraries.clear()
+    trt.registry._creators.clear()
+    assert examined(ready, monkeypatch)["tensorrt plugins"].status == "FAILED"
+    (tmp_path / "libhcmen_trt.so").unlink()
+    assert examined(ready, monkeypatch)["tensorrt plugins"].status == "info"
+    monkeypatch.setattr(hcmen.runtime.cuda, "_libraries", lambda: iter([("old", FakeCuda(error=35))]))
+    found = examined(ready, monkeypatch)
+    assert found["gpu"].status == "FAILED"
+    assert found["tensorrt"].status == "ok"
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    found = examined(ready, monkeypatch)
+    assert found["tensorrt"].status == "info"
+    assert found["engines"].detail == "1, each as listed; not run, needs a GPU and TensorRT"
+    (ready / "manifest.json").unlink()
+    assert examined(ready, monkeypatch)["engines"].status == "skipped"
 
 
 # --- apart from PyTorch -----------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 import functools
 import hashlib
+import importlib.machinery
 import json
 import types
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ def make(version: str = "10.3.0", cuda: FakeCuda | None = None) -> Any:
     cuda = cuda or FakeCuda()
     trt: Any = types.ModuleType("tensorrt")
     trt.__version__ = version
+    trt.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)
     trt.recorded = []
     numbers = tuple(int(n) for n in version.split(".")[:2])
     trt.noise, trt.bias_of = 0.0, {}
