@@ -43,8 +43,24 @@ __all__ = ["export_bundle", "main"]
     help="Where the bundle is put, whole or not at all.",
 )
 @click.option("--variant", "variants", multiple=True, help="A variant to export; repeatable. Default: all seven.")
-@click.option("--force", is_flag=True, help="Replace a folder at --bundle even if it is no bundle.")
-def main(console: Console, checkpoint: Path, bundle: Path, variants: tuple[str, ...], force: bool) -> None:
+@click.option(
+    "--triton",
+    type=click.Path(path_type=Path),
+    help="Also write a model repository for Triton Inference Server into this folder.",
+)
+@click.option(
+    "--triton-root", default="/models", show_default=True, help="The path under which the server sees that folder."
+)
+@click.option("--force", is_flag=True, help="Replace a folder at --bundle or --triton even if it is something else.")
+def main(
+    console: Console,
+    checkpoint: Path,
+    bundle: Path,
+    variants: tuple[str, ...],
+    triton: Path | None,
+    triton_root: str,
+    force: bool,
+) -> None:
     """Exports a trained checkpoint: one ONNX graph per variant, shared weights, golden outputs, a manifest.
 
     Every graph is run and compared with the eager PyTorch model before the bundle is put in place; if one is further
@@ -54,6 +70,7 @@ def main(console: Console, checkpoint: Path, bundle: Path, variants: tuple[str, 
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     chosen = [variant_named(name) for name in dict.fromkeys(variants)] or list(VARIANTS)
     manifest = export_bundle(checkpoint, bundle, chosen, console=console, force=force)
+    models = _write_triton(bundle, triton, triton_root, force) if triton is not None else None
     rows = {name: v.parity for name, v in manifest.variants.items()}
     console.emit(
         {
@@ -63,9 +80,19 @@ def main(console: Console, checkpoint: Path, bundle: Path, variants: tuple[str, 
                 for name, parity in rows.items()
             },
             "weights_bytes": manifest.weights.bytes,
+            **({} if models is None else {"triton": {"repository": str(triton), "models": models}}),
         },
-        _table(manifest) + f"\n\nBundle: {bundle}\nNext:   hcmen-run CLIP.npz --bundle {bundle}",
+        _table(manifest)
+        + f"\n\nBundle: {bundle}\nNext:   hcmen-run CLIP.npz --bundle {bundle}"
+        + ("" if models is None else f"\nTriton: {triton}, {len(models)} models, to be mounted at {triton_root}"),
     )
+
+
+def _write_triton(bundle: Path, target: Path, server_root: str, force: bool) -> list[str]:
+    from hcmen.bundle import read_bundle
+    from hcmen.export.triton import write_repository
+
+    return write_repository(read_bundle(bundle), target, server_root=server_root, force=force)
 
 
 def _table(manifest: Manifest) -> str:

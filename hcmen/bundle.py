@@ -27,7 +27,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -58,6 +58,7 @@ __all__ = [
     "read_bundle",
     "write_manifest",
     "writing_bundle",
+    "writing_folder",
 ]
 
 SCHEMA_VERSION = 1
@@ -379,9 +380,30 @@ def writing_bundle(path: str | os.PathLike[str], *, force: bool = False) -> Iter
         CorruptFileError: what was written would be refused when read.
         OSError: the place cannot be written.
     """
+    with writing_folder(
+        path, check=lambda target: _check_replaceable(target, force), verify=lambda made: read_bundle(made).verify()
+    ) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def writing_folder(
+    path: str | os.PathLike[str], *, check: Callable[[Path], None], verify: Callable[[Path], None]
+) -> Iterator[Path]:
+    """As `writing_bundle`, for a folder of any kind.
+
+    Args:
+        path: where the folder shall be.
+        check: raises when what is at its argument must not be replaced.
+        verify: raises when its argument, the folder written, is not as it should be.
+
+    Raises:
+        OSError: the place cannot be written.
+        HcmenError: what `check` and `verify` raise.
+    """
     target = Path(path)
     target = Path(os.path.realpath(target)) if target.is_symlink() else Path(os.path.abspath(target))
-    _check_replaceable(target, force)
+    check(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
@@ -389,7 +411,7 @@ def writing_bundle(path: str | os.PathLike[str], *, force: bool = False) -> Iter
     temporary.mkdir()
     try:
         yield temporary
-        read_bundle(temporary).verify()
+        verify(temporary)
         _flush(temporary)
         if target.exists():
             os.rename(target, old)

@@ -6,7 +6,6 @@ import shutil
 import signal
 import sys
 import threading
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -34,8 +33,7 @@ def bundle(shared_bundle: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def micro_bundle(tmp_path: Path) -> Path:
-    """A fresh copy of the exported bundle in tests/data; tests/make_micro_bundle.py makes it."""
-    target = tmp_path / "micro"
-    with zipfile.ZipFile(Path(__file__).resolve().parent / "data" / "micro_bundle.zip") as archive:
-        archive.extractall(target)
-    return target
+    """A fresh copy of the exported bundle of the smallest model, which a test may damage."""
+    from helpers.micro import micro_bundle_at
+
+    return micro_bundle_at(tmp_path / "micro")

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from helpers import tensorrt_bindings
 from helpers.fake_cuda import FakeCuda
+from helpers.micro import micro_bundle_at
 from test_tensorrt import compiled, machine
 
 import hcmen.runtime.trt
@@ -34,7 +35,7 @@ ALIASES = {"ParserError": "nvonnxparser::IParserError"}
 GUARDED = {"PREFER_AOT_PYTHON_PLUGINS": (10, 9)}
 
 
-@pytest.fixture(params=list(tensorrt_bindings.PACKAGES))
+@pytest.fixture(scope="module", params=list(tensorrt_bindings.PACKAGES))
 def bindings(request) -> dict[str, Any]:
     """What the bindings of one version define; skips, naming the package, where it cannot be installed."""
     try:
@@ -43,8 +44,11 @@ def bindings(request) -> dict[str, Any]:
         pytest.skip(str(error))
 
 
-def calls_made(version: str, bundle: Path, tmp_path: Path) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module")
+def calls(bindings, tmp_path_factory) -> list[dict[str, Any]]:
     """Everything that compiling and running calls, the ways it fails included."""
+    version, tmp_path = bindings["version"], tmp_path_factory.mktemp("calls")
+    bundle = micro_bundle_at(tmp_path / "bundle")
     found: dict[str, dict[str, Any]] = {}
     with pytest.MonkeyPatch.context() as patch:
         trt = machine(patch, tmp_path, version, FakeCuda(sm=87))
@@ -125,8 +129,7 @@ def problem(call: dict[str, Any], classes: dict[str, Any]) -> str | None:
     return f"it takes {offered}"
 
 
-def test_every_call_fits_the_bindings(bindings, micro_bundle, tmp_path):
-    calls = calls_made(bindings["version"], micro_bundle, tmp_path)
+def test_every_call_fits_the_bindings(bindings, calls):
     functions = {c["method"] for c in calls if c["class"] == ""}
     assert functions <= set(bindings["functions"])
     methods = [c for c in calls if c["class"]]
@@ -139,9 +142,8 @@ def names_in(tree: ast.AST) -> set[str]:
     return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
 
 
-def test_every_line_that_calls_tensorrt_was_seen(bindings, micro_bundle, tmp_path):
+def test_every_line_that_calls_tensorrt_was_seen(bindings, calls):
     """No attribute in the sources that has the name of one of TensorRT's members is left out above."""
-    calls = calls_made(bindings["version"], micro_bundle, tmp_path)
     used_classes = {c["class"] for c in calls if c["class"]}
     members = {name for c in used_classes for name in bindings["classes"][c]} - {"__init__"}
     # Names that ours share with theirs, and log, which TensorRT calls.

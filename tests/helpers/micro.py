@@ -1,6 +1,9 @@
-"""The smallest model that still has every part, for tests that train."""
+"""The smallest model that still has every part, for tests that train; and a bundle of it, exported beforehand."""
 
 from __future__ import annotations
+
+import zipfile
+from pathlib import Path
 
 from hcmen.config import FeatureConfig, ModelConfig
 
@@ -14,3 +17,10 @@ MICRO = ModelConfig(
     expand=1,
     alignment_tokens=2,
 )
+
+
+def micro_bundle_at(target: Path) -> Path:
+    """Unpacks the bundle that tests/make_micro_bundle.py exported, all variants of a random `MICRO`, to `target`."""
+    with zipfile.ZipFile(Path(__file__).resolve().parents[1] / "data" / "micro_bundle.zip") as archive:
+        archive.extractall(target)
+    return target

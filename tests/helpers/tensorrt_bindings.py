@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-CACHE = ROOT / "build" / "tensorrt-bindings"
+from helpers.wheels import Unavailable, unpacked
+
+__all__ = ["PACKAGES", "Parameter", "Signature", "Unavailable", "dump", "signatures"]
+
 # What the JetPacks and the newest packages have: JetPack 6, 7.0 and 7.1, 7.2, and TensorRT 11.
 PACKAGES = {
     "10.3.0": "tensorrt_cu12_bindings==10.3.0",
@@ -70,15 +72,6 @@ for name, value in vars(trt).items():
 dump["enums"]["ILogger.Severity"] = list(trt.ILogger.Severity.__members__)
 print(json.dumps(dump))
 """
-
-_DOWNLOAD = (
-    *("-m", "pip", "download", "--quiet", "--disable-pip-version-check"),
-    *("--no-deps", "--only-binary=:all:", "--timeout", "15", "--retries", "1"),
-)
-
-
-class Unavailable(Exception):
-    """The wheel cannot be installed here, for the reason given."""
 
 
 @dataclass(frozen=True)
@@ -136,39 +129,18 @@ def _parameter(text: str) -> Parameter:
 
 
 def _installed(version: str) -> Path:
-    folder = CACHE / f"{version}-{sys.implementation.cache_tag}"
-    if (folder / "tensorrt_bindings").is_dir():
-        return folder
+    folder = unpacked(PACKAGES[version])
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise Unavailable("no C compiler for the stubs of TensorRT's libraries")
-    wheels = CACHE / "wheels"
-    wheels.mkdir(parents=True, exist_ok=True)
-    try:
-        done = subprocess.run(
-            [sys.executable, *_DOWNLOAD, "-d", str(wheels), PACKAGES[version]],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise Unavailable(f"{PACKAGES[version]} does not install here: it took too long") from error
-    found = sorted(wheels.glob(f"tensorrt_cu*_bindings-{version}-*.whl"))
-    if done.returncode or not found:
-        reason = (done.stderr.strip().splitlines() or ["no wheel for this Python"])[-1]
-        raise Unavailable(f"{PACKAGES[version]} does not install here: {reason}")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with zipfile.ZipFile(found[-1]) as archive:
-        archive.extractall(temporary)
-    source = temporary / "stub.c"
+    source = folder / "stub.c"
     source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in _SYMBOLS))
     for library in ("nvinfer", "nvonnxparser", "nvinfer_plugin"):
         name = f"lib{library}.so.{version.split('.')[0]}"
-        target = temporary / "tensorrt_bindings" / name
-        command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(target), str(source)]
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+        target = folder / "tensorrt_bindings" / name
+        if not target.exists():
+            part = target.with_name(f"{name}.{os.getpid()}")
+            command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(part), str(source)]
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+            part.rename(target)
     return folder
