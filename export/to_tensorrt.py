@@ -136,6 +136,10 @@ class Compiler:
         model, plugin = self._prepared(variant)
         if plugin == "library":
             self._load_plugins()
+        elif plugin == "aot":
+            from hcmen.export.trt_aot import register
+
+            register(self.cuda.sm)
         started = time.perf_counter()
         plan = self._build(model, plugin, record, where)
         seconds = time.perf_counter() - started
@@ -233,7 +237,12 @@ class Compiler:
             return model, "none"
         if self.options.plugin == "function":
             return inliner.inline_local_functions(model), "function"
-        return strip_functions(model), self.options.plugin
+        strip_functions(model)
+        if self.options.plugin == "aot":
+            from hcmen.export.trt_aot import prepare
+
+            prepare(model)
+        return model, self.options.plugin
 
     def _load_plugins(self) -> None:
         if self._plugin_path is None:
@@ -249,9 +258,6 @@ class Compiler:
         mark = self.tensorrt.logger.count
         builder = trt.Builder(self.tensorrt.logger)
         flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        if plugin == "aot":
-            self._register_aot()
-            flags |= 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
         network = builder.create_network(flags)
         parser = trt.OnnxParser(network, self.tensorrt.logger)
         if not parser.parse(model.SerializeToString()):
@@ -282,15 +288,6 @@ class Compiler:
             raise self._build_failed(where, mark)
         self._write_timing_cache(config, before)
         return plan
-
-    def _register_aot(self) -> None:
-        try:
-            from hcmen.export import trt_aot  # type: ignore[attr-defined,unused-ignore]
-        except ImportError as error:
-            raise BackendError(
-                f"plugin 'aot' cannot be used ({one_line(error)}): install what docs/jetson.md names, or use library"
-            ) from error
-        trt_aot.register(self.cuda.sm)
 
     def _build_failed(self, where: str, mark: int) -> BackendError:
         why = self._why(mark)

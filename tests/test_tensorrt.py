@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,32 @@ def test_tf32_would_fail_the_bound(micro_bundle, trt, monkeypatch):
     """So the flag that compile clears is one that matters to this test bench."""
     monkeypatch.setattr(trt.IBuilderConfig, "clear_flag", lambda self, flag: None)
     assert compiled(micro_bundle, "--variant", "full").code == 1
+
+
+def test_aot_plugins_are_prepared_and_registered_before_the_graph_is_parsed(micro_bundle, monkeypatch, tmp_path, cuda):
+    """With a stand-in for hcmen/export/trt_aot.py, which is tested on its own: what is asked of it, and when."""
+    trt = machine(monkeypatch, tmp_path, "10.13.3.9", cuda)
+    asked: list[Any] = []
+
+    def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
+        asked.append(("prepare", len(model.functions)))
+        return model
+
+    def register(sm: int) -> None:
+        asked.append(("register", sm))
+        for op in fake_tensorrt.OPS:
+            trt.registry._creators[(op, "1", "hcmen")] = object()
+
+    monkeypatch.setitem(sys.modules, "hcmen.export.trt_aot", SimpleNamespace(prepare=prepare, register=register))
+    (tmp_path / "libhcmen_trt.so").unlink()
+    done = compiled(micro_bundle, "--variant", "full", "--plugin", "aot", "--precision", "fp16")
+    assert done.code == 0, done.err
+    assert asked == [("prepare", 0), ("register", 87)]
+    (record,) = read_engines(read_bundle(micro_bundle))
+    assert record.plugin == "aot"
+    model = load(micro_bundle, backend="tensorrt")  # without the plugin library
+    assert model.kernels("full") == "native"
+    assert all(t.passed for t in model.self_test(["full"]))
 
 
 def test_what_is_there_is_kept_until_force_or_another_export(micro_bundle, trt):

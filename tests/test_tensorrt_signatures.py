@@ -31,8 +31,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (ROOT / "runtime" / "trt.py", ROOT / "export" / "to_tensorrt.py")
 # The fake's name of what the bindings call by their C++ name.
 ALIASES = {"ParserError": "nvonnxparser::IParserError"}
-# Enumerators that are only used behind a check of the version: name -> the first version that has it.
-GUARDED = {"PREFER_AOT_PYTHON_PLUGINS": (10, 9)}
 
 
 @pytest.fixture(scope="module", params=list(tensorrt_bindings.PACKAGES))
@@ -155,8 +153,7 @@ def test_every_line_that_calls_tensorrt_was_seen(bindings, calls):
 
 
 def test_every_name_of_the_module_is_there(bindings):
-    """`trt.X` and `trt.X.Y` of the sources, enumerators among them, but for those behind a check of the version."""
-    version = tuple(int(n) for n in bindings["version"].split(".")[:2])
+    """`trt.X` and `trt.X.Y` of the sources, enumerators among them."""
     found = set()
     for source in SOURCES:
         for node in ast.walk(ast.parse(source.read_text())):
@@ -170,9 +167,8 @@ def test_every_name_of_the_module_is_there(bindings):
         if name == "__version__":
             continue
         assert name in bindings["classes"] or name in bindings["functions"], name
-        if member is None or member == "__init__" or version < GUARDED.get(member, (0,)):
-            continue
-        assert member in bindings["enums"][name], f"{name}.{member}"
+        if member not in (None, "__init__"):
+            assert member in bindings["enums"][name], f"{name}.{member}"
 
 
 def test_the_enumerators_of_types_and_severities(bindings):

@@ -121,7 +121,6 @@ def make(version: str = "10.3.0", cuda: FakeCuda | None = None) -> Any:
         [
             *([] if new else ["EXPLICIT_BATCH"]),
             "STRONGLY_TYPED",
-            *(["PREFER_AOT_PYTHON_PLUGINS", "PREFER_JIT_PYTHON_PLUGINS"] if numbers >= (10, 9) else []),
         ],
     )
     enumeration("HardwareCompatibilityLevel", ["NONE", "AMPERE_PLUS"])
