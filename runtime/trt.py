@@ -190,7 +190,10 @@ class TrtSession:
             raise InputError(
                 f"{self._where}: got inputs {', '.join(sorted(inputs))}, expected {', '.join(sorted(self._inputs))}"
             )
-        arrays = {name: np.ascontiguousarray(inputs[name], dtype) for name, dtype in self._inputs.items()}
+        arrays = {name: np.asarray(inputs[name]) for name in self._inputs}
+        for name, dtype in self._inputs.items():
+            if arrays[name].dtype != dtype:
+                raise InputError(f"{self._where}: input '{name}' is {arrays[name].dtype}, expected {dtype}")
         batches = {x.shape[0] if x.ndim else 0 for x in arrays.values()}
         if len(batches) != 1:
             raise InputError(f"{self._where}: the inputs have batches of {sorted(batches)}, expected one size")

@@ -490,6 +490,8 @@ def test_sizes_beyond_the_engine(ready):
         model.run("full", feeds)
     with pytest.raises(InputError, match="got inputs text, expected"):
         model.run("full", {"text": feeds["text"]})
+    with pytest.raises(InputError, match="input 'text' is float64, expected float32"):
+        model.run("full", feeds | {"text": feeds["text"].astype(np.float64)})
     feeds = {name: x[:, :1] if x.ndim == 3 else x for name, x in feeds.items()} | {"text_length": np.ones(2, np.int64)}
     with pytest.raises(InputError, match=r"batches of \[1, 2\]"):
         model.run("full", feeds)
