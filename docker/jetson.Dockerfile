@@ -28,7 +28,6 @@ COPY runtime runtime
 # TensorRT's Python package is the system's, and constraints.txt names versions that Python 3.10 does not have.
 RUN python3 -m venv --system-site-packages /opt/hcmen \
  && /opt/hcmen/bin/pip install --no-cache-dir \
-      --config-settings=cmake.define.HCMEN_CUDA=ON \
       --config-settings="cmake.define.CMAKE_CUDA_ARCHITECTURES=${ARCHITECTURES}" \
       --config-settings="cmake.define.TENSORRT_INCLUDE_DIR=/usr/include/$(uname -m)-linux-gnu" \
       '.[tensorrt]'

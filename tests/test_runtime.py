@@ -257,12 +257,16 @@ def test_a_variant_whose_parity_failed_at_export_is_warned_of(tmp_path, monkeypa
 
 
 def test_wrong_arguments_are_refused(shared_bundle):
-    for backend in ("tensorrt", "Ort", ""):
+    for backend in ("openvino", "Ort", ""):
         with pytest.raises(InputError, match=r"unknown backend .*: choose from auto, ort"):
             load(shared_bundle, backend=backend)
     for threads in (0, -1, 5000):
         with pytest.raises(InputError, match=f"threads is {threads}, expected 1 to 1024"):
             load(shared_bundle, threads=threads)
+    with pytest.raises(InputError, match="the backend 'tensorrt' has none"):
+        load(shared_bundle, backend="tensorrt", threads=2)
+    with pytest.raises(InputError, match="only the backend 'tensorrt' has one"):
+        load(shared_bundle, precision="fp16")
 
 
 def test_threads_and_backend_are_what_was_asked(shared_bundle):

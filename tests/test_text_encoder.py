@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import safetensors.torch
 import torch
@@ -34,10 +35,15 @@ from hcmen.evaluate import predict, predict_masked
 from hcmen.evaluate_command import evaluate
 from hcmen.export.command import export_bundle
 from hcmen.export.command import main as export
+from hcmen.export.precision import to_float16
+from hcmen.export.weights import embedded_model
 from hcmen.modalities import VARIANTS, variant_named
 from hcmen.model import HCMEN
 from hcmen.runtime import load
 from hcmen.runtime.command import main as hcmen_run
+from hcmen.runtime.library import library_path
+from hcmen.runtime.predictor import golden_test
+from hcmen.runtime.trt import TOLERANCES
 from hcmen.text_encoder import TextEncoder, load_weights, read_sizes, read_tokenizer
 from hcmen.train import main as hcmen_train
 from hcmen.training import Trainer
@@ -772,3 +778,25 @@ def test_micro_batches_and_bfloat16_know_tokens(bert: Path, config: ModelConfig,
     assert histories[1] == pytest.approx(histories[0], rel=0.05 if "precision" in change else 1e-5)
     if "precision" in change:
         assert histories[1] != histories[0]
+
+
+@pytest.mark.parametrize("variant", ["full", "text_only"])
+def test_the_encoder_bears_float16(exported: Path, variant: str):
+    """Embeddings, norms and softmax in float32, products in float16, within the bound of engines."""
+    bundle = read_bundle(exported)
+    model = to_float16(embedded_model(bundle, variant))
+    onnx.checker.check_model(model, full_check=True)
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(library_path()))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    class Half:
+        kernels, tolerance = "native", TOLERANCES["fp16"]
+
+        def run(self, inputs: dict) -> dict:
+            names = [o.name for o in session.get_outputs()]
+            return dict(zip(names, session.run(names, inputs), strict=True))
+
+    test = golden_test(bundle, variant, Half())
+    assert test.passed
+    assert test.outputs["score"].max_abs > 1e-4
