@@ -72,6 +72,11 @@ class Options:
     timing_cache: Path | None = None
     force: bool = False
 
+    @property
+    def best_batch(self) -> int:
+        """`opt_batch`, or what it is if nothing is said: a quarter of the largest, at least two."""
+        return self.opt_batch or min(self.max_batch, max(2, self.max_batch // 4))
+
     def __post_init__(self) -> None:
         for name, value, choices in (
             ("precision", self.precision, PRECISIONS),
@@ -176,6 +181,8 @@ class Compiler:
             plugin_embedded=embedded,
             version_compatible=self.options.version_compatible,
             hardware_compatible=self.options.hardware_compatible,
+            max_batch=self.options.max_batch,
+            opt_batch=self.options.best_batch,
             graph_sha256=record.graph.sha256,
             weights_sha256=self.bundle.manifest.weights.sha256,
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"),
@@ -209,9 +216,12 @@ class Compiler:
         for record in read_engines(self.bundle):
             if record.engine.file != name or not record.of_export(self.bundle):
                 continue
-            alike = (record.version_compatible, record.hardware_compatible) == (
-                self.options.version_compatible,
-                self.options.hardware_compatible,
+            asked = self.options
+            alike = (record.version_compatible, record.hardware_compatible, record.max_batch, record.opt_batch) == (
+                asked.version_compatible,
+                asked.hardware_compatible,
+                asked.max_batch,
+                asked.best_batch,
             )
             if not alike or record.plugin not in (self.options.plugin, "none"):
                 return None
@@ -275,7 +285,7 @@ class Compiler:
                 config.plugins_to_serialize = [str(self._plugin_path)]
         if self.options.hardware_compatible:
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-        for shapes in profile_shapes(self.bundle, record, self.options.max_batch, self.options.opt_batch):
+        for shapes in profile_shapes(self.bundle, record, self.options.max_batch, self.options.best_batch):
             profile = builder.create_optimization_profile()
             for name, (low, best, high) in shapes.items():
                 profile.set_shape(name, low, best, high)
@@ -341,23 +351,23 @@ class Compiler:
             "workspace_bytes": options.workspace_bytes,
             "profiles": [
                 {name: [list(shape) for shape in shapes] for name, shapes in profile.items()}
-                for profile in profile_shapes(self.bundle, record, options.max_batch, options.opt_batch)
+                for profile in profile_shapes(self.bundle, record, options.max_batch, options.best_batch)
             ],
         }
 
 
 def profile_shapes(
-    bundle: Bundle, record: VariantRecord, max_batch: int, opt_batch: int | None = None
+    bundle: Bundle, record: VariantRecord, max_batch: int, opt_batch: int
 ) -> list[dict[str, tuple[tuple[int, ...], ...]]]:
     """The optimisation profiles of a variant: input -> its (least, best, largest) shape.
 
-    One for single clips, as a device scores them, and one for batches (best: `opt_batch`, or a quarter of the largest).
+    One for single clips, as a device scores them, and one for batches, tuned for `opt_batch`.
     Time runs from one step to the most that the manifest's model takes, and is tuned for half of it.
     """
     sizes = _time_sizes(bundle, record)
     batches = [(1, 1, 1)]
     if max_batch > 1:
-        batches.append((1, opt_batch or max(2, max_batch // 4), max_batch))
+        batches.append((1, opt_batch, max_batch))
     profiles = []
     for batch in batches:
         profile = {}

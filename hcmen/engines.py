@@ -51,6 +51,7 @@ class EngineRecord:
     tensorrt: the version that built it. machine: the processor architecture, as platform.machine() tells it.
     plugin: one of `PLUGINS`; plugin_embedded: whether the plugin library is inside the engine.
     version_compatible: later versions of TensorRT load it too. hardware_compatible: so do GPUs of sm 80 and later.
+    max_batch: most clips in one run; opt_batch: the batch that the profile of batches is tuned for.
     graph_sha256, weights_sha256: of the export that it was made from.
     parity: what was measured on the golden set before the engine was accepted.
     """
@@ -65,6 +66,8 @@ class EngineRecord:
     plugin_embedded: bool
     version_compatible: bool
     hardware_compatible: bool
+    max_batch: int
+    opt_batch: int
     graph_sha256: str
     weights_sha256: str
     created: str
@@ -160,6 +163,8 @@ def _record_from_json(data: JsonObject) -> EngineRecord:
         plugin_embedded=data.value("plugin_embedded", bool),
         version_compatible=data.value("version_compatible", bool),
         hardware_compatible=data.value("hardware_compatible", bool),
+        max_batch=data.integer("max_batch", 1),
+        opt_batch=data.integer("opt_batch", 1),
         graph_sha256=data.string("graph_sha256"),
         weights_sha256=data.string("weights_sha256"),
         created=data.string("created"),

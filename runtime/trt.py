@@ -78,6 +78,8 @@ class TensorRT:
             oldest = ".".join(map(str, OLDEST_TENSORRT))
             raise BackendError(f"TensorRT is {self.version}, expected {oldest} or later: upgrade it")
         self.logger = _logger(self.module)
+        # An engine must not outlive its runtime; these live as long as whoever holds this object.
+        self._runtimes: dict[bool, Any] = {}
 
     def errors(self, since: int = 0) -> str:
         """What TensorRT logged as errors since `logger.count` was `since`, on one line; empty if nothing."""
@@ -117,10 +119,12 @@ class TensorRT:
             BackendError: TensorRT refuses it.
         """
         mark = self.logger.count
-        runtime = self.module.Runtime(self.logger)
-        if host_code:
-            runtime.engine_host_code_allowed = True
-        engine = runtime.deserialize_cuda_engine(plan)
+        if host_code not in self._runtimes:
+            runtime = self.module.Runtime(self.logger)
+            if host_code:
+                runtime.engine_host_code_allowed = True
+            self._runtimes[host_code] = runtime
+        engine = self._runtimes[host_code].deserialize_cuda_engine(plan)
         if engine is None:
             why = self.errors(mark) or "no reason given"
             raise BackendError(

@@ -31,6 +31,8 @@ def record_of(bundle: Bundle, content: bytes, variant: str = "full", sm: int = 8
         plugin_embedded=False,
         version_compatible=False,
         hardware_compatible=True,
+        max_batch=32,
+        opt_batch=8,
         graph_sha256=bundle.manifest.variants[variant].graph.sha256,
         weights_sha256=bundle.manifest.weights.sha256,
         created="2026-01-01T00:00:00+00:00",

@@ -185,6 +185,11 @@ def test_what_is_there_is_kept_until_force_or_another_export(micro_bundle, trt):
     (micro_bundle / record.engine.file).write_bytes(b"damaged")
     assert compiled(micro_bundle, "--variant", "text_only", "--version-compatible").code == 0
     assert len(trt.built) == 4
+    for changed in (("--max-batch", 8), ("--max-batch", 8, "--opt-batch", 5), ("--plugin", "function")):
+        built = len(trt.built)
+        for _ in range(2):
+            assert compiled(micro_bundle, "--variant", "text_only", *changed).code == 0
+        assert len(trt.built) == built + 1
 
 
 def test_options_reach_the_builder(micro_bundle, monkeypatch, tmp_path):
@@ -220,7 +225,7 @@ def test_options_reach_the_builder(micro_bundle, monkeypatch, tmp_path):
 
 def test_profiles_of_single_clips_only(micro_bundle):
     bundle = read_bundle(micro_bundle)
-    (profile,) = profile_shapes(bundle, bundle.variant("text_only"), 1)
+    (profile,) = profile_shapes(bundle, bundle.variant("text_only"), 1, 1)
     assert profile == {"text": ((1, 1, 6), (1, 5, 6), (1, 10, 6)), "text_length": ((1,), (1,), (1,))}
 
 
