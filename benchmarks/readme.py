@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,57 @@ def runtimes(data: dict[str, Any]) -> str:
     )
 
 
+def speed(data: dict[str, Any]) -> str:
+    """What an epoch costs, and where it goes."""
+    share, beside = data["shares"]["share"], data["beside_reference"]
+    measured = data["epoch"]["measured_s"]
+    epoch = f"{measured:.0f} s" if measured else f"about {data['epoch']['estimated_s']:.0f} s (from the median step)"
+    return (
+        f"Training at the size of CMU-MOSI (preset `mosi`, {data['samples']['train']} samples, batches of "
+        f"{data['batch']}, two views of each, {data['threads']} threads): {data['step']['median_s']:.2f} s per step, "
+        f"{epoch} per epoch with its validation. Of a step {100 * share['scan']:.0f} % are the scan, "
+        f"{100 * share['causal_convolution']:.0f} % its causal convolution, "
+        f"{100 * share['cnn_block_convolution']:.0f} % the CNN blocks' convolutions, {100 * share['data']:.1f} % data. "
+        f"The same step on `selective_scan_ref` takes "
+        f"{beside['times_reference']:.1f} x as long (batches of {beside['batch']})."
+    )
+
+
+def text_encoder(data: dict[str, Any]) -> str:
+    """A BERT of true size inside the model."""
+    variants = data["variants"]
+    worst = max(v["parity_max_abs"] for v in variants.values())
+    return (
+        "With a text encoder of BERT-base's size inside (random weights, MOSI preset): "
+        f"{data['weights_bytes'] / 1e6:.0f} MB of weights, once for {len(variants)} graphs, all within {worst:.1e} of "
+        f"eager; a full-length clip takes {variants['full']['median_ms']:.0f} ms on `full`, "
+        f"{variants['text_missing']['median_ms']:.1f} ms on `text_missing`, {data['threads']} threads."
+    )
+
+
+def peer(data: dict[str, Any]) -> str:
+    """LNLN beside HCMEN."""
+    first, found = data["settings"]["seeds"][0], {}
+    for model in ("hcmen", "lnln"):
+        own = [r for r in data["runs"] if r["model"] == model]
+        best = min((r for r in own if r["seed"] == first), key=lambda r: r["validation_mae"])
+        same = [r for r in own if (r["learning_rate"], r["input"]) == (best["learning_rate"], best["input"])]
+        curves = [r["test"]["mae"] for r in same]
+        means = [statistics.fmean(curve) for curve in curves]
+        spread = f" ± {statistics.stdev(means):.2f}" if len(means) > 1 else ""
+        found[model] = (
+            f"{statistics.fmean(means):.2f}{spread} over the ten rates, "
+            f"{statistics.fmean(c[0] for c in curves):.2f} with nothing dropped, "
+            f"{statistics.fmean(c[-1] for c in curves):.2f} with 0.9 dropped, n = {len(curves)}"
+        )
+    return (
+        "Steps dropped at r = 0.0 to 0.9, the same holes for both, one synthetic set, the same small text encoder: "
+        f"test MAE of HCMEN {found['hcmen']}; of LNLN {found['lnln']} ([table](docs/results/peer_lnln.md), "
+        "[how](docs/protocols.md#beside-a-peer)).\n\n"
+        "![MAE against the share of dropped steps](docs/results/peer_lnln.png)"
+    )
+
+
 def machine(data: dict[str, Any]) -> str:
     """The machine of a result."""
     m = data["machine"]
@@ -124,6 +176,11 @@ def figures() -> str:
         cold_start(cold),
         runtimes(result("ort_matrix")),
         training(result("demo_training")),
+        peer(result("peer_lnln")),
+        "What sample mixing, and each part of the model, is worth on the synthetic set, over seeds and training-set "
+        "sizes: [mixing](docs/results/mixing_study.md), [ablations](docs/results/ablation_study.md).",
+        speed(result("training_speed")),
+        text_encoder(result("text_encoder")),
         f"{machine(scans)} The files in `docs/results` hold every figure and the command that made it.",
     ]
     return "\n\n".join(parts)
