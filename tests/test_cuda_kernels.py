@@ -70,7 +70,7 @@ def check_forward(kernels: Kernels, case: ScanCase, **wish: int) -> None:
     arrays = scan_arrays(case)
     got, want = kernels.scan(case, arrays, **wish), scan_oracle(case, arrays)
     for name, g, w in zip(("y", "last_state"), got, want, strict=True):
-        assert_near(f"{name} of {case} {wish}", g, w, 1e-6)
+        assert_near(f"{name} of {case} {wish}", g, w, kernels.bound)
 
 
 def check_backward(kernels: Kernels, case: ScanCase) -> None:
@@ -82,7 +82,7 @@ def check_backward(kernels: Kernels, case: ScanCase) -> None:
     want = scan_gradients_oracle(case, arrays, dy, dlast)
     assert set(got) == set(want)
     for name in want:
-        assert_near(f"{name} of {case}", got[name], want[name], 3e-6)
+        assert_near(f"{name} of {case}", got[name], want[name], kernels.gradient_bound)
 
 
 # --- the scan -------------------------------------------------------------------------------------------------------
@@ -309,12 +309,12 @@ def test_convolution(kernels: Kernels, width: int, time: int) -> None:
         arrays = conv_arrays(case)
         dy = np.random.default_rng(1).normal(size=arrays["x"].shape).astype(np.float32)
         want = conv_oracle(case, arrays, dy)
-        assert_near(f"y of {case}", kernels.conv(case, arrays), want["y"], 1e-6)
+        assert_near(f"y of {case}", kernels.conv(case, arrays), want["y"], kernels.bound)
         for name, got in kernels.conv_gradients(case, arrays, dy).items():
-            assert_near(f"{name} of {case}", got, want[name], 3e-6)
+            assert_near(f"{name} of {case}", got, want[name], kernels.gradient_bound)
         half = replace(case, dtype="float16")
         arrays = conv_arrays(half)
-        assert_near(f"y of {half}", kernels.conv(half, arrays), conv_oracle(half, arrays)["y"], 1e-6)
+        assert_near(f"y of {half}", kernels.conv(half, arrays), conv_oracle(half, arrays)["y"], kernels.bound)
 
 
 def test_convolution_with_many_sequences(kernels: Kernels) -> None:
@@ -324,7 +324,7 @@ def test_convolution_with_many_sequences(kernels: Kernels) -> None:
         dy = np.random.default_rng(1).normal(size=arrays["x"].shape).astype(np.float32)
         want = conv_oracle(case, arrays, dy)
         for name, got in kernels.conv_gradients(case, arrays, dy).items():
-            assert_near(f"{name} of {case}", got, want[name], 3e-6)
+            assert_near(f"{name} of {case}", got, want[name], kernels.gradient_bound)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

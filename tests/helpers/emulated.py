@@ -43,7 +43,12 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 class Kernels:
-    """The C functions over NumPy arrays. Workspaces are full of NaN and exactly as large as asked for."""
+    """The C functions over NumPy arrays. Workspaces are full of NaN and exactly as large as asked for.
+
+    bound, gradient_bound: how far from float64 results may be, of their largest value.
+    """
+
+    bound, gradient_bound = 1e-6, 3e-6
 
     def __init__(self, library: ctypes.CDLL):
         self.library = library

@@ -1,7 +1,8 @@
 """Arguments of the C functions over arrays, and the float64 oracle of everything they write.
 
 Used for every implementation behind the structures of runtime/csrc/selective_scan.h: loops over scan_step.h, CUDA
-kernels run on the host, CUDA kernels on a device.
+kernels run on the host, CUDA kernels on a device. PyTorch, for the oracles, is imported when they are asked: the
+sanitizers of CUDA run without it.
 """
 
 from __future__ import annotations
@@ -12,10 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from hcmen.runtime.library import ConvArguments, ConvGradients, ScanArguments, ScanGradients
-from hcmen.scan import causal_conv1d_ref, selective_scan_ref
 
 Arrays = dict[str, Any]
 
@@ -79,6 +78,10 @@ def scan_arrays(case: ScanCase) -> Arrays:
 
 def scan_oracle(case: ScanCase, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
     """y and the last state in float64, from the inputs as they are rounded."""
+    import torch
+
+    from hcmen.scan import selective_scan_ref
+
     wide = {name: torch.from_numpy(x.astype(np.float64)) for name, x in arrays.items()}
     y, last = selective_scan_ref(**wide, delta_softplus=case.softplus, reverse=case.reverse, return_last_state=True)
     return y.numpy(), last.numpy()
@@ -86,6 +89,10 @@ def scan_oracle(case: ScanCase, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]
 
 def scan_gradients_oracle(case: ScanCase, arrays: Arrays, dy: np.ndarray, dlast: np.ndarray | None) -> Arrays:
     """Gradients of sum(y * dy) + sum(last_state * dlast) in float64, under the names of `hcmen_scan_grad`."""
+    import torch
+
+    from hcmen.scan import selective_scan_ref
+
     wide = {name: torch.from_numpy(x.astype(np.float64)).requires_grad_() for name, x in arrays.items()}
     y, last = selective_scan_ref(**wide, delta_softplus=case.softplus, reverse=case.reverse, return_last_state=True)
     loss = (y * torch.from_numpy(dy.astype(np.float64))).sum()
@@ -144,6 +151,10 @@ def conv_arrays(case: ConvCase) -> Arrays:
 
 def conv_oracle(case: ConvCase, arrays: Arrays, dy: np.ndarray | None = None) -> Arrays:
     """y, and with dy the gradients dx, dweight, dbias of sum(y * dy), in float64."""
+    import torch
+
+    from hcmen.scan import causal_conv1d_ref
+
     wide = {name: torch.from_numpy(x.astype(np.float64)).requires_grad_() for name, x in arrays.items()}
     y = causal_conv1d_ref(**wide, activation="silu" if case.silu else "none", reverse=case.reverse)
     out = {"y": y.detach().numpy()}

@@ -1,0 +1,48 @@
+"""What compute-sanitizer watches: every kernel once or twice at awkward sizes, without PyTorch in the process.
+
+compute-sanitizer --tool memcheck --error-exitcode 9 python tests/gpu/sanitize.py
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from helpers.device import DeviceKernels
+from helpers.kernel_cases import ConvCase, ScanCase, conv_arrays, scan_arrays
+
+SCANS: list[tuple[ScanCase, dict[str, int]]] = [
+    (ScanCase(1, 1, 1, 1), {}),
+    (ScanCase(2, 50, 40, 16), {}),
+    (ScanCase(2, 50, 40, 16, dtype="float16", reverse=True), {}),
+    (ScanCase(1, 70, 12, 12, 3), {"steps_per_chunk": 20, "time_warps": 4}),
+    (ScanCase(3, 33, 130, 8, gated=False), {"lanes_per_channel": 1, "time_warps": 1}),
+    (ScanCase(2, 20, 7, 64, 7), {}),
+    (ScanCase(1, 18, 3, 256), {}),
+    (ScanCase(1, 1100, 8, 16, stateful=False), {}),
+]
+
+
+def main() -> None:
+    kernels = DeviceKernels()
+    rng = np.random.default_rng(0)
+    for case, wish in SCANS:
+        arrays = scan_arrays(case)
+        y, last = kernels.scan(case, arrays, **wish)
+        assert np.isfinite(y).all()
+        assert np.isfinite(last).all()
+        if case.dtype == "float32":
+            dy = rng.normal(size=y.shape).astype(np.float32)
+            for name, x in kernels.scan_gradients(case, arrays, dy, None).items():
+                assert np.isfinite(x).all(), name
+    for width in (1, 2, 3, 4, 7):
+        for dtype in ("float32", "float16"):
+            conv = ConvCase(2, 30, 130, width, dtype, reverse=width == 3)
+            inputs = conv_arrays(conv)
+            assert np.isfinite(kernels.conv(conv, inputs)).all()
+            if dtype == "float32":
+                dy = rng.normal(size=inputs["x"].shape).astype(np.float32)
+                assert all(np.isfinite(x).all() for x in kernels.conv_gradients(conv, inputs, dy).values())
+    print(f"{len(SCANS)} scans and 10 convolutions")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The tests of tests/test_cuda_kernels.py, on a device instead of the emulation: the same cases, the same oracle."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.kernel_cases import ScanCase, scan_arrays
+from test_cuda_kernels import (  # noqa: F401
+    one_thread,
+    test_addresses_that_are_no_multiple_of_four_elements,
+    test_chunks_over_blocks,
+    test_convolution,
+    test_convolution_with_many_sequences,
+    test_every_attribute,
+    test_every_length,
+    test_every_number_of_channels,
+    test_every_number_of_states,
+    test_every_plan,
+    test_long_steps_and_short_ones,
+    test_nan_stays_where_it_can_reach,
+    test_random_cases,
+    test_what_lies_in_masked_steps_does_not_matter,
+)
+
+from hcmen.errors import BackendError
+from hcmen.runtime.cuda_library import cuda_library_path, device_problem
+
+
+def _problem() -> str | None:
+    try:
+        cuda_library_path()
+    except BackendError as error:
+        return str(error)
+    return device_problem()
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_problem() is not None, reason=f"{_problem()}")]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    from helpers.device import DeviceKernels
+
+    return DeviceKernels()
+
+
+@pytest.fixture
+def library(kernels):
+    return kernels.library
+
+
+def test_results_are_the_same_bits_at_every_run(kernels):
+    import numpy as np
+
+    case = ScanCase(4, 700, 96, 16)
+    arrays = scan_arrays(case)
+    dy = np.random.default_rng(0).normal(size=arrays["u"].shape).astype(np.float32)
+    first = kernels.scan(case, arrays), kernels.scan_gradients(case, arrays, dy, None)
+    for _ in range(5):
+        for got, want in zip(kernels.scan(case, arrays), first[0], strict=True):
+            np.testing.assert_array_equal(got, want)
+        for name, got in kernels.scan_gradients(case, arrays, dy, None).items():
+            np.testing.assert_array_equal(got, first[1][name])
