@@ -86,7 +86,7 @@ def test_results_are_sorted_and_written(runner, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runner, "SUITES", suites)
     monkeypatch.setattr(runner, "HERE", tmp_path)
     monkeypatch.setattr(runner, "device_architecture", lambda: 90)
-    monkeypatch.setattr(runner, "build", lambda folder, architectures, jobs: (Path("/library.so"), []))
+    monkeypatch.setattr(runner, "build", lambda folder, architectures, **options: (Path("/library.so"), []))
     monkeypatch.setenv("HCMEN_CUDA_LIBRARY", "")
     out = tmp_path / "gpu.json"
     assert runner.main(["--folder", str(tmp_path / "work"), "--out", str(out)]) == 1

@@ -246,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results: dict[str, dict[str, Any]] = {}
     started = time.monotonic()
     try:
-        library, kernels = build(options.folder, [architecture], jobs=os.cpu_count() or 2)
+        library, kernels = build(options.folder, [architecture], jobs=os.cpu_count() or 2, strict=False)
         os.environ["HCMEN_CUDA_LIBRARY"] = str(library)
         spilled = [k.name for k in kernels if k.spill_bytes]
         results["build"] = {"status": PASSED, "kernels": len(kernels), "spilled": spilled}
