@@ -93,12 +93,24 @@ SUITES = [
     Suite(
         "autograd", "PyTorch: values, gradients, streams, graphs", (*_PYTEST, _torch_with_cuda), ["test_autograd.py"]
     ),
-    Suite("training", "the model on CUDA, a training step", (*_PYTEST, _torch_with_cuda), ["test_model_on_gpu.py"]),
+    Suite(
+        "training",
+        "the model and its training on CUDA",
+        (*_PYTEST, _torch_with_cuda),
+        ["test_model_on_gpu.py", "test_training_cuda.py"],
+    ),
     Suite(
         "ort",
         "ONNX Runtime's CUDA provider, every variant",
         (*_PYTEST, _module("onnx"), _ort_with_cuda),
         ["test_ort_on_gpu.py"],
+    ),
+    Suite(
+        "tensorrt",
+        "TensorRT engines: built, held to the eager model, run",
+        (*_PYTEST, _module("onnx"), _module("tensorrt")),
+        ["test_tensorrt.py"],
+        timeout_s=3600,
     ),
     Suite(
         "benchmark",
