@@ -2,7 +2,7 @@
 
 What is called is seen by running hcmen-compile and the backend over the fake (tests/helpers/fake_tensorrt.py), which
 records each call with the types of its arguments; what the bindings take is read from their wheels
-(tests/helpers/tensorrt_bindings.py). So a method that TensorRT does not have, an argument too many, a type that its
+(tests/helpers/bindings.py). So a method that TensorRT does not have, an argument too many, a type that its
 bindings would refuse, or an enumerator that a version lacks, fails here without TensorRT.
 """
 
@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import tensorrt_bindings
+from helpers import bindings as real
 from helpers.fake_cuda import FakeCuda
 from helpers.micro import micro_bundle_at
 from test_tensorrt import compiled, machine
@@ -33,12 +33,12 @@ SOURCES = (ROOT / "runtime" / "trt.py", ROOT / "export" / "to_tensorrt.py")
 ALIASES = {"ParserError": "nvonnxparser::IParserError"}
 
 
-@pytest.fixture(scope="module", params=list(tensorrt_bindings.PACKAGES))
+@pytest.fixture(scope="module", params=list(real.PACKAGES))
 def bindings(request) -> dict[str, Any]:
     """What the bindings of one version define; skips, naming the package, where it cannot be installed."""
     try:
-        return tensorrt_bindings.dump(request.param)
-    except tensorrt_bindings.Unavailable as error:
+        return real.dump(request.param)
+    except real.Unavailable as error:
         pytest.skip(str(error))
 
 
@@ -110,7 +110,7 @@ def problem(call: dict[str, Any], classes: dict[str, Any]) -> str | None:
     member = members.get(call["method"])
     if member is None or member["kind"] != "method":
         return "there is no such method"
-    offered = tensorrt_bindings.signatures(member["doc"])
+    offered = real.signatures(member["doc"])
     if not offered:
         return f"its signature cannot be read from {member['doc'][:100]!r}"
     for signature in offered:
@@ -176,7 +176,7 @@ def test_the_enumerators_of_types_and_severities(bindings):
     assert set(hcmen.runtime.trt._DTYPES) <= set(bindings["enums"]["DataType"])
     assert {"INPUT", "OUTPUT"} <= set(bindings["enums"]["TensorIOMode"])
     assert {"INTERNAL_ERROR", "ERROR", "VERBOSE"} <= set(bindings["enums"]["ILogger.Severity"])
-    (log,) = tensorrt_bindings.signatures(bindings["classes"]["ILogger"]["log"]["doc"])
+    (log,) = real.signatures(bindings["classes"]["ILogger"]["log"]["doc"])
     assert [p.name for p in log.parameters] == ["severity", "msg"]
 
 
