@@ -71,6 +71,7 @@ _UNKNOWN = 100
 LEARNING_RATES = {"hcmen": (1e-3, 2e-3, 4e-3), "lnln": (1e-4, 4e-4)}
 INPUTS = {"hcmen": ("raw",), "lnln": ("raw", "standardised")}
 CHANGES = (
+    "heads: as stated (its code fixes 64 channels per head and a width of 128: 2 heads are as wide as the tokens)",
     "bert_pretrained: the small BERT",
     "input_length: [20, 32, 40] and input_dims: [64, 20, 5] (text, vision, audio), those of the file",
     "n_epochs, batch_size, lr: as stated",
@@ -167,6 +168,16 @@ def prepare(samples: tuple[int, int, int], folder: Path) -> Material:
 
 # --- the two models -------------------------------------------------------------------------------------------------
 
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Epochs and batch size of both, and LNLN's attention heads."""
+
+    epochs: int
+    batch: int
+    heads: int
+
+
 # Called after each epoch: the epoch, its mean training loss, seconds and processor seconds of its steps.
 OnEpoch = Callable[[int, float, float, float], None]
 Predict = Callable[[str, Masks], Array]
@@ -183,21 +194,19 @@ def _measured(into: list[float]) -> Iterator[None]:
 class Ours:
     """HCMEN: the preset `tiny` with the small BERT inside, trained as hcmen-train does."""
 
-    def __init__(
-        self, material: Material, learning_rate: float, seed: int, epochs: int, batch: int, folder: Path
-    ) -> None:
+    def __init__(self, material: Material, learning_rate: float, seed: int, sizes: Sizes, folder: Path) -> None:
         from hcmen.text_encoder import read_sizes
         from hcmen.training import Trainer
 
         preset = preset_named("tiny")
-        sizes, hidden = read_sizes(material.bert)
+        encoder, hidden = read_sizes(material.bert)
         config = dataclasses.replace(
-            preset.model, text=FeatureConfig(hidden, preset.model.text.max_steps), text_encoder=sizes
+            preset.model, text=FeatureConfig(hidden, preset.model.text.max_steps), text_encoder=encoder
         )
         train = dataclasses.replace(
             preset.train,
-            epochs=epochs,
-            batch_size=batch,
+            epochs=sizes.epochs,
+            batch_size=sizes.batch,
             seed=seed,
             learning_rate=learning_rate,
             text_encoder_learning_rate=learning_rate,
@@ -230,7 +239,7 @@ class Peer:
     """LNLN from its checkout, with its own configuration for MOSI but for CHANGES."""
 
     def __init__(
-        self, source: Path, material: Material, data: str, learning_rate: float, seed: int, epochs: int, batch: int
+        self, source: Path, material: Material, data: str, learning_rate: float, seed: int, sizes: Sizes
     ) -> None:
         import yaml
 
@@ -243,14 +252,21 @@ class Peer:
 
         tiny = preset_named("tiny").model
         args = yaml.safe_load((source / "configs" / "train_mosi.yaml").read_text())
-        args["base"] |= {"seed": seed, "lr": learning_rate, "n_epochs": epochs, "batch_size": batch, "num_workers": 0}
+        args["base"] |= {
+            "seed": seed,
+            "lr": learning_rate,
+            "n_epochs": sizes.epochs,
+            "batch_size": sizes.batch,
+            "num_workers": 0,
+        }
         args["dataset"]["dataPath"] = str(material.files[data])
         args["model"]["feature_extractor"] |= {
             "bert_pretrained": str(material.bert),
             "input_length": [tiny.text.max_steps, tiny.vision.max_steps, tiny.audio.max_steps],
             "input_dims": [BERT["hidden"], tiny.vision.features, tiny.audio.features],
         }
-        self._seed, self._epochs, self._data = seed, epochs, material.raw[data]
+        _set_all(args["model"], "heads", sizes.heads)
+        self._seed, self._epochs, self._data = seed, sizes.epochs, material.raw[data]
         _seed_all(seed)
         self.model: torch.nn.Module = build_model(args)
         self.text_encoder: torch.nn.Module = self.model.bertmodel
@@ -261,7 +277,7 @@ class Peer:
         )
         self._scheduler = get_scheduler(self._optimiser, args)
         self._loader = torch.utils.data.DataLoader(
-            MMDataset(args, mode="train"), batch_size=batch, shuffle=True, num_workers=0
+            MMDataset(args, mode="train"), batch_size=sizes.batch, shuffle=True, num_workers=0
         )
 
     def run(self, on_epoch: OnEpoch) -> None:
@@ -309,6 +325,15 @@ class Peer:
                 scores.append(self.model((None, None, None), batch)["sentiment_preds"][:, 0])
         self.model.train(before)
         return torch.cat(scores).double().numpy()
+
+
+def _set_all(config: dict[str, Any], name: str, value: int) -> None:
+    """Sets every `name` in the nested `config`."""
+    for key, inner in config.items():
+        if isinstance(inner, dict):
+            _set_all(inner, name, value)
+        elif key == name:
+            config[key] = value
 
 
 def _seed_all(seed: int) -> None:
@@ -554,12 +579,10 @@ def _done_here(
         return True
 
 
-def take_turns(
-    source: Path, material: Material, rates: Mapping[str, float], rounds: int, batch: int
-) -> dict[str, list[float]]:
+def take_turns(source: Path, material: Material, rates: Mapping[str, float], sizes: Sizes) -> dict[str, list[float]]:
     """Seconds per epoch of both, epoch by epoch in turn; a first round warms up and is not counted."""
     spent: dict[str, list[float]] = {m: [] for m in MODELS}
-    peer = Peer(source, material, "raw", rates["lnln"], 0, rounds + 1, batch)
+    peer = Peer(source, material, "raw", rates["lnln"], 0, sizes)
 
     def then_theirs(epoch: int, loss: float, seconds: float, _: float) -> None:
         theirs: list[float] = []
@@ -571,7 +594,7 @@ def take_turns(
             spent["lnln"].append(theirs[0])
 
     with tempfile.TemporaryDirectory() as folder:
-        Ours(material, rates["hcmen"], 0, rounds + 1, batch, Path(folder)).run(then_theirs)
+        Ours(material, rates["hcmen"], 0, sizes, Path(folder)).run(then_theirs)
     return spent
 
 
@@ -583,6 +606,7 @@ def main() -> None:
     parser.add_argument("--samples", nargs=3, type=int, default=[640, 120, 400], help="Train, valid, test.")
     # As many steps in an epoch as MOSI has with LNLN's own 64.
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--heads", type=int, default=2, help="Of LNLN's attention; its own are 8.")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
@@ -593,11 +617,13 @@ def main() -> None:
     if not (a.lnln / "models" / "lnln.py").is_file():
         parser.error(f"{a.lnln}: has no models/lnln.py, expected a checkout of Haoyu-ha/LNLN: give its folder")
     source = a.lnln.resolve()
+    sizes = Sizes(a.epochs, a.batch_size, a.heads)
     torch.set_num_threads(a.threads)
     settings = {
         "samples": a.samples,
         "epochs": a.epochs,
         "batch_size": a.batch_size,
+        "heads": a.heads,
         "seeds": a.seeds,
         "threads": a.threads,
         "choosing": list(CHOOSING),
@@ -613,9 +639,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as out:
             model: Ours | Peer
             if run["model"] == "hcmen":
-                model = Ours(material, run["learning_rate"], run["seed"], a.epochs, a.batch_size, Path(out))
+                model = Ours(material, run["learning_rate"], run["seed"], sizes, Path(out))
             else:
-                model = Peer(source, material, run["input"], run["learning_rate"], run["seed"], a.epochs, a.batch_size)
+                model = Peer(source, material, run["input"], run["learning_rate"], run["seed"], sizes)
             return one_run(model, material, lambda line: print(f"{label}: {line}", file=sys.stderr))
 
     with tempfile.TemporaryDirectory() as folder:
@@ -632,7 +658,7 @@ def main() -> None:
         }
         if a.timing:
             rates = {m: LEARNING_RATES[m][0] for m in MODELS}
-            spent = take_turns(source, material, rates, a.rounds, a.batch_size)
+            spent = take_turns(source, material, rates, dataclasses.replace(sizes, epochs=a.rounds + 1))
             with results_file(a.out, settings, beginning) as results:
                 results["timing"] = {"machine": describe(), "threads": a.threads, "seconds_per_epoch": spent}
             print(timing_line(results["timing"]))
