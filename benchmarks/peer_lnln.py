@@ -118,6 +118,7 @@ def write_bert(folder: Path, seed: int = 0) -> None:
     """A BERT with random weights, in the format of `save_pretrained`: config.json, weights, vocab.txt."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
     named = {0: "[PAD]", _UNKNOWN: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]"}
     words = [named.get(i, f"[unused{i}]") for i in range(BERT["vocabulary"])]

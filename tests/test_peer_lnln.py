@@ -94,6 +94,12 @@ def test_the_bert_is_one_that_transformers_reads(tmp_path: Path) -> None:
     assert torch.equal(*outputs)
 
 
+def test_heads_are_set_wherever_they_stand() -> None:
+    config = {"heads": 8, "a": {"heads": 8, "depth": 2, "b": {"heads": 4}}, "c": 8}
+    peer_lnln._set_all(config, "heads", 2)
+    assert config == {"heads": 2, "a": {"heads": 2, "depth": 2, "b": {"heads": 2}}, "c": 8}
+
+
 # --- which runs -------------------------------------------------------------------------------------------------------
 
 
