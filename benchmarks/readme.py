@@ -147,9 +147,9 @@ def peer(data: dict[str, Any]) -> str:
         same = [r for r in own if (r["learning_rate"], r["input"]) == (best["learning_rate"], best["input"])]
         curves = [r["test"]["mae"] for r in same]
         means = [statistics.fmean(curve) for curve in curves]
-        spread = f" ± {statistics.stdev(means):.2f}" if len(means) > 1 else ""
+        spread = f" ± {statistics.stdev(means):.3f}" if len(means) > 1 else ""
         found[model] = (
-            f"{statistics.fmean(means):.2f}{spread} over the ten rates, "
+            f"{statistics.fmean(means):.3f}{spread} over the ten rates, "
             f"{statistics.fmean(c[0] for c in curves):.2f} with nothing dropped, "
             f"{statistics.fmean(c[-1] for c in curves):.2f} with 0.9 dropped, n = {len(curves)}"
         )
