@@ -68,7 +68,7 @@ BERT = {"hidden": 64, "layers": 2, "heads": 4, "intermediate": 128, "vocabulary"
 _UNKNOWN = 100
 
 # First seed only. LNLN takes its input as it is, HCMEN standardises it inside: so LNLN is also given the standardised.
-LEARNING_RATES = {"hcmen": (1e-3, 2e-3, 4e-3), "lnln": (1e-4, 4e-4)}
+LEARNING_RATES = {"hcmen": (1e-3, 2e-3, 4e-3), "lnln": (1e-4, 4e-4, 1e-3)}
 INPUTS = {"hcmen": ("raw",), "lnln": ("raw", "standardised")}
 CHANGES = (
     "heads: as stated (its code fixes 64 channels per head and a width of 128: 2 heads are as wide as the tokens)",
@@ -404,7 +404,8 @@ def chosen(runs: Sequence[Mapping[str, Any]], model: str, first_seed: int) -> li
     if not tried:
         return []
     best = min(tried, key=lambda r: r["validation_mae"])
-    return [r for r in own if all(r[k] == best[k] for k in ("learning_rate", "input"))]
+    same = [r for r in own if all(r[k] == best[k] for k in ("learning_rate", "input"))]
+    return sorted(same, key=lambda r: r["seed"])
 
 
 def _found(runs: Sequence[Mapping[str, Any]], wanted: Mapping[str, Any]) -> Any:
@@ -520,7 +521,8 @@ def picture(results: Mapping[str, Any]) -> bytes:
     left.axhline(results["floor"]["mae"], color="gray", ls="--", lw=1, label="floor: mean training label")
     left.set(xlabel="share of steps dropped, r", ylabel="test MAE (label units)")
     left.set_ylim(bottom=0)
-    right.set(xlabel="epoch", ylabel="validation MAE (label units), the chosen epoch marked")
+    right.plot([], [], "o", c="gray", ms=4, label="the epoch that is chosen")
+    right.set(xlabel="epoch", ylabel="validation MAE (label units)")
     for panel in (left, right):
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
@@ -549,9 +551,13 @@ def results_file(path: Path, settings: Mapping[str, Any], beginning: Mapping[str
     path.parent.mkdir(parents=True, exist_ok=True)
     with _lock(path, "", wait=True):
         results = json.loads(path.read_text()) if path.exists() else copy.deepcopy(dict(beginning))
+        before = json.dumps(results)
+        # More seeds may be added later; the first one chose the settings.
+        seeds = results["settings"]["seeds"]
+        if len(settings["seeds"]) > len(seeds) and settings["seeds"][: len(seeds)] == seeds:
+            results["settings"]["seeds"] = list(settings["seeds"])
         if results["settings"] != settings:
             sys.exit(f"{path}: was made with {results['settings']}, not {settings}: choose another --out")
-        before = json.dumps(results)
         yield results
         if json.dumps(results) == before:
             return

@@ -242,11 +242,17 @@ def test_results_are_added_by_whoever_comes(tmp_path: Path) -> None:
     assert [r["learning_rate"] for r in json.loads(out.read_text())["runs"]] == [1e-3, 2e-3]
     assert out.with_suffix(".md").read_text() == peer_lnln.table(json.loads(out.read_text()))
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    with (
-        pytest.raises(SystemExit, match="choose another --out"),
-        peer_lnln.results_file(out, {**SETTINGS, "epochs": 3}, results([])),
-    ):
-        pass
+    for wrong in ({"epochs": 3}, {"seeds": [0]}, {"seeds": [1, 0, 2]}):
+        with (
+            pytest.raises(SystemExit, match="choose another --out"),
+            peer_lnln.results_file(out, {**SETTINGS, **wrong}, results([])),
+        ):
+            pass
+    with peer_lnln.results_file(out, {**SETTINGS, "seeds": [0, 1, 2]}, results([])) as found:
+        found["runs"].append(run("hcmen", 1e-3, 2))
+    kept = json.loads(out.read_text())
+    assert kept["settings"]["seeds"] == [0, 1, 2]
+    assert len(kept["runs"]) == 3
 
 
 def test_a_run_is_done_once(tmp_path: Path) -> None:
