@@ -337,7 +337,7 @@ ARGUMENTS = [
     ("no clip", 2, ("no clip given", "--self-test")),
     ("unknown variant", 2, ("unknown variant 'audio_mising': did you mean 'audio_missing'?",)),
     ("variant of no bundle", 2, ("unknown variant 'loud': choose from full, text_missing",)),
-    ("unknown backend", 2, ("unknown backend 'openvino': choose from auto, ort, tensorrt",)),
+    ("unknown backend", 2, ("unknown backend 'openvino': choose from auto, ort, ort-cuda, tensorrt",)),
     ("no threads", 2, ("threads is 0, expected 1 to 1024",)),
     ("threads are text", 2, ("'two' is not a valid integer", "see hcmen-run --help")),
     ("unknown option", 2, ("--sparkle",)),
