@@ -435,8 +435,9 @@ def table(results: Mapping[str, Any]) -> str:
         f"{train} training, {valid} validation and {test} test samples, {settings['epochs']} epochs each in batches of "
         f"{settings['batch_size']}; epoch and settings chosen by the validation MAE, mean over "
         f"{', '.join(settings['choosing'])}; test under the masks of `intra`, the same for both. Mean and standard "
-        "deviation over seeds. MAE is in label units, lower is better. Processor seconds are those of the training "
-        f"steps with {settings['threads']} thread, whatever else the machine was doing.",
+        f"deviation over seeds; LNLN with {settings['heads']} attention heads. MAE is in label units, lower is better. "
+        f"Processor seconds are those of the training steps with {settings['threads']} thread, whatever else the "
+        "machine was doing.",
         "",
         f"| steps dropped | {' | '.join(f'{names[m]}: MAE' for m in there)} | floor: MAE | "
         f"{' | '.join(f'{names[m]}: Acc-2 %' for m in there)} | floor: Acc-2 % |",

@@ -195,6 +195,7 @@ SETTINGS = {
     "samples": [640, 120, 400],
     "epochs": 2,
     "batch_size": 32,
+    "heads": 2,
     "seeds": [0, 1],
     "threads": 1,
     "choosing": ["r=0.0"],
@@ -214,6 +215,7 @@ def test_the_table() -> None:
     runs = [run("hcmen", 1e-3, 0, 1.0), run("hcmen", 1e-3, 1, 1.1), run("hcmen", 2e-3, 0, 1.2)]
     both = results([*runs, run("lnln", 4e-4, 0, 1.3)])
     page = peer_lnln.table(both)
+    assert "LNLN with 2 attention heads" in page
     found = rows(page, 7)
     deviation = f"{2**-0.5:.3f}"
     assert found["steps dropped"] == ["HCMEN: MAE", "LNLN: MAE", "floor: MAE"] + [
