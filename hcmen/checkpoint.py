@@ -9,7 +9,6 @@ No file here is a pickle. Each is written whole or not at all: to a temporary ne
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ from torch import Tensor
 import hcmen
 from hcmen.config import ModelConfig, TrainConfig
 from hcmen.errors import CorruptFileError, InputError
+from hcmen.files import replace_file
 from hcmen.model import HCMEN
 
 __all__ = [
@@ -49,17 +49,8 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         InputError: the disk is full, or the place cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        replace_file(path, content)
     except OSError as error:
         reason = (error.strerror or "cannot be written").lower()
         raise InputError(f"{path}: {reason}, {len(content)} bytes were to be written: choose another --out") from error

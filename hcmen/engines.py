@@ -30,6 +30,7 @@ from typing import Any
 
 from hcmen.bundle import Bundle, FileRecord, JsonObject, parse_json
 from hcmen.errors import CorruptFileError, HcmenError, InputError
+from hcmen.files import replace_file
 from hcmen.modalities import VARIANTS
 
 __all__ = ["ENGINES_FOLDER", "PLUGINS", "PRECISIONS", "EngineRecord", "read_engines", "write_engine", "write_whole"]
@@ -206,17 +207,8 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Writes `content` so that a reader sees the old file or the new one; raises InputError when it cannot."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        replace_file(path, content)
     except OSError as error:
         raise _write_error(path, error) from error
 

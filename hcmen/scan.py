@@ -28,9 +28,10 @@ import ctypes
 import functools
 import importlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -596,6 +597,45 @@ def _scan_arguments(
     )
 
 
+# What every library with these kernels is given: `run` takes the structures of arguments and fills what they point to.
+
+
+def _scan_by(
+    run: Callable[..., None], tensors: Sequence[Tensor | None], delta_softplus: bool, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """y and last_state of the op's `tensors` (u to initial_state), computed by `run(scan)`."""
+    dense = _dense(*tensors)
+    u, A = dense[0], dense[2]
+    assert u is not None
+    assert A is not None
+    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    last_state = torch.empty(u.shape[0], u.shape[2], A.shape[1], dtype=torch.float32, device=u.device)
+    run(_scan_arguments(*dense, delta_softplus, reverse, y, last_state))  # type: ignore[arg-type]
+    return y, last_state
+
+
+def _scan_gradients_by(
+    run: Callable[..., None],
+    dy: Tensor,
+    dlast_state: Tensor,
+    originals: Sequence[Tensor | None],
+    delta_softplus: bool,
+    reverse: bool,
+) -> list[Tensor]:
+    """Gradients of the op's tensors (u to initial_state), computed by `run(scan, gradients)`; empty for absent ones."""
+    # The backward kernels are float32; half-precision inputs are widened here, their gradients narrowed on return.
+    wide = [None if x is None else x.float().contiguous() for x in originals]
+    dy, dlast_state = dy.float().contiguous(), dlast_state.float().contiguous()
+    grads = [None if x is None else torch.empty_like(x) for x in wide]
+    names = ("du", "ddelta", "dA", "dB", "dC", "dD", "ddelta_bias", "dz", "dinitial_state")
+    pointers = {name: _pointer(g) for name, g in zip(names, grads, strict=True)}
+    run(
+        _scan_arguments(*wide, delta_softplus, reverse, None, None),  # type: ignore[arg-type]
+        ScanGradients(dy=_pointer(dy), dlast_state=_pointer(dlast_state), **pointers),
+    )
+    return [dy.new_empty(0) if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, originals, strict=True)]
+
+
 @torch.library.custom_op("hcmen::selective_scan", mutates_args=(), device_types="cpu")
 def _selective_scan_op(
     u: Tensor,
@@ -610,14 +650,8 @@ def _selective_scan_op(
     delta_softplus: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    tensors = _dense(u, delta, A, B, C, D, delta_bias, z, initial_state)
-    y = torch.empty(u.shape, dtype=u.dtype)
-    last_state = torch.empty(u.shape[0], u.shape[2], A.shape[1], dtype=torch.float32)
-    _call(
-        "hcmen_selective_scan_forward",
-        _scan_arguments(*tensors, delta_softplus, reverse, y, last_state),  # type: ignore[arg-type]
-    )
-    return y, last_state
+    tensors = (u, delta, A, B, C, D, delta_bias, z, initial_state)
+    return _scan_by(partial(_call, "hcmen_selective_scan_forward"), tensors, delta_softplus, reverse)
 
 
 @_selective_scan_op.register_fake
@@ -642,30 +676,9 @@ def _selective_scan_backward_op(
     reverse: bool,
 ) -> list[Tensor]:
     """Gradients in the order of the tensor arguments; those of an absent z or initial_state are empty tensors."""
-    # The backward kernels are float32; half-precision inputs are widened here, their gradients narrowed on return.
-    wide = [None if x is None else x.float().contiguous() for x in (u, delta, A, B, C, D, delta_bias, z, initial_state)]
-    dy, dlast_state = dy.float().contiguous(), dlast_state.float().contiguous()
-    grads = [None if x is None else torch.empty_like(x) for x in wide]
-    du, ddelta, dA, dB, dC, dD, dbias, dz, dinitial = grads
-    _call(
-        "hcmen_selective_scan_backward",
-        _scan_arguments(*wide, delta_softplus, reverse, None, None),  # type: ignore[arg-type]
-        ScanGradients(
-            dy=_pointer(dy),
-            dlast_state=_pointer(dlast_state),
-            du=_pointer(du),
-            ddelta=_pointer(ddelta),
-            dA=_pointer(dA),
-            dB=_pointer(dB),
-            dC=_pointer(dC),
-            dD=_pointer(dD),
-            ddelta_bias=_pointer(dbias),
-            dz=_pointer(dz),
-            dinitial_state=_pointer(dinitial),
-        ),
-    )
     originals = (u, delta, A, B, C, D, delta_bias, z, initial_state)
-    return [torch.empty(0) if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, originals, strict=True)]
+    run = partial(_call, "hcmen_selective_scan_backward")
+    return _scan_gradients_by(run, dy, dlast_state, originals, delta_softplus, reverse)
 
 
 @_selective_scan_backward_op.register_fake
@@ -708,12 +721,31 @@ def _conv_arguments(
     )
 
 
-@torch.library.custom_op("hcmen::causal_conv1d", mutates_args=(), device_types="cpu")
-def _causal_conv1d_op(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, reverse: bool) -> Tensor:
+def _conv_by(run: Callable[..., None], x: Tensor, weight: Tensor, bias: Tensor, silu: bool, reverse: bool) -> Tensor:
+    """y, computed by `run(conv)`."""
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     y = torch.empty_like(x)
-    _call("hcmen_causal_conv1d_forward", _conv_arguments(x, weight, bias, silu, reverse, y))
+    run(_conv_arguments(x, weight, bias, silu, reverse, y))
     return y
+
+
+def _conv_gradients_by(
+    run: Callable[..., None], dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, silu: bool, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias, computed by `run(conv, gradients)`."""
+    wide, dy = x.float().contiguous(), dy.float().contiguous()
+    weight, bias = weight.contiguous(), bias.contiguous()
+    dx, dweight, dbias = torch.empty_like(wide), torch.empty_like(weight), torch.empty_like(bias)
+    run(
+        _conv_arguments(wide, weight, bias, silu, reverse, None),
+        ConvGradients(dy=_pointer(dy), dx=_pointer(dx), dweight=_pointer(dweight), dbias=_pointer(dbias)),
+    )
+    return dx.to(x.dtype), dweight, dbias
+
+
+@torch.library.custom_op("hcmen::causal_conv1d", mutates_args=(), device_types="cpu")
+def _causal_conv1d_op(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, reverse: bool) -> Tensor:
+    return _conv_by(partial(_call, "hcmen_causal_conv1d_forward"), x, weight, bias, silu, reverse)
 
 
 @_causal_conv1d_op.register_fake
@@ -725,15 +757,7 @@ def _(x, weight, bias, silu, reverse):  # type: ignore[no-untyped-def]
 def _causal_conv1d_backward_op(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide, dy = x.float().contiguous(), dy.float().contiguous()
-    weight, bias = weight.contiguous(), bias.contiguous()
-    dx, dweight, dbias = torch.empty_like(wide), torch.empty_like(weight), torch.empty_like(bias)
-    _call(
-        "hcmen_causal_conv1d_backward",
-        _conv_arguments(wide, weight, bias, silu, reverse, None),
-        ConvGradients(dy=_pointer(dy), dx=_pointer(dx), dweight=_pointer(dweight), dbias=_pointer(dbias)),
-    )
-    return dx.to(x.dtype), dweight, dbias
+    return _conv_gradients_by(partial(_call, "hcmen_causal_conv1d_backward"), dy, x, weight, bias, silu, reverse)
 
 
 @_causal_conv1d_backward_op.register_fake

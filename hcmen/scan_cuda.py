@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import functools
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,14 +21,14 @@ from torch import Tensor
 
 from hcmen.errors import BackendError, InputError
 from hcmen.runtime.cuda_library import CudaLaunch, call, cuda_library_path, load_cuda_library, workspace_bytes
-from hcmen.runtime.library import ConvGradients, ScanGradients
 from hcmen.scan import (
     _causal_conv1d_backward_op,
     _causal_conv1d_op,
-    _conv_arguments,
-    _dense,
+    _conv_by,
+    _conv_gradients_by,
     _pointer,
-    _scan_arguments,
+    _scan_by,
+    _scan_gradients_by,
     _selective_scan_backward_op,
     _selective_scan_op,
 )
@@ -94,13 +95,12 @@ def _scan_forward(
 ) -> tuple[Tensor, Tensor]:
     others = {"delta": delta, "A": A, "B": B, "C": C, "D": D, "delta_bias": delta_bias, "z": z}
     _one_device("u", u, **others, initial_state=initial_state)
-    tensors = _dense(u, delta, A, B, C, D, delta_bias, z, initial_state)
-    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    last_state = torch.empty(u.shape[0], u.shape[2], A.shape[1], dtype=torch.float32, device=u.device)
-    scan = _scan_arguments(*tensors, delta_softplus, reverse, y, last_state)  # type: ignore[arg-type]
-    size = workspace_bytes(load_cuda_library(), "selective_scan", scan, None, 0)
-    _run("selective_scan_forward", u.device, size, scan)
-    return y, last_state
+
+    def run(scan: ctypes.Structure) -> None:
+        size = workspace_bytes(load_cuda_library(), "selective_scan", scan, None, 0)
+        _run("selective_scan_forward", u.device, size, scan)
+
+    return _scan_by(run, (u, delta, A, B, C, D, delta_bias, z, initial_state), delta_softplus, reverse)
 
 
 @_selective_scan_backward_op.register_kernel("cuda")
@@ -119,37 +119,26 @@ def _scan_backward(
     delta_softplus: bool,
     reverse: bool,
 ) -> list[Tensor]:
+    def run(scan: ctypes.Structure, gradients: ctypes.Structure) -> None:
+        size = workspace_bytes(load_cuda_library(), "selective_scan", scan, None, 1)
+        _run("selective_scan_backward", u.device, size, scan, gradients)
+
     originals = (u, delta, A, B, C, D, delta_bias, z, initial_state)
-    wide = [None if x is None else x.float().contiguous() for x in originals]
-    dy, dlast_state = dy.float().contiguous(), dlast_state.float().contiguous()
-    grads = [None if x is None else torch.empty_like(x) for x in wide]
-    names = ("du", "ddelta", "dA", "dB", "dC", "dD", "ddelta_bias", "dz", "dinitial_state")
-    pointers = {name: _pointer(g) for name, g in zip(names, grads, strict=True)}
-    scan = _scan_arguments(*wide, delta_softplus, reverse, None, None)  # type: ignore[arg-type]
-    gradients = ScanGradients(dy=_pointer(dy), dlast_state=_pointer(dlast_state), **pointers)
-    size = workspace_bytes(load_cuda_library(), "selective_scan", scan, None, 1)
-    _run("selective_scan_backward", u.device, size, scan, gradients)
-    return [u.new_empty(0) if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, originals, strict=True)]
+    return _scan_gradients_by(run, dy, dlast_state, originals, delta_softplus, reverse)
 
 
 @_causal_conv1d_op.register_kernel("cuda")
 def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, reverse: bool) -> Tensor:
     _one_device("x", x, weight=weight, bias=bias)
-    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-    y = torch.empty_like(x)
-    _run("causal_conv1d_forward", x.device, 0, _conv_arguments(x, weight, bias, silu, reverse, y))
-    return y
+    return _conv_by(partial(_run, "causal_conv1d_forward", x.device, 0), x, weight, bias, silu, reverse)
 
 
 @_causal_conv1d_backward_op.register_kernel("cuda")
 def _conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide, dy = x.float().contiguous(), dy.float().contiguous()
-    weight, bias = weight.contiguous(), bias.contiguous()
-    dx, dweight, dbias = torch.empty_like(wide), torch.empty_like(weight), torch.empty_like(bias)
-    conv = _conv_arguments(wide, weight, bias, silu, reverse, None)
-    gradients = ConvGradients(dy=_pointer(dy), dx=_pointer(dx), dweight=_pointer(dweight), dbias=_pointer(dbias))
-    size = workspace_bytes(load_cuda_library(), "causal_conv1d", conv, 1)
-    _run("causal_conv1d_backward", x.device, size, conv, gradients)
-    return dx.to(x.dtype), dweight, dbias
+    def run(conv: ctypes.Structure, gradients: ctypes.Structure) -> None:
+        size = workspace_bytes(load_cuda_library(), "causal_conv1d", conv, 1)
+        _run("causal_conv1d_backward", x.device, size, conv, gradients)
+
+    return _conv_gradients_by(run, dy, x, weight, bias, silu, reverse)
