@@ -216,8 +216,7 @@ def main(
                 write_whole(out / TOKENIZER, tokenizer)
         with _shown(console, train_config.epochs, len(trainer.history)) as (on_step, on_epoch):
             trainer.run(on_step, on_epoch)
-    if not ranks.first:
-        return
+        ranks.dismiss()
     _draw_curves(out / CURVES, trainer.history)
     _save_clips(out / CLIPS, dataset.splits["valid"])
 
