@@ -17,7 +17,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import onnx
+import onnxscript.optimizer
 import torch
+from onnxscript import ir
 from torch import Tensor, nn
 
 from hcmen.clip import TEXT_TOKENS
@@ -31,6 +33,8 @@ __all__ = ["IR_VERSION", "OPSET", "export_variant", "share_weights"]
 # The newest that ONNX Runtime 1.17 reads, the oldest runtime that is supported.
 OPSET = 19
 IR_VERSION = 9
+
+_FOLD_ANY_SIZE = 1 << 40
 
 # Tensors of at least this size go to the shared file. Smaller ones (axes, scalars) stay in the graph, where shape
 # inference and constant folding of every runtime find them.
@@ -115,6 +119,7 @@ def export_variant(model: HCMEN, variant: Variant) -> onnx.ModelProto:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BackendError(f"PyTorch {torch.__version__} could not export '{variant.name}': {reason}") from error
     assert program is not None
+    _fold(program.model)
     proto = _tidy(program.model_proto, variant)
     add_functions(proto)
     try:
@@ -122,6 +127,15 @@ def export_variant(model: HCMEN, variant: Variant) -> onnx.ModelProto:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise BackendError(f"the exported graph of '{variant.name}' is not valid ONNX: {error}") from error
     return proto
+
+
+def _fold(model: ir.Model) -> None:
+    """Computes now what depends on weights alone: transposes, halves and -exp(A_log), whatever their size.
+
+    The exporter's own folding stops at tensors of 8 KiB. ONNX Runtime would do the rest at every start, and keep copies
+    of its own that no other session shares.
+    """
+    onnxscript.optimizer.optimize(model, input_size_limit=_FOLD_ANY_SIZE, output_size_limit=_FOLD_ANY_SIZE)
 
 
 def _tidy(exported: onnx.ModelProto, variant: Variant) -> onnx.ModelProto:

@@ -339,4 +339,4 @@ def _choose(condition: Presence, yes: Callable[[], Tensor], no: Callable[[], Ten
 
 def _unit(x: Tensor) -> Tensor:
     x = widened(x)
-    return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + 1e-12)
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-6)

@@ -322,8 +322,14 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _library_works() -> bool:
+    """`_loads`, which torch.compile does not look into: a graph break in every scan would cost it all it gains."""
+    return _loads()
+
+
+@functools.cache
+def _loads() -> bool:
     """Whether the library loads; if not, says so once, for "auto" then means a run some 25 times slower."""
     try:
         load_library()
