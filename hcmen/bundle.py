@@ -49,6 +49,7 @@ __all__ = [
     "FileRecord",
     "JsonObject",
     "Manifest",
+    "SharedFile",
     "TensorSpec",
     "VariantRecord",
     "expected_inputs",
@@ -297,6 +298,47 @@ class Bundle:
                 "the file was altered or damaged, copy or export the bundle again"
             )
         return content if keep else content[:0]
+
+
+class SharedFile:
+    """A listed file that others open by its path once it is verified, such as ONNX Runtime, which maps it.
+
+    Between hashing and opening the file could change. `held` sees that it did not: device, inode, size and both times
+    of the file are those of the hashed one before and after. (Who may write the file can still change what is mapped,
+    as with a program's own libraries. An export never does, it puts another file in the place.)
+
+    Several threads may hold it at once.
+    """
+
+    def __init__(self, bundle: Bundle, record: FileRecord) -> None:
+        self.bundle, self.record = bundle, record
+        self._hashed: tuple[int, ...] | None = None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[Path]:
+        """The absolute folder of the bundle, in which the file is the verified one while the block runs.
+
+        Raises:
+            CorruptFileError: missing, a link, not of the listed size and sha256, or changed meanwhile.
+        """
+        before = self._identity()
+        if before != self._hashed:
+            self.bundle.file(self.record)
+            self._unchanged(before)
+            self._hashed = before
+        yield self.bundle.path.absolute()
+        self._unchanged(before)
+
+    def _identity(self) -> tuple[int, ...]:
+        with _opened_beneath(self.bundle.path, self.record.file) as descriptor:
+            found = os.fstat(descriptor)
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+    def _unchanged(self, before: tuple[int, ...]) -> None:
+        if self._identity() != before:
+            raise CorruptFileError(
+                f"{self.bundle.path / self.record.file}: changed while it was being loaded: load the bundle again"
+            )
 
 
 def read_bundle(path: str | os.PathLike[str]) -> Bundle:

@@ -44,6 +44,7 @@ class OrtCudaBackend(OrtBackend):
     """
 
     name = "ort-cuda"
+    _maps = False  # weights end up on the device, and no GPU has tried
 
     def __init__(self, threads: int | None = None, *, device: int = 0, cuda_graph: bool = False):
         self.device, self.cuda_graph = device, cuda_graph

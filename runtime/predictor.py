@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from hcmen.bundle import Bundle, read_bundle
+from hcmen.bundle import Bundle, SharedFile, read_bundle
 from hcmen.clip import TEXT_TOKENS, Clip, batch_clips, clip_from_arrays, read_clip
 from hcmen.errors import CheckFailed, CorruptFileError, HcmenError, InputError
 from hcmen.modalities import MODALITIES, Variant, variant_named
@@ -112,6 +112,8 @@ class Predictor:
         clean: set NaN and infinity in clips to zero, and count them, instead of refusing them.
         cuda_graph: with "ort-cuda", record each graph once per input shape and replay it.
         precision: "fp32" or "fp16", which engines "tensorrt" takes; None for fp16 where it was compiled, else fp32.
+        prepack: with "ort", whether every session lays the weights out for its kernels (True: faster) or all share one
+            mapped copy (False: smaller). None packs where weights are large; runtime/ort.py has the measurements.
 
     Raises:
         InputError: no such backend, a thread count below 1, or an option that the backend does not have.
@@ -127,6 +129,7 @@ class Predictor:
         clean: bool = False,
         cuda_graph: bool = False,
         precision: str | None = None,
+        prepack: bool | None = None,
     ):
         if backend not in BACKENDS:
             raise InputError(f"unknown backend '{backend}': choose from {', '.join(BACKENDS)}")
@@ -134,6 +137,8 @@ class Predictor:
             raise InputError(f"threads is {threads}, expected 1 to 1024")
         if cuda_graph and backend != "ort-cuda":
             raise InputError(f"cuda_graph is an option of the backend 'ort-cuda', got backend '{backend}'")
+        if prepack is not None and backend not in ("auto", "ort"):
+            raise InputError(f"prepack is an option of the backend 'ort', got backend '{backend}': leave it out")
         self.bundle = bundle
         self.config = bundle.manifest.model
         self.clean = clean
@@ -149,10 +154,10 @@ class Predictor:
         else:
             if precision is not None:
                 raise InputError(f"precision is '{precision}', and only the backend 'tensorrt' has one: leave it out")
-            self.backend = _make_backend(backend, threads, cuda_graph)
+            self.backend = _make_backend(backend, threads, cuda_graph, prepack)
             self._open = partial(self._open_graph, self.backend)
         self._sessions: dict[str, OrtSession | TrtSession] = {}
-        self._weights: NDArray[np.uint8] | None = None
+        self._weights: SharedFile | NDArray[np.uint8] | None = None
         self._tokenizer: Tokenizer | None = None
         self._lock = threading.Lock()
 
@@ -279,7 +284,8 @@ class Predictor:
         record = self.bundle.variant(variant)
         manifest = self.bundle.manifest
         if self._weights is None:
-            self._weights = self.bundle.read(manifest.weights)
+            shared = backend.maps_weights
+            self._weights = SharedFile(self.bundle, manifest.weights) if shared else self.bundle.read(manifest.weights)
         where = str(self.bundle.path / record.graph.file)
         return backend.session(self.bundle.read(record.graph).tobytes(), self._weights, manifest.weights.file, where)
 
@@ -374,14 +380,14 @@ class Predictor:
         return chosen.name
 
 
-def _make_backend(name: str, threads: int | None, cuda_graph: bool) -> OrtBackend:
+def _make_backend(name: str, threads: int | None, cuda_graph: bool, prepack: bool | None) -> OrtBackend:
     if name == "ort-cuda":
         from hcmen.runtime.ort_cuda import OrtCudaBackend
 
         return OrtCudaBackend(threads, cuda_graph=cuda_graph)
     from hcmen.runtime.ort import OrtBackend
 
-    return OrtBackend(threads)
+    return OrtBackend(threads, prepack=prepack)
 
 
 def load(
@@ -392,6 +398,7 @@ def load(
     clean: bool = False,
     cuda_graph: bool = False,
     precision: str | None = None,
+    prepack: bool | None = None,
 ) -> Predictor:
     """Opens the bundle in the folder `bundle`; graphs are loaded when they are first needed.
 
@@ -405,7 +412,15 @@ def load(
     """
     # Graphs are opened later, when the working directory may be another one.
     opened = read_bundle(os.path.abspath(bundle))
-    return Predictor(opened, backend=backend, threads=threads, clean=clean, cuda_graph=cuda_graph, precision=precision)
+    return Predictor(
+        opened,
+        backend=backend,
+        threads=threads,
+        clean=clean,
+        cuda_graph=cuda_graph,
+        precision=precision,
+        prepack=prepack,
+    )
 
 
 def golden_test(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from helpers.small_bundle import CONFIG, clip_arrays, expected, graph, make_bundle, weights
 from onnx import TensorProto, helper, numpy_helper
@@ -155,15 +156,24 @@ def test_variants_are_loaded_on_demand_and_share_one_copy_of_the_weights(shared_
     assert read == []
     model(clip_arrays(0, ("text",)))
     model(clip_arrays(1, ("text",)))
-    assert read == ["weights.bin", "text_only.onnx"]
+    assert sorted(read) == ["text_only.onnx", "weights.bin"]
     model(clip_arrays(1))
-    assert read == ["weights.bin", "text_only.onnx", "full.onnx"]
+    assert sorted(read) == ["full.onnx", "text_only.onnx", "weights.bin"]
+
+
+MAPS = pytest.mark.skipif(
+    ort._release(onnxruntime.__version__) < ort._MAPS_FROM, reason=f"onnxruntime {onnxruntime.__version__} maps nothing"
+)
 
 
 @pytest.mark.parametrize("library", [True, False], ids=["kernels", "functions"])
 @pytest.mark.parametrize("change", ["zeros", "gone"])
-def test_what_was_verified_is_what_runs(tmp_path, monkeypatch, library, change):
-    """weights.bin is exchanged or removed once it is read: the next variant still runs on what was verified."""
+@pytest.mark.parametrize("mapped", [pytest.param(True, marks=MAPS), False], ids=["mapped", "copied"])
+def test_what_was_verified_is_what_runs(tmp_path, monkeypatch, library, change, mapped):
+    """weights.bin is exchanged or removed once it is read: the next variant still runs on what was verified, which an
+    older ONNX Runtime has in memory, or it is refused."""
+    if not mapped:
+        monkeypatch.setattr(ort, "_MAPS_FROM", (99, 0))
     path = make_bundle(tmp_path / "b", ("full", "text_only"), graphs={"text_only": with_conv(True)})
     if not library:
         monkeypatch.setattr(ort, "library_path", no_library)
@@ -174,13 +184,70 @@ def test_what_was_verified_is_what_runs(tmp_path, monkeypatch, library, change):
     if change == "zeros":
         (path / "weights.bin").write_bytes(bytes(size))
     arrays = clip_arrays(3, ("text",))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        result = model(arrays)
-    assert_right(result, arrays, "text_only")
-    assert result.kernels == ("native" if library else "functions")
-    with pytest.raises(CorruptFileError, match=r"altered|missing"):
-        load(path)(arrays)
+    for opened in (model, load(path)) if mapped else (load(path),):
+        with pytest.raises(CorruptFileError, match=r"altered|missing"):
+            opened(arrays)
+    if not mapped:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = model(arrays)
+        assert_right(result, arrays, "text_only")
+        assert result.kernels == ("native" if library else "functions")
+
+
+@MAPS
+@pytest.mark.parametrize("change", ["altered", "exchanged", "touched"])
+def test_weights_that_change_while_they_are_mapped_are_refused(bundle, monkeypatch, change):
+    """The file changes after it was hashed and before ONNX Runtime opens it."""
+    file = bundle / "weights.bin"
+    content = file.read_bytes()
+
+    def session(*arguments, real=onnxruntime.InferenceSession, **options):
+        if change == "exchanged":
+            file.unlink()
+        file.write_bytes(content if change == "touched" else bytes(len(content)))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    model = load(bundle)
+    with pytest.raises(CorruptFileError, match=r"weights\.bin: changed while it was being loaded"):
+        model(clip_arrays(0))
+    monkeypatch.undo()
+    if change == "touched":
+        assert_right(model(clip_arrays(0)), clip_arrays(0), "full")
+    else:
+        with pytest.raises(CorruptFileError, match=r"weights\.bin: sha256"):
+            model(clip_arrays(0))
+
+
+@MAPS
+@pytest.mark.parametrize("prepack", [True, False, None])
+def test_sessions_share_the_mapped_weights_unless_each_packs_its_own(micro_bundle, prepack):
+    """The micro bundle has products to pack; those that are stay mapped in no session."""
+    code = f"""
+from hcmen.runtime import load
+model = load({str(micro_bundle)!r}, prepack={prepack})
+for test in model.self_test():
+    assert test.passed, test
+print(open("/proc/self/maps").read().count("weights.bin"), *(model.backend.maps_weights,))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    count, maps = done.stdout.split()
+    assert maps == "True"
+    assert int(count) > 0
+    if prepack:
+        assert int(count) < mapped_without_packing(micro_bundle)
+
+
+def mapped_without_packing(bundle: Path) -> int:
+    """How many tensors of all variants' graphs lie in weights.bin."""
+    size = (bundle / "weights.bin").stat().st_size
+    return sum(len(read_graph(p.read_bytes(), "weights.bin", size, p.name).external) for p in bundle.glob("*.onnx"))
+
+
+def test_prepack_is_for_the_cpu_backend_alone(shared_bundle):
+    with pytest.raises(InputError, match="prepack is an option of the backend 'ort'"):
+        load(shared_bundle, backend="tensorrt", prepack=True)
 
 
 def no_library() -> Path:
