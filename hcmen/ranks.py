@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from hcmen.device import choose_device
 from hcmen.errors import BackendError, InputError
 from hcmen.model import Outputs
-from hcmen.runtime.cli import describe_error
+from hcmen.runtime.cli import describe_error, end_at_once
 
 __all__ = ["Ranks", "gather_outputs", "joined", "launched"]
 
@@ -110,24 +109,6 @@ class Ranks:
                 f"process {odd[0]} has other {what} than process 0: give every process of a run the same options and "
                 "files"
             )
-
-    def dismiss(self) -> None:
-        """Waits until every process of the run is here; then all but the first end, with exit code 0.
-
-        They end on the spot, connections and interpreter left to the operating system. Taking both down in order, while
-        another process still uses its end of them, ended in std::terminate once in hundreds of runs on a crowded
-        machine, and what was a finished training looked like a failed one to torchrun.
-
-        Raises:
-            BackendError: another process has gone.
-        """
-        if self.world == 1:
-            return
-        _together(dist.barrier)
-        if not self.first:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
 
     def claim(self, code: int) -> int | None:
         """Called by a process that ends early, with its exit code: None if it is the one to say why.
@@ -229,11 +210,16 @@ def joined(device: str) -> Iterator[Ranks]:
         yield Ranks(choose_device(device))
         return
     ranks = _join(device)
+    # In one of hundreds of runs on a crowded machine a finished rank ended in std::terminate, as a thread does that
+    # wants Python's lock when the interpreter is on its way out; torchrun then takes the training for a failed one.
+    end_at_once()
     if ranks.rank:
         # What there is to warn of is the same everywhere, and said by the first.
         warnings.simplefilter("ignore")
     try:
         yield ranks
+        # Nobody takes down connections that another may still use.
+        _together(dist.barrier)
     except BaseException as error:
         code = ranks.claim(describe_error(error)[1])
         _leave()

@@ -216,7 +216,8 @@ def main(
                 write_whole(out / TOKENIZER, tokenizer)
         with _shown(console, train_config.epochs, len(trainer.history)) as (on_step, on_epoch):
             trainer.run(on_step, on_epoch)
-        ranks.dismiss()
+    if not ranks.first:
+        return
     _draw_curves(out / CURVES, trainer.history)
     _save_clips(out / CLIPS, dataset.splits["valid"])
 

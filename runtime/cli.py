@@ -57,6 +57,7 @@ __all__ = [
     "aligned",
     "command",
     "describe_error",
+    "end_at_once",
     "one_line",
 ]
 
@@ -262,6 +263,24 @@ class Progress:
             self._width = 0
 
 
+_at_once = False
+
+
+def end_at_once() -> None:
+    """Makes the running command end its process without the interpreter's own end, exit code and output as ever.
+
+    For processes with threads of a library's that may touch Python objects to the last.
+    """
+    global _at_once
+    _at_once = True
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(ValueError, OSError):
+            stream.flush()
+
+
 class Command(click.Command):
     """A click command whose every way out is an exit code of this module and at most one line on stderr."""
 
@@ -291,6 +310,9 @@ class Command(click.Command):
                 code = _report(error, verbose=_asked_for_details(args))
         code = code if isinstance(code, int) else 0
         if standalone_mode:
+            if _at_once:
+                _flush()
+                os._exit(code)
             sys.exit(code)
         return code
 
