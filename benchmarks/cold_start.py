@@ -1,9 +1,12 @@
-"""From process start to the first score: seconds and resident memory, in fresh processes.
+"""From process start to the first score: seconds and memory, in fresh processes.
 
     python benchmarks/cold_start.py --bundle build/bundle --clip samples/clip.npz --out docs/results/cold_start.json
 
-Three processes take turns, so that a slow moment of the machine meets all of them: a Python that only imports NumPy and
-onnxruntime (what no runtime on top of them can undercut), `hcmen-run`, and eager PyTorch on the same clip.
+The processes take turns, so that a slow moment of the machine meets all of them: a Python that only imports NumPy and
+onnxruntime (what no runtime on top of them can undercut), one that imports the runtime as well, `hcmen-run`, and eager
+PyTorch on the same clip. Then one process step by step: where the time goes, and what one session and sessions of all
+variants cost in memory. That is proportional set size, in which a page of the weights that several sessions have mapped
+counts once.
 """
 
 from __future__ import annotations
@@ -14,11 +17,17 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from machine import describe
+
+from hcmen.bundle import read_bundle
+from hcmen.clip import write_clip
+from hcmen.modalities import MODALITIES
 
 EAGER = """
 import sys
@@ -31,6 +40,70 @@ features = {m: torch.from_numpy(clip[m])[None] for m in ("text", "audio", "visio
 with torch.inference_mode():
     print(model(features, {m: torch.tensor([x.shape[1]]) for m, x in features.items()}).score.item())
 """
+
+
+STEPS = """
+import sys, time
+started = float(sys.argv[3])
+marks = []
+def mark(name):
+    marks.append((name, time.time()))
+def proportional():
+    with open("/proc/self/smaps_rollup") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Pss:")) / 1024
+mark("start Python")
+import numpy
+mark("import numpy")
+import onnxruntime
+mark("import onnxruntime")
+base = proportional()
+import hcmen.runtime.predictor, hcmen.runtime.ort
+mark("import hcmen.runtime")
+model = hcmen.runtime.predictor.load(sys.argv[1])
+mark("read the manifest")
+model._session("full")
+mark("verify files, make a session")
+model(sys.argv[2])
+mark("read the clip, first score")
+one = proportional()
+for variant in model.variants:
+    model(sys.argv[2], variant=variant)
+full = proportional()
+import json
+before = started
+for i, (name, at) in enumerate(marks):
+    marks[i], before = (name, at - before), at
+print(json.dumps({"steps": dict(marks), "memory": [base, one, full]}))
+"""
+
+
+def full_length(bundle: Path) -> dict[str, np.ndarray]:
+    """A random clip of the longest that the bundle takes."""
+    config, rng = read_bundle(bundle).manifest.model, np.random.default_rng(0)
+    return {
+        m: rng.standard_normal((config.modality(m).max_steps, config.modality(m).features)).astype(np.float32)
+        for m in MODALITIES
+    }
+
+
+def step_by_step(bundle: Path, clip: Path, rounds: int) -> dict[str, Any]:
+    """Medians of the steps of a cold start, and of memory with one session and with all."""
+    seen = []
+    for _ in range(rounds):
+        command = [sys.executable, "-c", STEPS, str(bundle), str(clip), repr(time.time())]
+        seen.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    steps = {name: round(1e3 * statistics.median(s["steps"][name] for s in seen), 1) for name in seen[0]["steps"]}
+    base, one, full = (statistics.median(s["memory"][i] for s in seen) for i in range(3))
+    return {
+        "n": rounds,
+        "steps_ms": steps,
+        "proportional_mib": {
+            "numpy and onnxruntime": round(base, 1),
+            "one session more": round(one - base, 1),
+            "sessions of all variants more": round(full - base, 1),
+            "all over one": round((full - base) / (one - base), 2),
+        },
+    }
 
 
 def measure(command: list[str]) -> tuple[float, float]:
@@ -51,12 +124,16 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, default=Path("build/bundle"))
     parser.add_argument("--train", type=Path, default=Path("build/train"))
     parser.add_argument("--clip", type=Path, default=Path("samples/clip.npz"))
+    parser.add_argument("--large", type=Path, help="another bundle to go through step by step, of the MOSI preset")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
 
     commands = {
         "import numpy and onnxruntime": [sys.executable, "-c", "import numpy, onnxruntime"],
+        "import hcmen.runtime as well": [
+            *(sys.executable, "-c", "import numpy, onnxruntime, hcmen.runtime.predictor, hcmen.runtime.ort"),
+        ],
         "hcmen-run": [str(Path(sys.executable).parent / "hcmen-run"), str(a.clip), "--bundle", str(a.bundle)],
         "eager PyTorch": [sys.executable, "-c", EAGER, str(a.train), str(a.clip)],
     }
@@ -83,8 +160,21 @@ def main() -> None:
             f"{name:30}  {rows[-1]['seconds_median']:6.3f} s  {rows[-1]['peak_resident_mib_median']:7.1f} MiB  "
             f"(medians of {len(values)})"
         )
+    detail = {"demo": step_by_step(a.bundle, a.clip, a.rounds)}
+    if a.large:
+        with tempfile.TemporaryDirectory() as folder:
+            clip = Path(folder) / "clip.npz"
+            write_clip(clip, full_length(a.large))
+            detail["mosi"] = step_by_step(a.large, clip, a.rounds)
+    print(json.dumps(detail, indent=1))
     if a.out:
-        result = {"schema_version": 1, "what": __doc__.splitlines()[0], "machine": describe(), "rows": rows}
+        result = {
+            "schema_version": 1,
+            "what": __doc__.splitlines()[0],
+            "machine": describe(),
+            "rows": rows,
+            "step_by_step": detail,
+        }
         a.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
