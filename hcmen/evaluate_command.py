@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hcmen.errors import CorruptFileError, InputError
+from hcmen.errors import InputError
 from hcmen.runtime.cli import Choice, Console, command
 
 if TYPE_CHECKING:
@@ -303,6 +303,7 @@ def _bundle(
     from hcmen.clip import graph_inputs
     from hcmen.data.mmsa import read_mmsa
     from hcmen.data.protocols import batches
+    from hcmen.data.trained_on import mention_cleaned
     from hcmen.runtime import load
 
     if len(checkpoints) > 1:
@@ -311,7 +312,7 @@ def _bundle(
     manifest = model.bundle.manifest
     if data is not None:
         dataset = read_mmsa(data, model.config)
-        _mention_cleaned(dataset, console)
+        mention_cleaned(dataset, console.note)
     elif checkpoints:
         from hcmen.checkpoint import load_checkpoint
 
@@ -371,47 +372,13 @@ def _dataset(
     console: Console,
 ) -> MultimodalDataset:
     """The file `data`, or what the checkpoint in `folder` was trained on; `sets` keeps what was read before."""
-    from hcmen.data.mmsa import dataset_from_mmsa, read_mmsa
-    from hcmen.data.synthetic import make_synthetic
+    from hcmen.data.trained_on import dataset_of, trained_on
 
-    name, source = (str(data), None) if data else _trained_on(folder, config)
+    name, source = (str(data), None) if data else trained_on(folder, config)
     key = json.dumps([name, model.to_json(), source])
     if key not in sets:
-        if source is not None:
-            samples, seed = source
-            console.note(f"no --data: judging {folder} on the synthetic set it was trained on (seed {seed})")
-            sets[key] = dataset_from_mmsa(make_synthetic(model, samples, seed), name, model)
-        else:
-            if data is None:
-                if not Path(name).exists():
-                    raise InputError(f"{folder}: was trained on {name}, which is not there: name the data with --data")
-                console.note(f"no --data: judging {folder} on {name}, which it was trained on")
-            sets[key] = read_mmsa(name, model)
-            _mention_cleaned(sets[key], console)
+        sets[key] = dataset_of(folder, config, model, data, console.note, "judging")
     return sets[key]
-
-
-def _trained_on(folder: Path, config: Mapping[str, Any]) -> tuple[str, tuple[tuple[int, int, int], int] | None]:
-    """The name of the data, and for the synthetic set its samples per split and its seed."""
-    try:
-        name, samples = str(config["dataset"]["name"]), config["dataset"]["samples"]
-        if name != "synthetic":
-            return name, None
-        return name, (
-            (int(samples["train"]), int(samples["valid"]), int(samples["test"])),
-            int(config["train"]["seed"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptFileError(
-            f"{folder}: config.json does not say what the model was trained on (lacks {error}): name the data with "
-            "--data, or train again"
-        ) from error
-
-
-def _mention_cleaned(dataset: MultimodalDataset, console: Console) -> None:
-    for m, count in dataset.cleaned.items():
-        if count:
-            console.note(f"{m}: {count} stored values were NaN or infinite and count as 0")
 
 
 def _kind(dataset: MultimodalDataset) -> tuple[Any, ...]:

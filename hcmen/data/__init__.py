@@ -5,6 +5,7 @@ folder.py     the same as a folder of arrays that stay on disk
 convert.py    hcmen-convert, from the one to the other
 cut.py        hcmen-clip, single samples as clips
 synthetic.py  a set of the same layout whose sentiment a linear model cannot read
+trained_on.py the set that a checkpoint was trained on, found again
 missing.py    which steps and modalities of a sample are dropped in an epoch
 protocols.py  which are dropped when a model is judged
 published.py  what others scored under these protocols
