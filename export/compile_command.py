@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from hcmen.engines import PRECISIONS
-from hcmen.errors import HcmenError
+from hcmen.errors import HcmenError, InputError
 from hcmen.modalities import variant_named
 from hcmen.runtime.cli import Choice, Console, aligned, command
 
@@ -87,6 +87,11 @@ def main(
         force=force,
     )
     opened = read_bundle(bundle)
+    if opened.manifest.precision != "fp32":
+        raise InputError(
+            f"{bundle}: its graphs are {opened.manifest.precision}, engines of either precision are made from float32 "
+            "ones: compile a bundle of hcmen-export --precision fp32"
+        )
     chosen = [variant_named(name).name for name in dict.fromkeys(variants)] or list(opened.manifest.variants)
     for name in chosen:
         opened.variant(name)

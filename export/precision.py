@@ -23,13 +23,15 @@ alone, as it runs on the device.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import numpy as np
 import onnx
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from hcmen.errors import InputError
 
-__all__ = ["to_float16"]
+__all__ = ["drop_unused", "half_weights", "last_products", "set_nodes", "to_float16"]
 
 # Of these the inputs at the places named are float16; all other inputs, and all other operators, see below.
 _PRODUCTS = {"MatMul": (0, 1), "Gemm": (0, 1, 2), "Conv": (0, 1, 2)}
@@ -49,6 +51,8 @@ _ELEMENTWISE = {
     "Where": (1, 2),
 }
 _LARGEST = float(np.finfo(np.float16).max)
+# Weights of fewer numbers stay float32: a file of them gains nothing.
+_LEAST_HALVED = 64
 _SMALLEST = float(np.finfo(np.float16).smallest_normal)
 
 
@@ -60,6 +64,69 @@ def to_float16(model: ModelProto) -> ModelProto:
             not write (a subgraph, types that cannot be inferred).
     """
     return _Converter(model).convert()
+
+
+def half_weights(model: ModelProto, keep: Collection[str] = ()) -> ModelProto:
+    """A copy of `model`, its weights inside, that stores the weights of products and its tables as float16.
+
+    It computes in float32 as before: a Cast widens each weight, which ONNX Runtime does once, when it loads the graph
+    (constant folding), and of a table the rows that are looked up. Everything else keeps its float32: statistics of the
+    features may be beyond float16, and the rest is small.
+
+    Args:
+        keep: names of weights that stay float32, too.
+
+    Raises:
+        InputError: a weight is beyond float16, or not in the model.
+    """
+    made = ModelProto()
+    made.CopyFrom(model)
+    graph = made.graph
+    readers: dict[str, list[tuple[NodeProto, int]]] = {}
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            readers.setdefault(name, []).append((node, place))
+    outputs = {o.name for o in graph.output}
+    casts: list[NodeProto] = []
+    after: dict[str, NodeProto] = {}
+    for tensor in graph.initializer:
+        own = readers.get(tensor.name, [])
+        multiplied = any(place in _PRODUCTS.get(node.op_type, ()) and node.domain == "" for node, place in own)
+        looked_up = bool(own) and all(node.op_type == "Gather" and place == 0 for node, place in own)
+        if (
+            tensor.data_type != TensorProto.FLOAT
+            or tensor.name in outputs
+            or tensor.name in keep
+            or not (multiplied or looked_up)
+            or np.prod(tensor.dims) < _LEAST_HALVED
+        ):
+            continue
+        values = _values(tensor)
+        largest = float(np.abs(values).max())
+        if not largest <= _LARGEST:
+            raise InputError(
+                f"weight '{tensor.name}' holds {largest:.3g}, float16 ends at {_LARGEST:.0f}: export with "
+                "--precision fp32"
+            )
+        name = tensor.name
+        tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}_float16"))
+        if multiplied:
+            casts.append(helper.make_node("Cast", [tensor.name], [name], f"{name}_float32", to=TensorProto.FLOAT))
+            continue
+        for node, _ in own:
+            node.input[0] = tensor.name
+            rows = f"{node.output[0]}_float16"
+            after[rows] = helper.make_node("Cast", [rows], [node.output[0]], rows, to=TensorProto.FLOAT)
+            node.output[0] = rows
+    set_nodes(graph, [*casts, *(n for node in graph.node for n in (node, after.get(node.output[0])) if n is not None)])
+    return made
+
+
+def set_nodes(graph: onnx.GraphProto, nodes: Sequence[NodeProto]) -> None:
+    """Makes `nodes`, some of which may be the graph's own, the nodes of `graph`."""
+    copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
 
 
 class _Converter:
@@ -75,7 +142,7 @@ class _Converter:
         self.made: dict[tuple[str, int], str] = {}
         self.nodes: list[NodeProto] = []
         self.new_weights: list[TensorProto] = []
-        self.exact = _last_products(self.model, self.producer)
+        self.exact = last_products(self.model, self.producer)
 
     def convert(self) -> ModelProto:
         for node in self.model.graph.node:
@@ -91,7 +158,7 @@ class _Converter:
         del graph.node[:]
         graph.node.extend(self.nodes)
         graph.initializer.extend(self.new_weights)
-        _drop_unused(graph)
+        drop_unused(graph)
         return self.model
 
     def _convert(self, node: NodeProto) -> None:
@@ -209,7 +276,7 @@ def _types(model: ModelProto) -> dict[str, int]:
     return types
 
 
-def _last_products(model: ModelProto, producer: dict[str, NodeProto]) -> set[str]:
+def last_products(model: ModelProto, producer: dict[str, NodeProto]) -> set[str]:
     """The outputs of the products with nothing but simple operators between them and an output of the graph."""
     between = {*_CARRIERS, *_ELEMENTWISE, "Softmax", "Concat"}
     found, open_values = set(), [o.name for o in model.graph.output]
@@ -233,7 +300,7 @@ def _values(tensor: TensorProto) -> np.ndarray:
     return numpy_helper.to_array(tensor)
 
 
-def _drop_unused(graph: onnx.GraphProto) -> None:
+def drop_unused(graph: onnx.GraphProto) -> None:
     """Removes casts and weights that nothing reads any more."""
     used = {o.name for o in graph.output}
     kept: list[NodeProto] = []

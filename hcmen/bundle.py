@@ -44,6 +44,7 @@ __all__ = [
     "MANIFEST_FILE",
     "OP_DOMAIN",
     "OP_VERSION",
+    "PRECISIONS",
     "SCHEMA_VERSION",
     "Bundle",
     "FileRecord",
@@ -67,7 +68,7 @@ OP_DOMAIN = "hcmen"
 OP_VERSION = 1
 NAME = "hcmen"
 MANIFEST_FILE = "manifest.json"
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "fp16", "int8")
 
 _MAX_MANIFEST_BYTES = 16 << 20
 _MAX_DEPTH = 32
@@ -111,6 +112,8 @@ class Manifest:
     """manifest.json. normalisation: modality -> {"mean": [features], "std": [features]} of the training features.
 
     versions: tool -> version at export. source: where the weights came from. label_range: (lowest, highest) label.
+    precision: one of PRECISIONS, of all graphs; the outputs of an int8 graph are within the `atol` and `rtol` of its
+    parity record of the eager model's, those of the others within fixed bounds (docs/parity.md).
     tokenizer: for the text encoder, if there is one and its tokenizer came with the checkpoint.
     """
 
@@ -186,6 +189,7 @@ class Manifest:
         low, high = top.numbers("label_range", 2)
         if low >= high:
             raise CorruptFileError(f"manifest: 'label_range' is [{low}, {high}], expected two numbers in rising order")
+        precision = top.one_of("precision", PRECISIONS)
         manifest = cls(
             schema_version=schema,
             name=top.one_of("name", (NAME,)),
@@ -195,13 +199,13 @@ class Manifest:
             op_version=version,
             opset=top.integer("opset", 1),
             ir_version=top.integer("ir_version", 1),
-            precision=top.one_of("precision", PRECISIONS),
+            precision=precision,
             model=model,
             label_range=(low, high),
             normalisation=_normalisation_from_json(top.object("normalisation"), model),
             source=top.value("source", dict),
             weights=_record_from_json(top.object("weights")),
-            variants=_variants_from_json(top.object("variants"), model),
+            variants=_variants_from_json(top.object("variants"), model, high - low if precision == "int8" else None),
             tokenizer=_record_from_json(top.object("tokenizer")) if "tokenizer" in top.data else None,
         )
         top.finish()
@@ -539,6 +543,15 @@ class JsonObject:
             raise CorruptFileError(f"manifest: '{self._name(key)}' is {value}, expected {least} to {most}")
         return value
 
+    def number(self, key: str, least: float, most: float) -> float:
+        """A number from `least` to `most`."""
+        value = self.value(key, object)
+        if not isinstance(value, (int, float)):
+            raise CorruptFileError(f"manifest: '{self._name(key)}' is {_kind(value)}, expected a number")
+        if not least <= value <= most:
+            raise CorruptFileError(f"manifest: '{self._name(key)}' is {value:g}, expected {least:g} to {most:g}")
+        return float(value)
+
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
         """A list of `count` finite numbers."""
         values = self.value(key, list)
@@ -645,17 +658,18 @@ def _tensors_from_json(data: list[Any], where: str) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
-def _variants_from_json(data: JsonObject, model: ModelConfig) -> dict[str, VariantRecord]:
+def _variants_from_json(data: JsonObject, model: ModelConfig, most_atol: float | None) -> dict[str, VariantRecord]:
     names = [v.name for v in VARIANTS]
     for name in data.data:
         if name not in names:
             raise CorruptFileError(f"manifest: unknown variant {name!r}, expected {', '.join(names)}")
     if not data.data:
         raise CorruptFileError("manifest: 'variants' is empty, expected at least one")
-    return {name: _variant_from_json(data.object(name), name, model) for name in names if name in data.data}
+    return {name: _variant_from_json(data.object(name), name, model, most_atol) for name in names if name in data.data}
 
 
-def _variant_from_json(data: JsonObject, name: str, model: ModelConfig) -> VariantRecord:
+def _variant_from_json(data: JsonObject, name: str, model: ModelConfig, most_atol: float | None) -> VariantRecord:
+    """A variant's record. most_atol: the largest bound that its parity may state, None where it states none."""
     record = VariantRecord(
         graph=_take_record(data),
         golden=_record_from_json(data.object("golden")),
@@ -674,6 +688,10 @@ def _variant_from_json(data: JsonObject, name: str, model: ModelConfig) -> Varia
             )
     parity = JsonObject(f"{data.where}.parity", data.data["parity"])
     parity.value("passed", bool)
+    if most_atol is not None:
+        # A device judges itself by these two, so a bound that nothing could fail is refused.
+        parity.number("atol", 0.0, most_atol)
+        parity.number("rtol", 0.0, 1.0)
     return record
 
 

@@ -15,11 +15,13 @@ from numpy.typing import ArrayLike
 
 from hcmen.errors import CheckFailed, InputError
 
-__all__ = ["SCORE_ATOL", "SCORE_RTOL", "Comparison", "compare"]
+__all__ = ["GRAPH_BOUNDS", "SCORE_ATOL", "SCORE_RTOL", "Comparison", "compare"]
 
 SCORE_ATOL = 1e-5
 """Bound for fp32 graphs in ONNX Runtime against the eager model."""
 SCORE_RTOL = 1e-5
+GRAPH_BOUNDS = {"fp32": (SCORE_ATOL, SCORE_RTOL), "fp16": (2e-2, 1e-2)}
+"""precision of a bundle -> (atol, rtol) of its graphs in ONNX Runtime; int8 has what its export measured."""
 
 
 @dataclass(frozen=True)

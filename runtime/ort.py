@@ -54,9 +54,12 @@ _SHARE_BYTES = 64 << 20
 
 
 class OrtSession:
-    """One graph, ready to run. kernels: NATIVE, FUNCTIONS or STANDARD. Several threads may run it at once."""
+    """One graph, ready to run. kernels: NATIVE, FUNCTIONS or STANDARD. Several threads may run it at once.
 
-    tolerance = (SCORE_ATOL, SCORE_RTOL)
+    tolerance: (atol, rtol) of its parity, that of a float32 graph until whoever knows its precision says otherwise.
+    """
+
+    tolerance: tuple[float, float] = (SCORE_ATOL, SCORE_RTOL)
 
     def __init__(self, session: Any, kernels: str, where: str):
         self.kernels = kernels

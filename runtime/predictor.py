@@ -29,7 +29,7 @@ from hcmen.bundle import Bundle, SharedFile, read_bundle
 from hcmen.clip import TEXT_TOKENS, Clip, batch_clips, clip_from_arrays, read_clip
 from hcmen.errors import CheckFailed, CorruptFileError, HcmenError, InputError
 from hcmen.modalities import MODALITIES, Variant, variant_named
-from hcmen.runtime.compare import Comparison, compare
+from hcmen.runtime.compare import GRAPH_BOUNDS, Comparison, compare
 from hcmen.runtime.words import Encoded, Tokenizer
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Predictor:
         cuda_graph: with "ort-cuda", record each graph once per input shape and replay it.
         precision: "fp32" or "fp16", which engines "tensorrt" takes; None for fp16 where it was compiled, else fp32.
         prepack: with "ort", whether every session lays the weights out for its kernels (True: faster) or all share one
-            mapped copy (False: smaller). None packs where weights are large; runtime/ort.py has the measurements.
+            mapped copy (False: smaller). None packs where weights are large or not float32; see runtime/ort.py.
 
     Raises:
         InputError: no such backend, a thread count below 1, or an option that the backend does not have.
@@ -154,6 +154,8 @@ class Predictor:
         else:
             if precision is not None:
                 raise InputError(f"precision is '{precision}', and only the backend 'tensorrt' has one: leave it out")
+            if prepack is None and bundle.manifest.precision != "fp32":
+                prepack = True  # float16 is widened by every session anyway, and unpacked int8 is packed at every call
             self.backend = _make_backend(backend, threads, cuda_graph, prepack)
             self._open = partial(self._open_graph, self.backend)
         self._sessions: dict[str, OrtSession | TrtSession] = {}
@@ -287,7 +289,13 @@ class Predictor:
             shared = backend.maps_weights
             self._weights = SharedFile(self.bundle, manifest.weights) if shared else self.bundle.read(manifest.weights)
         where = str(self.bundle.path / record.graph.file)
-        return backend.session(self.bundle.read(record.graph).tobytes(), self._weights, manifest.weights.file, where)
+        model = self.bundle.read(record.graph).tobytes()
+        session = backend.session(model, self._weights, manifest.weights.file, where)
+        if manifest.precision == "int8":
+            session.tolerance = (float(record.parity["atol"]), float(record.parity["rtol"]))
+        else:
+            session.tolerance = GRAPH_BOUNDS[manifest.precision]
+        return session
 
     def _score_group(
         self, items: Sequence[ClipLike], first: int, chosen: Variant | None, observe: Observer | None
