@@ -36,6 +36,8 @@ from numpy.typing import NDArray
 from hcmen.bundle import OP_DOMAIN, SharedFile
 from hcmen.errors import BackendError, CorruptFileError, HcmenError
 from hcmen.runtime.compare import SCORE_ATOL, SCORE_RTOL
+from hcmen.runtime.cores import physical_cores
+from hcmen.runtime.forks import keep_for_ever, watch
 from hcmen.runtime.graph import read_graph
 from hcmen.runtime.library import library_path
 
@@ -63,6 +65,12 @@ class OrtSession:
         self._session = session
         self._where = where
         self._outputs = [o.name for o in session.get_outputs()]
+        watch(self)
+
+    def after_fork(self) -> None:
+        """In a forked child: lets go of the session, whose threads have stayed behind, without freeing it."""
+        keep_for_ever(self._session)
+        self._session = None
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """The outputs by name.
@@ -70,6 +78,8 @@ class OrtSession:
         Raises:
             BackendError: ONNX Runtime refused to run; the message has its reason.
         """
+        if self._session is None:
+            raise BackendError(f"{self._where}: its session belongs to the process that this one was forked from")
         try:
             values = self._session.run(self._outputs, dict(inputs))
         except Exception as error:
@@ -243,24 +253,3 @@ def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", text)
     return text if len(text) <= 400 else text[:397] + "..."
-
-
-@functools.cache
-def physical_cores() -> int:
-    """How many physical cores this process may use: its CPU affinity and its cgroup's quota are respected."""
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in allowed:
-        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-        try:
-            cores.add(((topology / "physical_package_id").read_text(), (topology / "core_id").read_text()))
-        except OSError:
-            cores.add((str(cpu), ""))
-    count = len(cores)
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            count = min(count, -(-int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
-    return max(1, count)
