@@ -57,7 +57,7 @@ def _quotas(root: Path) -> Iterator[int]:
 
 
 def _upwards(mount: Path, path: str) -> Iterator[Path]:
-    """The cgroup's folder and those above it. In a container the path may be one of the host's: the mount is its own."""
+    """The cgroup's folder and those above it. The path may be one that only the host has: the mount counts."""
     parts = [p for p in PurePosixPath(path).parts if p not in ("/", "..")]
     for length in range(len(parts), -1, -1):
         yield mount.joinpath(*parts[:length])

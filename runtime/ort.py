@@ -170,6 +170,7 @@ class OrtBackend:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
+        options.enable_mem_pattern = False
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         if _shares_arena():
             options.add_session_config_entry("session.use_env_allocators", "1")

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from hcmen.bundle import Bundle, SharedFile, read_bundle
 from hcmen.clip import TEXT_TOKENS, Clip, batch_clips, clip_from_arrays, read_clip
-from hcmen.errors import CheckFailed, CorruptFileError, HcmenError, InputError
+from hcmen.errors import BackendError, CheckFailed, CorruptFileError, HcmenError, InputError
 from hcmen.modalities import MODALITIES, Variant, variant_named
 from hcmen.runtime import forks
 from hcmen.runtime.compare import Comparison, compare
@@ -316,6 +316,8 @@ class Predictor:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as the bundle's place, what its manifest says, and the options: who unpickles it opens it again."""
+        if isinstance(self._unusable, InputError):
+            raise self._unusable
         return _reopened, (os.path.abspath(self.bundle.path), _digest(self.bundle), self._options)
 
     def after_fork(self) -> None:
@@ -328,8 +330,8 @@ class Predictor:
         for session in sessions.values():
             forks.keep_for_ever(session)
         self._unusable = BackendError(
-            f"{self.bundle.path}: the backend '{self.backend.name}' was opened before this process was forked, and CUDA "
-            "does not survive a fork: load the model in the child, or start it with multiprocessing's 'spawn'"
+            f"{self.bundle.path}: the backend '{self.backend.name}' was opened before this process was forked, and "
+            "CUDA does not survive a fork: load the model in the child, or start it with multiprocessing's 'spawn'"
         )
 
     def kernels(self, variant: str) -> str:

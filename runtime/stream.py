@@ -82,8 +82,8 @@ class Update:
 class Counts:
     """What became of the windows so far. scored: each an `Update`. late: those of them that took longer than a hop.
 
-    dropped: passed over by a live stream, since they were late already and a newer one was ready. starved: a modality that the variant needs had
-    no frame in them, or no modality had. failed: the model raised an error.
+    dropped: passed over by a live stream, since they were late already and a newer one was ready. starved: a modality
+    that the variant needs had no frame in them, or no modality had. failed: the model raised an error.
     """
 
     scored: int = 0
@@ -143,8 +143,8 @@ class Stream:
             features = model.config.modality(m).features
             if 8 * capacity * features > _MOST_BUFFER_BYTES:
                 raise InputError(
-                    f"stream: {float(held):g} s of {m} would have to be kept, {8 * capacity * features} bytes, expected "
-                    f"at most {_MOST_BUFFER_BYTES}: choose a shorter hop, delay or patience"
+                    f"stream: {float(held):g} s of {m} would have to be kept, {8 * capacity * features} bytes, "
+                    f"expected at most {_MOST_BUFFER_BYTES}: choose a shorter hop, delay or patience"
                 )
             self._frames[m] = _Frames(int(self._ticks / rate), features, capacity)
         self._text = _Text(model, wanted=needed is None or "text" in needed)
@@ -774,7 +774,9 @@ def exact(value: Number, what: str, *, zero: bool = False) -> Fraction:
     except (ValueError, ZeroDivisionError):
         number = None
     if number is None or isinstance(value, bool) or number < 0 or (number == 0 and not zero):
-        raise InputError(f"stream: {what} is {text[:80]!r}, expected a {'number from 0 on' if zero else 'positive number'}")
+        raise InputError(
+            f"stream: {what} is {text[:80]!r}, expected a {'number from 0 on' if zero else 'positive number'}"
+        )
     return number
 
 
@@ -785,7 +787,9 @@ def _checked_rates(
     clocked = MODALITIES[1:]
     for m in rates:
         if m not in clocked:
-            raise InputError(f"stream: a rate of {m!r} was given, expected {' or '.join(clocked)}: text comes with times")
+            raise InputError(
+                f"stream: a rate of {m!r} was given, expected {' or '.join(clocked)}: text comes with times"
+            )
     for m in needed or ():
         if m in clocked and m not in rates:
             raise InputError(f"stream: no rate of {m} was given, and the variant needs it: rates={{'{m}': per second}}")

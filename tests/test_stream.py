@@ -233,16 +233,19 @@ def test_a_live_stream_that_is_never_asked_keeps_the_newest_windows(model):
 def test_without_live_append_refuses_to_lose_frames(model):
     stream = model.stream("audio_only", window="0.5", hop="0.1", rates={"audio": 30}, live=False)
     frames = recording({"audio": 30}, 60)["audio"]
-    taken, updates = 0, []
+    taken, refused, updates = 0, 0, []
     for x in np.array_split(frames, 600):
         try:
             stream.append(audio=x)
-        except InputError as error:
-            assert "more than it can keep" in str(error)
+        except InputError:
+            with pytest.raises(InputError, match="more than it can keep"):
+                stream.append(audio=x)
+            refused += 1
             updates += stream.updates()
             stream.append(audio=x)
         taken += len(x)
     updates += stream.updates()
+    assert refused > 10
     assert [u.index for u in updates] == list(range(596))
     assert_same(updates[-1], model({"audio": frames[-15:]}))
 
@@ -276,15 +279,18 @@ def test_auto_goes_on_without_a_modality_that_stalls_and_takes_it_back(model):
     frames = recording(rates, 10)
     stream = model.stream("auto", window="0.5", hop="0.5", rates=rates, patience=1)
     got = []
+
+    def tenth(i):  # vision is lost from 3 s to 6 s
+        part = {"audio": frames["audio"][3 * i : 3 * i + 3]}
+        if i == 60:
+            stream.skip("vision", until=6)
+        if not 30 <= i < 60:
+            part["vision"] = frames["vision"][2 * i : 2 * i + 2]
+        got.extend(stream.push(**part))
+        assert stream.stalled == (("vision",) if 40 < i + 1 <= 60 else ())
+
     with pytest.warns(RuntimeWarning, match=r"vision lags more than 1 s behind, windows are scored without it") as told:
-        for i in range(100):  # tenths of a second; vision is lost from 3 s to 6 s
-            part = {"audio": frames["audio"][3 * i : 3 * i + 3]}
-            if i == 60:
-                stream.skip("vision", until=6)
-            if not 30 <= i < 60:
-                part["vision"] = frames["vision"][2 * i : 2 * i + 2]
-            got += stream.push(**part)
-            assert stream.stalled == (("vision",) if 40 < i + 1 <= 60 else ())
+        list(map(tenth, range(100)))
     assert len(told) == 1  # once for the whole stall
     assert [u.index for u in got] == list(range(20))
     for u in got:
@@ -304,7 +310,8 @@ def test_frames_that_come_late_but_come_are_used(model):
     for i in range(60):
         late = i - 15
         got += stream.push(
-            audio=frames["audio"][3 * i : 3 * i + 3], vision=frames["vision"][2 * late : 2 * late + 2] if late >= 0 else None
+            audio=frames["audio"][3 * i : 3 * i + 3],
+            vision=frames["vision"][2 * late : 2 * late + 2] if late >= 0 else None,
         )
     assert {u.variant for u in got} == {"text_missing"}
     assert [u.index for u in got] == list(range(9))
@@ -346,7 +353,7 @@ def test_a_gap_is_left_out_of_its_window(model):
     assert stream.counts == Counts(scored=5, starved=2)
     assert (got[0].missed, got[0].frames) == (2, {"audio": 14})
     for wrong in ({"until": 1}, {"frames": -1}):
-        with pytest.raises(InputError, match="audio is at 3.5 s already"):
+        with pytest.raises(InputError, match=r"audio is at 3\.5 s already"):
             stream.skip("audio", **wrong)
     with pytest.raises(InputError, match="'vision' has no frames here, expected one of audio"):
         stream.skip("vision", frames=1)
@@ -510,7 +517,11 @@ def test_clean_counts_in_each_window_what_the_offline_call_counts(model):
     frames["vision"][5] = -np.inf
     cleaning = load(model.bundle.path, threads=1, clean=True)
     stream = cleaning.stream("auto", window="0.5", hop="0.3", rates={"audio": 30, "vision": 20}, live=False)
-    got = [u for i in range(30) for u in stream.push(**{m: x[len(x) * i // 30 :][: len(x) // 30] for m, x in frames.items()})]
+    got = [
+        u
+        for i in range(30)
+        for u in stream.push(**{m: x[len(x) * i // 30 :][: len(x) // 30] for m, x in frames.items()})
+    ]
     assert sum(bool(u.cleaned) for u in got) >= 4
     for u in got:
         start = Fraction(3, 10) * u.index
@@ -520,7 +531,10 @@ def test_clean_counts_in_each_window_what_the_offline_call_counts(model):
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        ({"window": 0.6}, r"window of 0.6 s holds 18 frames of audio, expected at most 16: .* possible here is 0.533333 s"),
+        (
+            {"window": 0.6},
+            r"window of 0.6 s holds 18 frames of audio, expected at most 16: .* possible here is 0.533333 s",
+        ),
         ({"window": "1e9"}, "longest window possible here is 0.533333 s"),
         ({"window": 0}, "window is '0', expected a positive number"),
         ({"window": -1}, "window is '-1'"),

@@ -639,7 +639,7 @@ def test_words_with_times_are_encoded_window_by_window(exported: Path):
     """Of more words than the model takes the last ones are kept; tokens with times are taken as they come."""
     model = load(exported)
     audio = np.random.default_rng(0).standard_normal((100, 3)).astype(np.float32)
-    words = "truly very the film good bad".split() + ["film"] * 14
+    words = ["truly", "very", "the", "film", "good", "bad"] + ["film"] * 14
     times = [0.1, 0.2, 0.6, 0.7, 0.8, 1.2, *np.linspace(1.5, 1.99, 14).tolist()]
     stream = model.stream("auto", window="0.5", hop="0.5", rates={"audio": 20}, live=False)
     updates = stream.push(audio=audio[:40], text=words, text_times=times)
