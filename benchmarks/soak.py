@@ -1,14 +1,14 @@
 """Many calls in one process: does memory stay where it is?
 
-    python benchmarks/soak.py --bundle BUNDLE --calls 100000 --out docs/results/soak.json --picture docs/results/soak.png
+    python benchmarks/soak.py --bundle BUNDLE --out docs/results/soak.json --picture docs/results/soak.png
 
 Two models (a session per variant each) are called from two threads, each thread calling both in turn, with batches of 1
 to 4 clips of random lengths and of random variants. ONNX Runtime's arenas grow to the largest shapes that meet in them
 and stay there, so the longest clips run first, on every session. Then, at equal numbers of calls and while none runs,
-three things are sampled: bytes that the C heap has handed out (glibc's mallinfo2, over all arenas), blocks that Python's
-own allocator has handed out, and resident anonymous memory. Each gets a straight line through its last two thirds. The
-first two see any leak after a few hundred calls. Resident memory also holds what is free between the blocks, which
-settles over tens of thousands of calls, so it is judged from 50,000 calls on.
+three things are sampled: bytes that the C heap has handed out (glibc's mallinfo2, over all arenas), blocks that
+Python's own allocator has handed out, and resident anonymous memory. Each gets a straight line through its last two
+thirds. The first two see any leak after a few hundred calls. Resident memory also holds what is free between the
+blocks, which settles over tens of thousands of calls, so it is judged from 50,000 calls on.
 
 --leak N leaks N bytes of the C heap per call, and one Python object with --leak 1, to see them found.
 """
@@ -123,7 +123,11 @@ def soak(bundle: Path, calls: int, threads: int, leak: int, progress: bool) -> d
 
 
 def judge(samples: NDArray[np.float64]) -> dict[str, Any]:
-    """Of samples [sample, (calls, seconds, each of BOUNDS)]: per quantity the slope over calls, its standard error and its bound; and whether all are flat."""
+    """The slopes of what `memory` gives over calls, each with its standard error and bound, and whether all are flat.
+
+    Args:
+        samples: [sample, (calls, seconds, each of BOUNDS)].
+    """
     counts = samples[:, 0]
     late = counts >= _FIRST_JUDGED * counts[-1]
     x = counts[late] - counts[late].mean()

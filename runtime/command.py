@@ -117,7 +117,14 @@ def main(
         variant_named(variant)
     paths, errors = _expand(clips)
     model = Predictor(
-        read_bundle(bundle), backend=backend, threads=threads, clean=clean, cuda_graph=cuda_graph, precision=precision
+        read_bundle(bundle),
+        backend=backend,
+        threads=threads,
+        clean=clean,
+        cuda_graph=cuda_graph,
+        precision=precision,
+        # Between two updates there is nothing to do for much longer than threads would spin.
+        spin=False if follow is not None and backend in ("auto", "ort") else None,
     )
     console.detail(
         f"bundle {bundle}, backend {model.backend.name} {model.backend.version}, {model.backend.threads} threads"

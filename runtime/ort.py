@@ -17,6 +17,11 @@ times as much memory as one; where the weights are those of a BERT, a run withou
 So small float32 models share, and others pack; `prepack` says otherwise.
 
 Buffers. All sessions of a process take their working memory from one arena, which grows to what the largest run needs.
+ONNX Runtime's memory patterns are off: they would save some tenth of a millisecond a run by one allocation in place of
+many, and keep 9 kB for every new combination of input lengths, for ever, of which the MOSI preset has nine million.
+
+Telemetry. From 1.29 on, ONNX Runtime's builds start a thread when they are imported that reports their use, and whose
+end hangs a forked child at its exit. It is off unless ORT_DISABLE_TELEMETRY=0 is set.
 """
 
 from __future__ import annotations
@@ -92,7 +97,8 @@ class OrtBackend:
 
     library: use the kernel library when it is found; False leaves it out, for tests and comparisons.
     prepack: lay weights out for the kernels in every session (faster), or share them as they are (smaller); see above
-    for what None does.
+    for what None does. spin: whether idle threads of a session look out for work for about a millisecond before they
+    sleep; docs/environment.md has what that costs.
 
     Attributes:
         maps_weights: whether `session` wants a `SharedFile`, which this ONNX Runtime maps, or the weights' content.
@@ -102,8 +108,11 @@ class OrtBackend:
     _providers: Sequence[Any] = ("CPUExecutionProvider",)
     _maps = True
 
-    def __init__(self, threads: int | None = None, *, library: bool = True, prepack: bool | None = None):
+    def __init__(
+        self, threads: int | None = None, *, library: bool = True, prepack: bool | None = None, spin: bool = True
+    ):
         self._ort = import_onnxruntime()
+        self.spin = spin
         self.prepack = prepack
         self.maps_weights = self._maps and _release(self._ort.__version__) >= _MAPS_FROM
         self.threads = threads or physical_cores()
@@ -170,7 +179,8 @@ class OrtBackend:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
-        options.enable_mem_pattern = False
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self.spin)))
+        options.enable_mem_pattern = False  # see above
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         if _shares_arena():
             options.add_session_config_entry("session.use_env_allocators", "1")
@@ -219,6 +229,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 def import_onnxruntime() -> Any:
     """The module onnxruntime; raises BackendError when it is missing or damaged."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ModuleNotFoundError as error:

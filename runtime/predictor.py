@@ -125,6 +125,9 @@ class Predictor:
         precision: "fp32" or "fp16", which engines "tensorrt" takes; None for fp16 where it was compiled, else fp32.
         prepack: with "ort", whether every session lays the weights out for its kernels (True: faster) or all share one
             mapped copy (False: smaller). None packs where weights are large; runtime/ort.py has the measurements.
+        spin: with "ort", whether threads of a session that has nothing to do keep a core busy for a while before they
+            sleep (True, by default: faster where cores are idle); False where they have other work, as
+            docs/environment.md tells.
 
     Raises:
         InputError: no such backend, a thread count below 1, or an option that the backend does not have.
@@ -141,6 +144,7 @@ class Predictor:
         cuda_graph: bool = False,
         precision: str | None = None,
         prepack: bool | None = None,
+        spin: bool | None = None,
     ):
         if backend not in BACKENDS:
             raise InputError(f"unknown backend '{backend}': choose from {', '.join(BACKENDS)}")
@@ -150,6 +154,8 @@ class Predictor:
             raise InputError(f"cuda_graph is an option of the backend 'ort-cuda', got backend '{backend}'")
         if prepack is not None and backend not in ("auto", "ort"):
             raise InputError(f"prepack is an option of the backend 'ort', got backend '{backend}': leave it out")
+        if spin is not None and backend not in ("auto", "ort"):
+            raise InputError(f"spin is an option of the backend 'ort', got backend '{backend}': leave it out")
         self._options: dict[str, Any] = {
             "backend": backend,
             "threads": threads,
@@ -157,6 +163,7 @@ class Predictor:
             "cuda_graph": cuda_graph,
             "precision": precision,
             "prepack": prepack,
+            "spin": spin,
         }
         self.bundle = bundle
         self.config = bundle.manifest.model
@@ -173,7 +180,7 @@ class Predictor:
         else:
             if precision is not None:
                 raise InputError(f"precision is '{precision}', and only the backend 'tensorrt' has one: leave it out")
-            self.backend = _make_backend(backend, threads, cuda_graph, prepack)
+            self.backend = _make_backend(backend, threads, cuda_graph, prepack, spin)
             self._open = partial(self._open_graph, self.backend)
         self._sessions: dict[str, OrtSession | TrtSession] = {}
         self._weights: SharedFile | NDArray[np.uint8] | None = None
@@ -302,9 +309,12 @@ class Predictor:
             sessions, self._sessions = self._sessions, {}
             self._weights = self._tokenizer = None
             self._unusable = InputError(f"{self.bundle.path}: this model was closed: load it again")
-        for session in sessions.values():
+        while sessions:
+            _, session = sessions.popitem()
             if hasattr(session, "close"):
                 session.close()
+            del session
+        _trim()
 
     def __enter__(self) -> Predictor:
         return self
@@ -467,14 +477,16 @@ class Predictor:
         return chosen.name
 
 
-def _make_backend(name: str, threads: int | None, cuda_graph: bool, prepack: bool | None) -> OrtBackend:
+def _make_backend(
+    name: str, threads: int | None, cuda_graph: bool, prepack: bool | None, spin: bool | None
+) -> OrtBackend:
     if name == "ort-cuda":
         from hcmen.runtime.ort_cuda import OrtCudaBackend
 
         return OrtCudaBackend(threads, cuda_graph=cuda_graph)
     from hcmen.runtime.ort import OrtBackend
 
-    return OrtBackend(threads, prepack=prepack)
+    return OrtBackend(threads, prepack=prepack, spin=spin is not False)
 
 
 def load(
@@ -486,6 +498,7 @@ def load(
     cuda_graph: bool = False,
     precision: str | None = None,
     prepack: bool | None = None,
+    spin: bool | None = None,
 ) -> Predictor:
     """Opens the bundle in the folder `bundle`; graphs are loaded when they are first needed.
 
@@ -507,7 +520,17 @@ def load(
         cuda_graph=cuda_graph,
         precision=precision,
         prepack=prepack,
+        spin=spin,
     )
+
+
+def _trim() -> None:
+    """Hands what the C heap has free back to the system; glibc keeps most of it otherwise."""
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _digest(bundle: Bundle) -> str:
