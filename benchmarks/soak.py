@@ -166,7 +166,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 2.6), layout="constrained")
     calls = [s["calls"] / 1000 for s in result["samples"]]
     axes.plot(calls, [s["resident_bytes"] / 2**20 for s in result["samples"]], color="#2a6f97")
-    axes.set(xlabel="thousand calls", ylabel="resident MiB", ylim=(0, None), xlim=(0, calls[-1]))
+    axes.set(xlabel="thousand calls", ylabel="resident MiB", xlim=(0, calls[-1]))
+    axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
     axes.set_title(
         f"{result['threads']} threads, {result['sessions']} sessions: "
         f"{result['slopes']['resident_bytes']['per_call']:+.2f} bytes a call",
