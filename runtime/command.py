@@ -27,6 +27,8 @@ __all__ = ["main"]
 _EPILOG = (
     "A clip is an .npz file with float arrays text, audio, vision, each [time, features], whichever are there. "
     "A clip that cannot be used gets an error line and the others are still scored; the exit code then tells of it. "
+    "With --follow the files that appear in a folder, or are named on stdin, are chunks of one recording: the next "
+    "audio and vision frames each, scored window by window as they come. "
     "Exit codes: 0 ok, 1 a check failed, 2 bad input, 3 a backend is missing, 5 a corrupt or unsafe file."
 )
 
@@ -61,6 +63,16 @@ _EPILOG = (
 @click.option(
     "--self-test", is_flag=True, help="Run the bundle's golden inputs and compare; needs neither clips nor torch."
 )
+@click.option("--follow", metavar="FOLDER|-", help="Score chunks of a recording as they appear in FOLDER, or on stdin.")
+@click.option("--window", metavar="SECONDS", help="With --follow: how much of the recording a score is of.")
+@click.option("--hop", metavar="SECONDS", help="With --follow: the time from one window's begin to the next one's.")
+@click.option(
+    "--rate", "rates", multiple=True, metavar="MODALITY=RATE", help="With --follow: frames per second, as in audio=100."
+)
+@click.option("--live", is_flag=True, help="With --follow: when behind, drop late windows and go on with the newest.")
+@click.option("--gaps", is_flag=True, help="With --follow: what a chunk lacks was lost for as long as the chunk is.")
+@click.option("--partial", is_flag=True, help="With --follow: at the end score what is left of a window too.")
+@click.option("--idle-timeout", type=float, metavar="SECONDS", help="With --follow: end after no chunk for so long.")
 def main(
     console: Console,
     clips: tuple[str, ...],
@@ -75,9 +87,24 @@ def main(
     check: bool,
     checkpoint: str,
     self_test: bool,
+    follow: str | None,
+    window: str | None,
+    hop: str | None,
+    rates: tuple[str, ...],
+    live: bool,
+    gaps: bool,
+    partial: bool,
+    idle_timeout: float | None,
 ) -> None:
     """Scores clips with an exported bundle. A folder stands for the .npz files directly in it, sorted by name."""
-    if not clips and words is None and not self_test:
+    if follow is not None:
+        if clips or words is not None or check or self_test:
+            raise InputError("--follow scores a recording and takes neither clips, --text, --check nor --self-test")
+        if window is None or hop is None:
+            raise InputError("--follow needs --window and --hop, both in seconds: for instance --window 4 --hop 0.5")
+    elif window or hop or rates or live or gaps or partial or idle_timeout is not None:
+        raise InputError("--window, --hop, --rate, --live, --gaps, --partial and --idle-timeout belong to --follow")
+    elif not clips and words is None and not self_test:
         raise InputError(
             "no clip given, expected .npz files or folders: name some, or test the bundle with --self-test"
         )
@@ -90,12 +117,25 @@ def main(
         variant_named(variant)
     paths, errors = _expand(clips)
     model = Predictor(
-        read_bundle(bundle), backend=backend, threads=threads, clean=clean, cuda_graph=cuda_graph, precision=precision
+        read_bundle(bundle),
+        backend=backend,
+        threads=threads,
+        clean=clean,
+        cuda_graph=cuda_graph,
+        precision=precision,
+        # Between two updates there is nothing to do for much longer than threads would spin.
+        spin=False if follow is not None and backend in ("auto", "ort") else None,
     )
-    checker = _EagerCheck(model.bundle, checkpoint) if check else None
     console.detail(
         f"bundle {bundle}, backend {model.backend.name} {model.backend.version}, {model.backend.threads} threads"
     )
+    if follow is not None:
+        from hcmen.runtime.follow import FollowOptions, follow_chunks
+
+        options = FollowOptions(follow, variant, str(window), str(hop), rates, live, partial, gaps, idle_timeout)
+        follow_chunks(console, model, options)
+        return
+    checker = _EagerCheck(model.bundle, checkpoint) if check else None
 
     tests: list[SelfTest] = []
     if self_test:

@@ -17,6 +17,11 @@ times as much memory as one; where the weights are those of a BERT, a run withou
 So small float32 models share, and others pack; `prepack` says otherwise.
 
 Buffers. All sessions of a process take their working memory from one arena, which grows to what the largest run needs.
+ONNX Runtime's memory patterns are off: they would save some tenth of a millisecond a run by one allocation in place of
+many, and keep 9 kB for every new combination of input lengths, for ever, of which the MOSI preset has nine million.
+
+Telemetry. From 1.29 on, ONNX Runtime's builds start a thread when they are imported that reports their use, and whose
+end hangs a forked child at its exit. It is off unless ORT_DISABLE_TELEMETRY=0 is set.
 """
 
 from __future__ import annotations
@@ -36,6 +41,8 @@ from numpy.typing import NDArray
 from hcmen.bundle import OP_DOMAIN, SharedFile
 from hcmen.errors import BackendError, CorruptFileError, HcmenError
 from hcmen.runtime.compare import SCORE_ATOL, SCORE_RTOL
+from hcmen.runtime.cores import physical_cores
+from hcmen.runtime.forks import keep_for_ever, watch
 from hcmen.runtime.graph import read_graph
 from hcmen.runtime.library import library_path
 
@@ -66,6 +73,12 @@ class OrtSession:
         self._session = session
         self._where = where
         self._outputs = [o.name for o in session.get_outputs()]
+        watch(self)
+
+    def after_fork(self) -> None:
+        """In a forked child: lets go of the session, whose threads have stayed behind, without freeing it."""
+        keep_for_ever(self._session)
+        self._session = None
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """The outputs by name.
@@ -73,6 +86,8 @@ class OrtSession:
         Raises:
             BackendError: ONNX Runtime refused to run; the message has its reason.
         """
+        if self._session is None:
+            raise BackendError(f"{self._where}: its session belongs to the process that this one was forked from")
         try:
             values = self._session.run(self._outputs, dict(inputs))
         except Exception as error:
@@ -85,7 +100,8 @@ class OrtBackend:
 
     library: use the kernel library when it is found; False leaves it out, for tests and comparisons.
     prepack: lay weights out for the kernels in every session (faster), or share them as they are (smaller); see above
-    for what None does.
+    for what None does. spin: whether idle threads of a session look out for work for about a millisecond before they
+    sleep; docs/environment.md has what that costs.
 
     Attributes:
         maps_weights: whether `session` wants a `SharedFile`, which this ONNX Runtime maps, or the weights' content.
@@ -95,8 +111,11 @@ class OrtBackend:
     _providers: Sequence[Any] = ("CPUExecutionProvider",)
     _maps = True
 
-    def __init__(self, threads: int | None = None, *, library: bool = True, prepack: bool | None = None):
+    def __init__(
+        self, threads: int | None = None, *, library: bool = True, prepack: bool | None = None, spin: bool = True
+    ):
         self._ort = import_onnxruntime()
+        self.spin = spin
         self.prepack = prepack
         self.maps_weights = self._maps and _release(self._ort.__version__) >= _MAPS_FROM
         self.threads = threads or physical_cores()
@@ -163,6 +182,8 @@ class OrtBackend:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self.spin)))
+        options.enable_mem_pattern = False  # see above
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         if _shares_arena():
             options.add_session_config_entry("session.use_env_allocators", "1")
@@ -211,6 +232,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 def import_onnxruntime() -> Any:
     """The module onnxruntime; raises BackendError when it is missing or damaged."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
@@ -246,24 +268,3 @@ def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", text)
     return text if len(text) <= 400 else text[:397] + "..."
-
-
-@functools.cache
-def physical_cores() -> int:
-    """How many physical cores this process may use: its CPU affinity and its cgroup's quota are respected."""
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in allowed:
-        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-        try:
-            cores.add(((topology / "physical_package_id").read_text(), (topology / "core_id").read_text()))
-        except OSError:
-            cores.add((str(cpu), ""))
-    count = len(cores)
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            count = min(count, -(-int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
-    return max(1, count)

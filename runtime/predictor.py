@@ -6,12 +6,18 @@
 
 A variant's graph is loaded when a clip first needs it; all sessions share one verified copy of the weights. Clips are
 grouped by variant and run in batches; a score depends neither on the padding nor on the batch.
+
+A predictor may be used by several threads, sent to other processes (pickled: it opens its bundle again there) and
+carried across a fork: its sessions' threads stay behind in the parent, so the child lets go of the sessions and opens
+its own when they are needed. CUDA does not survive a fork, and a backend on it says so.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
+import json
 import os
 import threading
 import time
@@ -20,6 +26,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, cast, overload
 
 import numpy as np
@@ -27,13 +34,15 @@ from numpy.typing import NDArray
 
 from hcmen.bundle import Bundle, SharedFile, read_bundle
 from hcmen.clip import TEXT_TOKENS, Clip, batch_clips, clip_from_arrays, read_clip
-from hcmen.errors import CheckFailed, CorruptFileError, HcmenError, InputError
+from hcmen.errors import BackendError, CheckFailed, CorruptFileError, HcmenError, InputError
 from hcmen.modalities import MODALITIES, Variant, variant_named
+from hcmen.runtime import forks
 from hcmen.runtime.compare import GRAPH_BOUNDS, Comparison, compare
 from hcmen.runtime.words import Encoded, Tokenizer
 
 if TYPE_CHECKING:
     from hcmen.runtime.ort import OrtBackend, OrtSession
+    from hcmen.runtime.stream import Number, Stream
     from hcmen.runtime.trt import TrtBackend, TrtSession
 
 __all__ = ["BACKENDS", "BATCH_CLIPS", "ClipLike", "Predictor", "Result", "SelfTest", "Session", "golden_test", "load"]
@@ -102,7 +111,9 @@ class Session(Protocol):
 
 
 class Predictor:
-    """A loaded bundle; call it with a clip, or with a list of clips. Several threads may.
+    """A loaded bundle; call it with a clip, or with a list of clips. Several threads may, and so may a forked child.
+
+    `close`, or the end of a `with` block, gives its memory back.
 
     Args:
         bundle: from `read_bundle`; its manifest is checked, its files are verified as they are loaded.
@@ -114,6 +125,9 @@ class Predictor:
         precision: "fp32" or "fp16", which engines "tensorrt" takes; None for fp16 where it was compiled, else fp32.
         prepack: with "ort", whether every session lays the weights out for its kernels (True: faster) or all share one
             mapped copy (False: smaller). None packs where weights are large or not float32; see runtime/ort.py.
+        spin: with "ort", whether threads of a session that has nothing to do keep a core busy for a while before they
+            sleep (True, by default: faster where cores are idle); False where they have other work, as
+            docs/environment.md tells.
 
     Raises:
         InputError: no such backend, a thread count below 1, or an option that the backend does not have.
@@ -130,6 +144,7 @@ class Predictor:
         cuda_graph: bool = False,
         precision: str | None = None,
         prepack: bool | None = None,
+        spin: bool | None = None,
     ):
         if backend not in BACKENDS:
             raise InputError(f"unknown backend '{backend}': choose from {', '.join(BACKENDS)}")
@@ -139,6 +154,17 @@ class Predictor:
             raise InputError(f"cuda_graph is an option of the backend 'ort-cuda', got backend '{backend}'")
         if prepack is not None and backend not in ("auto", "ort"):
             raise InputError(f"prepack is an option of the backend 'ort', got backend '{backend}': leave it out")
+        if spin is not None and backend not in ("auto", "ort"):
+            raise InputError(f"spin is an option of the backend 'ort', got backend '{backend}': leave it out")
+        self._options: dict[str, Any] = {
+            "backend": backend,
+            "threads": threads,
+            "clean": clean,
+            "cuda_graph": cuda_graph,
+            "precision": precision,
+            "prepack": prepack,
+            "spin": spin,
+        }
         self.bundle = bundle
         self.config = bundle.manifest.model
         self.clean = clean
@@ -156,12 +182,14 @@ class Predictor:
                 raise InputError(f"precision is '{precision}', and only the backend 'tensorrt' has one: leave it out")
             if prepack is None and bundle.manifest.precision != "fp32":
                 prepack = True  # float16 is widened by every session anyway, and unpacked int8 is packed at every call
-            self.backend = _make_backend(backend, threads, cuda_graph, prepack)
+            self.backend = _make_backend(backend, threads, cuda_graph, prepack, spin)
             self._open = partial(self._open_graph, self.backend)
         self._sessions: dict[str, OrtSession | TrtSession] = {}
         self._weights: SharedFile | NDArray[np.uint8] | None = None
         self._tokenizer: Tokenizer | None = None
         self._lock = threading.Lock()
+        self._unusable: HcmenError | None = None
+        forks.watch(self)
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -245,11 +273,78 @@ class Predictor:
                 f"{self.bundle.path}: has a text encoder and no tokenizer, expected {TEXT_TOKENS} [3, time]: give a "
                 "clip, or export again from a checkpoint with its tokenizer.json"
             )
-        with self._lock:
+        with forks.opening(), self._lock:
+            if self._unusable is not None:
+                raise self._unusable
             if self._tokenizer is None:
                 content = self.bundle.read(record).tobytes()
                 self._tokenizer = Tokenizer(content, self.config, str(self.bundle.path / record.file))
         return self._tokenizer(text)
+
+    def stream(
+        self,
+        variant: str = "auto",
+        *,
+        window: Number,
+        hop: Number,
+        rates: Mapping[str, Number],
+        delay: Number = 0,
+        patience: Number | None = None,
+        live: bool = True,
+    ) -> Stream:
+        """Scores a live source window by window: push what comes, get the updates. All arguments: see `Stream`.
+
+        Raises:
+            InputError: a time or rate that cannot be used, such as a window longer than the model takes.
+            CorruptFileError, BackendError: the named variant cannot be loaded.
+        """
+        from hcmen.runtime.stream import Stream
+
+        return Stream(self, variant, window=window, hop=hop, rates=rates, delay=delay, patience=patience, live=live)
+
+    def close(self) -> None:
+        """Frees the sessions and the weights; calls after that are refused. Calls under way in other threads end first.
+
+        On TensorRT none may be under way.
+        """
+        with self._lock:
+            sessions, self._sessions = self._sessions, {}
+            self._weights = self._tokenizer = None
+            self._unusable = InputError(f"{self.bundle.path}: this model was closed: load it again")
+        while sessions:
+            _, session = sessions.popitem()
+            if hasattr(session, "close"):
+                session.close()
+            del session
+        _trim()
+
+    def __enter__(self) -> Predictor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as the bundle's place, what its manifest says, and the options: who unpickles it opens it again."""
+        if isinstance(self._unusable, InputError):
+            raise self._unusable
+        return _reopened, (os.path.abspath(self.bundle.path), _digest(self.bundle), self._options)
+
+    def after_fork(self) -> None:
+        """In a forked child: whatever holds threads is left to the parent, and opened again when it is needed."""
+        self._lock = threading.Lock()
+        sessions, self._sessions = self._sessions, {}
+        self._tokenizer = None
+        if self.backend.name == "ort":
+            return
+        for session in sessions.values():
+            forks.keep_for_ever(session)
+        self._unusable = BackendError(
+            f"{self.bundle.path}: the backend '{self.backend.name}' was opened before this process was forked, and "
+            "CUDA does not survive a fork: load the model in the child, or start it with multiprocessing's 'spawn'"
+        )
 
     def kernels(self, variant: str) -> str:
         """How the hcmen ops of `variant` run: "native", "functions" or "standard"; loads the graph if need be."""
@@ -277,7 +372,9 @@ class Predictor:
         found = self._sessions.get(variant)
         if found is not None:
             return found
-        with self._lock:
+        with forks.opening(), self._lock:
+            if self._unusable is not None:
+                raise self._unusable
             if variant not in self._sessions:
                 self._sessions[variant] = self._open(variant)
             return self._sessions[variant]
@@ -388,14 +485,16 @@ class Predictor:
         return chosen.name
 
 
-def _make_backend(name: str, threads: int | None, cuda_graph: bool, prepack: bool | None) -> OrtBackend:
+def _make_backend(
+    name: str, threads: int | None, cuda_graph: bool, prepack: bool | None, spin: bool | None
+) -> OrtBackend:
     if name == "ort-cuda":
         from hcmen.runtime.ort_cuda import OrtCudaBackend
 
         return OrtCudaBackend(threads, cuda_graph=cuda_graph)
     from hcmen.runtime.ort import OrtBackend
 
-    return OrtBackend(threads, prepack=prepack)
+    return OrtBackend(threads, prepack=prepack, spin=spin is not False)
 
 
 def load(
@@ -407,6 +506,7 @@ def load(
     cuda_graph: bool = False,
     precision: str | None = None,
     prepack: bool | None = None,
+    spin: bool | None = None,
 ) -> Predictor:
     """Opens the bundle in the folder `bundle`; graphs are loaded when they are first needed.
 
@@ -428,7 +528,29 @@ def load(
         cuda_graph=cuda_graph,
         precision=precision,
         prepack=prepack,
+        spin=spin,
     )
+
+
+def _trim() -> None:
+    """Hands what the C heap has free back to the system; glibc keeps most of it otherwise."""
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _digest(bundle: Bundle) -> str:
+    return hashlib.sha256(json.dumps(bundle.manifest.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def _reopened(path: str, digest: str, options: Mapping[str, Any]) -> Predictor:
+    """What a pickled predictor becomes."""
+    bundle = read_bundle(path)
+    if _digest(bundle) != digest:
+        raise InputError(f"{path}: another bundle than the one that the pickled model had: load the model again")
+    return Predictor(bundle, **options)
 
 
 def golden_test(

@@ -635,6 +635,32 @@ def test_words_are_scored_as_their_tokens(exported: Path):
         assert spoken.score == model({"text_tokens": tokens, **extra}).score
 
 
+def test_words_with_times_are_encoded_window_by_window(exported: Path):
+    """Of more words than the model takes the last ones are kept; tokens with times are taken as they come."""
+    model = load(exported)
+    audio = np.random.default_rng(0).standard_normal((100, 3)).astype(np.float32)
+    words = ["truly", "very", "the", "film", "good", "bad"] + ["film"] * 14
+    times = [0.1, 0.2, 0.6, 0.7, 0.8, 1.2, *np.linspace(1.5, 1.99, 14).tolist()]
+    stream = model.stream("auto", window="0.5", hop="0.5", rates={"audio": 20}, live=False)
+    updates = stream.push(audio=audio[:40], text=words, text_times=times)
+    spoken = ["truly very", "the film good", "bad", "film " * 10]
+    for i, (update, text) in enumerate(zip(updates, spoken, strict=True)):
+        result = model({"audio": audio[10 * i : 10 * i + 10], "text": text})
+        assert (update.score, update.variant, update.cut) == (result.score, "vision_missing", 4 if i == 3 else 0)
+        assert update.frames == {"text": len(text.split()) + 2, "audio": 10}
+    stream.push(text="the film is good " * 10)
+    (update,) = stream.push(audio=audio[40:50])
+    assert (update.score, update.cut) == (model({"audio": audio[40:50], "text": "the film is good " * 10}).score, 30)
+    tokens = some_tokens(model.config, [6], 6)[0].numpy()
+    stream.push(text=tokens, text_times=[2.5, 2.6, 2.7, 2.99, 3.0, 3.4])
+    for update, a, b in zip(stream.push(audio=audio[50:70]), (0, 4), (4, 6), strict=True):
+        frames = audio[60:70] if a else audio[50:60]
+        assert update.score == model({"audio": frames, "text_tokens": tokens[:, a:b]}).score
+    stream.push(text=" ")
+    (update,) = stream.push(audio=audio[70:80])
+    assert update.variant == "audio_only"
+
+
 SENTENCES = ["Truly the FILM is good", "a story, about one man!", "nothing known here", "good-bad", "  the \t film\n"]
 
 

@@ -1,0 +1,836 @@
+"""Scores a live source window by window.
+
+    stream = model.stream("auto", window=4, hop="0.5", rates={"audio": 100, "vision": "30000/1001"})
+    for update in stream.push(audio=new_audio, vision=new_vision):
+        print(update.end_seconds, update.score, update.latency_seconds)
+
+Frame i of a modality with r frames per second lies at i / r seconds. Window k covers [k * hop, k * hop + window), and
+in it lie the frames from ceil(start * r) to ceil(end * r) - 1. All times are whole multiples of one tick, the largest
+fraction of a second that divides every one of them, and are counted in whole numbers of any size: nothing is rounded
+but the seconds that an `Update` shows, and nothing drifts. A float is taken for the decimal that it prints as.
+
+A window is cut out, made a `Clip` and given to the `Predictor`, which is what an offline call does, so the scores are
+those of the offline call to the last bit. docs/streaming.md says what is guaranteed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from fractions import Fraction
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from hcmen.clip import TEXT_TOKENS, Clip, clip_from_arrays
+from hcmen.config import FeatureConfig, ModelConfig
+from hcmen.errors import HcmenError, InputError
+from hcmen.modalities import MODALITIES, variant_named
+
+if TYPE_CHECKING:
+    from hcmen.runtime.predictor import Predictor
+
+__all__ = ["Counts", "Number", "Stream", "Update", "exact"]
+
+Number = int | float | str | Fraction | Decimal
+"""A time or a rate: "30000/1001" and 29.97 are taken as they are written."""
+_MOST_BUFFER_BYTES = 1 << 30
+_MOST_TOKENS = 1 << 16
+_MOST_STEPS = 1 << 40  # no bound on a chunk but what its sender had in memory
+_WORDS = "words"
+
+
+@dataclass(frozen=True)
+class Update:
+    """The score of one window.
+
+    index: k, see above. start_seconds, end_seconds: what it covers, its end left out. variant: the graph that scored
+    it. score, modality_weights: as in `Result`. frames: modality -> steps that were there. cleaned: modality -> values
+    set to zero by `clean`. cut: tokens of text that did not fit. partial: shorter than the window, from `flush`.
+
+    run_seconds: the graph's run. latency_seconds: from the arrival of the frames that completed the window to its
+    score, waiting included. late_seconds: by how much that is longer than the hop; 0.0 when the update was in time.
+    missed: windows since the last update that have none, be it that they were dropped or that nothing was in them.
+    """
+
+    index: int
+    start_seconds: float
+    end_seconds: float
+    variant: str
+    score: float
+    modality_weights: Mapping[str, float]
+    frames: Mapping[str, int]
+    cleaned: Mapping[str, int]
+    cut: int
+    partial: bool
+    run_seconds: float
+    latency_seconds: float
+    late_seconds: float
+    missed: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the windows so far. scored: each an `Update`. late: those of them that took longer than a hop.
+
+    dropped: passed over by a live stream, since they were late already and a newer one was ready. starved: a modality
+    that the variant needs had no frame in them, or no modality had. failed: the model raised an error.
+    """
+
+    scored: int = 0
+    late: int = 0
+    dropped: int = 0
+    starved: int = 0
+    failed: int = 0
+
+
+class Stream:
+    """Windows over growing audio, vision and text, from `Predictor.stream`. Several threads may push.
+
+    Args:
+        model: scores the windows. variant: which graph; "auto" takes, window by window, the one for what is there.
+        window, hop: seconds. rates: modality -> frames per second, for audio and vision as far as they will come.
+        delay: seconds for which a window waits after its end, for text that comes after the sound.
+        patience: seconds by which a modality may lag behind the furthest one before windows go on without it; the
+            window by default.
+        live: the latest wins: when a window has waited for longer than a hop and a newer one is ready, go on with the
+            newest and drop what lies between. False scores every window.
+
+    Raises:
+        InputError: a time or rate that cannot be used, such as a window longer than the model takes.
+        CorruptFileError, BackendError: the named variant cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model: Predictor,
+        variant: str = "auto",
+        *,
+        window: Number,
+        hop: Number,
+        rates: Mapping[str, Number],
+        delay: Number = 0,
+        patience: Number | None = None,
+        live: bool = True,
+    ):
+        needed = None if variant == "auto" else variant_named(variant).present
+        if needed is not None:
+            model.bundle.variant(variant)
+        length, step = exact(window, "window"), exact(hop, "hop")
+        wait = exact(delay, "delay", zero=True)
+        lag = length if patience is None else exact(patience, "patience")
+        per_second = _checked_rates(rates, needed, model.config, length, step)
+        self.variant, self.live = variant, live
+        self._model, self._needed = model, needed
+
+        times = [length, step, wait, lag, *(1 / r for r in per_second.values())]
+        self._ticks = math.lcm(*(t.denominator for t in times))  # per second
+        self._window, self._hop, self._delay, self._patience = (int(t * self._ticks) for t in times[:4])
+        # A window, what may be there beyond it, and a hop, for a live source that is seldom asked for its updates.
+        held = length + step + wait + 2 * lag
+        self._frames: dict[str, _Frames] = {}
+        for m, rate in per_second.items():
+            capacity = math.ceil(held * rate) + 2
+            features = model.config.modality(m).features
+            if 8 * capacity * features > _MOST_BUFFER_BYTES:
+                raise InputError(
+                    f"stream: {float(held):g} s of {m} would have to be kept, {8 * capacity * features} bytes, "
+                    f"expected at most {_MOST_BUFFER_BYTES}: choose a shorter hop, delay or patience"
+                )
+            self._frames[m] = _Frames(int(self._ticks / rate), features, capacity)
+        self._text = _Text(model, wanted=needed is None or "text" in needed)
+        self._free = _without_limits(model.config)
+
+        self._lock = threading.Lock()  # over all that follows; held for no longer than a copy takes
+        self._scoring = threading.RLock()  # one window at a time
+        self._next = 0  # the first window that is neither scored nor passed over
+        self._missed = 0
+        self._arrivals: deque[tuple[int, float]] = deque()  # (windows ready from then on, when)
+        self._stalled: frozenset[str] = frozenset()
+        self._ignored: set[str] = set()
+        self._kept: list[Update] = []
+        self._problem: HcmenError | None = None
+        self._counts = Counts()
+        self._ended = self._closed = False
+        if needed is not None:
+            model.kernels(variant)  # loads the graph, which the first update should not wait for
+
+    @property
+    def counts(self) -> Counts:
+        """What became of the windows so far."""
+        with self._lock:
+            return self._counts
+
+    @property
+    def positions(self) -> dict[str, float]:
+        """modality -> seconds up to which its frames have come; that of a text with times is its last token's."""
+        with self._lock:
+            return {m: t / self._ticks for m, t in self._reached().items()}
+
+    @property
+    def stalled(self) -> tuple[str, ...]:
+        """The modalities that lag behind the furthest one by more than the patience."""
+        return tuple(m for m in MODALITIES if m in self._stalled)
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """The modalities that came and that the variant does without."""
+        return tuple(m for m in MODALITIES if m in self._ignored)
+
+    def push(
+        self,
+        *,
+        audio: ArrayLike | None = None,
+        vision: ArrayLike | None = None,
+        text: str | Sequence[str] | ArrayLike | None = None,
+        text_times: Sequence[Number] | NDArray[Any] | None = None,
+        arrived: float | None = None,
+    ) -> list[Update]:
+        """Appends what came and returns the updates that it made possible: `append`, then `updates`.
+
+        With `live` off a chunk may be of any length; it is taken in by pieces, and every window of it is scored.
+
+        Args:
+            audio, vision: float [time, features], the next frames; any number of them, none included.
+            text: with `text_times`, further tokens (features [time, features], tokens int64 [3, time], or a list of
+                words) and the second of each, never falling; without, a text (features, tokens or words as one str)
+                that takes the place of all text before and counts for every window scored from now on, until an empty
+                one ends it.
+            arrived: when the chunk came, by `time.perf_counter`, if that was before this call.
+
+        Raises:
+            InputError: a chunk does not fit the model, or has NaN or infinite values and the model's `clean` is off;
+                nothing of the call was taken in then. Or the stream has ended.
+            HcmenError: scoring a window failed, the first if several did. The others were scored, and their updates
+                are returned by the next call.
+        """
+        arrived = time.perf_counter() if arrived is None else arrived
+        chunk = self._checked(audio, vision, text, text_times)
+        if self.live:
+            self._take_in(chunk, arrived)
+            return self.updates()
+        with self._scoring:
+            self._score_ready()  # what `append` may have left
+            for piece in self._pieces(chunk):
+                self._take_in(piece, arrived)
+                self._score_ready()
+            return self._made()
+
+    def append(
+        self,
+        *,
+        audio: ArrayLike | None = None,
+        vision: ArrayLike | None = None,
+        text: str | Sequence[str] | ArrayLike | None = None,
+        text_times: Sequence[Number] | NDArray[Any] | None = None,
+        arrived: float | None = None,
+    ) -> None:
+        """Appends what came and scores nothing: for a thread that must not wait. Arguments and errors as for `push`.
+
+        Raises:
+            InputError: also, with `live` off, when frames of windows not scored yet would be lost.
+        """
+        arrived = time.perf_counter() if arrived is None else arrived
+        self._take_in(self._checked(audio, vision, text, text_times), arrived)
+
+    def updates(self) -> list[Update]:
+        """Scores the windows that are ready and not dropped. Raises HcmenError as `push` does."""
+        with self._scoring:
+            self._score_ready()
+            return self._made()
+
+    def skip(self, modality: str, *, frames: int | None = None, until: Number | None = None) -> None:
+        """Tells that frames were lost: the next ones pushed lie later by that much. Windows are scored without them.
+
+        Args:
+            modality: audio or vision; or text, with `until`, to tell that nothing was said up to then.
+            frames: how many were lost. until: or the second from which the next frames are; one of the two.
+
+        Raises:
+            InputError: not such a modality, or a time that has passed.
+        """
+        if (frames is None) == (until is None):
+            raise InputError("skip: give either frames or until")
+        ticks = None if until is None else exact(until, "until", zero=True) * self._ticks
+        with self._lock:
+            self._check_open()
+            found = self._frames.get(modality)
+            if modality == "text" and ticks is not None and self._text.wanted:
+                self._text.until = max(self._text.until, math.floor(ticks))
+            elif found is None:
+                raise InputError(f"skip: {modality!r} has no frames here, expected one of {', '.join(self._frames)}")
+            else:
+                number = found.next + int(frames or 0) if ticks is None else math.ceil(ticks / found.ticks)
+                if number < found.next:
+                    raise InputError(
+                        f"skip: {modality} is at {found.next * found.ticks / self._ticks:g} s already, expected a "
+                        "later time, or a number of frames from 0 on"
+                    )
+                found.next = number
+            newly = self._note_arrival(time.perf_counter())
+        self._warn(newly)
+
+    def flush(self, *, partial: bool = False) -> list[Update]:
+        """The source has ended: the updates of the windows that still waited for a modality or for the delay.
+
+        The stream takes no more frames after that.
+
+        Args:
+            partial: also score what came after the last whole window, with the frames before it that its window would
+                have had; of a source shorter than one window, that is all there is.
+
+        Raises:
+            HcmenError: scoring a window failed; a second call returns the updates that were made.
+        """
+        with self._scoring:
+            with self._lock:
+                if not self._ended:
+                    self._ended = True
+                    self._note_arrival(time.perf_counter())
+            self._score_ready()
+            with self._lock:
+                last = self._last_window() if partial and not self._closed else None
+            if last is not None:
+                self._score(last)
+            return self._made()
+
+    def close(self) -> None:
+        """Lets go of all frames; the stream takes no more. The model stays as it is."""
+        with self._scoring, self._lock:
+            self._ended = self._closed = True
+            self._next = max(self._next, self._ready())
+            for frames in self._frames.values():
+                frames.clear()
+            self._text.forget(None)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- taking in --------------------------------------------------------------------------------------------------
+
+    def _checked(
+        self,
+        audio: ArrayLike | None,
+        vision: ArrayLike | None,
+        text: str | Sequence[str] | ArrayLike | None,
+        text_times: Sequence[Number] | NDArray[Any] | None,
+    ) -> _Chunk:
+        """What came, checked as a clip is; nothing is changed yet."""
+        chunk = _Chunk()
+        for m, given in (("audio", audio), ("vision", vision)):
+            if given is None:
+                continue
+            if m not in self._frames:
+                if self._needed is not None:
+                    self._ignored.add(m)
+                    continue
+                raise InputError(
+                    f"stream: {m} came, and this stream was made without its rate: give rates={{'{m}': frames per "
+                    "second}"
+                )
+            try:
+                array = np.asarray(given)
+            except ValueError:
+                array = np.asarray(None)  # ragged; refused by the check below
+            if array.shape == (0, self._frames[m].features):
+                continue
+            checked = clip_from_arrays("stream", {m: array}, self._free, self._model.clean)
+            chunk.frames[m] = checked.features[m] if m not in checked.cleaned else array.astype(np.float32)
+        if text_times is not None and text is None:
+            raise InputError("stream: text_times came without text, expected the second of each token of a text")
+        if text is not None:
+            if self._text.wanted:
+                chunk.said = self._text.checked(text, text_times, self._free, self._ticks)
+                if not self._frames and chunk.said.whole is not None:
+                    raise InputError(
+                        "stream: the text has no times, and this stream has no other clock: give text_times"
+                    )
+            else:
+                self._ignored.add("text")
+        return chunk
+
+    def _pieces(self, chunk: _Chunk) -> Iterator[_Chunk]:
+        """The chunk in the order of time, in pieces short enough for the buffers; the text comes with the first."""
+        step = min(self._hop, self._patience)
+        left = dict(chunk.frames)
+        said = chunk.said
+        edge = 0
+        while True:
+            starts = [self._frames[m].next * self._frames[m].ticks for m in left]
+            edge = max(edge, min(starts, default=0)) + step
+            piece = _Chunk(said=said)
+            for m in list(left):
+                count = -(-edge // self._frames[m].ticks) - self._frames[m].next
+                if count > 0:
+                    piece.frames[m], left[m] = left[m][:count], left[m][count:]
+                if not len(left[m]):
+                    del left[m]
+            yield piece
+            said = None
+            if not left:
+                return
+
+    def _take_in(self, chunk: _Chunk, arrived: float) -> None:
+        with self._lock:
+            self._check_open()
+            if not self.live:
+                self._check_room(chunk)
+            if chunk.said is not None:
+                self._text.add(chunk.said)
+            for m, values in chunk.frames.items():
+                self._frames[m].append(values)
+            self._drop(max(f.lost_before(self._hop) for f in self._frames.values()) if self._frames else 0)
+            newly = self._note_arrival(arrived)
+        self._warn(newly)
+
+    def _warn(self, lagging: Sequence[str]) -> None:
+        for m in lagging:
+            what = "windows are scored without it" if self._needed is None else "windows without it are passed over"
+            warnings.warn(
+                f"stream: {m} lags more than {self._patience / self._ticks:g} s behind, {what}: check its source and "
+                "rate, and tell of lost frames with skip()",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def _check_open(self) -> None:
+        if self._ended:
+            raise InputError("stream: it has ended and takes no more frames: make another one")
+
+    def _check_room(self, chunk: _Chunk) -> None:
+        """Refuses a chunk that would push out frames of windows that are still to be scored."""
+        for m, values in chunk.frames.items():
+            frames = self._frames[m]
+            needed = len(frames.between(-(-self._next * self._hop // frames.ticks), frames.next))
+            if needed + len(values) > frames.capacity:
+                raise InputError(
+                    f"stream: {len(values)} frames of {m} are more than it can keep beside those of windows not scored "
+                    "yet: call updates() more often, push in place of append, or use live=True"
+                )
+
+    def _drop(self, first: int) -> None:
+        """Passes over the windows before `first`."""
+        dropped = max(0, first - self._next)
+        self._counts = dataclasses.replace(self._counts, dropped=self._counts.dropped + dropped)
+        self._missed += dropped
+        self._next += dropped
+        while self._arrivals and self._arrivals[0][0] <= self._next:
+            self._arrivals.popleft()
+
+    def _note_arrival(self, arrived: float) -> list[str]:
+        """Remembers when windows became ready; the modalities that have now come to lag."""
+        ready = self._ready()
+        if ready > (self._arrivals[-1][0] if self._arrivals else self._next):
+            self._arrivals.append((ready, arrived))
+        reached = self._reached()
+        furthest = max(reached.values())
+        stalled = frozenset(m for m, t in reached.items() if furthest - t > self._patience)
+        newly = sorted(stalled - self._stalled)
+        self._stalled = stalled
+        return newly
+
+    def _reached(self) -> dict[str, int]:
+        """modality -> the tick up to which it is known. Text has no frames, so it counts where nothing else does."""
+        if not self._frames:
+            return {"text": self._text.until}
+        return {m: f.next * f.ticks for m, f in self._frames.items()}
+
+    def _ready(self) -> int:
+        """How many windows, from the first on, wait for nothing any more."""
+        reached = self._reached()
+        furthest = max(reached.values())
+        if self._ended:
+            return max(0, (furthest - self._window) // self._hop + 1)
+        until = min(t for t in reached.values() if furthest - t <= self._patience)
+        return max(0, (until - self._delay - self._window) // self._hop + 1)
+
+    # --- scoring ----------------------------------------------------------------------------------------------------
+
+    def _made(self) -> list[Update]:
+        problem, self._problem = self._problem, None
+        if problem is not None:
+            raise problem
+        made, self._kept = self._kept, []
+        return made
+
+    def _score_ready(self) -> None:
+        while True:
+            with self._lock:
+                window = self._next_window()
+            if window is None:
+                return
+            self._score(window)
+
+    def _next_window(self) -> _Window | None:
+        """The next window to score, its frames copied; those passed over are counted."""
+        ready = self._ready()
+        while self._next < ready:
+            waited = time.perf_counter() - self._arrivals[0][1] if self._arrivals else 0.0
+            self._drop(ready - 1 if self.live and waited > self._hop / self._ticks else 0)
+            start = self._next * self._hop
+            window = self._cut_out(start, start + self._window, partial=False)
+            self._next += 1
+            self._drop(0)
+            self._forget()
+            if window is not None:
+                return window
+        return None
+
+    def _last_window(self) -> _Window | None:
+        start = self._next * self._hop
+        covered = start - self._hop + self._window if self._next else 0
+        # A text's last token lies at the very end, which belongs to no window that ends there.
+        end = max(self._reached().values()) + (not self._frames)
+        if end <= max(start, covered):
+            return None
+        window = self._cut_out(start, end, partial=True)
+        self._next += 1
+        return window
+
+    def _cut_out(self, start: int, end: int, *, partial: bool) -> _Window | None:
+        """The window from tick `start` to before tick `end`; None, and counted, if it cannot be scored."""
+        features: dict[str, NDArray[Any]] = {}
+        for m, frames in self._frames.items():
+            values = frames.between(-(-start // frames.ticks), -(-end // frames.ticks))
+            if len(values):
+                features[m] = values.copy()
+        said, words, cut = self._text.between(start, end)
+        present = {*features, *(["text"] if said or words else [])}
+        arrived = self._arrivals[0][1] if self._arrivals and not partial else time.perf_counter()
+        if not present or (self._needed is not None and not present.issuperset(self._needed)):
+            self._counts = dataclasses.replace(self._counts, starved=self._counts.starved + 1)
+            self._missed += 1
+            return None
+        missed, self._missed = self._missed, 0
+        return _Window(self._next, start, end, {**features, **said}, words, cut, arrived, missed, partial)
+
+    def _forget(self) -> None:
+        """Lets go of what no window needs any more."""
+        start = self._next * self._hop
+        for frames in self._frames.values():
+            frames.forget(-(-start // frames.ticks))
+        self._text.forget(start)
+
+    def _score(self, window: _Window) -> None:
+        try:
+            arrays, cut = dict(window.arrays), window.cut
+            if window.words:
+                arrays[TEXT_TOKENS], cut = self._text.encoded(window.words)
+            tokens = arrays.pop(TEXT_TOKENS, None)
+            clip = Clip(f"window {window.index}", arrays, text_tokens=tokens)
+            result = self._model(clip, variant=self.variant)
+        except HcmenError as error:
+            self._problem = self._problem or error
+            with self._lock:
+                self._counts = dataclasses.replace(self._counts, failed=self._counts.failed + 1)
+                self._missed += window.missed + 1
+            return
+        latency = time.perf_counter() - window.arrived
+        late = max(0.0, latency - self._hop / self._ticks)
+        used = variant_named(result.variant).present
+        frames = {m: len(x) for m, x in arrays.items() if m in used}
+        if tokens is not None:
+            frames = {"text": tokens.shape[1], **frames}
+        self._kept.append(
+            Update(
+                index=window.index,
+                start_seconds=window.start / self._ticks,
+                end_seconds=window.end / self._ticks,
+                variant=result.variant,
+                score=result.score,
+                modality_weights=result.modality_weights,
+                frames={m: frames[m] for m in MODALITIES if m in frames},
+                cleaned=result.cleaned,
+                cut=cut,
+                partial=window.partial,
+                run_seconds=result.run_seconds,
+                latency_seconds=latency,
+                late_seconds=late,
+                missed=window.missed,
+            )
+        )
+        with self._lock:
+            counts = self._counts
+            self._counts = dataclasses.replace(counts, scored=counts.scored + 1, late=counts.late + (late > 0))
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A window cut out. start, end: ticks. arrays: as in a clip file. words: or the text in words, to be encoded."""
+
+    index: int
+    start: int
+    end: int
+    arrays: Mapping[str, NDArray[Any]]
+    words: Sequence[str]
+    cut: int
+    arrived: float
+    missed: int
+    partial: bool
+
+
+@dataclass
+class _Said:
+    """Checked text. kind: "text", "text_tokens" or "words". whole: replaces what was said. timed: (tick, token)."""
+
+    kind: str
+    whole: NDArray[Any] | None = None
+    cut: int = 0
+    timed: list[tuple[int, Any]] | None = None
+
+
+@dataclass
+class _Chunk:
+    """Checked input. frames: modality -> float32 [time, features]."""
+
+    frames: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    said: _Said | None = None
+
+
+class _Frames:
+    """The last `capacity` frames of one modality and their numbers, which count from 0 and leave out what was lost.
+
+    They lie side by side in a buffer of twice that length: what lives is moved to the front when the end is reached,
+    so that a window is one slice and memory stays as it is.
+    """
+
+    def __init__(self, ticks: int, features: int, capacity: int):
+        self.ticks, self.features, self.capacity = ticks, features, capacity
+        self.next = 0
+        """The number of the next frame."""
+        self._lost = 0  # frames numbered below were pushed out by newer ones
+        self._values = np.empty((2 * capacity, features), np.float32)
+        self._numbers = np.empty(2 * capacity, np.int64)
+        self._first = self._last = 0
+
+    def append(self, values: NDArray[np.float32]) -> None:
+        total, count = len(values), min(len(values), self.capacity)
+        if self._last + count > 2 * self.capacity:
+            live = min(self._last - self._first, self.capacity)
+            self._values[:live] = self._values[self._last - live : self._last]
+            self._numbers[:live] = self._numbers[self._last - live : self._last]
+            self._first, self._last = 0, live
+        end = self._last + count
+        self._values[self._last : end] = values[total - count :]
+        self._numbers[self._last : end] = np.arange(self.next + total - count, self.next + total)
+        self.next += total
+        self._last = end
+        if total > count or end - self._first > self.capacity:
+            self._first = max(self._first, end - self.capacity)
+            self._lost = int(self._numbers[self._first])
+
+    def lost_before(self, hop: int) -> int:
+        """The first window of which no frame was pushed out; window k begins at tick k * `hop`."""
+        return (self._lost - 1) * self.ticks // hop + 1 if self._lost else 0
+
+    def between(self, first: int, last: int) -> NDArray[np.float32]:
+        """A view [time, features] of the frames numbered from `first` to before `last` that are there."""
+        start, end = np.searchsorted(self._numbers[self._first : self._last], [first, last])
+        return self._values[self._first + start : self._first + end]
+
+    def forget(self, number: int) -> None:
+        """Lets go of the frames before `number`."""
+        self._first += int(np.searchsorted(self._numbers[self._first : self._last], number))
+
+    def clear(self) -> None:
+        """Gives the memory back."""
+        self._values, self._numbers = self._values[:0].copy(), self._numbers[:0].copy()
+        self._first = self._last = 0
+
+
+class _Text:
+    """What is said: a text that holds until it is replaced, or tokens with times. wanted: the variant has text."""
+
+    def __init__(self, model: Predictor, *, wanted: bool):
+        self.wanted = wanted
+        self.until = 0
+        """The tick up to which text is known."""
+        self._model = model
+        self._kind = ""
+        self._whole: NDArray[Any] | None = None
+        self._cut = 0  # tokens of `_whole` that did not fit
+        self._timed: deque[tuple[int, Any]] = deque()
+
+    def checked(
+        self, text: str | Sequence[str] | ArrayLike, times: Any, free: ModelConfig, ticks_per_second: int
+    ) -> _Said:
+        """`text` as it can be added; raises InputError."""
+        model = self._model
+        if isinstance(text, str):
+            if times is not None:
+                raise InputError("stream: one string came with text_times, expected a list with a word for each time")
+            if not text.strip():
+                return _Said(TEXT_TOKENS, whole=np.zeros((3, 0), np.int64))
+            tokens, dropped = model.encode(text)
+            return _Said(TEXT_TOKENS, whole=tokens, cut=dropped)
+        if times is not None and not isinstance(text, np.ndarray) and _are_words(text):
+            words = [str(w) for w in text]  # type: ignore[union-attr]
+            model.encode(" ".join(words))
+            return _Said(_WORDS, timed=self._with_times(words, times, ticks_per_second))
+        try:
+            array = np.asarray(text)
+        except ValueError:
+            array = np.asarray(None)
+        key = TEXT_TOKENS if array.dtype.kind in "iu" else "text"
+        if array.size == 0:
+            return _Said(key, whole=array) if times is None else _Said(key, timed=[])
+        clip = clip_from_arrays("stream", {key: array}, model.config if times is None else free, model.clean)
+        values: NDArray[Any] = array.astype(np.float32 if key == "text" else np.int64)
+        if times is None:
+            return _Said(key, whole=values)
+        steps = clip.features[key] if key == "text" and not clip.cleaned else values if key == "text" else values.T
+        return _Said(key, timed=self._with_times([np.array(step) for step in steps], times, ticks_per_second))
+
+    def _with_times(self, tokens: Sequence[Any], times: Any, ticks_per_second: int) -> list[tuple[int, Any]]:
+        seconds = [exact(t, "a time of the text", zero=True) for t in times]
+        if len(seconds) != len(tokens):
+            raise InputError(f"stream: {len(tokens)} tokens of text came with {len(seconds)} times, expected one each")
+        # A token lies in a window by its time; rounded down to a tick it lies in the same ones.
+        ticks = [math.floor(t * ticks_per_second) for t in seconds]
+        before = self._timed[-1][0] if self._timed else 0
+        if any(b < a for a, b in zip([before, *ticks], ticks, strict=False)):
+            raise InputError("stream: the times of the text fall, expected each no earlier than the one before it")
+        if len(self._timed) + len(ticks) > _MOST_TOKENS:
+            raise InputError(
+                f"stream: {len(self._timed) + len(ticks)} tokens of text wait for their windows, expected at most "
+                f"{_MOST_TOKENS}: their times are ahead of the frames, or seconds were given in another unit"
+            )
+        return list(zip(ticks, tokens, strict=True))
+
+    def add(self, said: _Said) -> None:
+        """Takes in what `checked` gave."""
+        if said.timed is None:
+            self._kind, self._whole, self._cut = said.kind, said.whole, said.cut
+            self._timed.clear()
+            return
+        if said.kind != self._kind:
+            self._timed.clear()
+        self._kind, self._whole = said.kind, None
+        self._timed.extend(said.timed)
+        if self._timed:
+            self.until = max(self.until, self._timed[-1][0])
+
+    def between(self, start: int, end: int) -> tuple[dict[str, NDArray[Any]], Sequence[str], int]:
+        """The text of a window as arrays, or as words; and how many tokens did not fit.
+
+        Of tokens with times the last ones are taken, of a text that was given whole the first.
+        """
+        if self._whole is not None and self._whole.size:
+            return {self._kind: self._whole}, (), self._cut
+        tokens = [token for tick, token in self._timed if start <= tick < end]
+        if self._kind == _WORDS or not tokens:
+            return {}, tokens, 0
+        most = self._model.config.text.max_steps
+        array = np.stack(tokens[-most:], axis=0 if self._kind == "text" else 1)
+        return {self._kind: array}, (), max(0, len(tokens) - most)
+
+    def encoded(self, words: Sequence[str]) -> tuple[NDArray[np.int64], int]:
+        """Tokens of the last words that fit, and how many words did not."""
+        kept = list(words)
+        while True:
+            encoded = self._model.encode(" ".join(kept))
+            if not encoded.dropped or len(kept) == 1:
+                return encoded.tokens, len(words) - len(kept)
+            # No word is more than a few tokens, and none is less than one.
+            kept = kept[min(len(kept) - 1, -(-encoded.dropped // 4)) :]
+
+    def forget(self, start: int | None) -> None:
+        """Lets go of tokens before tick `start`, or of everything."""
+        if start is None:
+            self._timed.clear()
+            self._whole = None
+        while self._timed and start is not None and self._timed[0][0] < start:
+            self._timed.popleft()
+
+
+def exact(value: Number, what: str, *, zero: bool = False) -> Fraction:
+    """The number as it is written: 0.1 is a tenth, "30000/1001" is that fraction.
+
+    Args:
+        value: a number or its text. what: what to call it in messages. zero: whether it may be 0.
+
+    Raises:
+        InputError: not a number, not positive, or beyond 1e12 or below 1e-12.
+    """
+    text = str(value).strip()
+    try:
+        parts = [float(part) for part in text.split("/")]
+        sound = len(text) <= 64 and all(p == 0 or 1e-12 <= abs(p) <= 1e12 for p in parts)
+        number = Fraction(text) if sound else None
+    except (ValueError, ZeroDivisionError):
+        number = None
+    if number is None or isinstance(value, bool) or number < 0 or (number == 0 and not zero):
+        raise InputError(
+            f"stream: {what} is {text[:80]!r}, expected a {'number from 0 on' if zero else 'positive number'}"
+        )
+    return number
+
+
+def _checked_rates(
+    rates: Mapping[str, Number], needed: Sequence[str] | None, config: ModelConfig, window: Fraction, hop: Fraction
+) -> dict[str, Fraction]:
+    """modality -> frames per second of those that the variant uses."""
+    clocked = MODALITIES[1:]
+    for m in rates:
+        if m not in clocked:
+            raise InputError(
+                f"stream: a rate of {m!r} was given, expected {' or '.join(clocked)}: text comes with times"
+            )
+    for m in needed or ():
+        if m in clocked and m not in rates:
+            raise InputError(f"stream: no rate of {m} was given, and the variant needs it: rates={{'{m}': per second}}")
+    checked = {m: exact(rates[m], f"the rate of {m}") for m in clocked if m in rates and m in (needed or clocked)}
+    longest = min((config.modality(m).max_steps / r for m, r in checked.items()), default=window)
+    for m, r in checked.items():
+        most, frames = config.modality(m).max_steps, math.ceil(window * r)
+        if frames > most:
+            raise InputError(
+                f"stream: a window of {float(window):g} s holds {frames} frames of {m}, expected at most {most}: the "
+                f"longest window possible here is {_rounded_down(longest)} s"
+            )
+        if window * r < 1:
+            raise InputError(
+                f"stream: a window of {float(window):g} s is shorter than a frame of {m}, expected at least "
+                f"{float(1 / r):g} s"
+            )
+        if hop * max(checked.values()) < 1:
+            raise InputError(
+                f"stream: a hop of {float(hop):g} s brings no new frame, expected at least "
+                f"{float(1 / max(checked.values())):g} s"
+            )
+    return checked
+
+
+def _rounded_down(value: Fraction) -> str:
+    """A decimal that is no larger than `value`, which may be typed in its place."""
+    return f"{math.floor(value * 1_000_000) / 1_000_000:.6f}".rstrip("0").rstrip(".")
+
+
+def _without_limits(config: ModelConfig) -> ModelConfig:
+    """The same sizes, for chunks of any length: the window bounds what the model gets."""
+    encoder = config.text_encoder
+    return dataclasses.replace(
+        config,
+        text=FeatureConfig(config.text.features, _MOST_STEPS),
+        audio=FeatureConfig(config.audio.features, _MOST_STEPS),
+        vision=FeatureConfig(config.vision.features, _MOST_STEPS),
+        text_encoder=encoder and dataclasses.replace(encoder, positions=_MOST_STEPS),
+    )
+
+
+def _are_words(text: Any) -> bool:
+    return isinstance(text, Sequence) and len(text) > 0 and all(isinstance(w, str) and w.strip() for w in text)
