@@ -30,10 +30,10 @@ BACKENDS = ("ort", "ort-cuda", "tensorrt")
 AGAINST = ("eager", "eager-reference", "compile", "compile-reference", "functions")
 
 _EPILOG = (
-    "Every row is checked against the eager model's golden outputs before it is timed. Rows take turns in random order, "
-    "round by round. A percentile with fewer than 10 calls beyond it is marked '?'. docs/bench.md says how to read the "
-    "rest. Exit codes: 0 ok, 1 a row has wrong numbers or --fail-slower found one, 2 bad input, 3 a backend is missing, "
-    "5 a corrupt file, 130 interrupted (what was measured is printed and written)."
+    "Every row is checked against the eager model's golden outputs before it is timed. Rows take turns in random "
+    "order, round by round. A percentile with fewer than 10 calls beyond it is marked '?'. docs/bench.md says how to "
+    "read the rest. Exit codes: 0 ok, 1 a row has wrong numbers or --fail-slower found one, 2 bad input, 3 a backend "
+    "is missing, 5 a corrupt file, 130 interrupted (what was measured is printed and written)."
 )
 
 
@@ -54,8 +54,8 @@ _EPILOG = (
     "--against",
     multiple=True,
     type=Choice(AGAINST),
-    help="What a user would run instead; repeatable: eager PyTorch on our kernels or on the reference scan, torch.compile "
-    "of either (compiles for minutes), or functions: plain ONNX Runtime without our library.",
+    help="What a user would run instead; repeatable: eager PyTorch on our kernels or on the reference scan, "
+    "torch.compile of either (compiles for minutes), or functions: plain ONNX Runtime without our library.",
 )
 @click.option("--checkpoint", default="build/train", show_default=True, help="The eager model for --against.")
 @click.option("--rounds", default=30, show_default=True, type=click.IntRange(0, 100_000), help="Turns of each row.")
@@ -71,6 +71,7 @@ _EPILOG = (
 @click.option(
     "--cold-rounds", default=7, show_default=True, type=click.IntRange(1, 10_000), help="Fresh processes of each kind."
 )
+@click.option("--show", metavar="FILE.json", help="Measure nothing: show, compare or draw what an earlier --out holds.")
 @click.option("--compare", metavar="OLD.json", help="Compare with an earlier --out: which rows are faster or slower.")
 @click.option(
     "--fail-slower", type=click.FloatRange(0), metavar="PERCENT", help="Exit code 1 if a row is slower by more."
@@ -97,6 +98,7 @@ def main(
     seed: int,
     cold: bool,
     cold_rounds: int,
+    show: str | None,
     compare: str | None,
     fail_slower: float | None,
     compare_anyway: bool,
@@ -127,8 +129,19 @@ def main(
     from hcmen.runtime.benchmark.plan import Plan, labels
     from hcmen.runtime.benchmark.report import describe_bundle, document_path, read_document
 
+    if show is not None and (bundles or cold or against):
+        raise InputError("--show measures nothing: leave out bundles, --cold and --against")
     targets = {kind: document_path(path) for kind, path in (("json", out), ("html", html)) if path is not None}
     old = None if compare is None else read_document(compare)
+    if show is not None:
+        data = read_document(show)
+        doubts = _comparable(data["machine"], data["bundles"], old, str(compare), compare_anyway) if old else []
+        for line in doubts:
+            console.warn(line)
+        verdicts, unmatched = _judged(data, old)
+        _emit(console, data, verdicts, unmatched, targets, doubts)
+        _finish(data, 0, verdicts, fail_slower)
+        return
     paths = bundles or ("build/bundle",)
     opened = dict(zip(labels(paths), (read_bundle(os.path.abspath(path)) for path in paths), strict=True))
     with ExitStack() as stack:

@@ -1,8 +1,9 @@
 """Fresh processes by turns: from process start to the first score, and resident memory.
 
-Each process is a new Python that does one thing (cold_process.py) and reports when each step of it was over, on the clock that all
-processes share (CLOCK_MONOTONIC), and what memory it holds after the first score and 20 more. Every kind has one run
-before the counted ones, which fills the page cache: what is measured is a start with the files in memory, not the disk.
+Each process is a new Python that does one thing (cold_process.py) and reports when each step of it was over, on the
+clock that all processes share (CLOCK_MONOTONIC), and what memory it holds after the first score and 20 more. Every kind
+has one run before the counted ones, which fills the page cache: what is measured is a start with the files in memory,
+not the disk.
 
 Peak memory is VmHWM of the process itself. `ru_maxrss`, which is what /usr/bin/time shows, begins on Linux with the
 size of the process that started it.
@@ -13,6 +14,7 @@ per variant, "all variants" (every session of the bundle loaded and run once), a
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -30,8 +32,8 @@ __all__ = ["ALL_VARIANTS", "FLOOR", "STEPS", "Cold", "cold_kinds", "floor_kind",
 FLOOR = "floor"
 ALL_VARIANTS = "all variants"
 STEPS = ("start", "import", "load", "first")
-"""What a start consists of: Python up; hcmen.runtime, NumPy and onnxruntime (or PyTorch) imported; bundle, session made;
-clip read and scored."""
+"""What a start consists of: Python is up; hcmen.runtime, NumPy and onnxruntime (or PyTorch) are imported; the session
+is made; the clip is read and scored."""
 # The stamp comes before anything is imported: what follows is ours, what is before it is Python's.
 _BOOT = "import time; stamp = time.monotonic_ns(); from hcmen.runtime.benchmark.cold_process import main; main(stamp)"
 
@@ -138,5 +140,5 @@ def _one(command: Sequence[str]) -> dict[str, Any]:
         raise BackendError(one_line(last[-1] if last else f"exit code {process.returncode}").removeprefix("error: "))
     report = json.loads(out.splitlines()[-1])
     stamps = [started, *report["stamps_ns"]]
-    report["steps_ms"] = [round((b - a) / 1e6, 3) for a, b in zip(stamps[:-1], stamps[1:], strict=True)]
+    report["steps_ms"] = [round((b - a) / 1e6, 3) for a, b in itertools.pairwise(stamps)]
     return dict(report)

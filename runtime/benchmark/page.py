@@ -95,7 +95,8 @@ def _header(data: Mapping[str, Any]) -> str:
     return (
         f"<header><h1>hcmen-bench</h1><p><strong>{escape(', '.join(b['label'] for b in data['bundles']))}</strong> on "
         f"{escape(str(m.get('cpu')))}, {m.get('usable_cores')} cores. {escape(str(m.get('date')))}, "
-        f"{s['rounds']} rounds, {data['seconds']:.0f} s.{state}</p><pre>{escape(str(m.get('command')))}</pre></header>\n"
+        f"{s['rounds']} rounds, {data['seconds']:.0f} s.{state}</p>"
+        f"<pre>{escape(str(m.get('command')))}</pre></header>\n"
     )
 
 
@@ -277,17 +278,19 @@ def _rounds(data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
         step = 1000 / (len(values) - 1)
         points = [(i * step, height * (1 - scale(v) / 1000)) for i, v in enumerate(values)]
         drawing += polyline(points, f"thin {color}" if color != "probe" else "probe")
-    text = f"{len(lines)} lines over {max(len(v) for v in relative)} rounds; the furthest from its median by {most - 1:.0%}"
+    count = max(len(values) for values in relative)
+    text = f"{len(lines)} lines over {count} rounds; the furthest from its median by {most - 1:.0%}"
     plot = lane(drawing, height, "Medians of the rounds", text)
     body = (
-        f'<div class="over"><span class="high">{most - 1:+.0%}</span><span class="low">{1 / most - 1:+.0%}</span>{plot}</div>'
+        f'<div class="over"><span class="high">{most - 1:+.0%}</span>'
+        f'<span class="low">{1 / most - 1:+.0%}</span>{plot}</div>'
         f'<div class="axis"><span class="tick first" style="left:0">first round</span>'
         f'<span class="tick last" style="left:100%">last round</span></div>'
     )
     note = (
         "Each line is a row: the median of each round over the row's own median. "
-        "<span class='key probe'></span> The probe is a fixed piece of work that has nothing to do with hcmen: where it "
-        "moves, the machine moved."
+        "<span class='key probe'></span> The probe is a fixed piece of work that has nothing to do with hcmen: where "
+        "it moves, the machine moved."
     )
     return _section("Round by round", body, note)
 
@@ -311,8 +314,8 @@ def _comparison(verdicts: Sequence[Verdict], unmatched: Sequence[str]) -> str:
         body = _lanes(made, axis(scale, "new / old"))
     body += "".join(f"<p>{escape(line)}</p>" for line in unmatched)
     note = (
-        "The ratio new / old with its interval; in grey what a difference must exceed: 1 %, the drift within both runs, "
-        "the difference of the probe. A verdict needs the whole interval outside of it."
+        "The ratio new / old with its interval; in grey what a difference must exceed: 1 %, the drift within both "
+        "runs, the difference of the probe. A verdict needs the whole interval outside of it."
     )
     return _section("Against the earlier run", body, note)
 
@@ -345,10 +348,11 @@ def _table(data: Mapping[str, Any]) -> str:
     if not lines:
         return ""
     head = "".join(f'<th scope="col">{escape(x)}</th>' for x in header)
-    body = f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    body = f'<div class="scroll" tabindex="0">{table}</div>'
     note = (
-        "Times in milliseconds. run: the graph alone; call: end to end, the clip's file read. ratio: to the first row of "
-        "the same variant and batch, paired round by round. largest error: against eager PyTorch, before timing."
+        "Times in milliseconds. run: the graph alone; call: end to end, the clip's file read. ratio: to the first row "
+        "of the same variant and batch, paired round by round. largest error: against eager PyTorch, before timing."
     )
     return _section("All figures", body, note)
 

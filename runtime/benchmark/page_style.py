@@ -1,4 +1,4 @@
-"""The style sheet of the report page. No font, image or script is loaded; colours have a contrast of 4.5 to 1 or more."""
+"""The style sheet of the report page. It loads no font, image or script; text has a contrast of 4.5 to 1 or more."""
 
 from __future__ import annotations
 

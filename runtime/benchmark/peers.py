@@ -151,7 +151,7 @@ class PeerProcess:
 
 
 class PeerRunner:
-    """A row in the child. bundle: whose golden inputs it is checked on. reference: eager's outputs on the timed inputs."""
+    """A row in the child. bundle: whose golden inputs check it. reference: eager's outputs on the timed inputs."""
 
     def __init__(self, measured: Measured, process: PeerProcess, bundle: Bundle, reference: Sequence[Arrays]):
         self.measured = measured

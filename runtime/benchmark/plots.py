@@ -1,8 +1,8 @@
 """Drawings for the report page: SVG marks without text in them, text as HTML beside them.
 
-A lane is an SVG of 1000 x its height that is stretched to whatever width there is, with strokes that do not stretch:
-so a report fits a phone and a wide screen, and its text is always readable text. Colours are CSS classes, which the page
-defines for light and dark. Every drawing has a title and a description for those who do not see it.
+A lane is an SVG of 1000 x its height that is stretched to whatever width there is, with strokes that do not stretch, so
+that a report fits a phone and a wide screen, and its text is always readable text. Colours are CSS classes, which the
+page defines for light and dark. Every drawing has a title and a description for those who do not see it.
 """
 
 from __future__ import annotations

@@ -186,10 +186,10 @@ def _warnings(measured: Sequence[Measured], probe_ns: Sequence[int], shares: Map
     if calls:
         few = [p for p in PERCENTILES if not enough(min(calls), p)]
         if few:
-            marked = " and ".join(f"p{p}" for p in few)
+            marked = ", ".join(f"p{p}" for p in few)
             lines.append(
-                f"{marked} of rows with fewer calls rest on a handful and are marked '?': n is {min(calls)}, "
-                f"p{few[-1]} needs {calls_needed(few[-1])} (raise --rounds or --calls)"
+                f"{marked} marked '?' rest on a handful of calls: the smallest n is {min(calls)}, p{few[-1]} needs "
+                f"{calls_needed(few[-1])} (raise --rounds or --calls)"
             )
     unsettled = [m.row.name for m in measured if m.status == "ok" and not m.warm_up_settled and m.warm_up]
     if unsettled:

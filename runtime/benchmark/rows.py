@@ -255,7 +255,7 @@ def check_golden(
     bound: tuple[float, float],
     run: Callable[[Mapping[str, NDArray[Any]]], Arrays],
 ) -> dict[str, Comparison]:
-    """The golden inputs of `variant` through `run`, compared with the eager model's outputs, which came with the bundle.
+    """The golden inputs of `variant` through `run`, compared with the eager model's outputs in the bundle.
 
     Raises:
         CorruptFileError: the golden file is damaged. CheckFailed: an output of another shape.
@@ -294,7 +294,8 @@ def make_work(bundle: Bundle, variant: str, batch: int, folder: Path, clip: str 
 
     Args:
         batch: clips at once; 0 for the golden inputs. folder: where clip files may be written. clip: a file, used
-            `batch` times; without one, clips of the longest length that the model takes, of random features. seed: theirs.
+            `batch` times; without one, clips of the longest length that the model takes, of random features.
+        seed: theirs.
 
     Raises:
         InputError: the clip does not fit, or the batch's inputs do not fit into the free memory.
@@ -326,7 +327,8 @@ def _check_memory(batch: int, clip_bytes: int) -> None:
     needed, free = 3 * batch * clip_bytes / (1 << 20), free_memory_mib()
     if free is not None and needed > _SPARE * free:
         raise InputError(
-            f"batch {batch}: its inputs need {needed / 1024:.1f} GiB and {free / 1024:.1f} GiB are free: take a smaller one"
+            f"batch {batch}: its inputs need {needed / 1024:.1f} GiB and {free / 1024:.1f} GiB are free: "
+            "take a smaller one"
         )
 
 

@@ -12,6 +12,8 @@ from hcmen.runtime.cli import aligned
 __all__ = ["milliseconds", "tables"]
 
 _BAR = 12
+_WHO = ("variant", "bundle", "engine", "precision", "threads", "batch")
+_FIGURES = ("p50", "95 % of p50", "p90", "p99", "n", "call", "load", "first", "clips/s", "ratio")
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
@@ -49,21 +51,16 @@ def _bar(value: float, most: float) -> str:
 
 def _row_table(data: Mapping[str, Any]) -> list[str]:
     rows = data["rows"]
-    several = len(data["bundles"]) > 1
+    # What all rows have in common is said once, above the table.
+    columns = [k for k in _WHO if k == "variant" or len({r[k] for r in rows}) > 1]
+    common = [_common(k, rows[0][k]) for k in _WHO if k not in columns and (k != "bundle" or rows[0][k])]
     timed = [r["run"]["p50"] for r in rows if r["run"] is not None]
-    header = [
-        "variant",
-        *(["bundle"] if several else []),
-        *("engine", "precision", "threads", "batch"),
-        *("p50 ms", "95 % of p50", "p90", "p99", "min", "n", "call", "load", "first", "clips/s", "ratio"),
-    ]
-    lines = [header]
+    lines = [[*columns, *_FIGURES]]
     problems = []
     for r in rows:
-        who = [r["variant"], *([r["bundle"] or "-"] if several else []), r["engine"], r["precision"]]
-        who += [str(r["threads"] or "-"), str(r["batch"] or "golden")]
+        who = ["golden" if k == "batch" and not r[k] else str(r[k] or "-") for k in columns]
         if r["run"] is None:
-            lines.append([*who, r["status"].upper(), *["-"] * 10])
+            lines.append([*who, r["status"].upper(), *["-"] * (len(_FIGURES) - 1)])
             if r["reason"]:
                 problems.append(f"{r['name']}: {r['reason']}")
             continue
@@ -74,7 +71,6 @@ def _row_table(data: Mapping[str, Any]) -> list[str]:
                 milliseconds(t["p50"]) + ("" if t["enough"]["p50"] else " ?"),
                 _interval(t["p50_low"], t["p50_high"]),
                 *(milliseconds(t[p]) + ("" if t["enough"][p] else " ?") for p in ("p90", "p99")),
-                milliseconds(t["min"]),
                 str(t["n"]),
                 milliseconds(r["call"]["p50"] if r["call"] else None),
                 *(milliseconds(_middle(r[k])) for k in ("load_ms", "first_ms")),
@@ -85,7 +81,16 @@ def _row_table(data: Mapping[str, Any]) -> list[str]:
     text = aligned(lines)
     most = max(timed, default=0.0)
     bars = ["", "", *("" if r["run"] is None else _bar(r["run"]["p50"], most) for r in rows)]
-    return [*(f"{line}  {bar}".rstrip() for line, bar in zip(text, bars, strict=True)), *problems]
+    title = f"milliseconds; {', '.join(common)}"
+    return [title, *(f"{line}  {bar}".rstrip() for line, bar in zip(text, bars, strict=True)), *problems]
+
+
+def _common(key: str, value: object) -> str:
+    if key == "threads":
+        return f"{value} threads" if value else "threads of its own"
+    if key == "batch":
+        return f"batch {value}" if value else "golden inputs"
+    return str(value)
 
 
 def _interval(low: float | None, high: float | None) -> str:
