@@ -285,16 +285,17 @@ def _finish(data: Mapping[str, Any], exit_code: int, verdicts: Sequence[Verdict]
     if fail_slower is not None:
         slower = [v for v in _slower(verdicts) if 100 * (v.ratio - 1) > fail_slower]
         if slower:
-            names = ", ".join(f"{v.name} ({v.figure} {v.ratio - 1:+.1%})" for v in slower)
+            worst = max(slower, key=lambda v: v.ratio)
             raise CheckFailed(
-                f"{len(slower)} of {len(verdicts)} figures are slower by more than {fail_slower:g} %: {names}"
+                f"{len(slower)} of {len(verdicts)} figures are slower by more than {fail_slower:g} %, most of all "
+                f"{worst.name} ({worst.figure} {worst.ratio - 1:+.1%})"
             )
 
 
 def _slower(verdicts: Sequence[Verdict]) -> Iterator[Verdict]:
     from hcmen.runtime.benchmark.judge import SLOWER
 
-    return (v for v in verdicts if v.verdict == SLOWER)
+    return (v for v in verdicts if v.own and v.verdict == SLOWER)
 
 
 def _with_code(message: str, exit_code: int) -> HcmenError:

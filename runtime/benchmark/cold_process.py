@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 __all__ = ["main"]
@@ -26,7 +27,8 @@ def main(started: int) -> None:
     """Does what the arguments say and prints the report. started: the first stamp, taken before any import."""
     what, *words = sys.argv[1:]
     try:
-        stamps = {"floor": _floor, "run": _run, "eager": _eager}[what](*words)
+        steps: dict[str, Callable[..., list[int]]] = {"floor": _floor, "run": _run, "eager": _eager}
+        stamps = steps[what](*words)
     except Exception as error:
         from hcmen.runtime.cli import describe_error
 

@@ -18,21 +18,27 @@ from typing import Any
 
 import numpy as np
 
+from hcmen.runtime.benchmark.cold import FLOOR
 from hcmen.runtime.benchmark.machine import same_machine
+from hcmen.runtime.benchmark.peers import PEERS
 from hcmen.runtime.benchmark.report import row_key
+from hcmen.runtime.benchmark.rows import FUNCTIONS
 from hcmen.runtime.benchmark.stats import ratio_interval, wandering
 
 __all__ = ["FASTER", "MORE", "SAME", "SLOWER", "UNSURE", "Verdict", "compare_documents", "refusals"]
 
 FASTER, SLOWER, SAME, UNSURE = "faster", "slower", "no difference", "too few rounds"
 LESS, MORE = "less", "more"
+_OTHERS = (*PEERS, FUNCTIONS)
 _LEAST = 0.01
 _FALSE_VERDICTS = 0.05
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One figure of one row, new against old. ratio, low, high: new / old. margin: what a difference must exceed."""
+    """One figure of one row, new against old. ratio, low, high: new / old. margin: what a difference must exceed.
+    own: a figure of a bundle, and not of what it is measured against.
+    """
 
     name: str
     figure: str
@@ -44,6 +50,7 @@ class Verdict:
     high: float | None
     margin: float
     verdict: str
+    own: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON."""
@@ -71,7 +78,7 @@ def refusals(
 
 def compare_documents(new: Mapping[str, Any], old: Mapping[str, Any]) -> tuple[list[Verdict], list[str]]:
     """The verdicts, and one line for each row that has no counterpart or another input."""
-    found: list[tuple[str, str, str, list[float], list[float]]] = []
+    found: list[tuple[str, str, str, list[float], list[float], bool]] = []
     lines = []
     alone = len(new["bundles"]) == len(old["bundles"]) == 1
 
@@ -92,7 +99,8 @@ def compare_documents(new: Mapping[str, Any], old: Mapping[str, Any]) -> tuple[l
         else:
             for figure in ("run", "call"):
                 if row[figure] is not None and then[figure] is not None:
-                    found.append((row["name"], figure, "ms", _medians(row[figure]), _medians(then[figure])))
+                    pair = _medians(row[figure]), _medians(then[figure])
+                    found.append((row["name"], figure, "ms", *pair, row["engine"] not in _OTHERS))
     lines += [f"{row['name']}: only in the old run" for row in before.values()]
 
     def cold_key(c: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -103,7 +111,9 @@ def compare_documents(new: Mapping[str, Any], old: Mapping[str, Any]) -> tuple[l
         then = colds.get(cold_key(c))
         for figure, unit in (("total_ms", "ms"), ("peak_mib", "MiB"), ("settled_mib", "MiB")):
             if then is not None and c[figure] and then[figure]:
-                found.append((f"fresh process, {c['kind']}", figure.split("_")[0], unit, c[figure], then[figure]))
+                own = c["kind"] != FLOOR and not c["kind"].startswith("eager")
+                name = f"fresh process, {c['kind']}"
+                found.append((name, figure.split("_")[0], unit, c[figure], then[figure], own))
     if not found:
         return [], lines
     confidence = 1 - _FALSE_VERDICTS / len(found)
@@ -114,8 +124,8 @@ def compare_documents(new: Mapping[str, Any], old: Mapping[str, Any]) -> tuple[l
         else 0.0
     )
     verdicts = [
-        _verdict(name, figure, unit, now, then, confidence, 0.0 if unit == "MiB" else shift)
-        for name, figure, unit, now, then in found
+        _verdict(name, figure, unit, now, then, own, confidence, 0.0 if unit == "MiB" else shift)
+        for name, figure, unit, now, then, own in found
     ]
     return verdicts, lines
 
@@ -126,6 +136,7 @@ def _verdict(
     unit: str,
     new: Sequence[float],
     old: Sequence[float],
+    own: bool,
     confidence: float,
     shift: float,
 ) -> Verdict:
@@ -151,6 +162,7 @@ def _verdict(
         interval.high,
         math.expm1(margin),
         verdict,
+        own,
     )
 
 

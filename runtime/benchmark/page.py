@@ -17,6 +17,7 @@ from hcmen.runtime.benchmark.text import milliseconds
 __all__ = ["page"]
 
 _COLORS = 8
+_FURTHEST = 2.0
 _STEP_NAMES = ("Python starts", "imports", "bundle and sessions", "clip read and scored")
 
 
@@ -53,8 +54,9 @@ def _section(title: str, body: str, note: str = "") -> str:
 
 def _series(row: Mapping[str, Any]) -> str:
     """What a row is called within its group: everything but variant and batch."""
-    threads = f", {row['threads']} thread{'s' if row['threads'] != 1 else ''}" if row["threads"] else ""
-    return f"{row['bundle'] + ' ' if row['bundle'] else ''}{row['engine']} {row['precision']}{threads}"
+    parts = [row["bundle"], row["engine"], row["precision"]]
+    parts += [f"{row['threads']} thread{'s' if row['threads'] != 1 else ''}"] if row["threads"] else []
+    return ", ".join(part for part in parts if part)
 
 
 def _colors(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -149,9 +151,10 @@ def _latency(rows: Sequence[Mapping[str, Any]]) -> str:
         made.append((title, "", ""))
         for r in members:
             t, color = r["run"], colors[_series(r)]
-            drawing = dots(calls[id(r)], scale, height, color)
+            drawing = ""
             if t["p50_low"] is not None and t["p50_high"] is not None:
                 drawing += band(t["p50_low"], t["p50_high"], scale, 2, height - 4, "interval")
+            drawing += dots(calls[id(r)], scale, height, color)
             drawing += marks([(t["p99"], "p99"), (t["p90"], "p90"), (t["p50"], "p50")], scale, height)
             text = f"{t['n']} calls, p50 {t['p50']:g} ms{_interval(t)}, p90 {t['p90']:g} ms, p99 {t['p99']:g} ms"
             figure = f"<strong>{milliseconds(t['p50'])}</strong> ms<small>{_interval(t)}</small>"
@@ -209,47 +212,48 @@ def _cold(colds: Sequence[Mapping[str, Any]]) -> str:
     found = [c for c in colds if c["median"] is not None]
     if not found:
         return ""
-    height = 22
-    scale = Scale.around([c["median"]["total_ms"] / 1e3 for c in found], log=False)
-    made = []
-    for c in found:
+    own = [c for c in found if not c["kind"].startswith("eager")]
+    keys = "".join(f'<li><span class="key c{i}"></span>{escape(name)}</li>' for i, name in enumerate(_STEP_NAMES))
+    body = f'<h3>From process start to the first score</h3><ul class="legend">{keys}</ul>{_starts(own)}'
+    if len(own) < len(found):  # on a scale of its own, since PyTorch takes many times as long
+        beside = [c for c in own if c["kind"] != "floor"][:1] + [c for c in found if c not in own]
+        body += f"<h3>Beside PyTorch</h3>{_starts(beside)}"
+    held = [c for c in found if c["median"]["peak_mib"] is not None and c["median"]["settled_mib"] is not None]
+    if held:
+        names = (("", "the process's own"), (" half", "mapped files"), (" faint", "more, at the peak"))
+        keys = "".join(f'<li><span class="key c0{c}"></span>{name}</li>' for c, name in names)
+        body += f'<h3>Resident memory</h3><ul class="legend">{keys}</ul>{_memory(held)}'
+    note = f"Medians of {found[0]['n']} fresh processes of each kind, in turns; files in the page cache."
+    return _section("Cold start and memory", body, note)
+
+
+def _starts(colds: Sequence[Mapping[str, Any]]) -> str:
+    scale, height, made = Scale.around([c["median"]["total_ms"] / 1e3 for c in colds], log=False), 22, []
+    for c in colds:
         steps = [ms / 1e3 for ms in c["median"]["steps_ms"]]
         text = ", ".join(f"{name} {s:.3f} s" for name, s in zip(_STEP_NAMES, steps, strict=True))
         drawing = bars([(s, f"fill c{i}") for i, s in enumerate(steps)], scale, height)
-        total = sorted(x / 1e3 for x in c["total_ms"])
-        figure = (
-            f"<strong>{c['median']['total_ms'] / 1e3:.2f}</strong> s<small> ({total[0]:.2f} to {total[-1]:.2f})</small>"
-        )
+        low, high = min(c["total_ms"]) / 1e3, max(c["total_ms"]) / 1e3
+        figure = f"<strong>{c['median']['total_ms'] / 1e3:.2f}</strong> s<small> ({low:.2f} to {high:.2f})</small>"
         made.append((_kind(c), lane(drawing, height, f"Cold start, {c['kind']}", text, scale), figure))
-    keys = "".join(f'<li><span class="key c{i}"></span>{escape(name)}</li>' for i, name in enumerate(_STEP_NAMES))
-    start = f'<ul class="legend">{keys}</ul>' + _lanes(made, axis(scale, "s"))
-    body = f"<h3>From process start to the first score</h3>{start}"
-    held = [c for c in found if c["median"]["peak_mib"] is not None and c["median"]["settled_mib"] is not None]
-    if held:
-        scale = Scale.around([c["median"]["peak_mib"] for c in held], log=False)
-        made = []
-        for c in held:
-            m = c["median"]
-            own = min(m["anonymous_mib"] or 0.0, m["settled_mib"])
-            parts = [
-                (own, "fill c0"),
-                (m["settled_mib"] - own, "fill half c0"),
-                (max(0.0, m["peak_mib"] - m["settled_mib"]), "fill faint c0"),
-            ]
-            text = f"own {own:g}, resident {m['settled_mib']:g}, peak {m['peak_mib']:g} MiB"
-            drawing = lane(bars(parts, scale, height), height, f"Memory, {c['kind']}", text, scale)
-            made.append(
-                (
-                    _kind(c),
-                    drawing,
-                    f"<strong>{m['settled_mib']:.0f}</strong> MiB<small>, peak {m['peak_mib']:.0f}</small>",
-                )
-            )
-        names = (("", "the process's own"), (" half", "mapped files"), (" faint", "more, at the peak"))
-        keys = "".join(f'<li><span class="key c0{c}"></span>{name}</li>' for c, name in names)
-        body += f'<h3>Resident memory</h3><ul class="legend">{keys}</ul>' + _lanes(made, axis(scale, "MiB"))
-    note = f"Medians of {found[0]['n']} fresh processes of each kind, in turns; files in the page cache."
-    return _section("Cold start and memory", body, note)
+    return _lanes(made, axis(scale, "s"))
+
+
+def _memory(colds: Sequence[Mapping[str, Any]]) -> str:
+    scale, height, made = Scale.around([c["median"]["peak_mib"] for c in colds], log=False), 22, []
+    for c in colds:
+        m = c["median"]
+        own = min(m["anonymous_mib"] or 0.0, m["settled_mib"])
+        parts = [
+            (own, "fill c0"),
+            (m["settled_mib"] - own, "fill half c0"),
+            (max(0.0, m["peak_mib"] - m["settled_mib"]), "fill faint c0"),
+        ]
+        text = f"own {own:g}, resident {m['settled_mib']:g}, peak {m['peak_mib']:g} MiB"
+        drawing = lane(bars(parts, scale, height), height, f"Memory, {c['kind']}", text, scale)
+        figure = f"<strong>{m['settled_mib']:.0f}</strong> MiB<small>, peak {m['peak_mib']:.0f}</small>"
+        made.append((_kind(c), drawing, figure))
+    return _lanes(made, axis(scale, "MiB"))
 
 
 def _kind(c: Mapping[str, Any]) -> str:
@@ -268,7 +272,8 @@ def _rounds(data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     if not lines:
         return ""
     relative = [[v / float(np.median(values)) for v in values] for _, _, values in lines]
-    most = max(1.1, *(max(max(values), 1 / min(values)) for values in relative))
+    furthest = max(1.1, *(max(max(values), 1 / min(values)) for values in relative))
+    most = min(furthest, _FURTHEST)  # what goes further runs along the edge, so that the rest can be told apart
     scale, height = Scale(1 / most, most, log=True), 200
     drawing = "".join(
         f'<path class="grid" d="M0 {height * (1 - scale(v) / 1000):.1f}H1000"/>'
@@ -279,7 +284,7 @@ def _rounds(data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
         points = [(i * step, height * (1 - scale(v) / 1000)) for i, v in enumerate(values)]
         drawing += polyline(points, f"thin {color}" if color != "probe" else "probe")
     count = max(len(values) for values in relative)
-    text = f"{len(lines)} lines over {count} rounds; the furthest from its median by {most - 1:.0%}"
+    text = f"{len(lines)} lines over {count} rounds; the furthest from its median by a factor of {furthest:.2f}"
     plot = lane(drawing, height, "Medians of the rounds", text)
     body = (
         f'<div class="over"><span class="high">{most - 1:+.0%}</span>'
@@ -300,7 +305,9 @@ def _comparison(verdicts: Sequence[Verdict], unmatched: Sequence[str]) -> str:
         return ""
     body, height = "", 26
     if verdicts:
-        ends = [x for v in verdicts for x in (v.low or v.ratio, v.high or v.ratio, 1 + v.margin, 1 / (1 + v.margin))]
+        # Of the margins those that are small; a wide one fills its lane.
+        ends = [x for v in verdicts for x in (v.low or v.ratio, v.high or v.ratio)]
+        ends += [x for v in verdicts for x in (1 + min(v.margin, 0.2), 1 / (1 + min(v.margin, 0.2)))]
         scale = Scale.around(ends, log=True)
         made = []
         for v in verdicts:

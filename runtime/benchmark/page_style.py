@@ -38,7 +38,7 @@ svg{display:block;width:100%;overflow:visible}
 svg.lane{overflow:hidden}
 .lane path,.lane rect{vector-effect:non-scaling-stroke}
 .grid{stroke:var(--line);stroke-width:1;fill:none}
-.dots{fill:none;stroke:currentColor;stroke-width:4;stroke-linecap:round;opacity:.38}
+.dots{fill:none;stroke:currentColor;stroke-width:4.5;stroke-linecap:round;opacity:.5}
 .p50,.p90,.p99,.ratio{fill:none;stroke:var(--ink);stroke-width:2.5}
 .p90{stroke-width:1.5;stroke-dasharray:5 3}
 .p99{stroke-width:1.5;stroke-dasharray:1.5 3}
@@ -80,8 +80,8 @@ dl{display:grid;grid-template-columns:minmax(130px,220px) 1fr;gap:4px 16px;margi
 dt{color:var(--muted)}dd{margin:0;overflow-wrap:anywhere}
 abbr{text-decoration:none;color:var(--bad);margin-left:2px}
 @media (max-width:720px){main{padding:18px 12px 40px}section{padding:14px}
-.lanes{grid-template-columns:1fr auto;gap:2px 10px}.label{grid-column:1}.figure{grid-column:2;grid-row:auto}
-.plot{grid-column:1/-1;order:0}.lanes .label,.lanes .figure,.lanes .plot{order:0}
+.lanes{grid-template-columns:1fr auto;grid-auto-flow:row dense;gap:2px 10px}.label{grid-column:1;padding-top:6px}
+.figure{grid-column:2;padding-top:6px}.plot{grid-column:1/-1}
 .axis .unit{right:0;top:18px;transform:none}.axis{height:36px}
 dl{grid-template-columns:1fr}dt{margin-top:6px}.scroll{margin:0 -14px;padding:0 14px}tbody th,thead th:first-child{
 left:-14px;max-width:46vw;white-space:normal}}

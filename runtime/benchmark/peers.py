@@ -133,7 +133,8 @@ class PeerProcess:
         """The path of a file with graph inputs, for the child."""
         self._count += 1
         path = self._folder / f"peer-{self._count}.npz"
-        np.savez(path, **{f"{i}/{name}": x for i, feed in enumerate(feeds) for name, x in feed.items()})
+        arrays: dict[str, Any] = {f"{i}/{name}": x for i, feed in enumerate(feeds) for name, x in feed.items()}
+        np.savez(path, **arrays)
         return str(path)
 
     def outputs(self, engine: str, variant: str, threads: int, feeds: Sequence[Arrays]) -> list[Arrays]:

@@ -47,7 +47,7 @@ CONFIDENCE = 0.95
 LEAST_BEYOND = 10
 """A percentile needs this many calls beyond it; with fewer it is marked, since a few calls decide it."""
 _FEWEST_BLOCKS = 8  # merging stops here: fewer blocks could not show a difference among several rows
-_EXACT_PAIRS = 10_000  # beyond so many pairs the normal approximation of Mann-Whitney's U is good to four digits
+_EXACT_PAIRS = 10_000  # beyond so many pairs the normal approximation of Mann-Whitney's U is good to 0.0005
 
 Floats = NDArray[np.float64]
 
