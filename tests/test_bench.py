@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -288,7 +289,7 @@ def test_the_page_is_whole_and_loads_nothing(report):
         "All figures",
     ):
         assert title in words
-    assert "nan" not in html.replace("sonant", "").split("</style>")[1].lower().replace("finance", "")
+    assert not re.search(r"\bnan\b|\binf\b", html.split("</style>")[1].lower())
 
 
 def test_a_page_of_next_to_nothing_is_a_page(report):
@@ -325,7 +326,7 @@ def test_scales_and_ticks():
     scale = Scale.around([1.0, 100.0], log=True, room=0.0)
     assert [scale(v) for v in (1.0, 10.0, 100.0, 1e9)] == [0.0, 500.0, 1000.0, 1000.0]
     assert nice_ticks(Scale(0, 10)) == [0, 2, 4, 6, 8, 10]
-    assert nice_ticks(Scale(0.9, 1100, log=True)) == [1, 10, 100, 1000] or len(nice_ticks(Scale(0.9, 1100, True))) <= 7
+    assert nice_ticks(Scale(0.9, 1100, log=True)) == pytest.approx([1, 3, 10, 30, 100, 300, 1000])
     for low, high in ((0.97, 1.03), (1e-3, 1.0), (5.0, 6.0)):
         ticks = nice_ticks(Scale(low, high, log=True))
         assert 2 <= len(ticks) <= 8
@@ -392,8 +393,9 @@ def test_fail_slower_is_an_exit_code(report, tmp_path):
         paths[name].write_text(json.dumps(document(report, full=ms, text_only=1.0)))
     slower = run(main, "--show", paths["new"], "--compare", paths["old"], "--fail-slower", 5)
     assert slower.code == 1
-    assert "6 of " in slower.lines[-1] or "4 of " in slower.lines[-1]
-    assert "slower by more than 5 %" in slower.lines[-1]
+    # run and call of the two batches on ort; those of functions are told, and fail nothing.
+    assert "error: 4 of " in slower.lines[-1]
+    assert "slower by more than 5 %, most of all full, ort" in slower.lines[-1]
     assert run(main, "--show", paths["new"], "--compare", paths["old"], "--fail-slower", 30).code == 0
     assert run(main, "--show", paths["old"], "--compare", paths["new"], "--fail-slower", 5).code == 0
     answer = json.loads(run(main, "--show", paths["new"], "--compare", paths["old"], "--format", "json").out)
@@ -455,7 +457,7 @@ def test_every_damaged_field_is_noticed_or_harmless(report, tmp_path):
         yield path
 
     found = [p for p in places(whole) if p]
-    for index in rng.permutation(len(found))[:150]:
+    for index in rng.permutation(len(found))[:500]:
         damaged = copy.deepcopy(whole)
         at = damaged
         for step in found[index][:-1]:
@@ -544,8 +546,10 @@ def test_ctrl_c_keeps_what_was_measured(shared_bundle, tmp_path):
     out = tmp_path / "part.json"
     code = "import sys; from hcmen.runtime.bench import main; main()"
     with subprocess.Popen(
-        [sys.executable, "-c", code, str(shared_bundle), "--rounds", "100000", "--warmup", "1", "--loads", "0"]
-        + ["--variant", "text_only", "--threads", "1", "--out", str(out), "--format", "json"],
+        [
+            *(sys.executable, "-c", code, str(shared_bundle), "--out", str(out), "--format", "json", "--threads", "1"),
+            *("--rounds", "100000", "--warmup", "1", "--loads", "0", "--variant", "text_only"),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

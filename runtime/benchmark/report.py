@@ -18,7 +18,7 @@ import numpy as np
 
 from hcmen.bundle import MANIFEST_FILE, Bundle, parse_json
 from hcmen.errors import CorruptFileError, HcmenError, InputError
-from hcmen.runtime.benchmark.cold import Cold
+from hcmen.runtime.benchmark.cold import STEPS, Cold
 from hcmen.runtime.benchmark.measure import Settings
 from hcmen.runtime.benchmark.rows import Measured
 from hcmen.runtime.benchmark.stats import CONFIDENCE, calls_needed, enough, paired_ratio, row_interval, wandering
@@ -28,6 +28,7 @@ __all__ = ["PERCENTILES", "SCHEMA_VERSION", "describe_bundle", "document", "docu
 SCHEMA_VERSION = 1
 WHAT = "hcmen-bench"
 PERCENTILES = (50, 90, 99)
+_PERCENTILE_KEYS = ("p50", "p90", "p99")
 _MAX_BYTES = 256 << 20
 _KEY = ("bundle", "variant", "engine", "precision", "threads", "batch")
 
@@ -246,35 +247,60 @@ def read_document(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _check_document(data: dict[str, Any]) -> None:
     """Raises one of the errors of plain Python where a field that others rely on is not as `document` makes it."""
-    for key, kind in (("machine", dict), ("settings", dict), ("rows", list), ("cold", list), ("bundles", list)):
+    kinds = {"machine": dict, "settings": dict, "rows": list, "cold": list, "bundles": list, "warnings": list}
+    for key, kind in kinds.items():
         _require(isinstance(data[key], kind), key)
-    _require(isinstance(data["machine"].get("versions"), dict), "versions")
-    for key in ("complete", "seconds", "warnings", "cpu_time_of_others", "confidence"):
-        data[key]
+    _require(isinstance(data["complete"], bool) and _number(data["seconds"]), "complete")
+    _require(all(isinstance(line, str) for line in data["warnings"]), "warnings")
+    _require(isinstance(data["machine"]["versions"], dict), "versions")
+    _require(isinstance(data["machine"]["environment"], dict), "environment")
+    _require(_number(data["settings"]["rounds"]), "settings")
+    shares = data["cpu_time_of_others"]
+    _require(shares is None or all(map(_number, shares.values())), "cpu_time_of_others")
     for bundle in data["bundles"]:
-        _require(isinstance(bundle["label"], str) and isinstance(bundle["manifest_sha256"], str), "bundles")
-    _require(all(_positive(x) for x in data["probe"]["rounds_ms"]), "probe")
+        _require(all(isinstance(bundle[k], str) for k in ("label", "path", "manifest_sha256")), "bundles")
+        _require(_number(bundle["weights_bytes"]), "bundles")
+    _require(data["bundles"], "bundles")
+    _require(_number(data["probe"]["threads"]) and all(map(_time, data["probe"]["rounds_ms"])), "probe")
     for row in data["rows"]:
-        row_key(row)
-        _require(isinstance(row["name"], str) and row["status"] in ("ok", "wrong", "failed", "unmeasured"), "rows")
-        for which in ("run", "call"):
-            times = row[which]
-            if times is None:
-                continue
-            _require(all(_positive(times[k]) for k in ("n", "min", "mean", "p50", "p90", "p99", "max")), which)
-            _require(isinstance(times["enough"], dict) and {"p50_low", "p50_high"} <= times.keys(), which)
-            _require(times["rounds_ms"] and all(t and all(map(_positive, t)) for t in times["rounds_ms"]), which)
-        if row["run"] is not None:
-            _require(_positive(row["clips_per_second"]) and isinstance(row["work"]["shapes"], list), "work")
-        if row["ratio"] is not None:
-            _require(_positive(row["ratio"]["estimate"]) and {"low", "high", "to"} <= row["ratio"].keys(), "ratio")
-        _require(all(_positive(x) for x in (*row["load_ms"], *row["first_ms"])), "load_ms")
+        _check_row(row)
     for cold in data["cold"]:
-        _require(isinstance(cold["kind"], str) and isinstance(cold["bundle"], str) and "threads" in cold, "cold")
-        _require(all(_positive(x) for x in (*cold["total_ms"], *cold["settled_mib"], *cold["peak_mib"])), "cold")
-        _require(all(len(steps) == 4 for steps in cold["steps_ms"]), "cold")
-        if cold["median"] is not None:
-            _require(_positive(cold["median"]["total_ms"]) and len(cold["median"]["steps_ms"]) == 4, "cold")
+        _check_cold(cold)
+
+
+def _check_row(row: dict[str, Any]) -> None:
+    hash(row_key(row))
+    _require(all(isinstance(row[k], str) for k in ("name", "reason", *_KEY[:4])), "rows")
+    _require(isinstance(row["batch"], int) and (row["threads"] is None or isinstance(row["threads"], int)), "rows")
+    _require(row["status"] in ("ok", "wrong", "failed", "unmeasured"), "status")
+    for times in (row["run"], row["call"]):
+        if times is not None:
+            _require(all(_time(times[k]) for k in ("min", "mean", *_PERCENTILE_KEYS, "max")), "run")
+            _require(_number(times["n"]) and all(isinstance(times["enough"][k], bool) for k in _PERCENTILE_KEYS), "n")
+            _require(all(times[k] is None or _time(times[k]) for k in ("p50_low", "p50_high")), "p50_low")
+            _require(times["rounds_ms"] and all(t and all(map(_time, t)) for t in times["rounds_ms"]), "rounds_ms")
+    if row["run"] is not None:
+        _require(_time(row["clips_per_second"]) and isinstance(row["work"]["shapes"], list), "work")
+    ratio = row["ratio"]
+    if ratio is not None:
+        _require(_time(ratio["estimate"]) and isinstance(ratio["to"], str), "ratio")
+        _require(all(ratio[k] is None or _time(ratio[k]) for k in ("low", "high")), "ratio")
+    _require(all(map(_time, (*row["load_ms"], *row["first_ms"]))), "load_ms")
+    for check in row["checks"].values():
+        _require(check["max_abs"] is None or _number(check["max_abs"]), "checks")
+
+
+def _check_cold(cold: dict[str, Any]) -> None:
+    _require(all(isinstance(cold[k], str) for k in ("kind", "bundle", "status", "reason")), "cold")
+    hash(cold["threads"])
+    _require(all(map(_time, (*cold["total_ms"], *cold["settled_mib"], *cold["peak_mib"]))), "cold")
+    median = cold["median"]
+    _require(_number(cold["n"]) and (median is None) == (not cold["total_ms"]), "cold")
+    if median is not None:
+        _require(_time(median["total_ms"]), "cold")
+        _require(len(median["steps_ms"]) == len(STEPS) and all(map(_number, median["steps_ms"])), "cold")
+        sizes = ("peak_mib", "settled_mib", "anonymous_mib")
+        _require(all(median[k] is None or _time(median[k]) for k in sizes), "cold")
 
 
 def _require(holds: object, where: str) -> None:
@@ -282,8 +308,13 @@ def _require(holds: object, where: str) -> None:
         raise ValueError(f"'{where}' is not as it was written")
 
 
-def _positive(value: Any) -> bool:
+def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _time(value: Any) -> bool:
+    """Whether it is a number above zero, of which a logarithm can be taken."""
+    return _number(value) and value > 0
 
 
 def document_path(path: str) -> Path:
@@ -301,6 +332,7 @@ def document_path(path: str) -> Path:
         raise InputError(
             f"{target.parent}: {(error.strerror or 'cannot be made').lower()}: choose another place"
         ) from error
-    if not os.access(target.parent, os.W_OK | os.X_OK):
+    effective = os.access in os.supports_effective_ids
+    if not os.access(target.parent, os.W_OK | os.X_OK, effective_ids=effective):
         raise InputError(f"{target.parent}: may not be written: choose another place")
     return target
