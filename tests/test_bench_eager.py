@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(checkpoint, tmp_path_factory) -> Path:
-    """The micro bundle with this checkpoint's eager outputs as golden set of `text_only`; its graphs have other weights."""
+    """The micro bundle with this checkpoint's eager outputs as golden set of `text_only`; the graphs are others."""
     from hcmen.export.parity import eager_outputs
 
     path = micro_bundle_at(tmp_path_factory.mktemp("bench") / "bundle")
