@@ -60,7 +60,9 @@ def document(report: Path, **p50: float) -> dict:
             if row[figure]:
                 noise = np.exp(0.02 * rng.standard_normal((30, 4)))
                 row[figure]["rounds_ms"] = (p50.get(row["variant"], 1.0) * noise).tolist()
+        row["waited_share"] = 0.0
     data["probe"]["rounds_ms"] = [1.0] * 30
+    data["cpu_time_of_others"] = {"others_share": 0.0, "stolen_share": 0.0}
     return data
 
 
@@ -72,7 +74,7 @@ class Recorder:
 
     def __init__(self, name: str, turns: list[str], fail_in: int | None = None):
         self.measured = Measured(Row("", name, "ort", "fp32", 1, 1))
-        self.turns, self.fail_in, self.count = turns, fail_in, 0
+        self.turns, self.fail_in, self.count, self.pid = turns, fail_in, 0, None
 
     def check(self):
         return {}
@@ -362,6 +364,17 @@ def test_a_difference_no_larger_than_the_drift_or_the_probe_is_none(report):
     slow_machine = copy.deepcopy(new)
     slow_machine["probe"]["rounds_ms"] = [1.25] * 30
     assert set(verdicts(slow_machine, old).values()) == {SAME}
+    waiting = copy.deepcopy(new)
+    for row in waiting["rows"]:
+        row["waited_share"] = 0.3
+    assert set(verdicts(waiting, old).values()) == {SAME}
+    assert set(verdicts(old, waiting).values()) == {SAME}
+    unknown = copy.deepcopy(new)
+    unknown["cpu_time_of_others"]["others_share"] = 0.3
+    assert set(verdicts(unknown, old).values()) == {SLOWER}
+    for row in unknown["rows"]:
+        row["waited_share"] = None
+    assert set(verdicts(unknown, old).values()) == {SAME}
     drifting = copy.deepcopy(new)
     for row in drifting["rows"]:
         for figure in filter(None, (row["run"], row["call"])):
@@ -588,6 +601,25 @@ def test_the_machine_is_described_and_doubted():
         assert len(lines) == 1
         assert word in lines[0]
     assert machine.same_machine(found, found) == ([], [])
+
+
+def test_waiting_for_a_core_is_seen():
+    if not machine.waited_ns():
+        pytest.skip("this kernel keeps no accounts of its scheduler")
+    cores = sorted(os.sched_getaffinity(0))
+    code = f"import os; os.sched_setaffinity(0, [{cores[0]}])\nwhile True: pass"
+    # Two busy processes on one core: each waits about half of the time.
+    pair = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    try:
+        time.sleep(0.5)
+        before = machine.waited_ns(pair[0].pid)
+        time.sleep(1)
+        after = machine.waited_ns(pair[0].pid)
+    finally:
+        for process in pair:
+            process.kill()
+            process.wait()
+    assert sum(after.values()) - sum(before.values()) > 0.1e9
 
 
 def test_the_cpu_time_of_others_is_what_we_did_not_take():

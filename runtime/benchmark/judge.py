@@ -4,9 +4,12 @@ A row is called faster or slower only if the whole interval of the ratio new / o
 
 - the interval is `stats.ratio_interval` of the medians of the rounds, at a confidence of 1 - 0.05 / rows, so that the
   chance of any false verdict among all rows is 5 % where rounds are independent;
-- the margin is the largest of 1 %, how far the row's own median wandered within both runs, and how much the probe, a
-  fixed piece of work that has nothing to do with hcmen, differs between the two. Drifts of the machine do not end
-  with a run, and a difference no larger than them proves nothing.
+- the margin is the largest of
+      1 %;
+      how far the row's own median wandered within both runs: drifts of the machine do not end with a run;
+      what waiting for a core may have cost: a row that had none for a share w of its time may have taken 1 / (1 - w)
+      times as long as on an idle machine, and by how much less or more the other run suffered is not known;
+      how much the probe, a fixed piece of work that has nothing to do with hcmen, differs between the two runs.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ FASTER, SLOWER, SAME, UNSURE = "faster", "slower", "no difference", "too few rou
 LESS, MORE = "less", "more"
 _OTHERS = (*PEERS, FUNCTIONS)
 _LEAST = 0.01
+_MOST_WAITED = 0.95
 _FALSE_VERDICTS = 0.05
 
 
@@ -78,7 +82,7 @@ def refusals(
 
 def compare_documents(new: Mapping[str, Any], old: Mapping[str, Any]) -> tuple[list[Verdict], list[str]]:
     """The verdicts, and one line for each row that has no counterpart or another input."""
-    found: list[tuple[str, str, str, list[float], list[float], bool]] = []
+    found: list[tuple[str, str, str, list[float], list[float], bool, float]] = []
     lines = []
     alone = len(new["bundles"]) == len(old["bundles"]) == 1
 
@@ -100,7 +104,8 @@ def compare_documents(new: Mapping[str, Any], old: Mapping[str, Any]) -> tuple[l
             for figure in ("run", "call"):
                 if row[figure] is not None and then[figure] is not None:
                     pair = _medians(row[figure]), _medians(then[figure])
-                    found.append((row["name"], figure, "ms", *pair, row["engine"] not in _OTHERS))
+                    waited = max(_waiting(row, new), _waiting(then, old))
+                    found.append((row["name"], figure, "ms", *pair, row["engine"] not in _OTHERS, waited))
     lines += [f"{row['name']}: only in the old run" for row in before.values()]
 
     def cold_key(c: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -113,7 +118,8 @@ def compare_documents(new: Mapping[str, Any], old: Mapping[str, Any]) -> tuple[l
             if then is not None and c[figure] and then[figure]:
                 own = c["kind"] != FLOOR and not c["kind"].startswith("eager")
                 name = f"fresh process, {c['kind']}"
-                found.append((name, figure.split("_")[0], unit, c[figure], then[figure], own))
+                waited = 0.0 if unit == "MiB" else max(_waiting({}, new), _waiting({}, old))
+                found.append((name, figure.split("_")[0], unit, c[figure], then[figure], own, waited))
     if not found:
         return [], lines
     confidence = 1 - _FALSE_VERDICTS / len(found)
@@ -124,8 +130,8 @@ def compare_documents(new: Mapping[str, Any], old: Mapping[str, Any]) -> tuple[l
         else 0.0
     )
     verdicts = [
-        _verdict(name, figure, unit, now, then, own, confidence, 0.0 if unit == "MiB" else shift)
-        for name, figure, unit, now, then, own in found
+        _verdict(name, figure, unit, now, then, own, confidence, 0.0 if unit == "MiB" else max(shift, wait))
+        for name, figure, unit, now, then, own, wait in found
     ]
     return verdicts, lines
 
@@ -138,10 +144,10 @@ def _verdict(
     old: Sequence[float],
     own: bool,
     confidence: float,
-    shift: float,
+    least: float,
 ) -> Verdict:
     interval = ratio_interval(new, old, confidence)
-    margin = max(_LEAST, math.hypot(wandering(new), wandering(old)), shift)
+    margin = max(_LEAST, math.hypot(wandering(new), wandering(old)), least)
     up, down = (MORE, LESS) if unit == "MiB" else (SLOWER, FASTER)
     if interval.low is None or interval.high is None:
         verdict = UNSURE
@@ -164,6 +170,14 @@ def _verdict(
         verdict,
         own,
     )
+
+
+def _waiting(row: Mapping[str, Any], data: Mapping[str, Any]) -> float:
+    """The logarithm of what waiting for a core may have cost a row; by the CPU time of others where no more is known."""
+    shares = data["cpu_time_of_others"] or {"others_share": 0.0, "stolen_share": 0.0}
+    waited = row.get("waited_share")
+    share = (shares["others_share"] if waited is None else waited) + shares["stolen_share"]
+    return -math.log1p(-min(share, _MOST_WAITED))
 
 
 def _medians(times: Mapping[str, Any]) -> list[float]:

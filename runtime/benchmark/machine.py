@@ -19,7 +19,7 @@ from typing import Any
 
 from hcmen.errors import HcmenError
 
-__all__ = ["CpuTime", "free_memory_mib", "machine", "machine_warnings", "same_machine", "versions"]
+__all__ = ["CpuTime", "free_memory_mib", "machine", "machine_warnings", "same_machine", "versions", "waited_ns"]
 
 _PACKAGES = ("hcmen", "onnxruntime", "onnxruntime-gpu", "tensorrt", "numpy")
 _VECTORS = ("sse2", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_fp16", "asimd", "asimddp", "sve")
@@ -138,6 +138,23 @@ class CpuTime:
             "others_share": round(min(1.0, max(0.0, others / total)), 3),
             "stolen_share": round((self.stolen - start.stolen) / total, 3),
         }
+
+
+def waited_ns(pid: int | None = None) -> dict[str, int]:
+    """How long each thread of a process, by default this one, has been ready to run with no core free for it.
+
+    Thread id -> nanoseconds since it began, from the scheduler's own accounts; empty where the system keeps none. What
+    the host of a virtual machine takes away is not in it.
+    """
+    found = {}
+    folder = f"/proc/{pid or 'self'}/task"
+    try:
+        for task in os.listdir(folder):
+            with open(f"{folder}/{task}/schedstat", "rb") as file:
+                found[task] = int(file.read().split()[1])
+    except (OSError, IndexError, ValueError):  # a thread that ended meanwhile, or a kernel without accounts
+        return {}
+    return found
 
 
 def free_memory_mib() -> int | None:

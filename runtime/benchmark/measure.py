@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hcmen.errors import HcmenError
+from hcmen.runtime.benchmark.machine import waited_ns
 from hcmen.runtime.benchmark.rows import Measured, Runner, failed, judged
 from hcmen.runtime.benchmark.stats import settled
 
@@ -158,8 +159,14 @@ def _prepare(runner: Runner, settings: Settings) -> tuple[int, int]:
 
 def _turn(runner: Runner, settle: int, calls: int) -> None:
     """Both measurements of a turn, kept together or not at all, so that the rounds of the two stay paired."""
+    measured = runner.measured
+    before, started = waited_ns(runner.pid), time.perf_counter_ns()
     runs = runner.time_runs(settle, calls)
     ends = runner.time_calls(1, calls)
-    runner.measured.run_ns.append(runs)
+    measured.turns_ns += time.perf_counter_ns() - started
+    after = waited_ns(runner.pid)
+    waits = [after[thread] - before[thread] for thread in after.keys() & before.keys()]
+    measured.waited_ns = measured.waited_ns + max(waits) if waits and measured.waited_ns is not None else None
+    measured.run_ns.append(runs)
     if ends:
-        runner.measured.call_ns.append(ends)
+        measured.call_ns.append(ends)

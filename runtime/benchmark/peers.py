@@ -81,6 +81,7 @@ class PeerProcess:
             text=True,
             start_new_session=True,
         )
+        self.pid = self._child.pid
         self.versions: dict[str, str] = {}
 
     def __enter__(self) -> PeerProcess:
@@ -157,6 +158,7 @@ class PeerRunner:
     def __init__(self, measured: Measured, process: PeerProcess, bundle: Bundle, reference: Sequence[Arrays]):
         self.measured = measured
         self._process, self._bundle, self._reference = process, bundle, reference
+        self.pid: int | None = process.pid
         self._inputs = ""
 
     @property

@@ -112,6 +112,7 @@ def _row(m: Measured) -> dict[str, Any]:
         "warm_up": {"calls": m.warm_up, "settled": m.warm_up_settled},
         "run": _times(m.run_ns),
         "call": _times(m.call_ns),
+        "waited_share": None if m.waited_ns is None or not m.turns_ns else _round(m.waited_ns / m.turns_ns),
         "clips_per_second": None,
         "ratio": None,
     }
@@ -192,6 +193,10 @@ def _warnings(measured: Sequence[Measured], probe_ns: Sequence[int], shares: Map
                 f"{marked} marked '?' rest on a handful of calls: the smallest n is {min(calls)}, p{few[-1]} needs "
                 f"{calls_needed(few[-1])} (raise --rounds or --calls)"
             )
+    waits = {m.row.name: m.waited_ns / m.turns_ns for m in measured if m.waited_ns is not None and m.turns_ns}
+    most = max(waits, key=lambda name: waits[name], default="")
+    if most and waits[most] > 0.02:
+        lines.append(f"{most}: waited for a free core {waits[most]:.0%} of its time: something else runs here")
     unsettled = [m.row.name for m in measured if m.status == "ok" and not m.warm_up_settled and m.warm_up]
     if unsettled:
         more = f" and {len(unsettled) - 1} more rows" if len(unsettled) > 1 else ""
@@ -281,6 +286,7 @@ def _check_row(row: dict[str, Any]) -> None:
             _require(times["rounds_ms"] and all(t and all(map(_time, t)) for t in times["rounds_ms"]), "rounds_ms")
     if row["run"] is not None:
         _require(_time(row["clips_per_second"]) and isinstance(row["work"]["shapes"], list), "work")
+    _require(row["waited_share"] is None or _number(row["waited_share"]), "waited_share")
     ratio = row["ratio"]
     if ratio is not None:
         _require(_time(ratio["estimate"]) and isinstance(ratio["to"], str), "ratio")

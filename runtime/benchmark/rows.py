@@ -106,6 +106,7 @@ class Measured:
 
     run_ns, call_ns: per round, the calls of its turn, in nanoseconds. load_ms: creating the session with nothing of the
     bundle loaded. first_ms: the first run of a new session. warm_up: calls before timing, and whether they settled.
+    turns_ns: all its turns. waited_ns: of those, how long the thread that waited longest had no core; None: not known.
     """
 
     row: Row
@@ -119,13 +120,16 @@ class Measured:
     warm_up_settled: bool = False
     run_ns: list[list[int]] = field(default_factory=list)
     call_ns: list[list[int]] = field(default_factory=list)
+    turns_ns: int = 0
+    waited_ns: int | None = 0
     exit_code: int = 0
 
 
 class Runner(Protocol):
-    """A row ready to be measured."""
+    """A row ready to be measured. pid: the process that it runs in, None for this one."""
 
     measured: Measured
+    pid: int | None
 
     def check(self) -> dict[str, Comparison]:
         """Comparisons with the eager model, by what was compared."""
@@ -151,6 +155,8 @@ class OrtRunner:
         measured: where findings go. bundle: opened. shared: the predictor that all rows of this bundle, engine and
             thread count use. make: makes another like it, with nothing loaded.
     """
+
+    pid: int | None = None
 
     def __init__(self, measured: Measured, bundle: Bundle, shared: Predictor, make: Callable[[], Predictor]):
         self.measured = measured
