@@ -173,7 +173,7 @@ def _verdict(
 
 
 def _waiting(row: Mapping[str, Any], data: Mapping[str, Any]) -> float:
-    """The logarithm of what waiting for a core may have cost a row; by the CPU time of others where no more is known."""
+    """The logarithm of what waiting for a core may have cost a row; by the CPU time of others where no more is told."""
     shares = data["cpu_time_of_others"] or {"others_share": 0.0, "stolen_share": 0.0}
     waited = row.get("waited_share")
     share = (shares["others_share"] if waited is None else waited) + shares["stolen_share"]
