@@ -333,7 +333,18 @@ def _slug(verdict: str) -> str:
 
 def _table(data: Mapping[str, Any]) -> str:
     header = ["row", "status", "n", "min", "p50", "95 % low", "high", "mean", "p90", "p99", "max"]
-    header += ["call p50", "call p90", "load", "first run", "clips/s", "ratio", "low", "high", "largest error"]
+    header += [
+        "call p50",
+        "call p90",
+        "load",
+        "first run",
+        "clips/s",
+        "ratio",
+        "low",
+        "high",
+        "waited",
+        "largest error",
+    ]
     lines = []
     for r in data["rows"]:
         t, c, q = r["run"], r["call"], r["ratio"]
@@ -349,6 +360,7 @@ def _table(data: Mapping[str, Any]) -> str:
         cells += [milliseconds(float(np.median(r[k])) if r[k] else None) for k in ("load_ms", "first_ms")]
         cells += [f"{r['clips_per_second']:.4g}" if t else "-"]
         cells += [f"{q[k]:.3f}" if q and q[k] is not None else "-" for k in ("estimate", "low", "high")]
+        cells += ["-" if r["waited_share"] is None or t is None else f"{r['waited_share']:.1%}"]
         cells += [f"{max(errors):.1e}" if errors else "-"]
         first, *rest = (escape(x) for x in cells)
         lines.append(f'<tr><th scope="row">{first}</th>{"".join(f"<td>{x}</td>" for x in rest)}</tr>')
@@ -359,7 +371,8 @@ def _table(data: Mapping[str, Any]) -> str:
     body = f'<div class="scroll" tabindex="0">{table}</div>'
     note = (
         "Times in milliseconds. run: the graph alone; call: end to end, the clip's file read. ratio: to the first row "
-        "of the same variant and batch, paired round by round. largest error: against eager PyTorch, before timing."
+        "of the same variant and batch, paired round by round. waited: the share of its time without a free core. "
+        "largest error: against eager PyTorch, before timing."
     )
     return _section("All figures", body, note)
 
@@ -372,7 +385,10 @@ def _about(data: Mapping[str, Any]) -> str:
     for b in data["bundles"]:
         size = f", weights {b['weights_bytes'] / (1 << 20):.1f} MiB" if "weights_bytes" in b else ""
         pairs.append((f"bundle {b['label']}", f"{b.get('path')}, manifest sha256 {b['manifest_sha256'][:16]}{size}"))
-    pairs += [(k.replace("_", " "), v) for k, v in data["settings"].items()]
+    pairs += [
+        (k.replace("_", " "), "until steady" if k == "warm_up" and v is None else v)
+        for k, v in data["settings"].items()
+    ]
     shares = data["cpu_time_of_others"] or {}
     pairs += [(f"{k.split('_')[0]}: share of the CPU time", f"{v:.1%}") for k, v in shares.items()]
     made = "".join(f"<dt>{escape(k)}</dt><dd>{escape(_plain(v))}</dd>" for k, v in pairs)
