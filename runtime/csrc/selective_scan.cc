@@ -174,7 +174,11 @@ int scan_forward_task(const hcmen_scan& scan, int64_t task) {
   const Plan plan = plan_forward(scan);
   const int64_t last = std::min(plan.blocks, (task + 1) * plan.blocks_per_task);
   for (int64_t i = task * plan.blocks_per_task; i < last; ++i) {
-    if (const int status = kernels()->scan_forward(scan, plan.at(scan, i))) return status;
+    const ChannelBlock block = plan.at(scan, i);
+    const int64_t states = (block.batch * scan.channel + block.channel) * scan.state;
+    const TimeSpan whole = {0, scan.time, scan.initial_state ? scan.initial_state + states : nullptr,
+                            scan.last_state ? scan.last_state + states : nullptr};
+    if (const int status = kernels()->scan_forward(scan, block, whole)) return status;
   }
   return HCMEN_OK;
 }
