@@ -48,7 +48,7 @@ struct Plan {
 
 Plan plan_forward(const hcmen_scan& s) {
   // Wide blocks read memory best, many blocks share out best.
-  constexpr int64_t kEnoughBlocks = 16, kLeastChannels = 16;
+  constexpr int64_t kEnoughBlocks = 8, kLeastChannels = 16;
   const int64_t group_channels = s.channel / s.group;
   Plan plan;
   plan.block = kBlockChannels;

@@ -168,6 +168,24 @@ HCMEN_INLINE float horizontal_sum(F x) {
   return lanes[0];
 }
 
+// Even lanes of a, then of b; and the odd ones.
+#if defined(__AVX512F__)
+#define HCMEN_EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define HCMEN_ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif defined(__AVX2__)
+#define HCMEN_EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define HCMEN_ODD 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define HCMEN_EVEN 0, 2, 4, 6
+#define HCMEN_ODD 1, 3, 5, 7
+#endif
+
+HCMEN_INLINE F even_lanes(F a, F b) { return __builtin_shufflevector(a, b, HCMEN_EVEN); }
+HCMEN_INLINE F odd_lanes(F a, F b) { return __builtin_shufflevector(a, b, HCMEN_ODD); }
+
+#undef HCMEN_EVEN
+#undef HCMEN_ODD
+
 // Rows become columns.
 HCMEN_INLINE void transpose(F* square) {
   // log2(kLanes) perfect shuffles.
@@ -384,13 +402,13 @@ HCMEN_INLINE F softplus(F x) {
   return log1p_unit(exponential_of_negative(minus_absolute(x))) + greater(splat(0.0f), x);
 }
 
-// 1 / x for x in [1, 2], NaN for NaN; 1 unit in the last place. Division of wide vectors is slow.
-HCMEN_INLINE F reciprocal(F x) {
+// y / x for x in [1, 2], NaN for NaN; 2 units in the last place. Division of the widest vectors is slow.
+HCMEN_INLINE F quotient(F y, F x) {
 #if defined(__AVX512F__)
   const F rough = (F)_mm512_rcp14_ps((__m512)x);
-  return fma(rough, fnma(x, rough, splat(1.0f)), rough);
+  return y * fma(rough, fnma(x, rough, splat(1.0f)), rough);
 #else
-  return 1.0f / x;
+  return y / x;
 #endif
 }
 
@@ -398,7 +416,7 @@ HCMEN_INLINE F reciprocal(F x) {
 HCMEN_INLINE F sigmoid_from(F x, F e) {
   const I negative = (I)x >> 31;
   const F top = (F)((negative & (I)e) | (~negative & (I)splat(1.0f)));
-  return top * reciprocal(e + 1.0f);
+  return quotient(top, e + 1.0f);
 }
 
 // 1 / (1 + e^-x), and x times it; relative accuracy at both ends (3 and 4 units in the last place).
@@ -413,7 +431,7 @@ HCMEN_INLINE F softplus(F x, F* slope) {
 }
 
 // Asks for a line of memory that is needed soon; any address will do.
-HCMEN_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+HCMEN_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 // --- half precision -------------------------------------------------------------------------------------------------
 
