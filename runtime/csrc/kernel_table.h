@@ -70,6 +70,9 @@ extern const KernelTable kAvx512Kernels;
 const KernelTable* kernels();
 const char* kernels_problem();
 
+// For tests: the tables that this machine can run, best first, counted from 0; null after the last.
+const KernelTable* kernels_at(int index);
+
 // While it lives the calling thread computes in a floating-point environment of our own: round to nearest, exceptions
 // masked, subnormals flushed to zero (a state that decays through silence would otherwise crawl through subnormals at
 // a hundredth of the speed). The thread's own environment is back when it goes.

@@ -282,8 +282,19 @@ HCMEN_INLINE F bound(F f, float limit) { return greater(lesser(f, splat(limit)),
 // The largest |d * a| that exp2_product<false> accepts: products with 2^n there stay clear of the subnormals.
 constexpr float kFastExponent = 100.0f;
 
-// t * 2^f for |f| <= kLargestFraction (or a little more). The polynomials are minimax, with a relative error of 2e-9
-// (5e-10 on AVX2) and the constant term 1.
+// 2^f for |f| <= 1/2 (or a little more), where there is no table. All polynomials here are minimax, with a relative error
+// of 2e-9 (5e-10 on AVX2) and the constant term 1.
+HCMEN_INLINE F exp2_fraction(F f) {
+  F p = splat(0x1.41fd02p-13f);
+  p = fma(p, f, splat(0x1.5f3e2cp-10f));
+  p = fma(p, f, splat(0x1.3b2d4ap-7f));
+  p = fma(p, f, splat(0x1.c6aee8p-5f));
+  p = fma(p, f, splat(0x1.ebfbdcp-3f));
+  p = fma(p, f, splat(0x1.62e430p-1f));
+  return fma(p, f, splat(1.0f));
+}
+
+// t * 2^f for |f| <= kLargestFraction (or a little more).
 HCMEN_INLINE F times_exp2(F t, F f) {
 #if defined(__AVX512F__)
   const F q = fma(fma(splat(0x1.c6ac70p-5f), f, splat(0x1.ebfff4p-3f)), f, splat(0x1.62e430p-1f));
@@ -294,13 +305,7 @@ HCMEN_INLINE F times_exp2(F t, F f) {
   q = fma(q, f, splat(0x1.62e430p-1f));
   return fma(t * f, q, t);
 #else
-  F p = splat(0x1.41fd02p-13f);
-  p = fma(p, f, splat(0x1.5f3e2cp-10f));
-  p = fma(p, f, splat(0x1.3b2d4ap-7f));
-  p = fma(p, f, splat(0x1.c6aee8p-5f));
-  p = fma(p, f, splat(0x1.ebfbdcp-3f));
-  p = fma(p, f, splat(0x1.62e430p-1f));
-  return t * fma(p, f, splat(1.0f));
+  return t * exp2_fraction(f);
 #endif
 }
 
