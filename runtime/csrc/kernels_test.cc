@@ -44,6 +44,7 @@ void fail(const std::string& what, double got, double expected) {
 // --- elementary functions -------------------------------------------------------------------------------------------
 
 constexpr int kFunctions = 6;
+constexpr float kUnchecked = 100;  // beyond it the last one may do anything
 const char* const kNames[kFunctions] = {"exp", "softplus", "silu", "sigmoid", "exp2", "exp2 (fast)"};
 // The baseline of an architecture without fused multiply-adds sets the last digits.
 const double kBounds[kFunctions] = {1.5, 2.25, 4.0, 3.0, 1.25, 1.25};
@@ -78,7 +79,7 @@ struct Worst {
 void measure(int function, const std::vector<float>& x, const std::vector<float>& y, const double (*want_of)[kFunctions],
              Worst& worst) {
   for (size_t i = 0; i < x.size(); ++i) {
-    if (function == 5 && !(fabsf(x[i]) < 100)) continue;
+    if (function == 5 && !(fabsf(x[i]) < kUnchecked)) continue;
     const double want = want_of[i][function];
     if (isnan(x[i]) || isnan(want)) {
       worst.bad_nan = worst.bad_nan || !isnan(y[i]);
@@ -99,15 +100,17 @@ void test_functions(const std::vector<const hcmen::KernelTable*>& tables, int64_
   std::vector<Worsts> found(threads, Worsts(tables.size() * kFunctions));
   const auto work = [&](int thread) {
     constexpr int64_t kBatch = 4096;
-    std::vector<float> x, y;
+    std::vector<float> x, y, within;
     std::vector<double> wants(kBatch * kFunctions);
     auto* const want = (double (*)[kFunctions])wants.data();
     const auto flush = [&] {
       for (size_t i = 0; i < x.size(); ++i) exact(x[i], want[i]);
       y.resize(x.size());
+      within = x;
+      for (float& value : within) value = fabsf(value) < kUnchecked ? value : 0;
       for (size_t t = 0; t < tables.size(); ++t) {
         for (int function = 0; function < kFunctions; ++function) {
-          tables[t]->evaluate(function, x.data(), y.data(), (int64_t)x.size());
+          tables[t]->evaluate(function, (function == 5 ? within : x).data(), y.data(), (int64_t)x.size());
           measure(function, x, y, want, found[thread][t * kFunctions + function]);
         }
       }
@@ -479,7 +482,8 @@ void count_nothing(const volatile void*) {}
 void test_allocations() {
   if (!__sanitizer_install_malloc_and_free_hooks(count_allocation, count_nothing)) return fail("malloc hook", 0, 1);
   const int64_t before = allocations;
-  free(malloc(1));
+  void* volatile one = malloc(1);
+  free(one);
   if (allocations == before) fail("allocations seen by the hook", 0, 1);
   const int64_t time = 130, channel = 200, most = 256;
   Array<float> series(time * channel), projection(time * most), A(channel * most), row(channel), y(time * channel);
