@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard runtime/csrc/*)
 
-.PHONY: demo test lint bench cuda-architectures clean
+.PHONY: demo test lint bench exhaustive cuda-architectures clean
 
 demo: $(VENV)/installed
 	$(BIN)/python samples/demo.py
@@ -25,6 +25,12 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/scan.py --out docs/results/scan_cpu.json
 	$(BIN)/python benchmarks/training.py --out docs/results/training_speed.json
+
+# The elementary functions of the kernels at every float32: some 10 minutes of two cores.
+exhaustive: $(VENV)/installed
+	cmake -S runtime/csrc -B build/exhaustive -DHCMEN_TESTS=ON
+	cmake --build build/exhaustive --target hcmen_ops_test --parallel 2
+	$(BIN)/python benchmarks/ulp.py build/exhaustive/hcmen_ops_test --out docs/results/ulp.json
 
 # The CUDA kernels by nvcc for every architecture from 75 to 120, warnings being errors: registers and spills of each.
 cuda-architectures:

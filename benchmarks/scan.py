@@ -13,6 +13,10 @@ a load that comes and goes falls on all of them alike. Reported are medians with
     reference     selective_scan_ref, plain PyTorch
     mamba_ssm_ref mamba_ssm's function of that name, with --mamba-ssm FILE; it gets its own layout, channels before time
     exp           the exponentials alone, in registers, by the code the native scan uses: no scan can be faster
+
+Then benchmarks/kernels.py, once for each instruction set that this machine has: shares of the machine's own limits,
+also of the convolution; and on two threads long scans, few channels and little work. docs/results/scan_linear.png shows
+the cost of a step over the number of steps.
 """
 
 from __future__ import annotations
@@ -21,7 +25,9 @@ import argparse
 import ast
 import ctypes
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +37,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from kernels import keep_apart, plot_linear
 from machine import describe
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
@@ -43,10 +50,11 @@ CASES = [(512, 500, 16)] + [
     (channels, steps, states)
     for states in (16, 12)
     for channels in (256, 512)
-    for steps in (50, 375, 500, 2000)
+    for steps in (50, 500)
     if (channels, steps, states) != (512, 500, 16)
 ]
 THREADS = (1, 2)
+INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 RUNS_PER_ROUND = 3
 # Worker threads of torch and ONNX Runtime spin for a while after their work, on the core the next method needs.
 PAUSE_SECONDS = 0.01
@@ -262,8 +270,10 @@ def measure(case: tuple[int, int, int], seconds: float, rounds: int, mamba_ssm: 
             break
         for (name, threads), call in calls.items():
             torch.set_num_threads(threads)
+            keep_apart()
             time.sleep(PAUSE_SECONDS)
-            call()  # the caches and threads of this method
+            for _ in range(2):
+                call()  # the caches and threads of this method
             for _ in range(RUNS_PER_ROUND):
                 before = time.perf_counter()
                 call()
@@ -290,12 +300,57 @@ def measure(case: tuple[int, int, int], seconds: float, rounds: int, mamba_ssm: 
         ],
         "native_elements_per_second": rate,
         "exp_elements_per_second": exp_rate,
-        "share_of_exp_rate": rate / exp_rate,
+        "share_of_exp_rate": elements / min(times["native", 1]) * min(times["exp", 1]) / exp_elements,
         "times_onnx_scan": milliseconds("onnx_scan", 1) / milliseconds("native", 1),
         "times_reference": milliseconds("reference", 1) / milliseconds("native", 1),
         **({"times_mamba_ssm_ref": milliseconds("mamba_ssm_ref", 1) / milliseconds("native", 1)} if mamba_ssm else {}),
         "two_threads_over_one": milliseconds("native", 1) / milliseconds("native", 2),
     }
+
+
+def of_instruction_set(isa: str, rounds: int, threads: bool) -> dict[str, Any] | None:
+    """What benchmarks/kernels.py measures with `isa`, or None where this machine lacks it."""
+    command = [sys.executable, str(Path(__file__).parent / "kernels.py"), "--rounds", str(rounds)]
+    done = subprocess.run(
+        [*command, *(["--threads"] if threads else [])],
+        env={**os.environ, "HCMEN_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0 and "cannot run" in done.stderr:
+        return None
+    if done.returncode != 0:
+        sys.exit(f"benchmarks/kernels.py failed with {isa}:\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
+def report_kernels(result: dict[str, Any]) -> str:
+    lines = [f"{result['instruction_set']} kernels, one thread"]
+    lines += [
+        f"  scan {r['channels']} x {r['steps']} x {r['states']} {r['dtype']}: {r['median_ms']:.4f} ms, "
+        f"{r['share_of_exp_rate']:.2f} of the exp rate"
+        for r in result["scan"]
+    ]
+    lines += [
+        f"  convolution {r['channels']} x {r['steps']}: {r['none_share_of_memcpy']:.2f} of memcpy, "
+        f"{r['none_share_of_loop']:.2f} of a copying loop; with silu {r['silu_share_of_silu_loop']:.2f} of silu alone"
+        for r in result["convolution"]
+    ]
+    lines += [
+        f"  {r['steps']} steps: {r['one_thread_us_per_step']:.3f} us each, 2 threads {r['two_thread_us_per_step']:.3f}"
+        for r in result.get("length", [])
+    ]
+    lines += [
+        f"  {r['channels']} x {r['steps']}, rates x {r['rate_factor']}: 2 threads {r['two_threads_over_one']:.2f} x 1"
+        for r in result.get("few_channels", [])
+    ]
+    lines += [
+        f"  {r['channels']} x {r['steps']}, {r['way']}, {'after a rest' if r['after_rest'] else 'in a row'}: "
+        f"2 threads {r['two_threads_over_one']:.2f} times 1"
+        for r in result.get("little_work", [])
+    ]
+    return "\n".join(lines)
 
 
 def report(result: dict[str, Any]) -> str:
@@ -320,10 +375,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each case")
     parser.add_argument("--rounds", type=int, default=51, help=f"most rounds of {RUNS_PER_ROUND} runs for each case")
     parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many cases")
+    parser.add_argument("--kernel-rounds", type=int, default=31, help="rounds of benchmarks/kernels.py")
     parser.add_argument(
         "--mamba-ssm", type=Path, help="mamba_ssm/ops/selective_scan_interface.py of a checkout, to time it too"
     )
     options = parser.parse_args()
+    found = [of_instruction_set(isa, options.kernel_rounds, isa == library_isa()) for isa in INSTRUCTION_SETS]
+    kernels = {result["instruction_set"]: result for result in found if result is not None}
+    for result in kernels.values():
+        print(report_kernels(result), flush=True)
     results = []
     for case in CASES[: options.cases]:
         results.append(measure(case, options.seconds, options.rounds, options.mamba_ssm))
@@ -336,9 +396,11 @@ def main() -> None:
             "batch": 1,
             "dtype": "float32",
             "cases": results,
+            "kernels": kernels,
         }
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(document, indent=1) + "\n")
+        plot_linear(kernels[library_isa()]["length"], options.out.parent / "scan_linear.png", library_isa())
 
 
 if __name__ == "__main__":

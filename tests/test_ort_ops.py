@@ -158,6 +158,22 @@ def test_the_kernel_runs_with_the_library_and_the_function_without(dtype):
     assert "CausalConv1d" not in without
 
 
+@pytest.mark.parametrize("rate", [1.0, 0.0])
+def test_long_scans_of_few_channels_are_the_same_on_any_number_of_threads(rate):
+    """They are cut in time: with a rate of 0, where no state is ever forgotten, everything is computed twice."""
+    channel, state, time = 5, 3, 20_000
+    rng = np.random.default_rng(0)
+    feeds = {
+        **{n: rng.standard_normal((1, time, channel), np.float32) for n in ("u", "delta", "z")},
+        **{n: rng.standard_normal((1, time, state), np.float32) for n in ("B", "C")},
+        "A": np.full((channel, state), -rate, np.float32),
+        **{n: np.ones(channel, np.float32) for n in ("D", "delta_bias")},
+    }
+    model = scan_model(channel, state, delta_softplus=True, gated=True)
+    first, *others = (session(model, threads).run(None, feeds)[0] for threads in (1, 2, 3, 8))
+    assert all(np.array_equal(first, y) for y in others)
+
+
 def test_work_is_shared_by_the_threads_of_the_session(tmp_path):
     """What the session's other threads do shows in the CPU time of the process and not in that of the caller."""
     script = """

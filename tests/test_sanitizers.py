@@ -6,6 +6,7 @@ Every array there is a heap block of exactly its size, so that a read or write p
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -47,7 +48,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
-@pytest.mark.parametrize("mode", [("grid",), ("ulp", "4099")], ids=lambda mode: mode[0])
+@pytest.mark.parametrize("mode", [("grid",), ("ulp", "4099"), ("allocations",)], ids=lambda mode: mode[0])
 def test_sanitized_kernels(program: Path, isa: str, mode: tuple[str, ...]) -> None:
     result = run([str(program), *mode], HCMEN_ISA=isa, UBSAN_OPTIONS="print_stacktrace=1")
     if result.stdout.startswith("HCMEN_ISA"):
@@ -73,3 +74,24 @@ def test_wide_instructions_stay_in_their_files(program: Path) -> None:
         shared = [name for _, kind, name in defined if kind in "WwVvu"]
         # Sanitizers mark their own bookkeeping so.
         assert [name for name in shared if "asan" not in name and "ubsan" not in name] == []
+
+
+def test_no_instruction_beyond_the_level_of_its_file(program: Path) -> None:
+    """A machine with AVX2 alone runs all but kernels-avx512.cc, an older one all but the two wide files."""
+    objdump = shutil.which("objdump")
+    if objdump is None:
+        pytest.skip("objdump (binutils) is not installed")
+    objects = {p.name.removesuffix(".cc.o"): p for p in program.parent.rglob("hcmen_kernels.dir/*.o")}
+    if "kernels-avx512" not in objects:
+        pytest.skip("the wide kernels are not built on this architecture")
+
+    def registers(name: str) -> set[str]:
+        listing = run([objdump, "--disassemble", "--no-show-raw-insn", str(objects[name])]).stdout
+        return set(re.findall(r"%(?:[xyz]mm\d+|k[0-7])\b", listing))
+
+    for name in objects.keys() - {"kernels-avx2", "kernels-avx512"}:
+        assert {r for r in registers(name) if not r.startswith("%xmm")} == set(), name
+    old = {f"%{kind}{i}" for kind in ("xmm", "ymm") for i in range(16)}
+    assert registers("kernels-avx2") <= old
+    assert "%ymm0" in registers("kernels-avx2")
+    assert "%zmm0" in registers("kernels-avx512")

@@ -18,11 +18,20 @@ HCMEN_INLINE int block_lanes(const ChannelBlock& block, int64_t v) {
 // [channel, width] -> vectors [tap][v], lanes beyond the last channel zero.
 HCMEN_INLINE void load_taps(const float* from, int64_t channels, int64_t width, F* to) {
   const int64_t vectors = (channels + kLanes - 1) / kLanes;
-  for (int64_t v = 0; v < vectors; ++v) {
+  for (int64_t v = 0; v < vectors; ++v, from += kLanes * width) {
     const int lanes = channels - v * kLanes < kLanes ? (int)(channels - v * kLanes) : kLanes;
+    if (width == 4 && lanes == kLanes) {
+      const F a = load(from), b = load(from + kLanes), c = load(from + 2 * kLanes), d = load(from + 3 * kLanes);
+      const F even_ab = even_lanes(a, b), even_cd = even_lanes(c, d), odd_ab = odd_lanes(a, b), odd_cd = odd_lanes(c, d);
+      to[v] = even_lanes(even_ab, even_cd);
+      to[vectors + v] = even_lanes(odd_ab, odd_cd);
+      to[2 * vectors + v] = odd_lanes(even_ab, even_cd);
+      to[3 * vectors + v] = odd_lanes(odd_ab, odd_cd);
+      continue;
+    }
     for (int64_t k = 0; k < width; ++k) {
       float x[kLanes] = {};
-      for (int i = 0; i < lanes; ++i) x[i] = from[(v * kLanes + i) * width + k];
+      for (int i = 0; i < lanes; ++i) x[i] = from[i * width + k];
       to[k * vectors + v] = load(x);
     }
   }
@@ -56,8 +65,84 @@ HCMEN_INLINE F convolve(Series<const T> x, int64_t t, int64_t offset, int lanes,
   return sum;
 }
 
-template <class T, int fixed_width>
+// Steps that one vector of channels takes in a row: their inputs are loaded once, for all taps, and rows enough for them
+// stay in the first-level cache.
+constexpr int kConvSteps = 8;
+
+// Vectors of channels whose taps are laid out at a time, on the stack.
+constexpr int kConvVectors = 256 / kLanes;
+
+// `steps` <= kConvSteps steps of one vector of channels. `recent`: the inputs of the `width` - 1 steps before, of which
+// those outside the series are zero.
+template <int width, bool with_silu, class T>
+HCMEN_INLINE void convolve_steps(Series<const T> x, Series<T> y, int steps, int lanes, const F (&taps)[width], F bias,
+                                 F (&recent)[width]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < steps; ++i) {
+    recent[width - 1] = load(x.first + i * x.stride, lanes);
+    F sum = bias;
+#pragma GCC unroll 4
+    for (int k = 0; k < width; ++k) sum = fma(taps[k], recent[k], sum);
+    store(y.first + i * y.stride, with_silu ? silu(sum) : sum, lanes);
+#pragma GCC unroll 4
+    for (int k = 0; k < width - 1; ++k) recent[k] = recent[k + 1];
+  }
+}
+
+// Channels from `first` on, for which there are `vectors` vectors of taps, [tap][v].
+template <int width, bool with_silu, class T>
+HCMEN_INLINE void conv_forward_part(const hcmen_conv& c, const TimeBlock& block, int64_t first, int64_t vectors,
+                                    const F* all_taps, const F* bias) {
+  const auto x = series_of<const T>(c.x, c, block.batch, first);
+  const auto y = series_of<T>(c.y, c, block.batch, first);
+  const int64_t end = block.time + block.count;
+  for (int64_t t = block.time; t < end; t += kConvSteps) {
+    const int steps = end - t < kConvSteps ? (int)(end - t) : kConvSteps;
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t offset = v * kLanes, left = c.channel - first - offset;
+      const int lanes = left < kLanes ? (int)left : kLanes;
+      F taps[width], recent[width];
+#pragma GCC unroll 4
+      for (int k = 0; k < width; ++k) taps[k] = all_taps[k * vectors + v];
+#pragma GCC unroll 4
+      for (int k = 0; k < width - 1; ++k) {
+        const int64_t from = t - (width - 1) + k;
+        recent[k] = from < 0 ? F{} : load(x.first + from * x.stride + offset, lanes);
+      }
+      const Series<const T> in = {x.first + t * x.stride + offset, x.stride};
+      const Series<T> out = {y.first + t * y.stride + offset, y.stride};
+      if (lanes == kLanes && steps == kConvSteps) {
+        convolve_steps<width, with_silu>(in, out, kConvSteps, kLanes, taps, bias[v], recent);
+      } else {
+        convolve_steps<width, with_silu>(in, out, steps, lanes, taps, bias[v], recent);
+      }
+    }
+  }
+}
+
+template <class T, int width>
 static int conv_forward_typed(const hcmen_conv& c, const TimeBlock& block) {
+  F taps[width * kConvVectors], bias[kConvVectors];
+  for (int64_t first = 0; first < c.channel; first += kConvVectors * kLanes) {
+    const int64_t left = c.channel - first, channels = left < kConvVectors * kLanes ? left : kConvVectors * kLanes;
+    const int64_t vectors = (channels + kLanes - 1) / kLanes;
+    load_taps(c.weight + first * width, channels, width, taps);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t rest = channels - v * kLanes;
+      bias[v] = load(c.bias + first + v * kLanes, rest < kLanes ? (int)rest : kLanes);
+    }
+    if (c.silu) {
+      conv_forward_part<width, true, T>(c, block, first, vectors, taps, bias);
+    } else {
+      conv_forward_part<width, false, T>(c, block, first, vectors, taps, bias);
+    }
+  }
+  return HCMEN_OK;
+}
+
+// The widths that nobody uses.
+template <class T>
+static int conv_forward_any(const hcmen_conv& c, const TimeBlock& block) {
   const int64_t vectors = (c.channel + kLanes - 1) / kLanes;
   Scratch scratch(vectors * c.width, 0);
   if (!scratch.works()) return HCMEN_NO_MEMORY;
@@ -69,7 +154,7 @@ static int conv_forward_typed(const hcmen_conv& c, const TimeBlock& block) {
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t offset = v * kLanes;
       const int lanes = c.channel - offset < kLanes ? (int)(c.channel - offset) : kLanes;
-      const F sum = convolve<fixed_width>(x, t, offset, lanes, c.width, taps + v, vectors, load(c.bias + offset, lanes));
+      const F sum = convolve<0>(x, t, offset, lanes, c.width, taps + v, vectors, load(c.bias + offset, lanes));
       store(y.first + t * y.stride + offset, c.silu ? silu(sum) : sum, lanes);
     }
   }
@@ -82,7 +167,7 @@ static int conv_forward_width(const hcmen_conv& c, const TimeBlock& block) {
     case 2: return conv_forward_typed<T, 2>(c, block);
     case 3: return conv_forward_typed<T, 3>(c, block);
     case 4: return conv_forward_typed<T, 4>(c, block);
-    default: return conv_forward_typed<T, 0>(c, block);
+    default: return conv_forward_any<T>(c, block);
   }
 }
 

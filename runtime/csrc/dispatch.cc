@@ -76,6 +76,13 @@ const Choice& choice() {
 const KernelTable* kernels() { return choice().table; }
 const char* kernels_problem() { return kernels() ? nullptr : choice().problem; }
 
+const KernelTable* kernels_at(int index) {
+  for (const Level& level : kLevels) {
+    if (level.runs_here() && index-- == 0) return level.table;
+  }
+  return nullptr;
+}
+
 #if defined(__SSE2__)
 FloatEnvironment::FloatEnvironment() : saved_(_mm_getcsr()) {
   _mm_setcsr(0x9fc0);  // all exceptions masked, round to nearest, flush to zero, subnormals are zeros

@@ -14,6 +14,14 @@ struct ChannelBlock {
   int64_t batch, group, channel, count;
 };
 
+// Steps [start, start + count) of a scan, counted in scanning order. The states of a block of channels before and after
+// them, [channel of the block, state]: null for zeros, and for states that nobody wants.
+struct TimeSpan {
+  int64_t start, count;
+  const float* initial_state;
+  float* last_state;
+};
+
 // Steps [time, time + count) of one batch element, all channels.
 struct TimeBlock {
   int64_t batch, time, count;
@@ -37,7 +45,7 @@ struct ScanGradTargets {
 struct KernelTable {
   const char* name;
   // Each returns HCMEN_OK or HCMEN_NO_MEMORY.
-  int (*scan_forward)(const hcmen_scan&, const ChannelBlock&);
+  int (*scan_forward)(const hcmen_scan&, const ChannelBlock&, const TimeSpan&);
   int (*scan_backward)(const hcmen_scan&, const hcmen_scan_grad&, const ScanGradTargets&, const ChannelBlock&);
   int (*conv_forward)(const hcmen_conv&, const TimeBlock&);
   // dweight [channel, width] and dbias [channel]: this batch element's share.
@@ -61,6 +69,9 @@ extern const KernelTable kAvx512Kernels;
 // name is unknown or the machine cannot run it, and then `kernels_problem` says what is wrong.
 const KernelTable* kernels();
 const char* kernels_problem();
+
+// For tests: the tables that this machine can run, best first, counted from 0; null after the last.
+const KernelTable* kernels_at(int index);
 
 // While it lives the calling thread computes in a floating-point environment of our own: round to nearest, exceptions
 // masked, subnormals flushed to zero (a state that decays through silence would otherwise crawl through subnormals at

@@ -1,8 +1,8 @@
-// What the kernels offer to the rest of this library (the C interface, the ONNX Runtime operators): a forward pass cut
-// into tasks that any thread pool may run, in any order, on any number of threads. Internal: nothing here is exported.
+// What the kernels offer to the rest of this library (the C interface, the ONNX Runtime operators): a forward pass on
+// whatever threads the caller has. Internal: nothing here is exported.
 //
-// Results do not depend on how the tasks are shared out, bit for bit: each output element is computed by one task, in
-// one order.
+// Results do not depend on how the tasks are shared out, bit for bit: each output element is computed in one order, or
+// computed again until it is what that order gives.
 #ifndef HCMEN_KERNELS_H_
 #define HCMEN_KERNELS_H_
 
@@ -13,20 +13,24 @@
 
 namespace hcmen {
 
-// HCMEN_OK if a forward pass may run on these arguments, else the code the C interface would return (null pointers,
-// sizes below 1, group or dtype that does not fit, products of sizes beyond the address space, no usable kernels).
-int scan_forward_check(const hcmen_scan& scan);
-int conv_forward_check(const hcmen_conv& conv);
+// A caller's threads.
+struct Threads {
+  // How many may work at once. 1: the calling one alone, and `run` is not used; 0: not known.
+  int most;
+  // Calls task(context, i) once for each i in [0, tasks), on any thread and in any order, and returns when all have come
+  // back: HCMEN_OK, or what one of them returned. `brief`: see parallel.h. May throw, then and not from a task.
+  int (*run)(void* pool, int64_t tasks, int (*task)(void* context, int64_t index), void* context, bool brief);
+  void* pool;
+};
 
-// The number of tasks, at least 1; exactly 1 when the work is too little to be worth sharing. The arguments must have
-// passed the check above.
-int64_t scan_forward_tasks(const hcmen_scan& scan);
-int64_t conv_forward_tasks(const hcmen_conv& conv);
+// Returns HCMEN_OK, HCMEN_NO_MEMORY, or what the C interface would return for arguments that no forward pass may run on
+// (null pointers, sizes below 1, group or dtype that does not fit, products of sizes beyond the address space, no usable
+// kernels). Tasks never throw, and leave the floating-point environment of their thread as it was.
+int scan_forward(const hcmen_scan& scan, const Threads& threads);
+int conv_forward(const hcmen_conv& conv, const Threads& threads);
 
-// Runs task `task` of the number above. Returns HCMEN_OK or HCMEN_NO_MEMORY. Never throws. Safe to call from any
-// thread; the floating-point environment of the thread is as before on return.
-int scan_forward_task(const hcmen_scan& scan, int64_t task);
-int conv_forward_task(const hcmen_conv& conv, int64_t task);
+// `count` threads of this library's own pool.
+Threads own_threads(int count);
 
 }  // namespace hcmen
 

@@ -2,7 +2,9 @@
 // is a heap block of exactly its size, so that a read past an end is seen.
 //
 //   hcmen_ops_test grid            forward, backward and convolution at awkward sizes, against plain double loops
-//   hcmen_ops_test ulp [stride]    elementary functions at every stride-th float32 bit pattern (1: all of them)
+//   hcmen_ops_test ulp [stride]    elementary functions at every stride-th float32 bit pattern
+//   hcmen_ops_test exhaustive [threads]  the same at every pattern, for every instruction set that this machine has
+//   hcmen_ops_test allocations     that a forward pass makes none; needs AddressSanitizer, which counts
 //
 // Prints what failed, and returns the number of failures (at most 100).
 #include <math.h>
@@ -11,15 +13,24 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
+#include <atomic>
 #include <limits>
 #include <memory>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
 #include "causal_conv1d.h"
+#include "kernel_table.h"
 #include "kernels.h"
 #include "selective_scan.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+extern "C" int __sanitizer_install_malloc_and_free_hooks(void (*)(const volatile void*, size_t),
+                                                          void (*)(const volatile void*));
+#endif
 
 namespace {
 
@@ -32,65 +43,111 @@ void fail(const std::string& what, double got, double expected) {
 
 // --- elementary functions -------------------------------------------------------------------------------------------
 
-double exact(int function, float x) {
-  switch (function) {
-    case 0: return exp((double)x);
-    case 1: return x > 40 ? (double)x : log1p(exp((double)x));
-    case 2: return (double)x / (1 + exp(-(double)x));
-    case 3: return 1 / (1 + exp(-(double)x));
-    default: return exp2((double)x);
-  }
+constexpr int kFunctions = 6;
+constexpr float kUnchecked = 100;  // beyond it the last one may do anything
+const char* const kNames[kFunctions] = {"exp", "softplus", "silu", "sigmoid", "exp2", "exp2 (fast)"};
+// The baseline of an architecture without fused multiply-adds sets the last digits.
+const double kBounds[kFunctions] = {1.5, 2.25, 4.0, 3.0, 1.25, 1.25};
+
+// The functions from 0 on, by the double ones of the C library, which are off by less than 2^-28 of these units.
+void exact(float in, double (&out)[kFunctions]) {
+  const double x = in, minus = exp(-x);
+  out[0] = exp(x);
+  out[1] = x > 40 ? x : log1p(out[0]);
+  out[2] = x / (1 + minus);
+  out[3] = 1 / (1 + minus);
+  out[4] = out[5] = exp2(x);
 }
 
 // Units in the last place of float32 at `value`, subnormals included.
 double ulp_at(double value) {
-  int exponent;
-  frexp(value, &exponent);
-  return ldexp(1.0, (exponent < -125 ? -125 : exponent) - 24);
+  uint64_t bits;
+  memcpy(&bits, &value, 8);
+  const int exponent = std::max((int)(bits >> 52 & 0x7ff) - 1022, -125);
+  bits = (uint64_t)(exponent - 24 + 1023) << 52;
+  memcpy(&value, &bits, 8);
+  return value;
 }
 
-void test_functions(int64_t stride) {
-  static const char* const kNames[] = {"exp", "softplus", "silu", "sigmoid", "exp2", "exp2 (fast)"};
-  // The baseline of an architecture without fused multiply-adds sets the last digits.
-  static const double kBounds[] = {1.5, 2.25, 4.0, 3.0, 1.25, 1.25};
-  for (int function = 0; function < 6; ++function) {
-    double worst = 0;
-    float worst_at = 0;
-    std::vector<float> x, y;
+struct Worst {
+  double error = 0;
+  float at = 0;
+  bool bad_nan = false;
+};
+
+// Elementary functions at the `count` values of x.
+void measure(int function, const std::vector<float>& x, const std::vector<float>& y, const double (*want_of)[kFunctions],
+             Worst& worst) {
+  for (size_t i = 0; i < x.size(); ++i) {
+    if (function == 5 && !(fabsf(x[i]) < kUnchecked)) continue;
+    const double want = want_of[i][function];
+    if (isnan(x[i]) || isnan(want)) {
+      worst.bad_nan = worst.bad_nan || !isnan(y[i]);
+      continue;
+    }
+    // Beyond the largest float32 by half a unit is infinity.
+    const float nearest = (float)want;
+    if (isinf(nearest) && isinf(y[i]) && (nearest > 0) == (y[i] > 0)) continue;
+    // A subnormal silu has lost digits with its subnormal factor, and is flushed to zero in a scan anyway.
+    const double unit = function == 2 && fabs(want) < 0x1p-120 ? 0x1p-143 : ulp_at(want);
+    const double error = fabs((double)y[i] - want) / unit;
+    if (!(error <= worst.error)) worst.error = error, worst.at = x[i];
+  }
+}
+
+void test_functions(const std::vector<const hcmen::KernelTable*>& tables, int64_t stride, int threads) {
+  using Worsts = std::vector<Worst>;  // [table][function]
+  std::vector<Worsts> found(threads, Worsts(tables.size() * kFunctions));
+  const auto work = [&](int thread) {
+    constexpr int64_t kBatch = 4096;
+    std::vector<float> x, y, within;
+    std::vector<double> wants(kBatch * kFunctions);
+    auto* const want = (double (*)[kFunctions])wants.data();
     const auto flush = [&] {
+      for (size_t i = 0; i < x.size(); ++i) exact(x[i], want[i]);
       y.resize(x.size());
-      if (hcmen_evaluate(function, x.data(), y.data(), (int64_t)x.size())) fail("hcmen_evaluate", 1, 0);
-      for (size_t i = 0; i < x.size(); ++i) {
-        const double want = exact(function, x[i]);
-        if (isnan(x[i]) || isnan(want)) {
-          if (!isnan(y[i])) fail(std::string(kNames[function]) + " of NaN", y[i], NAN);
-          continue;
+      within = x;
+      for (float& value : within) value = fabsf(value) < kUnchecked ? value : 0;
+      for (size_t t = 0; t < tables.size(); ++t) {
+        for (int function = 0; function < kFunctions; ++function) {
+          tables[t]->evaluate(function, (function == 5 ? within : x).data(), y.data(), (int64_t)x.size());
+          measure(function, x, y, want, found[thread][t * kFunctions + function]);
         }
-        // Beyond the largest float32 by half a unit is infinity.
-        const float nearest = (float)want;
-        if (isinf(nearest) && isinf(y[i]) && (nearest > 0) == (y[i] > 0)) continue;
-        // A subnormal silu has lost digits with its subnormal factor, and is flushed to zero in a scan anyway.
-        const double unit = function == 2 && fabs(want) < 0x1p-120 ? 0x1p-143 : ulp_at(want);
-        const double error = fabs((double)y[i] - want) / unit;
-        if (!(error <= worst)) worst = error, worst_at = x[i];
       }
       x.clear();
     };
-    for (int64_t bits = 0; bits < (int64_t)1 << 32; bits += stride) {
-      const uint32_t pattern = (uint32_t)bits;
-      float value;
-      memcpy(&value, &pattern, 4);
-      if (function == 5 && !(fabsf(value) < 120)) continue;
-      x.push_back(value);
-      if (x.size() == 65536) flush();
+    for (int64_t batch = thread; batch * kBatch * stride < (int64_t)1 << 32; batch += threads) {
+      for (int64_t i = 0; i < kBatch; ++i) {
+        const int64_t bits = (batch * kBatch + i) * stride;
+        if (bits >= (int64_t)1 << 32) break;
+        const uint32_t pattern = (uint32_t)bits;
+        float value;
+        memcpy(&value, &pattern, 4);
+        x.push_back(value);
+      }
+      flush();
     }
     const float infinity = std::numeric_limits<float>::infinity();
-    for (float value : {0.0f, -0.0f, 20.0f, 88.7f, 88.8f, -87.3f, -103.9f, -104.1f, infinity, -infinity}) {
-      if (function != 5 || fabsf(value) < 120) x.push_back(value);
-    }
+    x = {0.0f, -0.0f, 20.0f, 88.7f, 88.8f, -87.3f, -103.9f, -104.1f, infinity, -infinity};
     flush();
-    printf("%s: at most %.3f units in the last place, at %.9g\n", kNames[function], worst, worst_at);
-    if (!(worst <= kBounds[function])) fail(kNames[function], worst, kBounds[function]);
+  };
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back(work, i);
+  work(0);
+  for (std::thread& other : others) other.join();
+  for (size_t t = 0; t < tables.size(); ++t) {
+    for (int function = 0; function < kFunctions; ++function) {
+      Worst all;
+      for (const Worsts& one : found) {
+        const Worst& own = one[t * kFunctions + function];
+        if (!(own.error <= all.error)) all.error = own.error, all.at = own.at;
+        all.bad_nan = all.bad_nan || own.bad_nan;
+      }
+      const std::string name = std::string(tables[t]->name) + " " + kNames[function];
+      printf("%s: at most %.3f units in the last place, at %.9g\n", name.c_str(), all.error, all.at);
+      if (all.bad_nan) fail(name + " of NaN", 0, NAN);
+      if (!(all.error <= kBounds[function])) fail(name, all.error, kBounds[function]);
+    }
   }
 }
 
@@ -372,6 +429,89 @@ void test_conv(int64_t batch, int64_t time, int64_t channel, int64_t width, bool
   }
 }
 
+// --- scans cut in time ----------------------------------------------------------------------------------------------
+
+// Long scans of few channels, which several threads share by segments of time: the same bits as on one thread. Where
+// `rate` is small, states never forget how a segment was begun, and all of it is made again.
+void test_cut(int64_t batch, int64_t time, int64_t channel, int64_t group, double rate, bool reverse, bool half) {
+  const int64_t state = 3, series = batch * time * channel, projection = batch * time * group * state;
+  const int64_t states = batch * channel * state;
+  Input u(series, half, 0), delta(series, half, -2), B(projection, half, 0), C(projection, half, 0), z(series, half, 0);
+  Array<float> A(channel * state), D(channel), bias(channel), initial(states);
+  for (int64_t i = 0; i < A.count; ++i) A[i] = -(float)(rate * (1 + i % state));
+  for (int64_t i = 0; i < channel; ++i) D[i] = (float)normal();
+  for (int64_t i = 0; i < states; ++i) initial[i] = (float)normal();
+  Array<float> one(series), many(series), last_one(states), last_many(states);
+  hcmen_scan scan = {};
+  scan.batch = batch, scan.time = time, scan.channel = channel, scan.state = state, scan.group = group;
+  scan.dtype = half ? HCMEN_FLOAT16 : HCMEN_FLOAT32, scan.delta_softplus = 1, scan.reverse = reverse;
+  scan.u = u.get(), scan.delta = delta.get(), scan.A = A.data.get(), scan.B = B.get(), scan.C = C.get();
+  scan.D = D.data.get(), scan.delta_bias = bias.data.get(), scan.z = z.get(), scan.initial_state = initial.data.get();
+  scan.y = one.data.get(), scan.last_state = last_one.data.get();
+  const size_t bytes = (size_t)series * (half ? 2 : 4);
+  if (hcmen_selective_scan_forward(&scan, 1) != HCMEN_OK) return fail("cut scan on one thread", 1, 0);
+  scan.y = many.data.get(), scan.last_state = last_many.data.get();
+  for (int threads : {2, 3, 8}) {
+    memset(many.data.get(), 0xff, (size_t)series * 4);
+    memset(last_many.data.get(), 0xff, (size_t)states * 4);
+    if (hcmen_selective_scan_forward(&scan, threads) != HCMEN_OK) return fail("cut scan", 1, 0);
+    if (memcmp(one.data.get(), many.data.get(), bytes) != 0 ||
+        memcmp(last_one.data.get(), last_many.data.get(), (size_t)states * 4) != 0) {
+      fail("bits of a scan cut in time, " + std::to_string(threads) + " threads, rate " + std::to_string(rate), 1, 0);
+    }
+  }
+}
+
+void test_cuts() {
+  for (double rate : {1.0, 1e-3, 0.0}) {
+    test_cut(1, 8191, 2, 1, rate, false, false);  // one step short of being cut
+    test_cut(1, 8192, 5, 1, rate, true, false);
+    test_cut(1, 20011, 3, 1, rate, false, false);
+    test_cut(2, 17000, 4, 2, rate, true, true);
+  }
+}
+
+// --- allocations ----------------------------------------------------------------------------------------------------
+
+std::atomic<int64_t> allocations{0};
+
+#if defined(__SANITIZE_ADDRESS__)
+void count_allocation(const volatile void*, size_t) { ++allocations; }
+void count_nothing(const volatile void*) {}
+
+void test_allocations() {
+  if (!__sanitizer_install_malloc_and_free_hooks(count_allocation, count_nothing)) return fail("malloc hook", 0, 1);
+  const int64_t before = allocations;
+  void* volatile one = malloc(1);
+  free(one);
+  if (allocations == before) fail("allocations seen by the hook", 0, 1);
+  const int64_t time = 130, channel = 200, most = 256;
+  Array<float> series(time * channel), projection(time * most), A(channel * most), row(channel), y(time * channel);
+  for (int threads : {1, 3}) {
+    for (int64_t state : {1, 12, 16, 256}) {
+      for (int32_t dtype : {HCMEN_FLOAT32, HCMEN_FLOAT16}) {
+        hcmen_scan scan = {};
+        scan.batch = 1, scan.time = time, scan.channel = channel, scan.state = state, scan.group = 1;
+        scan.dtype = dtype, scan.delta_softplus = 1;
+        scan.u = scan.delta = scan.z = series.data.get(), scan.B = scan.C = projection.data.get();
+        scan.A = A.data.get(), scan.D = scan.delta_bias = row.data.get(), scan.y = y.data.get();
+        hcmen_conv conv = {};
+        conv.batch = 1, conv.time = time, conv.channel = channel, conv.width = 4, conv.dtype = dtype;
+        conv.x = series.data.get(), conv.weight = A.data.get(), conv.bias = row.data.get(), conv.y = y.data.get();
+        int64_t start = 0;
+        for (int call = 0; call < 20; ++call) {
+          if (call == 2) start = allocations;  // workers may start in the first ones
+          if (hcmen_selective_scan_forward(&scan, threads) != HCMEN_OK) return fail("scan forward", 1, 0);
+          if (hcmen_causal_conv1d_forward(&conv, threads) != HCMEN_OK) return fail("conv forward", 1, 0);
+        }
+        const int64_t made = allocations - start;
+        if (made) fail("allocations of 18 forward passes with " + std::to_string(state) + " states", (double)made, 0);
+      }
+    }
+  }
+}
+#endif
+
 void test_grid() {
   int variety = 0;
   for (const Case& size : std::vector<Case>{
@@ -416,12 +556,23 @@ int main(int count, char** arguments) {
   printf("instruction set: %s\n", hcmen_ops_isa());
   if (mode == "grid") {
     test_grid();
+    test_cuts();
   } else if (mode == "ulp") {
     const long long stride = count > 2 ? atoll(arguments[2]) : 997;
     if (stride < 1) return 100;
-    test_functions(stride);
+    test_functions({hcmen::kernels()}, stride, 1);
+  } else if (mode == "exhaustive") {
+    const int threads = count > 2 ? atoi(arguments[2]) : 1;
+    if (threads < 1) return 100;
+    std::vector<const hcmen::KernelTable*> tables;
+    while (const hcmen::KernelTable* table = hcmen::kernels_at((int)tables.size())) tables.push_back(table);
+    test_functions(tables, 1, threads);
+#if defined(__SANITIZE_ADDRESS__)
+  } else if (mode == "allocations") {
+    test_allocations();
+#endif
   } else {
-    printf("usage: hcmen_ops_test grid | ulp [stride]\n");
+    printf("usage: hcmen_ops_test grid | ulp [stride] | exhaustive [threads] | allocations\n");
     return 100;
   }
   printf("%d failures\n", failures);

@@ -17,10 +17,12 @@ struct Cpu {
   Cpu(const Functions&, const Api*) {}
 
   int run(const Functions& ort, KernelContext* context, const hcmen_scan& scan) const {
-    return tasks(ort, context, scan, scan_forward_check, scan_forward_tasks, scan_forward_task);
+    Pool pool{ort, context};
+    return scan_forward(scan, pool.threads());
   }
   int run(const Functions& ort, KernelContext* context, const hcmen_conv& conv) const {
-    return tasks(ort, context, conv, conv_forward_check, conv_forward_tasks, conv_forward_task);
+    Pool pool{ort, context};
+    return conv_forward(conv, pool.threads());
   }
 
   static std::string problem(int status) {
@@ -28,35 +30,34 @@ struct Cpu {
   }
 
  private:
-  template <class Arguments>
-  static int tasks(const Functions& ort, KernelContext* context, const Arguments& arguments,
-                   int (*checked)(const Arguments&), int64_t (*count)(const Arguments&),
-                   int (*task)(const Arguments&, int64_t)) {
-    if (const int status = checked(arguments)) {
-      return status;
+  // The threads of a session, which does not tell how many they are. Idle ones spin for a while, so nothing is too brief.
+  struct Pool {
+    const Functions& ort;
+    KernelContext* context;
+
+    Threads threads() {
+      const int most = ort.KernelContext_ParallelFor != nullptr ? 0 : 1;
+      return {most, run, this};
     }
-    struct Job {
-      const Arguments& arguments;
-      int (*task)(const Arguments&, int64_t);
-      std::atomic<int> worst;
-    } job{arguments, task, {HCMEN_OK}};
-    const auto step = [](void* data, size_t index) {
-      Job& job = *static_cast<Job*>(data);
-      const int status = job.task(job.arguments, static_cast<int64_t>(index));
-      if (status != HCMEN_OK) {
-        job.worst.store(status);
-      }
-    };
-    const size_t total = static_cast<size_t>(count(arguments));
-    if (total > 1 && ort.KernelContext_ParallelFor != nullptr) {
-      check(ort.KernelContext_ParallelFor(context, step, total, 0, &job));
-    } else {
-      for (size_t i = 0; i < total; ++i) {
-        step(&job, i);
-      }
+
+    static int run(void* self, int64_t tasks, int (*task)(void*, int64_t), void* context, bool) {
+      const Pool& pool = *static_cast<Pool*>(self);
+      struct Job {
+        int (*task)(void*, int64_t);
+        void* context;
+        std::atomic<int> worst;
+      } job{task, context, {HCMEN_OK}};
+      const auto step = [](void* data, size_t index) {
+        Job& job = *static_cast<Job*>(data);
+        const int status = job.task(job.context, static_cast<int64_t>(index));
+        if (status != HCMEN_OK) {
+          job.worst.store(status);
+        }
+      };
+      check(pool.ort.KernelContext_ParallelFor(pool.context, step, static_cast<size_t>(tasks), 0, &job));
+      return job.worst.load();
     }
-    return job.worst.load();
-  }
+  };
 };
 
 }  // namespace

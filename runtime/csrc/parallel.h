@@ -9,12 +9,14 @@ namespace hcmen {
 // Runs body(context, task) once for each task in [0, tasks), on at most `threads` threads of which the calling one is
 // one, and returns when all are done. Workers persist and sleep when there is nothing to do. Callers on several
 // threads may overlap; a body must not call this function. After a fork the child makes workers of its own. Where
-// threads cannot be made, fewer do the work.
-void parallel_for(int threads, int64_t tasks, void (*body)(void* context, int64_t task), void* context);
+// threads cannot be made, fewer do the work. `brief`: all tasks together take one thread less than some 100
+// microseconds, for which sleeping workers are not woken unless such calls come in a row.
+void parallel_for(int threads, int64_t tasks, void (*body)(void* context, int64_t task), void* context,
+                  bool brief = false);
 
 // The same for a callable `int (int64_t task)`; returns HCMEN_OK (0), or a task's other status if there was one.
 template <class Body>
-int parallel_tasks(int threads, int64_t tasks, Body body) {
+int parallel_tasks(int threads, int64_t tasks, Body body, bool brief = false) {
   struct Context {
     Body* body;
     int status;
@@ -25,7 +27,7 @@ int parallel_tasks(int threads, int64_t tasks, Body body) {
         Context* own = (Context*)opaque;
         if (const int status = (*own->body)(task)) __atomic_store_n(&own->status, status, __ATOMIC_RELAXED);
       },
-      &context);
+      &context, brief);
   return __atomic_load_n(&context.status, __ATOMIC_RELAXED);
 }
 

@@ -1,9 +1,12 @@
 #include "selective_scan.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
+#include <new>
 
 #include "checks.h"
 #include "kernel_table.h"
@@ -27,16 +30,24 @@ int check_sizes(const hcmen_scan& s) {
   return kernels() ? HCMEN_OK : HCMEN_BAD_ISA;
 }
 
-// Below this many exponentials (some 10 microseconds) waking another thread costs more than it brings.
+// Below this many exponentials (some 7 microseconds) sharing costs more than it brings even where threads are awake.
 constexpr double kLeastWork = 32768;
+// Below this many it is brief: see parallel.h.
+constexpr double kBriefWork = 524288;
 
-// How the channels of all batch elements are cut into blocks, and the blocks dealt out to tasks.
+double work_of(const hcmen_scan& s) {
+  return (double)s.batch * (double)s.channel * (double)s.time * (double)s.state;
+}
+
+// How the channels of all batch elements are cut into blocks, the blocks dealt out to tasks, and, where channels are few
+// and the time is long, each block into segments of time.
 struct Plan {
   int64_t block;             // channels of a block; none crosses a group
   int64_t blocks_per_group;  //
   int64_t blocks;            // in all
   int64_t blocks_per_task;
   int64_t tasks;
+  int64_t segments;  // of a block; above 1, every segment is a task
 
   ChannelBlock at(const hcmen_scan& s, int64_t index) const {
     const int64_t per_batch = s.group * blocks_per_group, group_channels = s.channel / s.group;
@@ -46,23 +57,166 @@ struct Plan {
   }
 };
 
-Plan plan_forward(const hcmen_scan& s) {
+// Segments are cut into pieces, at whose ends states are recorded.
+constexpr int64_t kPiece = 512, kLeastSegment = 8 * kPiece;
+
+Plan plan_forward(const hcmen_scan& s, int threads) {
   // Wide blocks read memory best, many blocks share out best.
-  constexpr int64_t kEnoughBlocks = 16, kLeastChannels = 16;
+  constexpr int64_t kEnoughTasks = 8, kLeastChannels = 16;
   const int64_t group_channels = s.channel / s.group;
   Plan plan;
   plan.block = kBlockChannels;
   for (;;) {
     plan.blocks_per_group = (group_channels + plan.block - 1) / plan.block;
     plan.blocks = s.batch * s.group * plan.blocks_per_group;
-    if (plan.blocks >= kEnoughBlocks || plan.block <= kLeastChannels) break;
+    if (plan.blocks >= kEnoughTasks || plan.block <= kLeastChannels) break;
     plan.block /= 2;
   }
-  const double work = (double)s.batch * (double)s.channel * (double)s.time * (double)s.state;
-  const double worth = std::max(1.0, std::min(work / kLeastWork, (double)plan.blocks));
+  const double worth = std::max(1.0, std::min(work_of(s) / kLeastWork, (double)plan.blocks));
   plan.blocks_per_task = (plan.blocks + (int64_t)worth - 1) / (int64_t)worth;
   plan.tasks = (plan.blocks + plan.blocks_per_task - 1) / plan.blocks_per_task;
+  const int64_t wanted = threads ? threads : kEnoughTasks;
+  plan.segments = std::max<int64_t>(1, std::min((wanted + plan.blocks - 1) / plan.blocks, s.time / kLeastSegment));
   return plan;
+}
+
+const float* states_of(const float* all, const hcmen_scan& s, const ChannelBlock& block) {
+  return all ? all + (block.batch * s.channel + block.channel) * s.state : nullptr;
+}
+
+// --- a scan cut in time ---------------------------------------------------------------------------------------------
+//
+// A segment needs the states at its start, which the segment before it ends with. It does not wait for them: if they
+// are not there yet it begins with zeros, and is mended afterwards. States forget how they began, and in float32 they
+// forget it entirely: after some steps (about 20 / (d |A|) of the slowest state) both runs have the same bits, and
+// what follows is as if it had begun rightly. So a mender starts from the true states at the start of the segment, writes
+// over what was made there, and stops at the first piece that ends with the recorded bits. The result is the serial
+// one to the last bit, whatever the number of threads.
+//
+// Where nothing is forgotten (rates near 0), the menders go through everything, one after the other, and the whole takes
+// as long as on one thread, not longer: all that was wasted ran beside the first segment. A thread that comes to a
+// segment whose forerunner is done begins rightly, so that a single one wastes nothing.
+
+class TimeCut {
+ public:
+  TimeCut(const hcmen_scan& scan, const Plan& plan)
+      : s_(scan), plan_(plan), pieces_((scan.time + kPiece - 1) / kPiece), width_(plan.block * scan.state) {
+    const int64_t tasks = plan.blocks * plan.segments;
+    records_.reset((float*)malloc((size_t)(plan.blocks * pieces_ + 2 * tasks) * (size_t)width_ * sizeof(float)));
+    marks_.reset(new (std::nothrow) Mark[(size_t)tasks]);
+  }
+
+  bool works() const { return records_ && marks_; }
+
+  int run(const Threads& threads) {
+    const int64_t tasks = plan_.blocks * plan_.segments;
+    const auto step = [](void* self, int64_t index) { return ((TimeCut*)self)->begin(index); };
+    if (const int status = threads.run(threads.pool, tasks, step, this, false)) return status;
+    int64_t seams = 0;
+    for (int64_t i = 0; i < tasks; ++i) {
+      if (!marks_[i].seam) continue;
+      // A mender of the segment before may write over what this one starts from.
+      memcpy(start(i), record(i - 1, end_of(i - 1) - 1), (size_t)width_ * sizeof(float));
+      ++seams;
+    }
+    if (seams > 1) {
+      const auto mend = [](void* self, int64_t index) { return ((TimeCut*)self)->mend(index); };
+      if (const int status = threads.run(threads.pool, tasks, mend, this, false)) return status;
+    } else {
+      for (int64_t i = 0; i < tasks; ++i) {
+        if (const int status = mend(i)) return status;
+      }
+    }
+    // Where states had still not met at the end of a segment, the next one was mended from the wrong ones, or not at all.
+    for (int64_t i = 0; i < tasks; ++i) {
+      if (!marks_[i].apart || (i + 1) % plan_.segments == 0) continue;
+      marks_[i + 1].apart = false;
+      marks_[i + 1].seam = true;
+      memcpy(start(i + 1), record(i, end_of(i) - 1), (size_t)width_ * sizeof(float));
+      if (const int status = mend(i + 1)) return status;
+    }
+    if (s_.last_state) {
+      for (int64_t b = 0; b < plan_.blocks; ++b) {
+        const ChannelBlock block = plan_.at(s_, b);
+        memcpy((float*)states_of(s_.last_state, s_, block), record(b * plan_.segments, pieces_ - 1),
+               (size_t)(block.count * s_.state) * sizeof(float));
+      }
+    }
+    return HCMEN_OK;
+  }
+
+ private:
+  struct Mark {
+    std::atomic<bool> done{false};
+    bool seam = false;   // begun with zeros for want of better
+    bool apart = false;  // ends with other states than it was recorded to
+  };
+  struct Free {
+    void operator()(float* p) const { free(p); }
+  };
+
+  // Pieces of segment `index` of all, within its block.
+  int64_t begin_of(int64_t index) const { return index % plan_.segments * pieces_ / plan_.segments; }
+  int64_t end_of(int64_t index) const { return (index % plan_.segments + 1) * pieces_ / plan_.segments; }
+
+  // The states after a piece of the block that a segment belongs to; what a mender of the segment starts from; and the
+  // states it has come to.
+  float* record(int64_t index, int64_t piece) const {
+    return records_.get() + (index / plan_.segments * pieces_ + piece) * width_;
+  }
+  float* start(int64_t index) const { return records_.get() + (plan_.blocks * pieces_ + 2 * index) * width_; }
+  float* reached(int64_t index) const { return start(index) + width_; }
+
+  int scan_piece(int64_t index, int64_t piece, const float* from, float* to) const {
+    FloatEnvironment environment;
+    const int64_t first = piece * kPiece;
+    return kernels()->scan_forward(s_, plan_.at(s_, index / plan_.segments),
+                                   {first, std::min(kPiece, s_.time - first), from, to});
+  }
+
+  int begin(int64_t index) {
+    Mark& mark = marks_[index];
+    const float* from = nullptr;
+    if (index % plan_.segments == 0) {
+      from = states_of(s_.initial_state, s_, plan_.at(s_, index / plan_.segments));
+    } else if (marks_[index - 1].done.load(std::memory_order_acquire)) {
+      from = record(index, begin_of(index) - 1);
+    } else {
+      mark.seam = true;
+    }
+    for (int64_t piece = begin_of(index); piece < end_of(index); ++piece) {
+      if (const int status = scan_piece(index, piece, from, record(index, piece))) return status;
+      from = record(index, piece);
+    }
+    mark.done.store(true, std::memory_order_release);
+    return HCMEN_OK;
+  }
+
+  int mend(int64_t index) {
+    if (!marks_[index].seam) return HCMEN_OK;
+    const size_t bytes = (size_t)(plan_.at(s_, index / plan_.segments).count * s_.state) * sizeof(float);
+    const float* from = start(index);
+    for (int64_t piece = begin_of(index); piece < end_of(index); ++piece) {
+      float* const now = reached(index);
+      if (const int status = scan_piece(index, piece, from, now)) return status;
+      if (memcmp(now, record(index, piece), bytes) == 0) return HCMEN_OK;
+      memcpy(record(index, piece), now, bytes);
+      from = record(index, piece);
+    }
+    marks_[index].apart = true;
+    return HCMEN_OK;
+  }
+
+  const hcmen_scan& s_;
+  const Plan& plan_;
+  const int64_t pieces_, width_;
+  std::unique_ptr<float, Free> records_;
+  std::unique_ptr<Mark[]> marks_;
+};
+
+int check_forward(const hcmen_scan& scan) {
+  if (const int status = check_sizes(scan)) return status;
+  return scan.y ? HCMEN_OK : HCMEN_BAD_ARGUMENT;
 }
 
 int check_gradients(const hcmen_scan& s, const hcmen_scan_grad& g) {
@@ -134,8 +288,7 @@ int scan_backward(const hcmen_scan& s, const hcmen_scan_grad& g, int threads) {
   };
 
   const int64_t tasks = by_group ? groups : groups * blocks;
-  const double work = (double)s.batch * (double)s.channel * (double)s.time * (double)s.state;
-  const int useful = work < kLeastWork ? 1 : threads;
+  const int useful = work_of(s) < kLeastWork ? 1 : threads;
   const int status = parallel_tasks(useful, tasks, [&](int64_t task) {
     FloatEnvironment environment;
     if (!by_group) return run_block(task / blocks, task % blocks);
@@ -162,19 +315,34 @@ int scan_backward(const hcmen_scan& s, const hcmen_scan_grad& g, int threads) {
 
 }  // namespace
 
-int scan_forward_check(const hcmen_scan& scan) {
-  if (const int status = check_sizes(scan)) return status;
-  return scan.y ? HCMEN_OK : HCMEN_BAD_ARGUMENT;
-}
-
-int64_t scan_forward_tasks(const hcmen_scan& scan) { return plan_forward(scan).tasks; }
-
-int scan_forward_task(const hcmen_scan& scan, int64_t task) {
-  FloatEnvironment environment;
-  const Plan plan = plan_forward(scan);
-  const int64_t last = std::min(plan.blocks, (task + 1) * plan.blocks_per_task);
-  for (int64_t i = task * plan.blocks_per_task; i < last; ++i) {
-    if (const int status = kernels()->scan_forward(scan, plan.at(scan, i))) return status;
+int scan_forward(const hcmen_scan& scan, const Threads& threads) {
+  if (const int status = check_forward(scan)) return status;
+  struct Job {
+    const hcmen_scan& scan;
+    const Plan plan;
+  } job = {scan, plan_forward(scan, threads.most)};
+  if (threads.most != 1 && job.plan.segments > 1) {
+    TimeCut cut(scan, job.plan);
+    if (cut.works()) return cut.run(threads);
+    // Without memory for its records, as it stands.
+  }
+  const auto task = [](void* opaque, int64_t index) {
+    FloatEnvironment environment;
+    const auto& [scan, plan] = *(Job*)opaque;
+    const int64_t last = std::min(plan.blocks, (index + 1) * plan.blocks_per_task);
+    for (int64_t i = index * plan.blocks_per_task; i < last; ++i) {
+      const ChannelBlock block = plan.at(scan, i);
+      const TimeSpan whole = {0, scan.time, states_of(scan.initial_state, scan, block),
+                              (float*)states_of(scan.last_state, scan, block)};
+      if (const int status = kernels()->scan_forward(scan, block, whole)) return status;
+    }
+    return (int)HCMEN_OK;
+  };
+  if (threads.most != 1 && job.plan.tasks > 1) {
+    return threads.run(threads.pool, job.plan.tasks, task, &job, work_of(scan) < kBriefWork);
+  }
+  for (int64_t i = 0; i < job.plan.tasks; ++i) {
+    if (const int status = task(&job, i)) return status;
   }
   return HCMEN_OK;
 }
@@ -185,9 +353,7 @@ extern "C" {
 
 HCMEN_API int hcmen_selective_scan_forward(const hcmen_scan* scan, int threads) {
   if (!scan || threads < 1) return HCMEN_BAD_ARGUMENT;
-  if (const int status = hcmen::scan_forward_check(*scan)) return status;
-  return hcmen::parallel_tasks(threads, hcmen::scan_forward_tasks(*scan),
-                               [&](int64_t task) { return hcmen::scan_forward_task(*scan, task); });
+  return hcmen::scan_forward(*scan, hcmen::own_threads(threads));
 }
 
 HCMEN_API int hcmen_selective_scan_backward(const hcmen_scan* scan, const hcmen_scan_grad* grad, int threads) {

@@ -86,7 +86,7 @@ HCMEN_API const char* hcmen_ops_problem(void);
 HCMEN_API int64_t hcmen_exp_loop(int64_t rounds);
 
 // For tests: y[i] = f(x[i]), where `function` is 0 exp, 1 softplus, 2 silu, 3 sigmoid, 4 2^x as the scan computes it,
-// 5 the same without range checks (|x| < 120).
+// 5 the same without range checks (|x| < 100).
 HCMEN_API int hcmen_evaluate(int function, const float* x, float* y, int64_t count);
 
 #ifdef __cplusplus

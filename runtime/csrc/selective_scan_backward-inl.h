@@ -26,18 +26,6 @@ constexpr int kBackwardTile = 4;
 
 constexpr float kLn2 = 0x1.62e430p-1f;
 
-// Even lanes of a, then of b; and the odd ones.
-#if defined(__AVX512F__)
-#define HCMEN_EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
-#define HCMEN_ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
-#elif defined(__AVX2__)
-#define HCMEN_EVEN 0, 2, 4, 6, 8, 10, 12, 14
-#define HCMEN_ODD 1, 3, 5, 7, 9, 11, 13, 15
-#else
-#define HCMEN_EVEN 0, 2, 4, 6
-#define HCMEN_ODD 1, 3, 5, 7
-#endif
-
 // sums[i] = sum over the lanes of x[i], for kLanes vectors, which are overwritten. Neighbours are added, then
 // neighbouring pairs, and so on: every sum in the same order.
 HCMEN_INLINE F sums_of_lanes(F* x) {
@@ -46,14 +34,11 @@ HCMEN_INLINE F sums_of_lanes(F* x) {
 #pragma GCC unroll 8
     for (int i = 0; i < count; ++i) {
       const F a = x[2 * i], b = x[2 * i + 1];
-      x[i] = __builtin_shufflevector(a, b, HCMEN_EVEN) + __builtin_shufflevector(a, b, HCMEN_ODD);
+      x[i] = even_lanes(a, b) + odd_lanes(a, b);
     }
   }
   return x[0];
 }
-
-#undef HCMEN_EVEN
-#undef HCMEN_ODD
 
 // Gradient rows of B or C: row k of a chunk in scanning order is `stride` elements from row k - 1.
 struct ProjectionGrad {
@@ -110,7 +95,7 @@ HCMEN_INLINE void advance_states(int64_t states, int64_t steps, const F* a, F* s
       case 2: advance_tile<2, safe>(steps, a + n, state + n, d, du, b); break;
       case 3: advance_tile<3, safe>(steps, a + n, state + n, d, du, b); break;
       case 4: advance_tile<4, safe>(steps, a + n, state + n, d, du, b); break;
-#if defined(__AVX512F__)
+#if defined(__AVX2__) || defined(__AVX512F__)
       case 5: advance_tile<5, safe>(steps, a + n, state + n, d, du, b); break;
       case 6: advance_tile<6, safe>(steps, a + n, state + n, d, du, b); break;
       case 7: advance_tile<7, safe>(steps, a + n, state + n, d, du, b); break;
