@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard runtime/csrc/*)
 
-.PHONY: demo test lint bench cuda-architectures clean
+.PHONY: demo test lint bench arm cuda-architectures clean
 
 demo: $(VENV)/installed
 	$(BIN)/python samples/demo.py
@@ -25,6 +25,10 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/scan.py --out docs/results/scan_cpu.json
 	$(BIN)/python benchmarks/training.py --out docs/results/training_speed.json
+
+# Everything for 64-bit ARM, by the cross compiler and under qemu: docs/arm.md.
+arm: $(VENV)/installed
+	$(BIN)/python tests/arm/run.py
 
 # The CUDA kernels by nvcc for every architecture from 75 to 120, warnings being errors: registers and spills of each.
 cuda-architectures:
