@@ -258,31 +258,9 @@ HCMEN_INLINE F exp2_product(F d, F a) {
 constexpr float kLog2e = 0x1.715476p+0f;
 constexpr float kLog2eRest = 0x1.4ae0cp-26f;
 
-#if defined(HCMEN_NEON)
-// The larger and the smaller of each lane; a NaN stays on either side.
-HCMEN_INLINE F larger_or_nan(F a, F b) { return (F)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
-HCMEN_INLINE F smaller_or_nan(F a, F b) { return (F)vminq_f32((float32x4_t)a, (float32x4_t)b); }
-
-// From here on down e^x rounds to 0, from here on up to infinity.
-constexpr float kExpLow = -104.0f, kExpHigh = 89.0f;
-
-// e^x for x between those, NaN for NaN. Nothing infinite comes in, so a NaN is the argument's own: it goes through the
-// polynomial and both products, and no lane is picked out.
-HCMEN_INLINE F exponential_within(F x) {
-  const F shifted = fma(x, splat(kLog2e), splat(kRound));
-  const F f = fma(x, splat(kLog2eRest), fma(x, splat(kLog2e), kRound - shifted));
-  const I whole = (I)shifted - (I)splat(kRound);
-  const I half = whole >> 1;  // two factors, as in `scale_by_power`
-  return exp2_fraction(f) * (F)((half + 127) << 23) * (F)((whole - half + 127) << 23);
-}
-#endif
-
 // e^x: at most 1.1 units in the last place from the exact value (1.4 without fused multiply-adds), subnormals included
 // and 0 below them; infinity above the range; NaN for NaN.
 HCMEN_INLINE F exponential(F x) {
-#if defined(HCMEN_NEON)
-  return exponential_within(smaller_or_nan(larger_or_nan(x, splat(kExpLow)), splat(kExpHigh)));
-#else
 #if defined(HCMEN_FUSED)
   const F n = fma(x, splat(kLog2e), splat(kRound)) - kRound;
   const F f = bound(fma(x, splat(kLog2eRest), fms(x, splat(kLog2e), n)), 0.51f);
@@ -292,7 +270,6 @@ HCMEN_INLINE F exponential(F x) {
   const F f = bound((x - n * 0x1.62e400p-1f - n * 0x1.7f7d1cp-20f) * kLog2e, 0.51f);
 #endif
   return scale_by_power(exp2_fraction(f), n);
-#endif
 }
 
 // The same for x of 0 and below, for less.
@@ -302,7 +279,11 @@ HCMEN_INLINE F exponential_of_negative(F x) {
   const F n = fma(x, splat(kLog2e), splat(kRound)) - kRound;
   return scale_by_power(exp2_fraction(fma(x, splat(kLog2eRest), fms(x, splat(kLog2e), n))), n);
 #elif defined(HCMEN_NEON)
-  return exponential_within(larger_or_nan(x, splat(kExpLow)));
+  x = (F)vmaxq_f32((float32x4_t)x, vdupq_n_f32(-104.0f));  // a NaN stays, and goes through both products
+  const F shifted = fma(x, splat(kLog2e), splat(kRound));
+  const F f = fma(x, splat(kLog2eRest), fma(x, splat(kLog2e), kRound - shifted));
+  // 2^64 times as much is a normal number.
+  return exp2_fraction(f) * (F)(((I)shifted << 23) + ((127 + 64) << 23)) * splat(0x1p-64f);
 #else
   return exponential(x);
 #endif
@@ -325,7 +306,7 @@ HCMEN_INLINE F log1p_unit(F e) {
 // The larger of x and 0, NaN for NaN.
 HCMEN_INLINE F positive_part(F x) {
 #if defined(HCMEN_NEON)
-  return larger_or_nan(x, splat(0.0f));
+  return (F)vmaxq_f32((float32x4_t)x, vdupq_n_f32(0.0f));
 #else
   return greater(splat(0.0f), x);  // x second: a NaN stays
 #endif
