@@ -50,7 +50,9 @@ def build(folder: Path, compiler: str, *options: str) -> Path:
 
 def on_arm(folder: Path) -> Callable[..., tuple[int, str]]:
     """A function of the program's arguments: instructions executed under qemu, and what it printed."""
-    program = build(folder / "arm", "aarch64-linux-gnu-g++", f"-DCMAKE_TOOLCHAIN_FILE={CSRC / 'aarch64-linux-gnu.cmake'}")
+    program = build(
+        folder / "arm", "aarch64-linux-gnu-g++", f"-DCMAKE_TOOLCHAIN_FILE={CSRC / 'aarch64-linux-gnu.cmake'}"
+    )
     plugin = folder / "count.so"
     run(["gcc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", SOURCE / "count.c", "-o", plugin])
     qemu = ["qemu-aarch64", "-cpu", "cortex-a53", "-plugin", plugin, "-L", "/usr/aarch64-linux-gnu", program]
@@ -108,7 +110,9 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: one row per size, one column per instruction set."""
     names = list(results)
     lines = ["| instructions | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
-    lines.append("| per exponential, in registers | " + " | ".join(f"{r['exp_loop']:.2f}" for r in results.values()) + " |")
+    lines.append(
+        "| per exponential, in registers | " + " | ".join(f"{r['exp_loop']:.2f}" for r in results.values()) + " |"
+    )
     for op, unit in (("scan", "per_exponential"), ("conv", "per_element")):
         for size in results[names[0]][op]:
             cells = " | ".join(f"{r[op][size][unit]:.2f}" for r in results.values())

@@ -203,7 +203,12 @@ STEPS = [
     Step("ulp", "exp, softplus, silu, sigmoid over the float32 numbers", step_ulp, ("build",)),
     Step("wheel", "the wheel for aarch64, and what auditwheel calls it", step_wheel),
     Step("environment", "Debian's Python for arm64 with that wheel, NumPy, ONNX Runtime", step_environment, ("wheel",)),
-    Step("self-test", "hcmen-doctor, hcmen-run, --self-test on the bundle of tests/data", step_self_test, ("environment",)),
+    Step(
+        "self-test",
+        "hcmen-doctor, hcmen-run, --self-test on the bundle of tests/data",
+        step_self_test,
+        ("environment",),
+    ),
     Step("demo-bundle", "the same on the bundle of `make demo`", step_demo_bundle, ("environment",)),
     Step("grid", "the grid of the tests through ONNX Runtime and the C interface", step_grid, ("environment",)),
     Step("instructions", "instructions per exponential and element, ARM and x86", step_instructions, ("build",)),

@@ -73,7 +73,9 @@ def golden_clip(bundle: Path, target: Path) -> float:
     with np.load(bundle / "golden" / "full.npz") as golden:
         singles = [k.split("/")[0] for k in golden.files if k.endswith("/score") and golden[k].shape == (1,)]
         case = max(singles, key=lambda c: sum(golden[k].size for k in golden.files if k.startswith(f"{c}/")))
-        clip = {m: golden[f"{case}/{m}"][0, : int(golden[f"{case}/{m}_length"][0])] for m in ("text", "audio", "vision")}
+        clip = {
+            m: golden[f"{case}/{m}"][0, : int(golden[f"{case}/{m}_length"][0])] for m in ("text", "audio", "vision")
+        }
         score = float(golden[f"{case}/score"][0])
     np.savez(target, **clip)
     return score
@@ -84,7 +86,9 @@ def check(environment: Environment, bundle: Path, *, bare: bool, clip: Path | No
     facts: dict[str, Any] = json.loads(environment.run("-c", _PROBE))
     forbidden = facts.pop("forbidden")
     if bare and forbidden:
-        raise Wrong(f"expected no {' or '.join(forbidden)} beside numpy, click and onnxruntime: take a bare environment")
+        raise Wrong(
+            f"expected no {' or '.join(forbidden)} beside numpy, click and onnxruntime: take a bare environment"
+        )
 
     doctor = environment.command("hcmen-doctor", "--bundle", bundle)
     rows = {r["name"]: r for r in doctor["rows"]}

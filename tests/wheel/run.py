@@ -25,7 +25,9 @@ HERE = Path(__file__).resolve().parent
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "wheel.json")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "wheel", help="for the wheel and the environment")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "build" / "wheel", help="for the wheel and the environment"
+    )
     options = parser.parse_args(arguments)
     folder = options.folder.resolve()
     try:
@@ -44,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data = {"schema_version": 1, "machine": describe(), "wheel": facts, "ran": ran}
     options.out.write_text(json.dumps(data, indent=2) + "\n")
     worst = max(ran["self_test"].values())
-    print(f"with {', '.join(sorted(ran['installed']))}: {len(ran['self_test'])} variants, error {worst:.1e}: {options.out}")
+    print(
+        f"with {', '.join(sorted(ran['installed']))}: {len(ran['self_test'])} variants, error {worst:.1e}: {options.out}"
+    )
     return 0
 
 
