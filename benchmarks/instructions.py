@@ -1,6 +1,6 @@
 """Instructions per exponential of the scan and per element of the convolution, counted and not timed.
 
-    python benchmarks/instructions.py         docs/results/instruction_counts.json; a few minutes
+    python benchmarks/instructions.py         docs/results/instruction_counts.json and the table of docs/arm.md; minutes
 
 On ARM by qemu with a plugin that counts, on x86 by valgrind's callgrind, which knows no AVX-512. A count is the
 difference between a program that calls the kernel three times and one that calls it once, halved: what a call takes,
@@ -22,14 +22,13 @@ from machine import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE, CSRC = ROOT / "benchmarks" / "instructions", ROOT / "runtime" / "csrc"
-SCANS = [(512, 500, 16), (256, 50, 16), (256, 500, 16), (512, 50, 16)] + [
-    (256, 50, 12),
-    (256, 500, 12),
-    (512, 50, 12),
-    (512, 500, 12),
+SCANS = [
+    (512, 500, 16),
+    *((c, t, n) for n in (16, 12) for c in (256, 512) for t in (50, 500) if (c, t, n) != (512, 500, 16)),
 ]
 CONVOLUTIONS = [(512, 500, 4), (256, 50, 4), (512, 500, 2)]
 EXP_ROUNDS = 2000
+MARKS = ("<!-- counts: written by benchmarks/instructions.py -->", "<!-- end of counts -->")
 
 
 def run(command: Sequence[str | Path], **environment: str) -> subprocess.CompletedProcess[str]:
@@ -120,9 +119,19 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def put_table(page: Path, text: str) -> None:
+    """Puts `text` between the two marks of a page. Raises ValueError if they are not there."""
+    before, mark, rest = page.read_text().partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not mark or not end:
+        raise ValueError(f"{page} has no lines {' and '.join(MARKS)}")
+    page.write_text(f"{before}{mark}\n\n{text}\n\n{end}{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "instruction_counts.json")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "arm.md", help="the page with the table")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "instructions", help="for what is built")
     options = parser.parse_args()
     folder = options.folder.resolve()
@@ -136,6 +145,7 @@ def main() -> None:
         "results": results,
     }
     options.out.write_text(json.dumps(data, indent=2) + "\n")
+    put_table(options.page, table(results))
     print(table(results))
 
 

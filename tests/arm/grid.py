@@ -23,14 +23,14 @@ from typing import Any
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from helpers import kernel_cases as kernels
 from helpers.scan_grid import SIZES, grid_case, grid_feeds
 
 from hcmen.export.one_node import conv_model, scan_model
 
+HERE = Path(__file__).resolve().parent
 FORWARD, BACKWARD = 1e-6, 4e-6
 """Bounds of float32, of the largest value of an array."""
 GRADIENT_ELEMENTS = 100_000

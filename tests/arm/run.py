@@ -1,4 +1,4 @@
-"""Everything for 64-bit ARM from a checkout, by the cross compiler and under qemu, saying by name what was not run and why.
+"""Everything for 64-bit ARM, from a checkout: cross-compiled, run under qemu. Says by name what was not run and why.
 
     python tests/arm/run.py                       everything; docs/results/arm_qemu.json; half an hour
     python tests/arm/run.py --only build,kernels  some steps, and those they need
@@ -28,13 +28,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT / "tests" / "wheel"), str(HERE)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "wheel"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import build as wheels
 from sysroot import Unavailable, make_sysroot
 
+import build as wheels
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 TOOLCHAIN = ROOT / "runtime" / "csrc" / "aarch64-linux-gnu.cmake"
 COMPILER_ROOT = "/usr/aarch64-linux-gnu"

@@ -1,4 +1,4 @@
-"""A folder with Debian's Python for 64-bit ARM, for qemu's -L: nothing is installed on this machine, and no root needed."""
+"""A folder with Debian's Python for 64-bit ARM, for qemu's -L: nothing is installed here, and nobody has to be root."""
 
 from __future__ import annotations
 

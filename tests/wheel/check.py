@@ -1,4 +1,4 @@
-"""Does an installed hcmen work by itself? Run in, or pointed at, an environment with the wheel, numpy, click, onnxruntime.
+"""Does an installed hcmen work by itself? For an environment with the wheel, numpy, click and onnxruntime alone.
 
     python tests/wheel/check.py                                      the environment of this interpreter
     python tests/wheel/check.py --python "qemu-aarch64 ... python3" --scripts site/bin    another machine's, emulated
@@ -33,9 +33,9 @@ print(json.dumps({
     "machine": platform.machine(), "python": platform.python_version(), "libc": platform.libc_ver()[1],
     "isa": library_isa(), "library_bytes": library_path().stat().st_size,
     "installed": {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()},
-    "forbidden": [n for n in %r if importlib.util.find_spec(n)],
+    "forbidden": [n for n in FORBIDDEN if importlib.util.find_spec(n)],
 }))
-""" % (FORBIDDEN,)
+"""
 
 
 class Wrong(Exception):
@@ -83,7 +83,7 @@ def golden_clip(bundle: Path, target: Path) -> float:
 
 def check(environment: Environment, bundle: Path, *, bare: bool, clip: Path | None) -> dict[str, Any]:
     """Facts about the environment and what ran in it. `clip` of None takes one of the golden set. Raises Wrong."""
-    facts: dict[str, Any] = json.loads(environment.run("-c", _PROBE))
+    facts: dict[str, Any] = json.loads(environment.run("-c", f"FORBIDDEN = {FORBIDDEN}{_PROBE}"))
     forbidden = facts.pop("forbidden")
     if bare and forbidden:
         raise Wrong(

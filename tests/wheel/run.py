@@ -46,9 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data = {"schema_version": 1, "machine": describe(), "wheel": facts, "ran": ran}
     options.out.write_text(json.dumps(data, indent=2) + "\n")
     worst = max(ran["self_test"].values())
-    print(
-        f"with {', '.join(sorted(ran['installed']))}: {len(ran['self_test'])} variants, error {worst:.1e}: {options.out}"
-    )
+    print(f"beside {', '.join(sorted(ran['installed']))}:")
+    print(f"{len(ran['self_test'])} variants, largest score error {worst:.1e}: {options.out}")
     return 0
 
 
