@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard runtime/csrc/*)
 
-.PHONY: demo test lint bench exhaustive cuda-architectures clean
+.PHONY: demo test lint bench exhaustive arm cuda-architectures clean
 
 demo: $(VENV)/installed
 	$(BIN)/python samples/demo.py
@@ -31,6 +31,10 @@ exhaustive: $(VENV)/installed
 	cmake -S runtime/csrc -B build/exhaustive -DHCMEN_TESTS=ON
 	cmake --build build/exhaustive --target hcmen_ops_test --parallel 2
 	$(BIN)/python benchmarks/ulp.py build/exhaustive/hcmen_ops_test --out docs/results/ulp.json
+
+# Everything for 64-bit ARM, by the cross compiler and under qemu: docs/arm.md.
+arm: $(VENV)/installed
+	$(BIN)/python tests/arm/run.py
 
 # The CUDA kernels by nvcc for every architecture from 75 to 120, warnings being errors: registers and spills of each.
 cuda-architectures:

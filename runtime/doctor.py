@@ -109,9 +109,9 @@ def check_machine(bundle: str | None = None) -> Iterator[Row]:
         for op, check in _OPS.items():
             yield _attempt(f"{op}, function", partial(check, None), "pip install --force-reinstall hcmen")
             if library.status == OK:
-                fix = (
-                    "reinstall hcmen on this machine; HCMEN_ISA=baseline shows whether the instruction set is the cause"
-                )
+                fix = "reinstall hcmen on this machine"
+                if platform.machine() == "x86_64":
+                    fix += "; HCMEN_ISA=baseline shows whether the instruction set is the cause"
                 yield _attempt(f"{op}, kernel", partial(check, _library_path()), fix)
             else:
                 yield Row(f"{op}, kernel", SKIPPED, "needs the kernel library")

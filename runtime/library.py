@@ -134,7 +134,7 @@ def load_library() -> ctypes.CDLL:
 
 
 def library_isa() -> str:
-    """The instruction set the kernels use on this machine: "avx512", "avx2" or "baseline".
+    """The instruction set the kernels use on this machine: "avx512", "avx2" or "baseline", on 64-bit ARM "neon".
 
     Raises:
         BackendError: as `load_library`.

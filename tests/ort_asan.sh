@@ -19,7 +19,9 @@ LD_PRELOAD="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libu
 ASAN_OPTIONS=detect_leaks=0:abort_on_error=1
 UBSAN_OPTIONS=print_stacktrace=1
 export LD_PRELOAD ASAN_OPTIONS UBSAN_OPTIONS
-for isa in avx512 avx2 baseline; do
+levels="avx512 avx2 baseline"
+if [ "$(uname -m)" = aarch64 ]; then levels=neon; fi
+for isa in $levels; do
   echo "kernels: $isa"
   HCMEN_ISA=$isa "$python" "$root/tests/ort_cases.py" malformed --library "$library" >"$build/malformed.jsonl"
   if grep '"stage": "none"' "$build/malformed.jsonl"; then

@@ -61,8 +61,12 @@ struct Choice {
         return;
       }
     }
-    snprintf(problem, sizeof problem,
-             "HCMEN_ISA is '%.40s', expected avx512, avx2 or baseline as built for this architecture: unset it", wanted);
+    char names[64] = "";
+    for (const Level& level : kLevels) {
+      const size_t used = strlen(names);
+      snprintf(names + used, sizeof names - used, "%s%s", used ? ", " : "", level.table->name);
+    }
+    snprintf(problem, sizeof problem, "HCMEN_ISA is '%.40s', expected one of %s: unset it", wanted, names);
   }
 };
 

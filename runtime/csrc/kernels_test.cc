@@ -1,12 +1,14 @@
 // Tests of the kernels through the C interface, meant to be built with AddressSanitizer and UBSan as well: every array
 // is a heap block of exactly its size, so that a read past an end is seen.
 //
-//   hcmen_ops_test grid            forward, backward and convolution at awkward sizes, against plain double loops
+//   hcmen_ops_test grid            forward, backward and convolution at awkward sizes, against plain double loops; every
+//                                  float16; the caller's floating-point mode; scans cut in time
 //   hcmen_ops_test ulp [stride]    elementary functions at every stride-th float32 bit pattern
 //   hcmen_ops_test exhaustive [threads]  the same at every pattern, for every instruction set that this machine has
 //   hcmen_ops_test allocations     that a forward pass makes none; needs AddressSanitizer, which counts
 //
 // Prints what failed, and returns the number of failures (at most 100).
+#include <fenv.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -512,6 +514,81 @@ void test_allocations() {
 }
 #endif
 
+// --- float16, and the floating-point mode ---------------------------------------------------------------------------
+
+// To nearest, ties to even, over the whole range.
+uint16_t rounded_half(double value) {
+  const uint16_t sign = signbit(value) ? 0x8000 : 0;
+  const double size = fabs(value);
+  if (isnan(value)) return 0x7e00;
+  if (size >= 65520) return sign | 0x7c00;
+  int exponent = -13;
+  if (size >= 0x1p-14) frexp(size, &exponent);
+  const int unit = exponent - 11;  // the last place of a half of this size; that of subnormals is -24
+  const int64_t count = (int64_t)nearbyint(ldexp(size, -unit));
+  return (uint16_t)(sign | (((int64_t)(unit + 24) << 10) + count));
+}
+
+// A convolution of width 1 as a product: every float16 comes in, and the factors send what goes out to ties, overflow
+// and subnormals. The products are exact in float32.
+void test_halves() {
+  constexpr int64_t kPatterns = 65536;
+  Array<uint16_t> x(kPatterns), y(kPatterns);
+  for (int64_t i = 0; i < kPatterns; ++i) x[i] = (uint16_t)i;
+  for (float factor : {1.0f, 0x1.002p0f, 0x1.004p0f, 0x1.ffcp-1f, 0x1.554p-2f, 0x1p-1f, 0x1.8p-9f, 0x1p-13f, 3.0f}) {
+    for (int64_t channel : {1, 4, 7}) {  // lanes one by one, whole vectors, both
+      const int64_t time = kPatterns / channel;
+      Array<float> weight(channel), bias(channel);
+      for (int64_t i = 0; i < channel; ++i) weight[i] = factor;
+      hcmen_conv conv = {};
+      conv.batch = 1, conv.time = time, conv.channel = channel, conv.width = 1, conv.dtype = HCMEN_FLOAT16;
+      conv.x = x.data.get(), conv.weight = weight.data.get(), conv.bias = bias.data.get(), conv.y = y.data.get();
+      if (hcmen_causal_conv1d_forward(&conv, 1) != HCMEN_OK) return fail("float16 forward", 1, 0);
+      for (int64_t i = 0; i < time * channel; ++i) {
+        const int exponent = x[i] >> 10 & 31, mantissa = x[i] & 1023;
+        const bool is_nan = exponent == 31 && mantissa;
+        const double in = exponent == 31 ? (x[i] & 0x8000 ? -INFINITY : INFINITY) : half_value(x[i]);
+        if (is_nan) {
+          if ((y[i] & 0x7c00) != 0x7c00 || !(y[i] & 0x3ff)) return fail("float16 NaN", y[i], 0x7e00);
+        } else if (y[i] != rounded_half(in * factor + 0.0)) {
+          return fail("float16 " + std::to_string(in) + " times " + std::to_string(factor), y[i],
+                      rounded_half(in * factor + 0.0));
+        }
+      }
+    }
+  }
+}
+
+// A kernel computes as it always does, whatever the caller has set, and leaves that as it was.
+void test_environment() {
+  Array<float> x(1), weight(1), bias(1), y(1);
+  const auto product = [&](float a, float b) {
+    x[0] = a, weight[0] = b;
+    hcmen_conv conv = {};
+    conv.batch = conv.time = conv.channel = conv.width = 1, conv.dtype = HCMEN_FLOAT32;
+    conv.x = x.data.get(), conv.weight = weight.data.get(), conv.bias = bias.data.get(), conv.y = y.data.get();
+    if (hcmen_causal_conv1d_forward(&conv, 1) != HCMEN_OK) fail("environment forward", 1, 0);
+    return y[0];
+  };
+  const float nearest = product(1.0f / 3, 3.0000002f);
+  for (int mode : {FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO, FE_TONEAREST}) {
+    fesetround(mode);
+    const float got = product(1.0f / 3, 3.0000002f);
+    const int after = fegetround();
+    fesetround(FE_TONEAREST);
+    if (got != nearest) fail("a product while the caller rounds by mode " + std::to_string(mode), got, nearest);
+    if (after != mode) fail("the caller's rounding mode", after, mode);
+  }
+#if defined(__SSE2__) || defined(__aarch64__)
+  if (product(0x1p-100f, 0x1p-40f) != 0) fail("a subnormal product", y[0], 0);
+  if (product(0x1p-140f, 0x1p40f) != 0) fail("a subnormal factor", y[0], 0);
+#endif
+  volatile float tiny = 0x1p-140f;
+  if (tiny * 0.5f == 0) fail("the caller's subnormals", 0, 0x1p-141);
+}
+
+// --- everything -----------------------------------------------------------------------------------------------------
+
 void test_grid() {
   int variety = 0;
   for (const Case& size : std::vector<Case>{
@@ -557,6 +634,8 @@ int main(int count, char** arguments) {
   if (mode == "grid") {
     test_grid();
     test_cuts();
+    test_halves();
+    test_environment();
   } else if (mode == "ulp") {
     const long long stride = count > 2 ? atoll(arguments[2]) : 997;
     if (stride < 1) return 100;

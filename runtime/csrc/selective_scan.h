@@ -74,10 +74,10 @@ HCMEN_API int hcmen_selective_scan_backward(const hcmen_scan* scan, const hcmen_
 #define HCMEN_OPS_VERSION 1
 HCMEN_API int hcmen_ops_version(void);
 
-// The instruction set in use: "avx512", "avx2" or "baseline". It is the best this machine has, unless the environment
-// variable HCMEN_ISA names another one (read once, at the first call of any function). If HCMEN_ISA names one that is
-// unknown or that the machine lacks, this is null, hcmen_ops_problem says so in one line, and every function that
-// computes returns HCMEN_BAD_ISA; otherwise hcmen_ops_problem is null.
+// The instruction set in use: "avx512", "avx2" or "baseline", and on aarch64 "neon". It is the best this machine has,
+// unless the environment variable HCMEN_ISA names another one (read once, at the first call of any function). If
+// HCMEN_ISA names one that is unknown or that the machine lacks, this is null, hcmen_ops_problem says so in one line,
+// and every function that computes returns HCMEN_BAD_ISA; otherwise hcmen_ops_problem is null.
 HCMEN_API const char* hcmen_ops_isa(void);
 HCMEN_API const char* hcmen_ops_problem(void);
 

@@ -14,8 +14,9 @@
 #include <stdint.h>
 #if defined(__SSE2__)
 #include <immintrin.h>
-#elif defined(__ARM_NEON)
+#elif defined(__ARM_NEON) && defined(__aarch64__)
 #include <arm_neon.h>
+#define HCMEN_NEON 1
 #endif
 
 #define HCMEN_INLINE static inline __attribute__((always_inline))
@@ -42,6 +43,8 @@ HCMEN_INLINE F splat(float x) {
   return (F)_mm512_set1_ps(x);
 #elif defined(__AVX2__)
   return (F)_mm256_set1_ps(x);
+#elif defined(HCMEN_NEON)
+  return (F)vdupq_n_f32(x);  // no instruction where a product can take the lane from memory; the sum below is one
 #else
   return F{} + x;
 #endif
@@ -56,6 +59,12 @@ HCMEN_INLINE F load(const float* p, int count) {
   if (count >= kLanes) return load(p);
 #if defined(__AVX512F__)
   return (F)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+#elif defined(HCMEN_NEON)
+  float32x4_t x = vdupq_n_f32(0.0f);
+  if (count > 0) x = vld1q_lane_f32(p, x, 0);
+  if (count > 1) x = vld1q_lane_f32(p + 1, x, 1);
+  if (count > 2) x = vld1q_lane_f32(p + 2, x, 2);
+  return (F)x;
 #else
   F x = {};
   for (int i = 0; i < count; ++i) x[i] = p[i];
@@ -67,12 +76,16 @@ HCMEN_INLINE void store(float* p, F x, int count) {
   if (count >= kLanes) return store(p, x);
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)x);
+#elif defined(HCMEN_NEON)
+  if (count > 0) vst1q_lane_f32(p, (float32x4_t)x, 0);
+  if (count > 1) vst1q_lane_f32(p + 1, (float32x4_t)x, 1);
+  if (count > 2) vst1q_lane_f32(p + 2, (float32x4_t)x, 2);
 #else
   for (int i = 0; i < count; ++i) p[i] = x[i];
 #endif
 }
 
-#if defined(__FMA__) || defined(__AVX512F__) || (defined(__ARM_NEON) && defined(__aarch64__))
+#if defined(__FMA__) || defined(__AVX512F__) || defined(HCMEN_NEON)
 #define HCMEN_FUSED 1
 #endif
 
@@ -82,7 +95,7 @@ HCMEN_INLINE F fma(F a, F b, F c) {
   return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__)
   return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__ARM_NEON) && defined(__aarch64__)
+#elif defined(HCMEN_NEON)
   return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
@@ -106,6 +119,8 @@ HCMEN_INLINE F fnma(F a, F b, F c) {
   return (F)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__)
   return (F)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(HCMEN_NEON)
+  return (F)vfmsq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return fma(-a, b, c);
 #endif
@@ -150,6 +165,8 @@ HCMEN_INLINE I magnitude_max(I largest, F x) {
 HCMEN_INLINE bool all_products_below(F a, F b, float limit) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)(a * b), _mm512_set1_ps(limit), _CMP_LT_OQ) == 0xffff;
+#elif defined(HCMEN_NEON)
+  return vminvq_u32((uint32x4_t)(a * b < splat(limit))) != 0;
 #else
   const I below = a * b < splat(limit);
   int32_t all = -1;
@@ -277,7 +294,13 @@ HCMEN_INLINE F scale_by_power(F p, F n) {
 }
 
 // Bounds |f|, and replaces a NaN (which infinite arguments leave behind) by a bound: `scale_by_power` decides there.
-HCMEN_INLINE F bound(F f, float limit) { return greater(lesser(f, splat(limit)), splat(-limit)); }
+HCMEN_INLINE F bound(F f, float limit) {
+#if defined(HCMEN_NEON)
+  return (F)vmaxnmq_f32(vminnmq_f32((float32x4_t)f, vdupq_n_f32(limit)), vdupq_n_f32(-limit));
+#else
+  return greater(lesser(f, splat(limit)), splat(-limit));
+#endif
+}
 
 // The largest |d * a| that exp2_product<false> accepts: products with 2^n there stay clear of the subnormals.
 constexpr float kFastExponent = 100.0f;
@@ -342,7 +365,12 @@ template <bool safe>
 HCMEN_INLINE F exp2_product(F d, F a) {
   const F shifted = fma(d, a, splat(kRoundPart));
   const F n = shifted - kRoundPart;
+#if defined(HCMEN_NEON)
+  // The same bits without a negation: NEON's fused operations add or subtract a * b.
+  const F f = fma(d, a, kRoundPart - shifted);
+#else
   const F f = fms(d, a, n);
+#endif
   if (safe) return exp2_of_parts(shifted, n, bound(f, kLargestFraction));
 #if defined(__AVX2__) || defined(__AVX512F__)
   return times_exp2(look_up_power(shifted, 0), f);
@@ -381,6 +409,12 @@ HCMEN_INLINE F exponential_of_negative(F x) {
   const F f = fma(x, splat(kLog2eRest), fms(x, splat(kLog2e), n));
   // 2^64 times as much is a normal number.
   return times_exp2(look_up_power(shifted, 64), f) * splat(0x1p-64f);
+#elif defined(HCMEN_NEON)
+  x = (F)vmaxq_f32((float32x4_t)x, vdupq_n_f32(-104.0f));  // a NaN stays, and goes through both products
+  const F shifted = fma(x, splat(kLog2e), splat(kRoundPart));
+  const F f = fma(x, splat(kLog2eRest), fma(x, splat(kLog2e), kRoundPart - shifted));
+  // 2^64 times as much is a normal number.
+  return exp2_fraction(f) * (F)(((I)shifted << 23) + ((127 + 64) << 23)) * splat(0x1p-64f);
 #else
   return exponential(x);
 #endif
@@ -400,12 +434,18 @@ HCMEN_INLINE F log1p_unit(F e) {
   return fma(q * e, e, e);
 }
 
+// The larger of x and 0, NaN for NaN.
+HCMEN_INLINE F positive_part(F x) {
+#if defined(HCMEN_NEON)
+  return (F)vmaxq_f32((float32x4_t)x, vdupq_n_f32(0.0f));
+#else
+  return greater(splat(0.0f), x);  // x second: a NaN stays
+#endif
+}
+
 // log(1 + e^x). Above 20, where the definition says x, this is x to the last bit of float32; far below zero it is e^x,
 // with the relative accuracy of `exponential`. Within 2.25 units in the last place.
-HCMEN_INLINE F softplus(F x) {
-  // x second: a NaN stays.
-  return log1p_unit(exponential_of_negative(minus_absolute(x))) + greater(splat(0.0f), x);
-}
+HCMEN_INLINE F softplus(F x) { return log1p_unit(exponential_of_negative(minus_absolute(x))) + positive_part(x); }
 
 // y / x for x in [1, 2], NaN for NaN; within 0.6 units in the last place. Division of the widest vectors is slow.
 HCMEN_INLINE F quotient(F y, F x) {
@@ -432,7 +472,7 @@ HCMEN_INLINE F silu(F x) { return x * sigmoid(x); }
 HCMEN_INLINE F softplus(F x, F* slope) {
   const F e = exponential_of_negative(minus_absolute(x));
   *slope = sigmoid_from(x, e);
-  return log1p_unit(e) + greater(splat(0.0f), x);
+  return log1p_unit(e) + positive_part(x);
 }
 
 // Asks for a line of memory that is needed soon; any address will do.
@@ -444,7 +484,7 @@ struct Half {
   uint16_t bits;
 };
 
-#if !defined(__AVX2__) && !defined(__AVX512F__)
+#if !defined(__AVX2__) && !defined(__AVX512F__) && !defined(HCMEN_NEON)
 // IEEE binary16 to binary32 in integers: exact, and indifferent to flush-to-zero modes.
 HCMEN_INLINE float widen(Half half) {
   const uint32_t sign = (uint32_t)(half.bits & 0x8000) << 16;
@@ -490,6 +530,28 @@ HCMEN_INLINE Half narrow(float x) {
 }
 #endif
 
+#if defined(HCMEN_NEON)
+HCMEN_INLINE F load(const Half* p, int count) {
+  uint16x4_t halves = vdup_n_u16(0);
+  if (count >= kLanes) {
+    halves = vld1_u16(&p->bits);
+  } else {
+    if (count > 0) halves = vld1_lane_u16(&p[0].bits, halves, 0);
+    if (count > 1) halves = vld1_lane_u16(&p[1].bits, halves, 1);
+    if (count > 2) halves = vld1_lane_u16(&p[2].bits, halves, 2);
+  }
+  return (F)vcvt_f32_f16(vreinterpret_f16_u16(halves));
+}
+
+// Rounds as the thread does, which is to nearest in a kernel (FloatEnvironment). Flush to zero does not reach halves.
+HCMEN_INLINE void store(Half* p, F x, int count) {
+  const uint16x4_t halves = vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x));
+  if (count >= kLanes) return vst1_u16(&p->bits, halves);
+  if (count > 0) vst1_lane_u16(&p[0].bits, halves, 0);
+  if (count > 1) vst1_lane_u16(&p[1].bits, halves, 1);
+  if (count > 2) vst1_lane_u16(&p[2].bits, halves, 2);
+}
+#else
 HCMEN_INLINE F load(const Half* p, int count) {
 #if defined(__AVX512F__)
   if (count >= kLanes) return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
@@ -524,6 +586,7 @@ HCMEN_INLINE void store(Half* p, F x, int count) {
 #endif
   for (int i = 0; i < count && i < kLanes; ++i) p[i] = lanes[i];
 }
+#endif
 
 // Conversion of a whole array to float32.
 HCMEN_INLINE void widen_array(const Half* from, float* to, int64_t count) {
