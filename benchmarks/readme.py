@@ -67,14 +67,121 @@ def scan(data: dict[str, Any]) -> str:
     )
 
 
+def graphs(data: dict[str, Any]) -> str:
+    """The exported graphs beside what else there is."""
+    rows, full = [], data["variants"]["full"]
+    for name, v in data["variants"].items():
+        before = f"{sum(v['nodes_before'].values())} → " if "nodes_before" in v else ""
+        rows.append(
+            [
+                name,
+                f"{v['median_ms']['hcmen']:.2f} ms",
+                *(
+                    f"{v[f'{peer}_over_ours']:.1f} x"
+                    for peer in ("eager_reference", "eager_native", "torch_compile")
+                    if f"{peer}_over_ours" in full
+                ),
+                f"{v['one_thread_ms'] / full['one_thread_ms']:.2f}",
+                f"{v['floor_one_thread_ms'] / full['floor_one_thread_ms']:.2f}",
+                f"{v['clips_per_s_by_batch']['32']:.0f}",
+                f"{before}{sum(v['nodes'].values())}",
+            ]
+        )
+    header = [
+        "variant",
+        f"hcmen, {data['threads']} threads",
+        "eager on `selective_scan_ref`",
+        "eager on our op",
+        *(["`torch.compile`"] if "torch_compile_over_ours" in full else []),
+        "share of full's time, 1 thread",
+        "of its arithmetic",
+        "clips/s, batches of 32",
+        "nodes",
+    ]
+    top = ", ".join(f"{op} {100 * share:.0f} %" for op, share in list(full["profile"]["share"].items())[:5])
+    growth = data["growth"]
+    return (
+        "The exported graphs at MOSI's size (random weights, batch 1, full length), medians in one process "
+        "taking turns, "
+        "PyTorch with one thread or all, whichever is faster; how many times as long the others take:\n\n"
+        f"{table(header, rows)}\n\n"
+        f"One run of `full` on one thread takes {full['one_thread_ms']:.1f} ms; its arithmetic alone, at the "
+        "rates of one "
+        f"large matrix product and of a bare loop of exponentials, takes {full['floor_one_thread_ms']:.1f} ms. "
+        "Of its time: "
+        f"{top}. Time per step on `audio_only` from {growth[0]['steps']} to {growth[-1]['steps']:,} steps: "
+        f"{' / '.join(format(r['us_per_step'], '.1f') for r in growth)} µs.\n\n"
+        "![Share of time and of arithmetic by variant; time against length](docs/results/graph.png)"
+    )
+
+
+def reduced(data: dict[str, Any]) -> str:
+    """What float16 and int8 bundles cost and gain."""
+
+    def one(part: str, precision: str) -> str:
+        full = data[part]["result"]["variants"]["full"]
+        got, whole = full[precision], full["fp32"]
+        return f"{100 * got['bytes'] / whole['bytes']:.0f} % of the bytes and {got['latency']:.2f} times the time"
+
+    trained = data["trained"]["result"]["int8"]["variants"].values()
+    slower = [v["latency"]["ratio"] for v in trained]
+    moved = max(abs(v["metric"]["change"]) for v in trained)
+    return (
+        f"Bundles of fewer bits, `full`, processor time of one thread: int8 has {one('mosi', 'int8')} at MOSI's size, "
+        f"{one('bert', 'int8')} with a BERT-base inside (random weights); fp16 {one('mosi', 'fp16')}, "
+        f"{one('bert', 'fp16')}. "
+        f"On the demo's small trained model int8 is slower ({min(slower):.2f} to {max(slower):.2f} times) and "
+        "moves the "
+        f"MAE by at most {100 * moved:.2f} % ([table](docs/results/precision.md), [how](docs/precision.md))."
+    )
+
+
+def long_life(soak: dict[str, Any], stream: dict[str, Any]) -> str:
+    """Memory over many calls, and a stream's latency."""
+    slope, mosi = soak["slopes"]["heap_bytes"], stream["presets"]["mosi"]
+    return (
+        f"{soak['calls']:,} calls of varying shapes from {soak['threads']} threads on {soak['models']} models "
+        f"({soak['sessions']} sessions): resident memory rises by {soak['slopes']['resident_bytes']['rise']} "
+        "bytes, heap "
+        f"by {slope['per_call']:.2f} bytes per call ([picture](docs/results/soak.png)). A stream of "
+        f"{mosi['n']:,} windows of "
+        f"{mosi['window_seconds']:.0f} s at MOSI's size, on a busy machine: {mosi['counts']['late']} late, "
+        "latency median "
+        f"{mosi['latency_ms']['p50']:.0f} ms, of which the stream itself {mosi['overhead_ms']['p50']:.1f} ms."
+    )
+
+
+def arm(data: dict[str, Any], wheel: dict[str, Any]) -> str:
+    """What ran under emulation, and the wheel."""
+    test = data["steps"]["self-test"]
+    return (
+        "Under emulation of a Cortex-A53 (qemu), the aarch64 wheel "
+        f"({data['steps']['wheel']['bytes'] / 1e6:.2f} MB) with "
+        f"ONNX Runtime {test['installed']['onnxruntime']} passes the self-test of all {len(test['self_test'])} "
+        "variants, "
+        f"largest difference {max(test['self_test'].values()):.0e}; exp within "
+        f"{data['steps']['ulp']['units_in_the_last_place']['exp']:.2f} ulp. The x86-64 wheel is "
+        f"{wheel['wheel']['bytes'] / 1e6:.2f} MB and needs glibc alone."
+    )
+
+
 def cold_start(data: dict[str, Any]) -> str:
     """Process start to score."""
     rows = [
         [r["process"], f"{r['seconds_median']:.2f} s", f"{r['peak_resident_mib_median']:.0f} MiB", str(r["n"])]
         for r in data["rows"]
     ]
-    return "From process start to the score of one clip, demo bundle, fresh processes taking turns:\n\n" + table(
+    text = "From process start to the score of one clip, demo bundle, fresh processes taking turns:\n\n" + table(
         ["process", "median", "peak resident", "n"], rows
+    )
+    detail = data["step_by_step"]
+    steps = ", ".join(f"{name} {ms:.0f} ms" for name, ms in detail["demo"]["steps_ms"].items())
+    memory = detail["mosi"]["proportional_mib"]
+    return (
+        f"{text}\n\nStep by step: {steps}. One session at MOSI's size costs {memory['one session more']:.0f} "
+        "MiB beyond "
+        f"NumPy and onnxruntime, sessions of all seven variants {memory['sessions of all variants more']:.0f} MiB, "
+        f"{memory['all over one']:.2f} times as much (proportional set size)."
     )
 
 
@@ -173,8 +280,12 @@ def figures() -> str:
     scans, cold = result("scan_cpu"), result("cold_start")
     parts = [
         scan(scans),
+        graphs(result("graph")),
         cold_start(cold),
+        reduced(result("precision")),
+        long_life(result("soak"), result("stream")),
         runtimes(result("ort_matrix")),
+        arm(result("arm_qemu"), result("wheel")),
         training(result("demo_training")),
         peer(result("peer_lnln")),
         "What sample mixing, and each part of the model, is worth on the synthetic set, over seeds and training-set "
