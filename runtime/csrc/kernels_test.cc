@@ -471,6 +471,9 @@ void test_cuts() {
     test_cut(1, 20011, 3, 1, rate, false, false);
     test_cut(2, 17000, 4, 2, rate, true, true);
   }
+  // Too much for the caches: on one thread the blocks go through time together, on 8 each by itself.
+  test_cut(1, 4300, 63, 1, 1, true, false);
+  test_cut(3, 2200, 64, 2, 1, false, true);
 }
 
 // --- allocations ----------------------------------------------------------------------------------------------------
