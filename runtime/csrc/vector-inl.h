@@ -36,6 +36,7 @@ constexpr int kLanes = 4;
 
 typedef float F __attribute__((vector_size(kLanes * 4)));
 typedef int32_t I __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
 typedef float LooseF __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
 HCMEN_INLINE F splat(float x) {
@@ -339,7 +340,8 @@ HCMEN_INLINE F look_up_power(F shifted, int more) {
   // The table without what its index adds when it is shifted along with the whole part of n.
   I table = (I)load(kPowers);
   for (int j = 0; j < kLanes; ++j) table[j] += (more << 23) - (j << kShift);
-  return (F)(look_up(table, (I)shifted) + ((I)shifted << kShift));
+  // Unsigned: the bits of a NaN may go over.
+  return (F)((U)look_up(table, (I)shifted) + ((U)shifted << kShift));
 }
 #endif
 
