@@ -24,15 +24,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("program", type=Path, help="hcmen_ops_test")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--log", type=Path, help="what a run of `hcmen_ops_test exhaustive` printed, instead of a run")
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
     options = parser.parse_args()
-    if options.log:
-        printed = options.log.read_text()
-    else:
-        command = [str(options.program), "exhaustive", str(options.threads)]
-        printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout
-        sys.stdout.write(printed)
+    command = [str(options.program), "exhaustive", str(options.threads)]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout
+    sys.stdout.write(printed)
     if not printed.endswith("\n0 failures\n"):
         sys.exit("not every function is within its bound, or the run did not end")
     found: dict[str, dict[str, dict[str, float]]] = {}

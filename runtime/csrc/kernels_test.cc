@@ -48,8 +48,8 @@ void fail(const std::string& what, double got, double expected) {
 constexpr int kFunctions = 6;
 constexpr float kUnchecked = 100;  // beyond it the last one may do anything
 const char* const kNames[kFunctions] = {"exp", "softplus", "silu", "sigmoid", "exp2", "exp2 (fast)"};
-// The baseline of an architecture without fused multiply-adds sets the last digits.
-const double kBounds[kFunctions] = {1.5, 2.25, 4.0, 3.0, 1.25, 1.25};
+// What an architecture without fused multiply-adds comes to at the worst of all float32, or AVX-512 for silu and sigmoid.
+const double kBounds[kFunctions] = {1.51, 2.34, 3.95, 3.1, 1.25, 1.25};
 
 // The functions from 0 on, by the double ones of the C library, which are off by less than 2^-28 of these units.
 void exact(float in, double (&out)[kFunctions]) {
@@ -471,6 +471,9 @@ void test_cuts() {
     test_cut(1, 20011, 3, 1, rate, false, false);
     test_cut(2, 17000, 4, 2, rate, true, true);
   }
+  // Too much for the caches: on one thread the blocks go through time together, on 8 each by itself.
+  test_cut(1, 4300, 63, 1, 1, true, false);
+  test_cut(3, 2200, 64, 2, 1, false, true);
 }
 
 // --- allocations ----------------------------------------------------------------------------------------------------
