@@ -69,7 +69,7 @@ class Work:
         text = [str(c) for c in command]
         try:
             done = subprocess.run(
-                text, capture_output=True, text=True, timeout=timeout_s, env={**os.environ, **environment}
+                text, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT, env={**os.environ, **environment}
             )
         except subprocess.TimeoutExpired:
             raise Failure(f"{' '.join(text)[:300]}\nstopped after {timeout_s} s") from None
@@ -186,7 +186,7 @@ def step_grid(work: Work) -> dict[str, Any]:
 def step_instructions(work: Work) -> dict[str, Any]:
     if not shutil.which("valgrind"):
         raise Skip("valgrind is not on the path, for the counts of x86 beside those of ARM")
-    work.run([sys.executable, ROOT / "benchmarks" / "instructions.py", "--folder", work.folder / "instructions"])
+    work.run([sys.executable, "benchmarks/instructions.py"])
     return {"table": "docs/results/instruction_counts.json"}
 
 
