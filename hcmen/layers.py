@@ -163,10 +163,12 @@ class AttentionPooling(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x [b, t, d], mask [b, t] -> [b, tokens, d]."""
-        queries = self.queries @ self.key.weight / math.sqrt(x.shape[-1])
-        scores = queries @ x.transpose(1, 2)
-        weights = widened(scores).masked_fill(~mask[:, None], MASKED).softmax(dim=-1)
-        return self.value(weights @ x)
+        with without_autocast(x):  # in few operations, on which all else rests
+            queries = self.queries @ self.key.weight / math.sqrt(x.shape[-1])
+            scores = queries @ widened(x).transpose(1, 2)
+            weights = scores.masked_fill(~mask[:, None], MASKED).softmax(dim=-1)
+            pooled = weights @ widened(x)
+        return self.value(pooled)
 
 
 def _zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:

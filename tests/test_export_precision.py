@@ -215,7 +215,7 @@ def test_all_variants_share_one_copy_of_each_weight(opened, tmp_path, form):
     # The graph of all modalities holds every weight of the others, though each was calibrated by itself.
     kind = np.float16 if form == "fp16" else np.int8
     keys = {name: {weight_key(x) for x in arrays if x.dtype == kind} for name, arrays in large.items()}
-    assert len(keys["full"]) > 10
+    assert len(keys["full"]) > {"fp16": 10, "int8": 5}[form]  # of its products few are deep enough for int8
     assert set().union(*keys.values()) == keys["full"]
 
 

@@ -163,7 +163,8 @@ def test_what_is_bfloat16_and_what_is_not(tmp_path: Path, dataset, monkeypatch: 
 
 def test_bfloat16_follows_float32(tmp_path: Path, dataset) -> None:
     """Two digits, over a few steps; validation and checkpoint are float32."""
-    config = dataclasses.replace(TRAIN, mix="manifold", aux="polarity")
+    # At the full learning rate a few steps amplify rounding to 2 % of a loss by themselves.
+    config = dataclasses.replace(TRAIN, mix="manifold", aux="polarity", learning_rate=TRAIN.learning_rate / 10)
     single = trained(tmp_path / "fp32", dataset, config)
     half = trained(tmp_path / "bf16", dataset, dataclasses.replace(config, precision="bf16"))
     for one, other in zip(single.history, half.history, strict=True):

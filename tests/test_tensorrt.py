@@ -93,7 +93,9 @@ def test_compile_then_run(micro_bundle, monkeypatch, tmp_path, cuda, version, pr
     atol, rtol = {"fp32": (1e-4, 1e-4), "fp16": (2e-2, 1e-2)}[precision]
     for r in records:
         assert (r.parity["passed"], r.parity["atol"], r.parity["rtol"]) == (True, atol, rtol)
-        assert 0 < r.parity["outputs"]["score"]["max_abs"] < atol
+        # The scores of this random model are several units, and its bound has a relative part.
+        assert r.parity["outputs"]["score"]["max_abs"] > 0
+        assert r.parity["outputs"]["score"]["required_atol"] <= atol
         assert r.plugin == plugin
         side = json.loads((micro_bundle / f"{r.engine.file}.json").read_text())
         assert side["sha256"] == r.engine.sha256
