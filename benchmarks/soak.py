@@ -6,9 +6,11 @@ Two models (a session per variant each) are called from two threads, each thread
 to 4 clips of random lengths and of random variants. ONNX Runtime's arenas grow to the largest shapes that meet in them
 and stay there, so the longest clips run first, on every session. Then, at equal numbers of calls and while none runs,
 three things are sampled: bytes that the C heap has handed out (glibc's mallinfo2, over all arenas), blocks that
-Python's own allocator has handed out, and resident anonymous memory. Each gets a straight line through its last two
-thirds. The first two see any leak after a few hundred calls. Resident memory also holds what is free between the
-blocks, which settles over tens of thousands of calls, so it is judged from 50,000 calls on.
+Python's own allocator has handed out, and resident anonymous memory. The last two thirds of the samples are cut into
+eight blocks, each gets a straight line, and the middle slope of the eight is judged: a leak shows in every block, an
+arena that grows by 64 KiB when two threads' calls meet in it for the first time shows in one (one run of 2400 calls in
+eight has such a step). The first two see any leak after a few hundred calls. Resident memory also holds what is free
+between the blocks, which settles over tens of thousands of calls, so it is judged from 50,000 calls on.
 
 --leak N leaks N bytes of the C heap per call, and one Python object with --leak 1, to see them found.
 """
@@ -33,11 +35,14 @@ from hcmen.runtime import Predictor, load
 
 BOUNDS = {"heap_bytes": 2.0, "python_blocks": 0.02, "resident_bytes": 8.0}
 """Most of each per call, beyond twice the standard error of the slope."""
-SETTLING = {"heap_bytes": 1 << 16, "python_blocks": 200, "resident_bytes": 0}
-"""What may come on top in the whole run: an arena that grows once more when two threads' calls meet in it."""
+SETTLING = {"heap_bytes": 1 << 14, "python_blocks": 200, "resident_bytes": 0}
+"""What may come on top in the whole run, spread evenly: pools and caches that are still filling up."""
+RISES = {"heap_bytes": 1 << 19, "python_blocks": 4000, "resident_bytes": 1 << 20}
+"""Most that each may rise over the last two thirds, steps included."""
 SAMPLES = 120
 RESIDENT_FROM_CALLS = 50_000
 _FIRST_JUDGED = 1 / 3
+_BLOCKS = 8
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -123,27 +128,30 @@ def soak(bundle: Path, calls: int, threads: int, leak: int, progress: bool) -> d
 
 
 def judge(samples: NDArray[np.float64]) -> dict[str, Any]:
-    """The slopes of what `memory` gives over calls, each with its standard error and bound, and whether all are flat.
+    """The middle slopes of what `memory` gives over calls, with standard errors and bounds, and whether all are flat.
 
     Args:
         samples: [sample, (calls, seconds, each of BOUNDS)].
     """
     counts = samples[:, 0]
-    late = counts >= _FIRST_JUDGED * counts[-1]
-    x = counts[late] - counts[late].mean()
+    late = samples[counts >= _FIRST_JUDGED * counts[-1]]
+    blocks = np.array_split(late, _BLOCKS)
     slopes: dict[str, Any] = {}
     for column, (what, bound) in enumerate(BOUNDS.items(), 2):
-        y = samples[late, column]
-        slope = float(x @ (y - y.mean()) / (x @ x))
-        error = float(np.std(y - y.mean() - slope * x) / np.sqrt(x @ x))
+        each = np.array([np.polyfit(b[:, 0], b[:, column], 1)[0] for b in blocks])
+        slope = float(np.median(each))
+        # of a median of normal values whose deviation is 1.4826 median absolute deviations
+        error = float(np.sqrt(np.pi / 2 / _BLOCKS) * 1.4826 * np.median(np.abs(each - slope)))
+        rise = int(late[:, column].max() - late[0, column])
         bound += SETTLING[what] / counts[-1]
         judged = what != "resident_bytes" or counts[-1] >= RESIDENT_FROM_CALLS
         slopes[what] = {
             "per_call": round(slope, 4),
             "standard_error": round(error, 4),
             "bound": round(bound, 4) if judged else None,
-            "rise": int(y.max() - y[0]),
-            "flat": bool(slope - 2 * error <= bound) if judged else None,
+            "rise": rise,
+            "most": RISES[what] if judged else None,
+            "flat": bool(slope - 2 * error <= bound and rise <= RISES[what]) if judged else None,
         }
     return {
         "calls": int(counts[-1]),

@@ -331,19 +331,21 @@ def test_the_soak_sees_a_leak(exported, leak, where):
 
 
 def test_resident_memory_is_judged_by_its_line():
-    """On samples made by hand: flat with noise, and rising by 20 bytes a call under the same noise."""
+    """On samples made by hand: flat with noise and one step, and rising by 20 bytes a call under the same noise."""
     spec = importlib.util.spec_from_file_location("soak", SOAK)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     counts = np.linspace(0, 100_000, module.SAMPLES + 1)
-    noise = np.random.default_rng(0).normal(scale=4096, size=len(counts))
+    noise = np.random.default_rng(0).normal(scale=4096, size=len(counts)) + np.where(counts > 60_000, 1 << 17, 0)
     for slope, flat in ((0.0, True), (20.0, False)):
         samples = np.stack([counts, counts, 0 * counts, 0 * counts, 5e7 + slope * counts + noise], axis=1)
         result = module.judge(samples)
         assert result["flat"] is flat
-        assert result["slopes"]["resident_bytes"]["per_call"] == pytest.approx(slope, abs=0.5)
+        assert result["slopes"]["resident_bytes"]["per_call"] == pytest.approx(slope, abs=1)
+    steps = 5e7 + (counts // 10_000) ** 2 * 50_000  # rare and large: a cache that grows
+    assert module.judge(np.stack([counts, counts, 0 * counts, 0 * counts, steps], axis=1))["flat"] is False
     assert module.judge(samples[:30])["slopes"]["resident_bytes"]["flat"] is None
 
 
