@@ -250,7 +250,8 @@ class MSMix(Mixing):
         comparable = (count > 0) & ~torch.eye(b, dtype=torch.bool, device=count.device)
         if self.same_sign:
             comparable &= samples.labels[:, None] * samples.labels >= 0
-        return total / count.clamp(min=1), comparable
+        mean = total / count.clamp(min=1)
+        return (mean + mean.T) / 2, comparable  # some matrix products differ from their transposes in the last bit
 
     def pairs(
         self, similarity: npt.NDArray[np.float64], comparable: npt.NDArray[np.bool_], generator: np.random.Generator

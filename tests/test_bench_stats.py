@@ -97,6 +97,22 @@ def test_neighbouring_rounds_that_resemble_each_other_are_merged():
     assert merged.tolist() == pytest.approx([2.0 ** (2 * i + 0.5) for i in range(7)] + [2.0**15])
 
 
+def test_any_number_of_rounds_has_its_interval():
+    """A fast model gives more rounds than 2^n in float64 allows, and more pairs than memory holds."""
+    rng = np.random.default_rng(5)
+    few, many = rng.exponential(size=1500), rng.exponential(size=60_000)
+    found = median_interval(few)
+    expected = np.sort(few)[[711, 788]]  # (n -+ 1.96 sqrt(n)) / 2, from one
+    assert [found.low, found.high] == pytest.approx(expected, abs=0.01)
+    assert 500 <= len(blocks(many.tolist())) <= 1000
+    row = row_interval(many.tolist(), float(np.median(many)))
+    ratio = ratio_interval((2 * many).tolist(), many.tolist())
+    assert row.low is not None
+    assert row.low <= np.median(many) <= row.high
+    assert ratio.low is not None
+    assert 1.9 < ratio.low <= 2 <= ratio.high < 2.1
+
+
 def test_false_verdicts_on_equal_rows_are_as_rare_as_stated_and_a_fifth_is_seen():
     rng = np.random.default_rng(7)
     false, missed = 0, 0

@@ -267,6 +267,7 @@ def test_similarity_equals_loops(same_sign: bool, absent: float) -> None:
     expected = similarity_by_loops(samples, same_sign)
     found, comparable = made.similarity(samples)
     assert {tuple(pair) for pair in comparable.nonzero().tolist()} == set(expected)
+    assert torch.equal(found, found.T)  # or a threshold would hold for one order of a pair alone
     for pair, value in expected.items():
         assert float(found[pair]) == pytest.approx(value, rel=1e-10, abs=1e-12)
 

@@ -47,6 +47,7 @@ CONFIDENCE = 0.95
 LEAST_BEYOND = 10
 """A percentile needs this many calls beyond it; with fewer it is marked, since a few calls decide it."""
 _FEWEST_BLOCKS = 8  # merging stops here: fewer blocks could not show a difference among several rows
+_MOST_BLOCKS = 1000  # more would make the intervals no better; two such rows have a million ratios
 _EXACT_PAIRS = 10_000  # beyond so many pairs the normal approximation of Mann-Whitney's U is good to 0.0005
 
 Floats = NDArray[np.float64]
@@ -85,9 +86,12 @@ def blocks(values: Sequence[float]) -> Floats:
 
     They do when the autocorrelation at lag one of their logarithms is above 1 / sqrt(count), about one standard error
     of it under independence: merging needlessly costs little, a needed merge left out makes intervals too narrow.
+    More than `_MOST_BLOCKS` are merged as well.
     """
     logs = np.log(np.maximum(np.asarray(values, np.float64), np.finfo(np.float64).tiny))
-    while len(logs) >= 2 * _FEWEST_BLOCKS and _autocorrelation(logs) > 1 / math.sqrt(len(logs)):
+    while len(logs) >= 2 * _FEWEST_BLOCKS and (
+        len(logs) > _MOST_BLOCKS or _autocorrelation(logs) > 1 / math.sqrt(len(logs))
+    ):
         pairs = len(logs) // 2
         odd = logs[2 * pairs :]
         logs = logs[: 2 * pairs].reshape(pairs, 2).mean(1)
@@ -112,7 +116,7 @@ def median_interval(values: Sequence[float] | Floats, confidence: float = CONFID
     ordered = np.sort(np.asarray(values, np.float64))
     n, below, k = len(ordered), 0.0, 0
     while k < n // 2:
-        below += math.comb(n, k) / 2.0**n
+        below += math.comb(n, k) / 2**n  # of whole numbers: no n is too large
         if 2 * below > 1 - confidence:
             break
         k += 1
