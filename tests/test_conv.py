@@ -130,6 +130,24 @@ def test_results_do_not_depend_on_the_thread_count() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("width", [2, 3, 4])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_what_no_cache_holds_equals_its_parts(width: int, reverse: bool) -> None:
+    """An output that is written past the caches (2 x 16 MiB), of whole vectors and not, on one thread and two."""
+    for channel in (64, 72, 65):
+        data = conv_data(1, 66_001, channel, width)
+        with implementation("native"):
+            whole = causal_conv1d(**data, activation="silu", reverse=reverse)
+        x, parts = data["x"], []
+        for start in range(0, 66_001, 22_000):  # each with the steps that its filter reaches back to
+            low = max(0, start - (0 if reverse else width - 1))
+            high = min(66_001, start + 22_000 + (width - 1 if reverse else 0))
+            with implementation("native"):
+                y = causal_conv1d(**{**data, "x": x[:, low:high].contiguous()}, activation="silu", reverse=reverse)
+            parts.append(y[:, start - low :][:, : min(22_000, 66_001 - start)])
+        assert torch.equal(whole, torch.cat(parts, dim=1))
+
+
 @pytest.mark.parametrize("isa", ["avx2", "baseline", "neon"])
 def test_other_instruction_sets(isa: str) -> None:
     environment = {**os.environ, "HCMEN_ISA": isa}
@@ -138,7 +156,7 @@ def test_other_instruction_sets(isa: str) -> None:
     if found.returncode != 0:
         assert "cannot run" in found.stderr or "expected one of" in found.stderr
         pytest.skip(f"this machine has no {isa}")
-    tests = "(forward_and and not 3-2-15 and not 2-500-64) or half_precision or past_alone"
+    tests = "(forward_and and not 3-2-15 and not 2-500-64) or half_precision or past_alone or no_cache_holds"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests, str(Path(__file__))]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-3000:]

@@ -72,55 +72,79 @@ constexpr int kConvSteps = 8;
 // Vectors of channels whose taps are laid out at a time, on the stack.
 constexpr int kConvVectors = 256 / kLanes;
 
-// `steps` <= kConvSteps steps of one vector of channels. `recent`: the inputs of the `width` - 1 steps before, of which
-// those outside the series are zero.
-template <int width, bool with_silu, class T>
-HCMEN_INLINE void convolve_steps(Series<const T> x, Series<T> y, int steps, int lanes, const F (&taps)[width], F bias,
-                                 F (&recent)[width]) {
+// kConvSteps steps of a whole vector of channels. `recent`: the inputs of the `width` - 1 steps before, of which those
+// outside the series are zero. `far`: neither array is in a cache, nor will the output be, and whole vectors lie on
+// multiples of their size; the inputs of the next steps are asked for.
+template <int width, bool with_silu, bool far, class T>
+HCMEN_INLINE void convolve_steps(Series<const T> x, Series<T> y, const F (&taps)[width], F bias, F (&recent)[width]) {
 #pragma GCC unroll 8
-  for (int i = 0; i < steps; ++i) {
-    recent[width - 1] = load(x.first + i * x.stride, lanes);
+  for (int i = 0; i < kConvSteps; ++i) {
+    recent[width - 1] = load(x.first + i * x.stride, kLanes);
+    if (far) prefetch(x.first + (i + kConvSteps) * x.stride);
     F sum = bias;
 #pragma GCC unroll 4
     for (int k = 0; k < width; ++k) sum = fma(taps[k], recent[k], sum);
-    store(y.first + i * y.stride, with_silu ? silu(sum) : sum, lanes);
+    const F out = with_silu ? silu(sum) : sum;
+    if (far) {
+      store_past_caches((float*)(y.first + i * y.stride), out);
+    } else {
+      store(y.first + i * y.stride, out, kLanes);
+    }
 #pragma GCC unroll 4
     for (int k = 0; k < width - 1; ++k) recent[k] = recent[k + 1];
   }
 }
 
-// Channels from `first` on, for which there are `vectors` vectors of taps, [tap][v].
+// The last steps of a block, or the last channels of a row: `x` and `y` from the first step of the series on, `taps`
+// [tap][v]. Apart, since the steps above keep their inputs in registers only where nobody else can see them.
 template <int width, bool with_silu, class T>
+HCMEN_APART void convolve_rest(Series<const T> x, Series<T> y, int64_t t, int64_t steps, int lanes, const F* taps,
+                               int64_t vectors, F bias) {
+  for (const int64_t end = t + steps; t < end; ++t) {
+    F sum = bias;
+#pragma GCC unroll 4
+    for (int k = 0; k < width; ++k) {
+      const int64_t from = t - (width - 1) + k;
+      sum = fma(taps[k * vectors], from < 0 ? F{} : load(x.first + from * x.stride, lanes), sum);
+    }
+    store(y.first + t * y.stride, with_silu ? silu(sum) : sum, lanes);
+  }
+}
+
+// Channels from `first` on, for which there are `vectors` vectors of taps, [tap][v].
+template <int width, bool with_silu, bool far, class T>
 HCMEN_INLINE void conv_forward_part(const hcmen_conv& c, const TimeBlock& block, int64_t first, int64_t vectors,
                                     const F* all_taps, const F* bias) {
   const auto x = series_of<const T>(c.x, c, block.batch, first);
   const auto y = series_of<T>(c.y, c, block.batch, first);
   const int64_t end = block.time + block.count;
   for (int64_t t = block.time; t < end; t += kConvSteps) {
-    const int steps = end - t < kConvSteps ? (int)(end - t) : kConvSteps;
+    const int64_t steps = end - t < kConvSteps ? end - t : kConvSteps;
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t offset = v * kLanes, left = c.channel - first - offset;
-      const int lanes = left < kLanes ? (int)left : kLanes;
+      if (left < kLanes || steps < kConvSteps) {
+        const int lanes = left < kLanes ? (int)left : kLanes;
+        const Series<const T> in = {x.first + offset, x.stride};
+        const Series<T> out = {y.first + offset, y.stride};
+        convolve_rest<width, with_silu>(in, out, t, steps, lanes, all_taps + v, vectors, bias[v]);
+        continue;
+      }
       F taps[width], recent[width];
 #pragma GCC unroll 4
       for (int k = 0; k < width; ++k) taps[k] = all_taps[k * vectors + v];
 #pragma GCC unroll 4
       for (int k = 0; k < width - 1; ++k) {
         const int64_t from = t - (width - 1) + k;
-        recent[k] = from < 0 ? F{} : load(x.first + from * x.stride + offset, lanes);
+        recent[k] = from < 0 ? F{} : load(x.first + from * x.stride + offset, kLanes);
       }
       const Series<const T> in = {x.first + t * x.stride + offset, x.stride};
       const Series<T> out = {y.first + t * y.stride + offset, y.stride};
-      if (lanes == kLanes && steps == kConvSteps) {
-        convolve_steps<width, with_silu>(in, out, kConvSteps, kLanes, taps, bias[v], recent);
-      } else {
-        convolve_steps<width, with_silu>(in, out, steps, lanes, taps, bias[v], recent);
-      }
+      convolve_steps<width, with_silu, far>(in, out, taps, bias[v], recent);
     }
   }
 }
 
-template <class T, int width>
+template <class T, int width, bool far>
 static int conv_forward_typed(const hcmen_conv& c, const TimeBlock& block) {
   F taps[width * kConvVectors], bias[kConvVectors];
   for (int64_t first = 0; first < c.channel; first += kConvVectors * kLanes) {
@@ -132,12 +156,22 @@ static int conv_forward_typed(const hcmen_conv& c, const TimeBlock& block) {
       bias[v] = load(c.bias + first + v * kLanes, rest < kLanes ? (int)rest : kLanes);
     }
     if (c.silu) {
-      conv_forward_part<width, true, T>(c, block, first, vectors, taps, bias);
+      conv_forward_part<width, true, far, T>(c, block, first, vectors, taps, bias);
     } else {
-      conv_forward_part<width, false, T>(c, block, first, vectors, taps, bias);
+      conv_forward_part<width, false, far, T>(c, block, first, vectors, taps, bias);
     }
   }
+  if (far) past_caches_done();
   return HCMEN_OK;
+}
+
+// Whether outputs of this type can be written past the caches; and those of this block are to be, and can.
+template <class T>
+constexpr bool kGoesFar = kStoresPastCaches && sizeof(T) == sizeof(float);
+
+template <class T>
+HCMEN_INLINE bool goes_far(const hcmen_conv& c, const TimeBlock& block) {
+  return kGoesFar<T> && block.far && (uintptr_t)c.y % sizeof(F) == 0 && c.channel % kLanes == 0;
 }
 
 // The widths that nobody uses.
@@ -163,10 +197,11 @@ static int conv_forward_any(const hcmen_conv& c, const TimeBlock& block) {
 
 template <class T>
 static int conv_forward_width(const hcmen_conv& c, const TimeBlock& block) {
+  const bool far = goes_far<T>(c, block);
   switch (c.width) {
-    case 2: return conv_forward_typed<T, 2>(c, block);
-    case 3: return conv_forward_typed<T, 3>(c, block);
-    case 4: return conv_forward_typed<T, 4>(c, block);
+    case 2: return far ? conv_forward_typed<T, 2, kGoesFar<T>>(c, block) : conv_forward_typed<T, 2, false>(c, block);
+    case 3: return far ? conv_forward_typed<T, 3, kGoesFar<T>>(c, block) : conv_forward_typed<T, 3, false>(c, block);
+    case 4: return far ? conv_forward_typed<T, 4, kGoesFar<T>>(c, block) : conv_forward_typed<T, 4, false>(c, block);
     default: return conv_forward_any<T>(c, block);
   }
 }

@@ -1,6 +1,7 @@
 #include "causal_conv1d.h"
 
 #include <stdlib.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <memory>
@@ -43,6 +44,23 @@ Plan plan_forward(const hcmen_conv& c) {
   return plan;
 }
 
+// Input and output together from which on the caches do not hold them until they are used again, so that the output is
+// written past them: three quarters of the last-level cache, as in glibc's memcpy, but no more than a core's share of a
+// large one. (A convolution of 512 channels over 8000 steps, 2 x 16 MiB, and the scan that reads its output: 9.8 ms
+// through the caches of a Zen 5 core, 9.0 ms past them; over 500 steps, 2 x 1 MiB, the former is faster by 2 %.)
+int64_t far_bytes() {
+  static const int64_t bytes = [] {
+    int64_t cache = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    if (cache <= 0) cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    constexpr int64_t kMost = 16 << 20;
+    return cache <= 0 ? kMost : std::min(cache / 4 * 3, kMost);
+  }();
+  return bytes;
+}
+
 int conv_backward(const hcmen_conv& c, const hcmen_conv_grad& g, int threads) {
   const int64_t blocks = (c.channel + kBlockChannels - 1) / kBlockChannels;
   const int64_t parameters = c.channel * (c.width + 1);
@@ -76,13 +94,14 @@ int conv_forward(const hcmen_conv& conv, const Threads& threads) {
   struct Job {
     const hcmen_conv& conv;
     const Plan plan;
-  } job = {conv, plan_forward(conv)};
+    const bool far;
+  } job = {conv, plan_forward(conv), conv.batch * conv.time * conv.channel > far_bytes() / 2 / (int64_t)sizeof(float)};
   const auto task = [](void* opaque, int64_t index) {
     FloatEnvironment environment;
-    const auto& [conv, plan] = *(Job*)opaque;
+    const auto& [conv, plan, far] = *(Job*)opaque;
     const int64_t start = index % plan.tasks_per_batch * plan.steps;
     return kernels()->conv_forward(conv,
-                                   {index / plan.tasks_per_batch, start, std::min(plan.steps, conv.time - start)});
+                                   {index / plan.tasks_per_batch, start, std::min(plan.steps, conv.time - start), far});
   };
   if (threads.most != 1 && job.plan.tasks > 1) {
     return threads.run(threads.pool, job.plan.tasks, task, &job, job.plan.tasks < kBriefTasks);

@@ -22,9 +22,10 @@ struct TimeSpan {
   float* last_state;
 };
 
-// Steps [time, time + count) of one batch element, all channels.
+// Steps [time, time + count) of one batch element, all channels. far: no cache will hold the output until it is used.
 struct TimeBlock {
   int64_t batch, time, count;
+  bool far;
 };
 
 // The most channels of a block: of forward tasks, and of one round of the backward pass.

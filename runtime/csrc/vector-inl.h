@@ -480,6 +480,32 @@ HCMEN_INLINE F softplus(F x, F* slope) {
 // Asks for a line of memory that is needed soon; any address will do.
 HCMEN_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
+// Stores that go to memory without reading the line first and leave the caches alone, as a long memcpy's do. `p` is a
+// multiple of the vector's size. Others see them after `past_caches_done`.
+#if defined(__SSE2__)
+constexpr bool kStoresPastCaches = true;
+#else
+constexpr bool kStoresPastCaches = false;
+#endif
+
+HCMEN_INLINE void store_past_caches(float* p, F x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)x);
+#elif defined(__SSE2__)
+  _mm_stream_ps(p, (__m128)x);
+#else
+  store(p, x);
+#endif
+}
+
+HCMEN_INLINE void past_caches_done() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // --- half precision -------------------------------------------------------------------------------------------------
 
 struct Half {
