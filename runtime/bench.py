@@ -229,6 +229,7 @@ def _measured(
         settings=plan.settings,
         measured=plan.measured,
         probe_ns=plan.probe_ns,
+        memory_probe_ns=plan.memory_probe_ns,
         probe_threads=plan.most_threads,
         colds=plan.colds,
         warnings=doubts,

@@ -61,7 +61,7 @@ def document(report: Path, **p50: float) -> dict:
                 noise = np.exp(0.02 * rng.standard_normal((30, 4)))
                 row[figure]["rounds_ms"] = (p50.get(row["variant"], 1.0) * noise).tolist()
         row["waited_share"] = 0.0
-    data["probe"]["rounds_ms"] = [1.0] * 30
+    data["probe"]["rounds_ms"] = data["probe"]["memory_rounds_ms"] = [1.0] * 30
     data["cpu_time_of_others"] = {"others_share": 0.0, "stolen_share": 0.0}
     return data
 
@@ -104,7 +104,7 @@ def test_rows_take_turns_in_an_order_drawn_anew_each_round():
     assert len(rounds) == 40
     assert all(sorted(r) == list("abcd") for r in rounds)
     assert len({tuple(r) for r in rounds}) > 10
-    assert len(probe.ns) == 40
+    assert len(probe.ns) == len(probe.memory_ns) == 40
     for runner in runners:
         assert [len(turn) for turn in runner.measured.run_ns] == [3] * 40
         assert (runner.measured.status, runner.measured.warm_up, runner.measured.load_ms) == ("ok", 2, [2.0])
@@ -364,6 +364,11 @@ def test_a_difference_no_larger_than_the_drift_or_the_probe_is_none(report):
     slow_machine = copy.deepcopy(new)
     slow_machine["probe"]["rounds_ms"] = [1.25] * 30
     assert set(verdicts(slow_machine, old).values()) == {SAME}
+    slow_memory = copy.deepcopy(new)
+    slow_memory["probe"]["memory_rounds_ms"] = [1.25] * 30
+    assert set(verdicts(slow_memory, old).values()) == {SAME}
+    del slow_memory["probe"]["memory_rounds_ms"]  # as runs of before had it
+    assert set(verdicts(slow_memory, old).values()) == {SLOWER}
     waiting = copy.deepcopy(new)
     for row in waiting["rows"]:
         row["waited_share"] = 0.3
@@ -393,10 +398,33 @@ def test_rows_without_a_counterpart_are_named(report):
     new["rows"] = new["rows"][:-1]
     new["rows"][1]["work"]["shapes"] = []
     lines = compare_documents(new, old)[1]
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert lines[0].endswith("not in the old run")
     assert "inputs of other shapes" in lines[1]
     assert lines[2].endswith("only in the old run")
+    assert "raise --rounds or --calls" in lines[3]
+
+
+def test_a_brief_run_calls_no_small_difference(report):
+    """12 % over the square root of the seconds: of 4 s all differences beyond 6.2 %, of 0.25 s those beyond 27 %."""
+    old, new = document(report, full=1.0, text_only=1.0), document(report, full=1.2, text_only=1.2)
+
+    def lasting(seconds: float, data: dict) -> dict:
+        data, timed = copy.deepcopy(data), 0.0
+        for c in data["cold"]:
+            c["total_ms"] = [ms * 1e-6 for ms in c["total_ms"]]
+        times = [t for row in data["rows"] for t in (row["run"], row["call"]) if t is not None]
+        timed = sum(ms for t in times for turn in t["rounds_ms"] for ms in turn) / 1e3
+        for t in times:
+            t["rounds_ms"] = [[ms * seconds / timed for ms in turn] for turn in t["rounds_ms"]]
+        return data
+
+    long, lines = compare_documents(lasting(4.8, new), lasting(4.0, old))
+    assert {round(v.margin, 3) for v in long if v.unit == "ms" and "fresh" not in v.name} == {0.062}
+    assert any("timed 4.0 s in all" in line and "below 6 %" in line for line in lines)
+    brief = lasting(0.3, new), lasting(0.25, old)
+    assert {v.verdict for v in compare_documents(*brief)[0] if v.unit == "ms" and "fresh" not in v.name} == {SAME}
+    assert "timed" not in "".join(compare_documents(lasting(24, new), lasting(20, old))[1])
 
 
 def test_fail_slower_is_an_exit_code(report, tmp_path):

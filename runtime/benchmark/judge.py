@@ -6,10 +6,13 @@ A row is called faster or slower only if the whole interval of the ratio new / o
   chance of any false verdict among all rows is 5 % where rounds are independent;
 - the margin is the largest of
       1 %;
+      12 % over the square root of the seconds that the shorter run timed: of drifts longer than itself a run shows
+      nothing (docs/results/bench_noise.json);
       how far the row's own median wandered within both runs: drifts of the machine do not end with a run;
       what waiting for a core may have cost: a row that had none for a share w of its time may have taken 1 / (1 - w)
       times as long as on an idle machine, and by how much less or more the other run suffered is not known;
-      how much the probe, a fixed piece of work that has nothing to do with hcmen, differs between the two runs.
+      how much the probe, fixed work that has nothing to do with hcmen, differs between the two runs: what it computes
+      or the memory that it moves, whichever differs more.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ FASTER, SLOWER, SAME, UNSURE = "faster", "slower", "no difference", "too few rou
 LESS, MORE = "less", "more"
 _OTHERS = (*PEERS, FUNCTIONS)
 _LEAST = 0.01
+_UNSEEN = 0.12  # over sqrt(seconds); runs of 2.2 s on an idle virtual machine: 16 false verdicts of 2208, without it 94
+_WORTH_TELLING = 0.03
 _MOST_WAITED = 0.95
 _FALSE_VERDICTS = 0.05
 
@@ -123,14 +128,16 @@ def compare_documents(new: Mapping[str, Any], old: Mapping[str, Any]) -> tuple[l
     if not found:
         return [], lines
     confidence = 1 - _FALSE_VERDICTS / len(found)
-    probes = new["probe"]["rounds_ms"], old["probe"]["rounds_ms"]
-    shift = (
-        abs(math.log(np.median(probes[0]) / np.median(probes[1])))
-        if all(probes) and new["probe"]["threads"] == old["probe"]["threads"]
-        else 0.0
-    )
+    shift = _shift(new["probe"], old["probe"])
+    seconds = min(_seconds(new), _seconds(old))
+    unseen = _UNSEEN / math.sqrt(max(seconds, 1e-3))
+    if unseen > _WORTH_TELLING:
+        lines.append(
+            f"the shorter run timed {seconds:.1f} s in all, too little to see the machine drift: no difference of time "
+            f"below {100 * math.expm1(unseen):.0f} % is called one (raise --rounds or --calls)"
+        )
     verdicts = [
-        _verdict(name, figure, unit, now, then, own, confidence, 0.0 if unit == "MiB" else max(shift, wait))
+        _verdict(name, figure, unit, now, then, own, confidence, 0.0 if unit == "MiB" else max(shift, wait, unseen))
         for name, figure, unit, now, then, own, wait in found
     ]
     return verdicts, lines
@@ -178,6 +185,21 @@ def _waiting(row: Mapping[str, Any], data: Mapping[str, Any]) -> float:
     waited = row.get("waited_share")
     share = (shares["others_share"] if waited is None else waited) + shares["stolen_share"]
     return -math.log1p(-min(share, _MOST_WAITED))
+
+
+def _shift(new: Mapping[str, Any], old: Mapping[str, Any]) -> float:
+    """The logarithm of how much the probes differ; 0 where they are not the same work."""
+    if new["threads"] != old["threads"]:
+        return 0.0
+    pairs = [(new.get(work), old.get(work)) for work in ("rounds_ms", "memory_rounds_ms")]  # the second came later
+    return max((abs(math.log(np.median(a) / np.median(b))) for a, b in pairs if a and b), default=0.0)
+
+
+def _seconds(data: Mapping[str, Any]) -> float:
+    """For how long a run timed anything, all rows and fresh processes together."""
+    timed = [times["rounds_ms"] for row in data["rows"] for times in (row["run"], row["call"]) if times is not None]
+    turns = sum(ms for rounds in timed for turn in rounds for ms in turn)
+    return float(turns + sum(sum(c["total_ms"] or []) for c in data["cold"])) / 1e3
 
 
 def _medians(times: Mapping[str, Any]) -> list[float]:

@@ -5,8 +5,8 @@ rows alike and no row always follows the same one. A turn is some untimed calls,
 the caches and its threads back to work, then the timed ones. What a service in steady use sees is measured, not what a
 call after a long pause costs; that is `--cold`.
 
-Each round also times a probe, a fixed piece of NumPy work on as many threads as the widest row has. It uses nothing of
-what is benchmarked, so what it shows is the machine.
+Each round also times a probe, two fixed pieces of NumPy work on as many threads as the widest row has: one that
+computes and one that moves memory. It uses nothing of what is benchmarked, so what it shows is the machine.
 """
 
 from __future__ import annotations
@@ -50,7 +50,11 @@ class Settings:
 class Probe:
     """Fixed work on `threads` threads at once: exponentials over 1 MiB each, four times, about a millisecond or two.
 
-    The time is that of the slowest thread, from a common start, so a core that is busy with something else shows.
+    And copies of 8 MiB each, twice, since caches and memory are shared with more than cores are: on a virtual machine
+    whose cores were its own (no time stolen, others 0.2 % busy), a model's time went up and down by 16 % within 75
+    seconds, with a correlation of 0.8 to either piece of work.
+
+    A time is that of the slowest thread, from a common start, so a core that is busy with something else shows.
     """
 
     def __init__(self, threads: int):
@@ -59,21 +63,32 @@ class Probe:
         self._start = threading.Barrier(threads)
         self._arrays = [np.linspace(-4.0, 4.0, 1 << 18, dtype=np.float32) for _ in range(threads)]
         self._results = [np.empty_like(x) for x in self._arrays]
+        self._long = [np.ones(1 << 21, np.float32) for _ in range(threads)]
+        self._copies = [x.copy() for x in self._long]
         self.ns: list[int] = []
+        self.memory_ns: list[int] = []
 
-    def _work(self, i: int) -> int:
+    def _compute(self, i: int) -> int:
         self._start.wait()
         started = time.perf_counter_ns()
         for _ in range(4):
             np.exp(self._arrays[i], out=self._results[i])
         return time.perf_counter_ns() - started
 
+    def _copy(self, i: int) -> int:
+        self._start.wait()
+        started = time.perf_counter_ns()
+        for _ in range(2):
+            np.copyto(self._copies[i], self._long[i])
+        return time.perf_counter_ns() - started
+
     def turn(self, *, keep: bool = True) -> None:
-        """One sample, after one untimed one."""
-        for kept in (False, keep):
-            slowest = max(self._pool.map(self._work, range(self.threads)))
-            if kept:
-                self.ns.append(slowest)
+        """One sample of each piece of work, after one untimed one."""
+        for work, taken in ((self._compute, self.ns), (self._copy, self.memory_ns)):
+            for kept in (False, keep):
+                slowest = max(self._pool.map(work, range(self.threads)))
+                if kept:
+                    taken.append(slowest)
 
     def close(self) -> None:
         """Ends the threads."""

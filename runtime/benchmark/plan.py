@@ -65,6 +65,7 @@ class Plan:
     measured: list[Measured] = field(default_factory=list)
     colds: list[Cold] = field(default_factory=list)
     probe_ns: list[int] = field(default_factory=list)
+    memory_probe_ns: list[int] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -206,7 +207,7 @@ class Plan:
 
     def _run_rows(self, progress: Callable[[str], None]) -> None:
         probe = Probe(self.most_threads)
-        self.probe_ns = probe.ns
+        self.probe_ns, self.memory_probe_ns = probe.ns, probe.memory_ns
         with ExitStack() as stack:
             stack.callback(probe.close)
             process = stack.enter_context(PeerProcess(self.checkpoint, self.folder)) if self.peers else None

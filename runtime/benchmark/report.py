@@ -61,6 +61,7 @@ def document(
     settings: Settings,
     measured: Sequence[Measured],
     probe_ns: Sequence[int],
+    memory_probe_ns: Sequence[int],
     probe_threads: int,
     colds: Sequence[Cold],
     warnings: Sequence[str],
@@ -93,7 +94,11 @@ def document(
         "bundles": [dict(b) for b in bundles],
         "warnings": [*warnings, *_warnings(measured, probe_ns, shares)],
         "rows": rows,
-        "probe": {"threads": probe_threads, "rounds_ms": [_ms(ns) for ns in probe_ns]},
+        "probe": {
+            "threads": probe_threads,
+            "rounds_ms": [_ms(ns) for ns in probe_ns],
+            "memory_rounds_ms": [_ms(ns) for ns in memory_probe_ns],
+        },
         "cold": [_cold(c) for c in colds],
     }
 
@@ -266,7 +271,8 @@ def _check_document(data: dict[str, Any]) -> None:
         _require(all(isinstance(bundle[k], str) for k in ("label", "path", "manifest_sha256")), "bundles")
         _require(_number(bundle["weights_bytes"]), "bundles")
     _require(data["bundles"], "bundles")
-    _require(_number(data["probe"]["threads"]) and all(map(_time, data["probe"]["rounds_ms"])), "probe")
+    rounds = [*data["probe"]["rounds_ms"], *data["probe"].get("memory_rounds_ms", [])]
+    _require(_number(data["probe"]["threads"]) and all(map(_time, rounds)), "probe")
     for row in data["rows"]:
         _check_row(row)
     for cold in data["cold"]:
