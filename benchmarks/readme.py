@@ -67,6 +67,54 @@ def scan(data: dict[str, Any]) -> str:
     )
 
 
+def kernels(here: dict[str, Any], elsewhere: list[dict[str, Any]], ulp: dict[str, Any]) -> str:
+    """What the kernels reach of each processor's own limits, their growth with length, and their errors."""
+    sizes = [(512, 500), (256, 500), (512, 50), (256, 50)]
+    inputs = [c["input_bytes"] for c in here["kernels"][here["native_instruction_set"]]["convolution"]]
+    rows = []
+    for data in (here, *elsewhere):
+        for isa, found in data["kernels"].items():
+            shares = {
+                (c["channels"], c["steps"]): c["share_of_exp_rate"]
+                for c in found["scan"]
+                if c["states"] == 16 and c["dtype"] == "float32"
+            }
+            copies = [c["none_share_of_memcpy"] for c in found["convolution"]] if data is here else []
+            rows.append(
+                [
+                    f"{data['machine']['cpu']}, {isa}",
+                    *(f"{shares[size]:.2f}" for size in sizes),
+                    *(f"{share:.2f}" for share in copies),
+                    *[""] * (len(inputs) - len(copies)),
+                ]
+            )
+    header = [
+        "processor, instruction set",
+        *(f"scan {channels} x {steps}" for channels, steps in sizes),
+        *(f"convolution, {size / 2**20:.2g} MiB" if size < 2**20 else f"{size / 2**20:.0f} MiB" for size in inputs),
+    ]
+    native = here["kernels"][here["native_instruction_set"]]
+    length = [r for r in native["length"] if r["steps"] > 1]
+    few = [r for r in native["few_channels"] if r["rate_factor"] == 1.0]
+    worst = {
+        f: max(isa[f]["most_units_in_the_last_place"] for name, isa in ulp["instruction_sets"].items())
+        for f in ("exp", "softplus", "silu")
+    }
+    return (
+        "The kernels beside the same core's limits, one thread, 16 states: the scan's share of the exp rate, and the "
+        "speed of the convolution of width 4 over that of `memcpy` of its input (empty: measured before its last "
+        f"change):\n\n{table(header, rows)}\n\n"
+        f"Scan of 256 channels, µs per step at {' / '.join(format(r['steps'], ',') for r in length)} steps: "
+        f"{' / '.join(format(r['one_thread_us_per_step'], '.2f') for r in length)} on one thread, "
+        f"{' / '.join(format(r['two_thread_us_per_step'], '.2f') for r in length)} on two "
+        "([picture](docs/results/scan_linear.png)). Few channels are cut in time: "
+        + ", ".join(f"{r['channels']} x {r['steps']:,} {r['two_threads_over_one']:.2f} x" for r in few)
+        + " as fast on two threads. Over all 2^32 float32 values, on every instruction set: "
+        + ", ".join(f"{name} within {error:.2f} ulp" for name, error in worst.items())
+        + "."
+    )
+
+
 def graphs(data: dict[str, Any]) -> str:
     """The exported graphs beside what else there is."""
     rows, full = [], data["variants"]["full"]
@@ -100,6 +148,13 @@ def graphs(data: dict[str, Any]) -> str:
     ]
     top = ", ".join(f"{op} {100 * share:.0f} %" for op, share in list(full["profile"]["share"].items())[:5])
     growth = data["growth"]
+    rates = {name: rate / 1e9 for name, rate in data["rates"].get("flop_per_s_by_library", {}).items()}
+    libraries = (
+        f" (On this processor PyTorch's matrix products reach {rates['torch']:.0f} GFLOP/s, ONNX Runtime's "
+        f"{rates['onnxruntime']:.0f}: a part of what it gains.)"
+        if rates and rates["onnxruntime"] > 1.2 * rates["torch"]
+        else ""
+    )
     return (
         "The exported graphs at MOSI's size (random weights, batch 1, full length), medians in one process "
         "taking turns, "
@@ -107,7 +162,8 @@ def graphs(data: dict[str, Any]) -> str:
         f"{table(header, rows)}\n\n"
         f"One run of `full` on one thread takes {full['one_thread_ms']:.1f} ms; its arithmetic alone, at the "
         "rates of one "
-        f"large matrix product and of a bare loop of exponentials, takes {full['floor_one_thread_ms']:.1f} ms. "
+        f"large matrix product and of a bare loop of exponentials, takes {full['floor_one_thread_ms']:.1f} ms."
+        f"{libraries} "
         "Of its time: "
         f"{top}. Time per step on `audio_only` from {growth[0]['steps']} to {growth[-1]['steps']:,} steps: "
         f"{' / '.join(format(r['us_per_step'], '.1f') for r in growth)} µs.\n\n"
@@ -139,13 +195,14 @@ def reduced(data: dict[str, Any]) -> str:
 def long_life(soak: dict[str, Any], stream: dict[str, Any]) -> str:
     """Memory over many calls, and a stream's latency."""
     slope, mosi = soak["slopes"]["heap_bytes"], stream["presets"]["mosi"]
+    busy = ", on a busy machine" if stream["machine"]["load_average_1min"] > 4 else ""
     return (
         f"{soak['calls']:,} calls of varying shapes from {soak['threads']} threads on {soak['models']} models "
         f"({soak['sessions']} sessions): resident memory rises by {soak['slopes']['resident_bytes']['rise']} "
         "bytes, heap "
         f"by {slope['per_call']:.2f} bytes per call ([picture](docs/results/soak.png)). A stream of "
         f"{mosi['n']:,} windows of "
-        f"{mosi['window_seconds']:.0f} s at MOSI's size, on a busy machine: {mosi['counts']['late']} late, "
+        f"{mosi['window_seconds']:.0f} s at MOSI's size{busy}: {mosi['counts']['late']} late, "
         "latency median "
         f"{mosi['latency_ms']['p50']:.0f} ms, of which the stream itself {mosi['overhead_ms']['p50']:.1f} ms."
     )
@@ -162,6 +219,32 @@ def arm(data: dict[str, Any], wheel: dict[str, Any]) -> str:
         f"largest difference {max(test['self_test'].values()):.0e}; exp within "
         f"{data['steps']['ulp']['units_in_the_last_place']['exp']:.2f} ulp. The x86-64 wheel is "
         f"{wheel['wheel']['bytes'] / 1e6:.2f} MB and needs glibc alone."
+    )
+
+
+def instructions(data: dict[str, Any]) -> str:
+    """Instructions counted under emulation."""
+    parts = []
+    for isa, lanes in data["lanes"].items():
+        found = data["results"][isa]
+        scan = found["scan"]["512 x 500 x 16 float32"]["per_exponential"]
+        parts.append(f"{isa} ({lanes} lanes) {scan:.2f}, of which the exponential itself {found['exp_loop']:.2f}")
+    return f"Instructions per exponential of a scan 512 x 500 x 16: {'; '.join(parts)}."
+
+
+def bench(quiet: dict[str, Any], busy: dict[str, Any]) -> str:
+    """How far a verdict of hcmen-bench can be believed."""
+
+    def seen(noise: dict[str, Any]) -> str:
+        share = noise["share_of_slowdowns_seen"]
+        return " / ".join(f"{100 * share[s]:.0f}" for s in ("1.1", "1.2", "1.5"))
+
+    return (
+        f"`hcmen-bench --compare` on runs of one and the same bundle: {quiet['false_verdicts']} false verdicts of "
+        f"{quiet['comparisons']} where nothing else ran, {busy['false_verdicts']} of {busy['comparisons']} on a busy "
+        f"machine; it would have called {seen(quiet)} % and {seen(busy)} % of true slowdowns by 10 / 20 / 50 %. Beside "
+        "eager PyTorch, `torch.compile` and ONNX Runtime without our library: "
+        "[bench.json](docs/results/bench.json), to be read with `hcmen-bench --show`."
     )
 
 
@@ -268,11 +351,22 @@ def peer(data: dict[str, Any]) -> str:
     )
 
 
-def machine(data: dict[str, Any]) -> str:
-    """The machine of a result."""
-    m = data["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
-    return f"Machine: {m['cpu']}, {m['logical_cores']} cores (shared), {m['compiler']}, {versions}, {m['date']}."
+def machines(names: list[str]) -> str:
+    """On which processor each result was measured, with the versions of the newest of each."""
+    groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for name in names:
+        data = result(name)
+        m = data["machine"] if "machine" in data else data["mosi"]["machine"]  # precision.json has one for each part
+        groups.setdefault(m["cpu"], []).append((name, m))
+    lines = []
+    for cpu, own in groups.items():
+        m = max((m for _, m in own if "compiler" in m), key=lambda m: m["date"])
+        versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
+        lines.append(
+            f"- {cpu}, {m['logical_cores']} cores (shared), {m['compiler']}, {versions}, {m['date']}: "
+            f"{', '.join(name for name, _ in own)}"
+        )
+    return "Machines:\n\n" + "\n".join(lines)
 
 
 def figures() -> str:
@@ -280,19 +374,28 @@ def figures() -> str:
     scans, cold = result("scan_cpu"), result("cold_start")
     parts = [
         scan(scans),
+        kernels(scans, [result("scan_cpu_xeon")], result("ulp")),
         graphs(result("graph")),
         cold_start(cold),
         reduced(result("precision")),
         long_life(result("soak"), result("stream")),
         runtimes(result("ort_matrix")),
-        arm(result("arm_qemu"), result("wheel")),
+        f"{arm(result('arm_qemu'), result('wheel'))} {instructions(result('instruction_counts'))}",
+        bench(result("bench_noise"), result("bench_noise_busy")),
         training(result("demo_training")),
         peer(result("peer_lnln")),
         "What sample mixing, and each part of the model, is worth on the synthetic set, over seeds and training-set "
         "sizes: [mixing](docs/results/mixing_study.md), [ablations](docs/results/ablation_study.md).",
         speed(result("training_speed")),
         text_encoder(result("text_encoder")),
-        f"{machine(scans)} The files in `docs/results` hold every figure and the command that made it.",
+        machines(
+            [
+                *("scan_cpu", "graph", "cold_start", "soak", "stream", "bench", "bench_noise", "wheel"),
+                *("instruction_counts", "scan_cpu_xeon", "ulp", "precision", "demo_training", "peer_lnln"),
+                *("training_speed", "text_encoder"),
+            ]
+        ),
+        "The files in `docs/results` hold every figure and the command that made it.",
     ]
     return "\n\n".join(parts)
 
