@@ -349,6 +349,7 @@ def _report(error: BaseException, *, verbose: bool) -> int:
         return code
     with contextlib.suppress(OSError):
         _echo_error(line)
+    _sigterm_ends(code)
     return code
 
 
@@ -364,6 +365,20 @@ def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
 ) -> None:
     _echo_marked("warning:", "yellow", one_line(message))
+
+
+def _sigterm_ends(code: int) -> None:
+    """Has a SIGTERM end the process with `code`: what happened has been said, and torchrun, which stops the others when
+    one process fails, would make it two lines.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        _flush()
+        os._exit(code)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 @contextlib.contextmanager

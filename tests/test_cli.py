@@ -128,6 +128,23 @@ def process(script: str, **options: object) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, **options)
 
 
+def test_sigterm_after_an_error_adds_no_line():
+    """As torchrun sends it to the processes that are ending because another one failed."""
+    done = process(
+        f"""
+        import click, os, signal
+        from hcmen.errors import InputError
+        @command("x")
+        def main(console):
+            click.get_current_context().call_on_close(lambda: os.kill(os.getpid(), {int(signal.SIGTERM)}))
+            print("said before")
+            raise InputError("the other one has ended")
+        main([])
+        """
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, "said before\n", "error: the other one has ended\n")
+
+
 def test_sigterm_lets_files_be_tidied_up_and_ends_with_143(tmp_path):
     done = process(
         f"""
