@@ -97,7 +97,7 @@ def kernels(here: dict[str, Any], elsewhere: list[dict[str, Any]], ulp: dict[str
     length = [r for r in native["length"] if r["steps"] > 1]
     few = [r for r in native["few_channels"] if r["rate_factor"] == 1.0]
     worst = {
-        f: max(isa[f]["most_units_in_the_last_place"] for name, isa in ulp["instruction_sets"].items())
+        f: max(isa[f]["most_units_in_the_last_place"] for isa in ulp["instruction_sets"].values())
         for f in ("exp", "softplus", "silu")
     }
     return (

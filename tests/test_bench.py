@@ -410,7 +410,7 @@ def test_a_brief_run_calls_no_small_difference(report):
     old, new = document(report, full=1.0, text_only=1.0), document(report, full=1.2, text_only=1.2)
 
     def lasting(seconds: float, data: dict) -> dict:
-        data, timed = copy.deepcopy(data), 0.0
+        data = copy.deepcopy(data)
         for c in data["cold"]:
             c["total_ms"] = [ms * 1e-6 for ms in c["total_ms"]]
         times = [t for row in data["rows"] for t in (row["run"], row["call"]) if t is not None]

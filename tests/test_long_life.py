@@ -343,7 +343,7 @@ def test_resident_memory_is_judged_by_its_line():
         samples = np.stack([counts, counts, 0 * counts, 0 * counts, 5e7 + slope * counts + noise], axis=1)
         result = module.judge(samples)
         assert result["flat"] is flat
-        assert result["slopes"]["resident_bytes"]["per_call"] == pytest.approx(slope, abs=1)
+        assert result["slopes"]["resident_bytes"]["per_call"] == pytest.approx(slope, abs=0.5)
     steps = 5e7 + (counts // 10_000) ** 2 * 50_000  # rare and large: a cache that grows
     assert module.judge(np.stack([counts, counts, 0 * counts, 0 * counts, steps], axis=1))["flat"] is False
     assert module.judge(samples[:30])["slopes"]["resident_bytes"]["flat"] is None

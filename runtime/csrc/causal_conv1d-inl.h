@@ -96,7 +96,8 @@ HCMEN_INLINE void convolve_steps(Series<const T> x, Series<T> y, const F (&taps)
 }
 
 // The last steps of a block, or the last channels of a row: `x` and `y` from the first step of the series on, `taps`
-// [tap][v]. Apart, since the steps above keep their inputs in registers only where nobody else can see them.
+// [tap][v]. Apart, since the steps above keep their inputs in registers only where nobody else can see them. Unlike in
+// `convolve`, zeros before the series are multiplied as they are above: a tap that is not finite shows in both.
 template <int width, bool with_silu, class T>
 HCMEN_APART void convolve_rest(Series<const T> x, Series<T> y, int64_t t, int64_t steps, int lanes, const F* taps,
                                int64_t vectors, F bias) {
