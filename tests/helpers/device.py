@@ -60,14 +60,21 @@ class _OnDevice:
     def __init__(self, driver: _Driver, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]):
         self.driver, self.outputs = driver, outputs
         self.places: dict[str, int] = {}
+        self._allocated: list[int] = []
         for name, x in {**inputs, **outputs}.items():
-            self.places[name] = driver.allocate(x.nbytes)
+            # Where an array of the host begins within 16 bytes, its copy does too; it ends where the allocation ends.
+            ahead = x.ctypes.data % 16
+            self.places[name] = self._allocate(ahead + x.nbytes) + ahead
             driver.upload(self.places[name], np.ascontiguousarray(x))
+
+    def _allocate(self, size: int) -> int:
+        self._allocated.append(self.driver.allocate(size))
+        return self._allocated[-1]
 
     def workspace(self, size: int, launch: CudaLaunch) -> None:
         if size:
             # As much as was asked for and not a byte more; NaN, so that nothing is taken for zero.
-            self.places["workspace"] = self.driver.allocate(size)
+            self.places["workspace"] = self._allocate(size)
             self.driver.upload(self.places["workspace"], np.full(size // 4, np.nan, np.float32))
             launch.workspace, launch.workspace_bytes = self.places["workspace"], size
 
@@ -75,7 +82,7 @@ class _OnDevice:
         self.driver.wait()
         for name, x in self.outputs.items():
             self.driver.download(self.places[name], x)
-        for place in self.places.values():
+        for place in self._allocated:
             self.driver.release(place)
 
 
