@@ -73,16 +73,16 @@ def check_forward(kernels: Kernels, case: ScanCase, **wish: int) -> None:
         assert_near(f"{name} of {case} {wish}", g, w, kernels.bound)
 
 
-def check_backward(kernels: Kernels, case: ScanCase) -> None:
+def check_backward(kernels: Kernels, case: ScanCase, **wish: int) -> None:
     arrays = scan_arrays(case)
     rng = np.random.default_rng(1)
     dy = rng.normal(size=arrays["u"].shape).astype(np.float32)
     dlast = rng.normal(size=(case.batch, case.channel, case.state)).astype(np.float32) if case.stateful else None
-    got = kernels.scan_gradients(case, arrays, dy, dlast)
+    got = kernels.scan_gradients(case, arrays, dy, dlast, **wish)
     want = scan_gradients_oracle(case, arrays, dy, dlast)
     assert set(got) == set(want)
     for name in want:
-        assert_near(f"{name} of {case}", got[name], want[name], kernels.gradient_bound)
+        assert_near(f"{name} of {case} {wish}", got[name], want[name], kernels.gradient_bound)
 
 
 # --- the scan -------------------------------------------------------------------------------------------------------

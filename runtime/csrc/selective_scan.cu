@@ -485,7 +485,7 @@ HCMEN_API int hcmen_cuda_selective_scan_workspace(const hcmen_scan* scan, const 
   }
   int64_t floats = 0;
   if (backward) {
-    if (const int status = backward_workspace(*scan, &floats)) return status;
+    if (const int status = backward_workspace(*scan, launch, &floats)) return status;
   } else {
     Layout plan;
     if (const int status = plan_forward(*scan, launch, &plan)) return status;

@@ -68,8 +68,8 @@ inline int64_t rounded(int64_t floats) { return ceil_div(floats, 4) * 4; }
 // Whether channels and addresses allow loads and stores of four elements at once.
 bool four_at_once(const hcmen_scan& s, const Layout& plan);
 
-// Floats of workspace that the backward scan of `s` takes.
-int backward_workspace(const hcmen_scan& s, int64_t* floats);
+// Floats of workspace that the backward scan of `s` takes; `wish` may be null.
+int backward_workspace(const hcmen_scan& s, const hcmen_cuda_launch* wish, int64_t* floats);
 
 inline int check_workspace(const hcmen_cuda_launch& with, int64_t floats) {
   if (floats == 0) return HCMEN_OK;

@@ -110,7 +110,7 @@ class DeviceKernels:
         return y, last
 
     def scan_gradients(
-        self, case: cases.ScanCase, arrays: cases.Arrays, dy: np.ndarray, dlast: np.ndarray | None
+        self, case: cases.ScanCase, arrays: cases.Arrays, dy: np.ndarray, dlast: np.ndarray | None, **wish: int
     ) -> cases.Arrays:
         got = cases.gradient_arrays(case, arrays)
         inputs = {**arrays, "dy": dy, **({} if dlast is None else {"dlast_state": dlast})}
@@ -118,8 +118,8 @@ class DeviceKernels:
         scan = cases.scan_structure(case, {n: there.places[n] for n in arrays}, int)
         names = [n for n in there.places if n not in arrays]
         grad = cases.scan_gradients_structure({n: there.places[n] for n in names}, int)
-        launch = CudaLaunch()
-        there.workspace(workspace_bytes(self.library, "selective_scan", scan, None, 1), launch)
+        launch = CudaLaunch(**wish)
+        there.workspace(workspace_bytes(self.library, "selective_scan", scan, launch, 1), launch)
         call(self.library, "selective_scan_backward", scan, grad, launch)
         there.finish()
         return got

@@ -72,14 +72,14 @@ class Kernels:
         return y, last
 
     def scan_gradients(
-        self, case: cases.ScanCase, arrays: cases.Arrays, dy: np.ndarray, dlast: np.ndarray | None
+        self, case: cases.ScanCase, arrays: cases.Arrays, dy: np.ndarray, dlast: np.ndarray | None, **wish: int
     ) -> cases.Arrays:
         got = cases.gradient_arrays(case, arrays)
         inputs: dict[str, Any] = {"dy": dy, **({} if dlast is None else {"dlast_state": dlast})}
         scan = cases.scan_structure(case, arrays, cases.address)
         grad = cases.scan_gradients_structure({**got, **inputs}, cases.address)
-        launch = CudaLaunch()
-        memory = self._workspace(workspace_bytes(self.library, "selective_scan", scan, None, 1), launch)
+        launch = CudaLaunch(**wish)
+        memory = self._workspace(workspace_bytes(self.library, "selective_scan", scan, launch, 1), launch)
         assert self.library.hcmen_cuda_selective_scan_backward(*cases.by_reference(scan, grad, launch)) == 0
         del memory
         return got
