@@ -11,7 +11,7 @@ namespace hcmen {
 namespace cuda {
 namespace {
 
-constexpr int kTile = 16;  // steps whose states are recomputed in registers
+constexpr int kTile = kCheckpointSteps;  // steps whose states are recomputed in registers
 
 struct BackwardArguments {
   hcmen_scan s;
@@ -50,21 +50,13 @@ int plan_backward(const hcmen_scan& s, BackwardPlan* plan) {
   if (p.shared_bytes() > kMostSharedBytes) return HCMEN_BAD_ARGUMENT;
   p.channel_blocks = ceil_div(group_channels, (int64_t)1 << p.block_channels_shift());
   p.tiles = ceil_div(s.time, kTile);
-  // The checkpoints: one chunk, one warp in time, tiles of the same length. With 32 lanes of 8 states the strides in
-  // shared memory would not fit.
-  const hcmen_cuda_launch wish{nullptr, nullptr, 0, -1, s.state > 4 * kWarp ? 16 : 0, 1};
+  // The checkpoints: one chunk, one warp in time.
+  hcmen_cuda_launch wish{};
+  wish.steps_per_chunk = -1;
+  wish.time_warps = 1;
   if (const int status = plan_forward(s, &wish, &p.checkpoints)) return status;
-  p.checkpoints.steps = kTile;
-  while (p.checkpoints.shared_bytes() > kMostSharedBytes && p.checkpoints.channel_warps_shift > 0) {
-    --p.checkpoints.channel_warps_shift;
-  }
-  if (p.checkpoints.shared_bytes() > kMostSharedBytes) return HCMEN_BAD_ARGUMENT;
-  p.checkpoints.channel_blocks = ceil_div(group_channels, p.checkpoints.block_channels());
   const double blocks = (double)s.batch * (double)s.group;
-  if (blocks * (double)p.checkpoints.channel_blocks > (double)kMostBlocks ||
-      blocks * (double)p.channel_blocks > (double)kMostBlocks) {
-    return HCMEN_BAD_ARGUMENT;
-  }
+  if (blocks * (double)p.channel_blocks > (double)kMostBlocks) return HCMEN_BAD_ARGUMENT;
   *plan = p;
   return HCMEN_OK;
 }
@@ -308,7 +300,7 @@ int backward(const hcmen_scan& s, const hcmen_scan_grad& g, const BackwardPlan& 
   checkpoints.plan = plan.checkpoints;
   checkpoints.s.z = nullptr;
   checkpoints.s.y = nullptr;
-  checkpoints.four = four_at_once(checkpoints.s, plan.checkpoints);
+  checkpoints.four = four_at_once(checkpoints.s);
   checkpoints.starts = starts;
   if (const int status = launch_checkpoints(checkpoints, with.stream)) return status;
 
@@ -338,6 +330,8 @@ int backward(const hcmen_scan& s, const hcmen_scan_grad& g, const BackwardPlan& 
 }
 
 }  // namespace
+
+int load_backward_kernels() { return load_kernels(scan_backward_kernel<4>, scan_backward_kernel<8>); }
 
 int backward_workspace(const hcmen_scan& s, int64_t* floats) {
   BackwardPlan plan;
