@@ -294,9 +294,9 @@ def test_plans_fit_every_device(library: ctypes.CDLL) -> None:
         (ScanCase(1, 50, 512, 16), 4, 4, 13, 1),
         (ScanCase(1, 64, 2048, 8), 4, 4, 16, 1),
         (ScanCase(1, 7, 33, 4), 1, 4, 2, 1),
-        # Few channels and many steps, which are cut into chunks of 16, 32 and 128.
+        # Few channels and many steps, which are cut into chunks of 16 to 256.
         (ScanCase(1, 500, 512, 16), 1, 16, 1, 32),
-        (ScanCase(1, 500, 2048, 16), 1, 16, 1, 16),
+        (ScanCase(1, 500, 2048, 16), 1, 16, 1, 32),
         (ScanCase(1, 4096, 512, 16), 1, 16, 1, 128),
         (ScanCase(1, 4096, 2048, 16), 1, 16, 1, 32),
         (ScanCase(1, 4096, 512, 100), 8, 16, 1, 16),

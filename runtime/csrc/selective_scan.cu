@@ -339,11 +339,11 @@ __device__ __forceinline__ void finish_round(const hcmen_scan& s, const Seat<kLa
 // --- kernels --------------------------------------------------------------------------------------------------------
 
 constexpr int kForwardThreads = kMostChannelWarps * kWarp;
-// Blocks of a multiprocessor at least: 128 registers.
-constexpr int kForwardBlocks = 4;
+// Blocks of a multiprocessor at least, which leaves 128 registers; where that is too few, 168.
+constexpr int forward_blocks(int states, int lanes) { return states == 12 || (states == 16 && lanes == 4) ? 3 : 4; }
 
 template <class T, int kStates, int kLanes, int kMode>
-__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks) scan_forward_kernel(const ForwardArguments a) {
+__global__ void __launch_bounds__(kForwardThreads, forward_blocks(kStates, kLanes)) scan_forward_kernel(const ForwardArguments a) {
   constexpr int kOwn = Seat<kLanes>::kOwn;
   const hcmen_scan& s = a.s;
   const Layout& plan = a.plan;
