@@ -3,6 +3,7 @@
     python3 benchmarks/scan_cuda.py --out docs/results/scan_cuda.json
     python3 benchmarks/scan_cuda.py --backward --dtype float32
     python3 benchmarks/scan_cuda.py --tune --batch 1,16      every way of sharing out beside the rule's
+    python3 benchmarks/scan_cuda.py --ways "lanes=2 channel_warps=2;chunk=64"    and these alone beside the rule's
 
 Softplus, delta_bias, D and z, 16 states. For each case:
 
@@ -328,21 +329,59 @@ def run_case(case: Case, bandwidth: float, cache_bytes: int, backward: bool) -> 
     return result
 
 
-def tune(case: Case) -> list[dict[str, Any]]:
-    """Every way of sharing out that a size allows, best first."""
-    ways: dict[str, Call] = {}
-    plans: dict[str, CudaPlan] = {}
-    chunks = [-1, *(c for c in (32, 64, 128, 256, 512) if 2 * c <= case.sizes["time"])]
-    for lanes, warps, chunk in itertools.product((1, 2, 4), (1, 2, 4, 8, 16), chunks):
-        wish = {"lanes_per_channel": lanes, "time_warps": warps, "steps_per_chunk": chunk}
-        run, plan = ours(case, **wish)
-        if plan.time_warps == warps:
-            name = f"lanes {lanes}, time warps {warps}, chunk {chunk}"
-            ways[name], plans[name] = run, plan
-    ways["the rule"], plans["the rule"] = ours(case)
-    times = measure(ways, case.sets, case_us=2 * CASE_US)
+# Short names of what hcmen_cuda_launch may wish.
+WISHES = {
+    "lanes": "lanes_per_channel",
+    "time_warps": "time_warps",
+    "chunk": "steps_per_chunk",
+    "channel_warps": "channel_warps",
+    "steps": "steps_per_warp",
+}
+RULE = "the rule"
+
+
+def every_way(time: int) -> list[dict[str, int]]:
+    """Of lanes, warps in time and chunks, what a sequence of `time` steps allows."""
+    whole = [
+        {"lanes": n, "chunk": -1, "time_warps": w} for n in (1, 2, 4) for w in (1, 4, 8, 13, 16) if 4 * w < time + 4
+    ]
+    chunks = [c for c in (16, 32, 64, 128, 256, 512) if 2 * c <= time]
+    return whole + [{"lanes": n, "chunk": c, "time_warps": 1} for n in (1, 2, 4) for c in chunks]
+
+
+def timed(case: Case, ways: Sequence[dict[str, int]]) -> list[dict[str, Any]]:
+    """Every way that has a plan of its own, and the rule's, best first. Each way is timed beside the rule."""
+    found: dict[str, tuple[Call, CudaPlan]] = {RULE: ours(case)}
+    kept = {bytes(found[RULE][1])}
+    for way in ways:
+        run, plan = ours(case, **{WISHES[name]: value for name, value in way.items()})
+        if bytes(plan) not in kept:
+            kept.add(bytes(plan))
+            found[" ".join(f"{name}={value}" for name, value in way.items())] = run, plan
+    times = measure({name: run for name, (run, _) in found.items()}, case.sets, case_us=2 * CASE_US)
     ranked = sorted(times, key=lambda n: times[n].get("median_us", float("inf")))
-    return [{"way": n, **times[n], "blocks": plans[n].blocks} for n in ranked]
+    return [
+        {"way": n, **times[n], "plan": {field: getattr(found[n][1], field) for field, _ in CudaPlan._fields_}}
+        for n in ranked
+    ]
+
+
+def tune(case: Case, ways: Sequence[dict[str, int]] | None = None) -> list[dict[str, Any]]:
+    """Ways of sharing out, best first: `ways`, or every one, and then other shapes of blocks around the best."""
+    if ways is not None:
+        return timed(case, ways)
+    ranked = timed(case, every_way(case.sizes["time"]))
+    best = {short: ranked[0]["plan"][long] for short, long in WISHES.items()}
+    if best["time_warps"] > 1:
+        return ranked
+    shapes = [{**best, "channel_warps": w, "steps": k} for w, k in itertools.product((1, 2, 4), (4, 8, 16, 32))]
+    names = {r["way"] for r in ranked}
+    ranked += [r for r in timed(case, shapes) if r["way"] not in names]
+    return sorted(ranked, key=lambda r: r.get("median_us", float("inf")))
+
+
+def _ways(text: str) -> list[dict[str, int]]:
+    return [{name: int(value) for name, value in (part.split("=") for part in way.split())} for way in text.split(";")]
 
 
 def _choices(text: str, among: Sequence[Any]) -> list[Any]:
@@ -374,6 +413,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="two sizes, to see that it runs")
     parser.add_argument("--backward", action="store_true", help="time the gradients instead")
     parser.add_argument("--tune", action="store_true", help="time every way of sharing out instead")
+    parser.add_argument(
+        "--ways", type=_ways, help=f"time these instead: of {', '.join(WISHES)}, as in lanes=2 chunk=64"
+    )
     options = parser.parse_args(arguments)
     dtypes = options.dtype.split(",")
     if not set(dtypes) <= set(DTYPES):
@@ -405,7 +447,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "device": {**device, "copy_bytes_per_second": round(bandwidth)},
         "not_measured": [],
     }
-    results = data["tuned" if options.tune else "cases"] = []
+    tuning = options.tune or options.ways is not None
+    results = data["tuned" if tuning else "cases"] = []
     for dtype, (batch, channel, time) in itertools.product(dtypes, sizes):
         if options.seconds is not None and clock.monotonic() - started > options.seconds:
             data["not_measured"].append([dtype, batch, channel, time])
@@ -415,12 +458,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = {"batch": batch, "channel": channel, "time": time, "state": STATE, "dtype": dtype}
         try:
             case = Case(batch, channel, time, dtype, cache)
-            if options.tune:
-                ranked = tune(case)
+            if tuning:
+                ranked = tune(case, options.ways)
                 result = {**names, "ranked": ranked}
-                rule = next(r for r in ranked if r["way"] == "the rule")
-                print(f"{batch:>4} x {channel:>4} x {time:>4} {dtype}: rule {rule['median_us']} us; ", end="")
-                print("; ".join(f"{r['way']} {r['median_us']}" for r in ranked[:3]), flush=True)
+                rule = next(r for r in ranked if r["way"] == RULE)
+                print(f"{batch:>4} x {channel:>4} x {time:>4} {dtype}: rule {rule.get('median_us')} us; ", end="")
+                shown = ranked if options.ways else ranked[:4]
+                print("; ".join(f"{r['way']} {r.get('median_us')}" for r in shown), flush=True)
             else:
                 result = run_case(case, bandwidth, cache, options.backward)
                 print(_line(result), flush=True)

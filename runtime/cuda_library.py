@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 LIBRARY_NAME = "libhcmen_ops_cuda.so"
-LIBRARY_VERSION = 1
+LIBRARY_VERSION = 2
 """HCMEN_CUDA_OPS_VERSION of runtime/csrc/cuda_ops.h."""
 FORWARD_STATES, BACKWARD_STATES = 512, 256
 """The most states of a channel, forward and backward."""
@@ -52,6 +52,8 @@ class CudaLaunch(ctypes.Structure):
         ("steps_per_chunk", _i64),
         ("lanes_per_channel", _i32),
         ("time_warps", _i32),
+        ("channel_warps", _i32),
+        ("steps_per_warp", _i32),
     ]
 
 
@@ -77,6 +79,7 @@ _FUNCTIONS: dict[str, tuple[Sequence[Any], Any]] = {
     "hcmen_cuda_causal_conv1d_forward": ((_conv, _launch), ctypes.c_int),
     "hcmen_cuda_causal_conv1d_backward": ((_conv, _conv_grad, _launch), ctypes.c_int),
     "hcmen_cuda_ops_version": ((), ctypes.c_int),
+    "hcmen_cuda_warm": ((), ctypes.c_int),
     "hcmen_cuda_problem": ((), ctypes.c_char_p),
     "hcmen_cuda_nothing": ((_launch,), ctypes.c_int),
 }
@@ -122,7 +125,7 @@ def declare(library: ctypes.CDLL, name: str = LIBRARY_NAME) -> ctypes.CDLL:
 
 @functools.cache
 def load_cuda_library() -> ctypes.CDLL:
-    """The library with its signatures declared.
+    """The library with its signatures declared, and its kernels on the current device if there is one.
 
     Raises:
         BackendError: it is missing, cannot be loaded, or is of another version of this package.
@@ -132,7 +135,11 @@ def load_cuda_library() -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise BackendError(f"{path} cannot be loaded ({error}): build it on this machine") from error
-    return declare(library, str(path))
+    declare(library, str(path))
+    # Else the first launch of a kernel loads it, which fails in a stream that is being recorded. Where there is no
+    # device this fails, and so will the first call, which has words for it.
+    library.hcmen_cuda_warm()
+    return library
 
 
 def workspace_bytes(library: ctypes.CDLL, name: str, *structures: Any) -> int:

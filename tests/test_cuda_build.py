@@ -99,7 +99,7 @@ def test_the_library_is_found_by_name(built, monkeypatch):
     monkeypatch.setenv("HCMEN_CUDA_LIBRARY", str(built[0]))
     load_cuda_library.cache_clear()
     assert cuda_library_path() == built[0].resolve()
-    assert load_cuda_library().hcmen_cuda_ops_version() == 1
+    assert load_cuda_library().hcmen_cuda_ops_version() == cuda_library.LIBRARY_VERSION
     load_cuda_library.cache_clear()
 
 

@@ -148,7 +148,7 @@ def test_chunks_over_blocks(kernels: Kernels, time: int) -> None:
     case = ScanCase(1, time, 2, 5, masked=time // 3)
     check_forward(kernels, case, steps_per_chunk=64)
     check_forward(kernels, case)
-    assert (plan(kernels.library, case).chunks > 1) == (time >= 1024)
+    assert (plan(kernels.library, case).chunks > 1) == (time > 64)
 
 
 def test_long_steps_and_short_ones(kernels: Kernels) -> None:
@@ -287,9 +287,19 @@ def test_plans_fit_every_device(library: ctypes.CDLL) -> None:
         (ScanCase(256, 500, 2048, 12), 1, 12, 1, 1),
         (ScanCase(256, 500, 2048, 8), 1, 8, 1, 1),
         (ScanCase(256, 500, 2048, 64), 4, 16, 1, 1),
-        # Few: the states of a channel over four lanes, its steps over warps, and a long sequence over blocks.
-        (ScanCase(1, 50, 512, 16), 4, 4, 8, 1),
-        (ScanCase(1, 4096, 512, 16), 4, 4, 8, 4),
+        (ScanCase(16, 500, 2048, 16), 1, 16, 1, 1),
+        # Half as many warps as are wanted, once two lanes share a channel: still no step twice.
+        (ScanCase(16, 4096, 512, 16), 2, 8, 1, 1),
+        # Few channels and steps: the states of a channel over four lanes, its steps over warps.
+        (ScanCase(1, 50, 512, 16), 4, 4, 13, 1),
+        (ScanCase(1, 64, 2048, 8), 4, 4, 16, 1),
+        (ScanCase(1, 7, 33, 4), 1, 4, 2, 1),
+        # Few channels and many steps, which are cut into chunks of 16 to 256.
+        (ScanCase(1, 500, 512, 16), 1, 16, 1, 32),
+        (ScanCase(1, 500, 2048, 16), 1, 16, 1, 32),
+        (ScanCase(1, 4096, 512, 16), 1, 16, 1, 128),
+        (ScanCase(1, 4096, 2048, 16), 1, 16, 1, 32),
+        (ScanCase(1, 4096, 512, 100), 8, 16, 1, 16),
     ],
 )
 def test_plans(library: ctypes.CDLL, case: ScanCase, lanes: int, states: int, warps: int, chunks: int) -> None:
@@ -362,8 +372,13 @@ def test_null_pointers_and_odd_wishes_are_refused(library: ctypes.CDLL) -> None:
         {"lanes_per_channel": 3},
         {"lanes_per_channel": 64},
         {"lanes_per_channel": -1},
-        {"time_warps": 32},
-        {"time_warps": 5},
+        {"time_warps": 17},
+        {"time_warps": -1},
+        {"channel_warps": 3},
+        {"channel_warps": 8},
+        {"steps_per_warp": 6},
+        {"steps_per_warp": 68},
+        {"steps_per_warp": -4},
         {"steps_per_chunk": -2},
     ):
         assert forward(*by_reference(scan, CudaLaunch(**wish))) == BAD_ARGUMENT

@@ -62,7 +62,12 @@ HCMEN_HD float quotient(float a, float b) {
 // exp(-|x|), in [0, 1]: the rounding of x * log2(e) is made good, which at x = -10 would cost five units in the last
 // place.
 HCMEN_HD float exp_of_minus_size(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float size;
+  asm("min.NaN.f32 %0, %1, 0f43160000;" : "=f"(size) : "f"(fabsf(x)));  // one instruction, where the other takes three
+#else
   const float size = fabsf(x) > 150.0f ? 150.0f : fabsf(x);  // written so that NaN stays NaN
+#endif
   const float power = -size * kLog2e;
   const float rest = fmaf(-size, kLog2e, -power) - size * kLog2eRest;
   const float value = power_of_two(power);

@@ -794,6 +794,11 @@ int backward(const hcmen_scan& s, const hcmen_scan_grad& g, const BackwardPlan& 
 
 }  // namespace
 
+int load_backward_kernels() {
+  return load_kernels(scan_backward_ends_kernel<true>, scan_backward_ends_kernel<false>, scan_backward_carries_kernel,
+                      scan_backward_kernel, scan_backward_sums_kernel);
+}
+
 int backward_workspace(const hcmen_scan& s, const hcmen_cuda_launch* wish, int64_t* floats) {
   BackwardPlan plan;
   if (const int status = plan_backward(s, wish, &plan)) return status;

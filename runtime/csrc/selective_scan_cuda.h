@@ -9,7 +9,11 @@
 namespace hcmen {
 namespace cuda {
 
-constexpr int kMostThreads = 512;
+// Steps that a warp of the forward scan takes together.
+constexpr int kRound = 4;
+// Warps of a block of the forward scan side by side over channels, and one after the other in time, at most.
+constexpr int kMostChannelWarps = 4;
+constexpr int kMostTimeWarps = 16;
 // Loads of a thread that are under way together.
 constexpr int kLoadsAtOnce = 4;
 
@@ -19,12 +23,13 @@ __host__ __device__ constexpr int slice_stride(int states) { return states == 8 
 
 // --- plans ----------------------------------------------------------------------------------------------------------
 
+// A block of the forward scan. With one time warp it takes `steps` at a time; with more, each of them takes kRound.
 struct Layout {
   int lanes_shift;          // log2 of the lanes that share a channel
   int states;               // of a lane
   int channel_warps_shift;  // log2
   int time_warps;
-  int steps;                // of a warp in a tile
+  int steps;                // of a warp in a tile; a multiple of kRound
   int64_t channel_blocks;   // of a group
   int64_t chunk;            // steps
   int64_t chunks;
@@ -37,13 +42,12 @@ struct Layout {
   HCMEN_HD int tile() const { return steps * time_warps; }
   HCMEN_HD int row() const { return lanes() * slice_stride(states); }  // of B or C in shared memory
 
-  // Shared memory, in floats: step sizes and u; B and C; ends and decays of the time warps, and their sums of steps.
-  HCMEN_HD int series() const { return tile() << block_channels_shift(); }
-  HCMEN_HD int projections() const { return tile() * row(); }
-  HCMEN_HD int exchange() const { return time_warps == 1 ? 0 : warps() * 2 * states * kWarp; }
-  HCMEN_HD int sums() const { return time_warps == 1 ? 0 : time_warps << block_channels_shift(); }
+  // Shared memory, in floats: B and C of a tile, with one time warp also those of the next; ends and decays of the time
+  // warps.
+  HCMEN_HD int projections() const { return tile() * 2 * row(); }
+  HCMEN_HD int exchange() const { return time_warps == 1 ? 0 : time_warps * 2 * states * kWarp; }
   int64_t shared_bytes() const {
-    return (int64_t)sizeof(float) * (2 * (int64_t)series() + 2 * (int64_t)projections() + exchange() + sums());
+    return (int64_t)sizeof(float) * ((time_warps == 1 ? 2 : 1) * (int64_t)projections() + exchange());
   }
 };
 
@@ -53,7 +57,7 @@ inline int log2_of(int64_t power) {
   return shift;
 }
 
-// The least number of states per lane that kernels exist for; 0 where no kernel holds them.
+// The least number of states per lane that forward kernels exist for; 0 where no kernel holds them.
 int states_per_lane(int64_t state, int lanes);
 
 // Whether the kernels take sizes and type of a scan of at most `most_states` states.
@@ -65,8 +69,8 @@ int plan_forward(const hcmen_scan& s, const hcmen_cuda_launch* wish, Layout* pla
 // Floats of the workspace, rounded up so that the next array is aligned too.
 inline int64_t rounded(int64_t floats) { return ceil_div(floats, 4) * 4; }
 
-// Whether channels and addresses allow loads and stores of four elements at once.
-bool four_at_once(const hcmen_scan& s, const Layout& plan);
+// Whether states and addresses of A, B, C and of the states allow loads of four elements at once.
+bool four_at_once(const hcmen_scan& s);
 
 // Floats of workspace that the backward scan of `s` takes; `wish` may be null.
 int backward_workspace(const hcmen_scan& s, const hcmen_cuda_launch* wish, int64_t* floats);
@@ -86,10 +90,9 @@ inline int check_inputs(const hcmen_scan& s) {
 struct ForwardArguments {
   hcmen_scan s;
   Layout plan;
-  bool four;      // channels and addresses allow four at a time
+  bool four;      // four_at_once
   float* ends;    // [batch, chunks - 1, state, channel]
   float* sums;    // [batch, chunks - 1, channel]
-  float* starts;  // kCheckpoints: [batch, tiles, state, channel]
 };
 
 // The place of a block in the arrays.
@@ -100,15 +103,17 @@ struct Place {
 
 __device__ __forceinline__ Place block_place(const hcmen_scan& s, int64_t channel_blocks, int block_channels,
                                              int64_t chunks) {
-  int64_t index = blockIdx.x;
+  // A grid has fewer than 2^31 blocks, and a division of 64 bits takes some hundred instructions.
+  unsigned index = blockIdx.x;
   Place p;
-  const int64_t first = index % channel_blocks * block_channels;
-  index /= channel_blocks;
-  const int64_t group_channels = s.channel / s.group;
-  p.group = (int)(index % s.group);
-  index /= s.group;
-  p.chunk = index % chunks;
-  p.batch = index / chunks;
+  const unsigned block = index % (unsigned)channel_blocks;
+  const int64_t first = (int64_t)block * block_channels;
+  index /= (unsigned)channel_blocks;
+  const int64_t group_channels = s.group == 1 ? s.channel : (unsigned)s.channel / (unsigned)s.group;
+  p.group = (int)(index % (unsigned)s.group);
+  index /= (unsigned)s.group;
+  p.chunk = index % (unsigned)chunks;
+  p.batch = index / (unsigned)chunks;
   p.channel = p.group * group_channels + first;
   p.count = (int)(group_channels - first < block_channels ? group_channels - first : block_channels);
   return p;
@@ -160,8 +165,8 @@ __device__ __forceinline__ void load_slice(const float* from, float (&to)[kCount
   }
 }
 
-// Queues the forward scan that leaves the states at the start of every tile in `starts`, in float32.
-int launch_checkpoints(const ForwardArguments& arguments, void* stream);
+// Floats that a plan of several chunks needs for `ends` and `sums`; 0 for a plan of one.
+int64_t forward_floats(const hcmen_scan& s, const Layout& plan);
 
 }  // namespace cuda
 }  // namespace hcmen

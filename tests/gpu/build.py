@@ -29,7 +29,13 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "runtime" / "csrc"
 WANTED = (75, 80, 86, 87, 89, 90, 100, 110, 120)
 """Turing to Blackwell, Orin (87) and Thor (110) among them."""
-CUDA_SOURCES = ("selective_scan.cu", "selective_scan_backward.cu", "causal_conv1d.cu", "cuda_launch.cu")
+CUDA_SOURCES = (
+    "selective_scan.cu",
+    "selective_scan_plan.cu",
+    "selective_scan_backward.cu",
+    "causal_conv1d.cu",
+    "cuda_launch.cu",
+)
 CUDA_FLAGS = [
     *("-std=c++17", "-O3", "-ftz=true", "-Xptxas=-v"),
     "-Xcompiler=-Wall,-Wextra,-fPIC,-fvisibility=hidden",

@@ -18,7 +18,16 @@ from helpers import kernel_cases as cases
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "runtime" / "csrc"
 EMULATION = ROOT / "tests" / "emulation"
-KERNELS = [CSRC / name for name in ("selective_scan.cu", "selective_scan_backward.cu", "causal_conv1d.cu", "cuda_launch.cu")]
+KERNELS = [
+    CSRC / name
+    for name in (
+        "selective_scan.cu",
+        "selective_scan_plan.cu",
+        "selective_scan_backward.cu",
+        "causal_conv1d.cu",
+        "cuda_launch.cu",
+    )
+]
 
 
 def compiler() -> str | None:
