@@ -133,7 +133,7 @@ def test_a_session_binds_inputs_and_outputs_on_the_device(stand, model):
     check(session, feeds_of(5, 1))
     assert stand.calls.count("to cuda") == 2 * 9
     assert [c for c in stand.calls if c.startswith("run")] == ["run None"] * 2
-    assert 'session {"device_id": "0"}' in stand.calls
+    assert 'session {"device_id": "0", "use_tf32": "0"}' in stand.calls
 
 
 def test_cuda_graphs_have_buffers_and_a_number_for_each_shape(stand, model):
@@ -142,7 +142,7 @@ def test_cuda_graphs_have_buffers_and_a_number_for_each_shape(stand, model):
         check(session, feeds_of(time, seed))
     # The first run of a shape is apart; the others replay its graph.
     assert [c for c in stand.calls if c.startswith("run")] == [f"run {n}" for n in (-1, 1, -1, 1, 2, 2)]
-    assert 'session {"device_id": "1", "enable_cuda_graph": "1"}' in stand.calls
+    assert 'session {"device_id": "1", "use_tf32": "0", "enable_cuda_graph": "1"}' in stand.calls
 
 
 def test_results_are_the_callers_own(stand, model):
