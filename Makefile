@@ -18,8 +18,8 @@ test: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p build/typing/hcmen
-	ln -sfn $(CURDIR)/hcmen/*.py $(CURDIR)/hcmen/data $(CURDIR)/export $(CURDIR)/runtime build/typing/hcmen/
+	rm -rf build/typing && mkdir -p build/typing/hcmen
+	ln -s $(CURDIR)/hcmen/* $(CURDIR)/export $(CURDIR)/runtime build/typing/hcmen/
 	$(BIN)/mypy
 
 bench: $(VENV)/installed

@@ -9,7 +9,7 @@ timed in turns, round after round, in one process. For each case:
 
     ours           hcmen_cuda_selective_scan_forward through ctypes, output and workspace made before
     ours_graph     the same, recorded in a CUDA graph and replayed
-    torch_op       hcmen.scan.selective_scan without gradients
+    torch_op       hcmen.mamba.scan.selective_scan without gradients
     mamba_ssm      mamba_ssm's selective_scan_cuda.fwd on its own layout, channels before time, if it is installed
     copy           torch's copy of as many bytes as the scan must move
     nothing        an empty kernel through the same library
@@ -36,10 +36,10 @@ import torch
 from machine import describe
 from torch import Tensor
 
-from hcmen.errors import HcmenError
-from hcmen.runtime.cuda_library import CudaLaunch, CudaPlan, call, load_cuda_library, workspace_bytes
-from hcmen.runtime.library import ScanArguments
-from hcmen.scan import implementation, selective_scan
+from hcmen.base.cuda_library import CudaLaunch, CudaPlan, call, load_cuda_library, workspace_bytes
+from hcmen.base.errors import HcmenError
+from hcmen.base.library import ScanArguments
+from hcmen.mamba.scan import implementation, selective_scan
 
 STATE = 16
 BATCHES, CHANNELS, TIMES = (1, 16, 256), (512, 2048), (50, 500, 4096)

@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 
-from hcmen.clip import Clip, batch_clips, graph_inputs
+from hcmen.base.clip import Clip, batch_clips, graph_inputs
+from hcmen.base.console import Console
+from hcmen.base.modalities import Variant
 from hcmen.data import MultimodalDataset, Split
-from hcmen.export.precision import half_weights
-from hcmen.export.quantize import activation_ranges, linear_layers, quantised, weight_key, with_layers_of
-from hcmen.modalities import Variant
-from hcmen.model import HCMEN
-from hcmen.runtime.cli import Console
-from hcmen.runtime.ort import OrtBackend, OrtSession
+from hcmen.export.float16 import half_weights
+from hcmen.export.int8 import activation_ranges, linear_layers, quantised, weight_key, with_layers_of
+from hcmen.models.hcmen.model import HCMEN
+from hcmen.runtime.backends.ort import OrtBackend, OrtSession
 
 __all__ = [
     "CALIBRATION_CLIPS",

@@ -32,18 +32,18 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from hcmen.bundle import Bundle, SharedFile, read_bundle
-from hcmen.clip import TEXT_TOKENS, Clip, batch_clips, clip_from_arrays, read_clip
-from hcmen.errors import BackendError, CheckFailed, CorruptFileError, HcmenError, InputError
-from hcmen.modalities import MODALITIES, Variant, variant_named
-from hcmen.runtime import forks
+from hcmen.base.bundle import Bundle, SharedFile, read_bundle
+from hcmen.base.clip import TEXT_TOKENS, Clip, batch_clips, clip_from_arrays, read_clip
+from hcmen.base.errors import BackendError, CheckFailed, CorruptFileError, HcmenError, InputError
+from hcmen.base.modalities import MODALITIES, Variant, variant_named
+from hcmen.media.words import Encoded, Tokenizer
+from hcmen.runtime.backends import forks
 from hcmen.runtime.compare import GRAPH_BOUNDS, Comparison, compare
-from hcmen.runtime.words import Encoded, Tokenizer
 
 if TYPE_CHECKING:
-    from hcmen.runtime.ort import OrtBackend, OrtSession
+    from hcmen.runtime.backends.ort import OrtBackend, OrtSession
+    from hcmen.runtime.backends.tensorrt import TrtBackend, TrtSession
     from hcmen.runtime.stream import Number, Stream
-    from hcmen.runtime.trt import TrtBackend, TrtSession
 
 __all__ = ["BACKENDS", "BATCH_CLIPS", "ClipLike", "Predictor", "Result", "SelfTest", "Session", "golden_test", "load"]
 
@@ -124,7 +124,8 @@ class Predictor:
         cuda_graph: with "ort-cuda", record each graph once per input shape and replay it.
         precision: "fp32" or "fp16", which engines "tensorrt" takes; None for fp16 where it was compiled, else fp32.
         prepack: with "ort", whether every session lays the weights out for its kernels (True: faster) or all share one
-            mapped copy (False: smaller). None packs where weights are large or not float32; see runtime/ort.py.
+            mapped copy (False: smaller). None packs where weights are large or not float32; see
+            runtime/backends/ort.py.
         spin: with "ort", whether threads of a session that has nothing to do keep a core busy for a while before they
             sleep (True, by default: faster where cores are idle); False where they have other work, as
             docs/environment.md tells.
@@ -173,7 +174,7 @@ class Predictor:
         if backend == "tensorrt":
             if threads is not None:
                 raise InputError(f"threads is {threads}, and the backend 'tensorrt' has none: leave it out")
-            from hcmen.runtime.trt import TrtBackend
+            from hcmen.runtime.backends.tensorrt import TrtBackend
 
             self.backend = TrtBackend(precision)
             self._open = partial(self.backend.open, bundle)
@@ -489,10 +490,10 @@ def _make_backend(
     name: str, threads: int | None, cuda_graph: bool, prepack: bool | None, spin: bool | None
 ) -> OrtBackend:
     if name == "ort-cuda":
-        from hcmen.runtime.ort_cuda import OrtCudaBackend
+        from hcmen.runtime.backends.ort_cuda import OrtCudaBackend
 
         return OrtCudaBackend(threads, cuda_graph=cuda_graph)
-    from hcmen.runtime.ort import OrtBackend
+    from hcmen.runtime.backends.ort import OrtBackend
 
     return OrtBackend(threads, prepack=prepack, spin=spin is not False)
 

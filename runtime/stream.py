@@ -31,10 +31,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hcmen.clip import TEXT_TOKENS, Clip, clip_from_arrays
-from hcmen.config import FeatureConfig, ModelConfig
-from hcmen.errors import HcmenError, InputError
-from hcmen.modalities import MODALITIES, variant_named
+from hcmen.base.clip import TEXT_TOKENS, Clip, clip_from_arrays
+from hcmen.base.config import FeatureConfig, ModelConfig
+from hcmen.base.errors import HcmenError, InputError
+from hcmen.base.modalities import MODALITIES, variant_named
 
 if TYPE_CHECKING:
     from hcmen.runtime.predictor import Predictor

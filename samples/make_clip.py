@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hcmen.clip import write_clip
-from hcmen.config import preset_named
+from hcmen.base.clip import write_clip
+from hcmen.base.config import preset_named
 from hcmen.data.synthetic import SAMPLES, make_synthetic
 
 CLIP = Path(__file__).resolve().parent / "clip.npz"

@@ -17,8 +17,8 @@ from typing import Any
 
 import click
 
-from hcmen.errors import CorruptFileError, InputError
-from hcmen.runtime.cli import Console, Progress, command
+from hcmen.base.console import Console, Progress, command
+from hcmen.base.errors import CorruptFileError, InputError
 
 __all__ = ["convert", "main"]
 

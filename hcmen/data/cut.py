@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hcmen.base.console import Choice, Console, command
+from hcmen.base.errors import InputError
+from hcmen.base.modalities import MODALITIES
 from hcmen.data import SPLITS
-from hcmen.errors import InputError
-from hcmen.modalities import MODALITIES
-from hcmen.runtime.cli import Choice, Console, command
 
 if TYPE_CHECKING:
     from hcmen.data.mmsa import RawSplit
@@ -81,7 +81,7 @@ def main(
     if there is not None and not force:
         raise InputError(f"{there}: is there already: write over it with --force, or choose another --out")
 
-    from hcmen.clip import TEXT_TOKENS, write_clip
+    from hcmen.base.clip import TEXT_TOKENS, write_clip
 
     (out.parent if out.suffix == ".npz" else out).mkdir(parents=True, exist_ok=True)
     clips: list[dict[str, Any]] = []

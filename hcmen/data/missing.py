@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hcmen.config import TrainConfig
+from hcmen.base.config import TrainConfig
+from hcmen.base.modalities import MODALITIES, VARIANTS
 from hcmen.data import IntArray
-from hcmen.modalities import MODALITIES, VARIANTS
 
 __all__ = ["Corruption", "corruption"]
 

@@ -29,11 +29,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hcmen.config import ModelConfig, TextEncoderConfig
+from hcmen.base.config import ModelConfig, TextEncoderConfig
+from hcmen.base.errors import InputError
+from hcmen.base.modalities import MODALITIES
 from hcmen.data import SPLITS, FloatArray, IntArray, MultimodalDataset, Split, TextTokens
 from hcmen.data.unpickle import load_pickle
-from hcmen.errors import InputError
-from hcmen.modalities import MODALITIES
 
 __all__ = [
     "Piece",

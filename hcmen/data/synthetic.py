@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hcmen.config import ModelConfig, preset_named
+from hcmen.base.config import ModelConfig, preset_named
+from hcmen.base.errors import InputError
+from hcmen.base.modalities import MODALITIES
 from hcmen.data import SPLITS
-from hcmen.errors import InputError
-from hcmen.modalities import MODALITIES
 
 __all__ = ["SAMPLES", "make_synthetic", "write_synthetic"]
 

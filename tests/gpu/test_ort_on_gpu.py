@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from helpers.scan_grid import grid_case, grid_feeds, oracle
 
-from hcmen.errors import BackendError
-from hcmen.export.one_node import scan_model
+from hcmen.base.errors import BackendError
+from hcmen.mamba.one_node import scan_model
 
 
 def _problem() -> str | None:
     try:
-        from hcmen.runtime.ort_cuda import OrtCudaBackend
+        from hcmen.runtime.backends.ort_cuda import OrtCudaBackend
 
         OrtCudaBackend(1)
     except BackendError as error:
@@ -39,7 +39,7 @@ def test_every_variant_gives_its_golden_outputs(shared_bundle, cuda_graph):
 
 @pytest.mark.parametrize(("time", "channel", "state"), [(1, 16, 4), (7, 17, 12), (500, 512, 16), (500, 16, 64)])
 def test_scan_nodes(time, channel, state):
-    from hcmen.runtime.ort_cuda import OrtCudaBackend
+    from hcmen.runtime.backends.ort_cuda import OrtCudaBackend
 
     for batch in (1, 3):
         case = grid_case(time, channel, state, batch)

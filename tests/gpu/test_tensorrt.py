@@ -12,14 +12,14 @@ import pytest
 from helpers.command import run
 from helpers.micro import micro_bundle_at
 
-from hcmen.bundle import read_bundle
-from hcmen.engines import read_engines
-from hcmen.errors import HcmenError
-from hcmen.export.compile_command import main as compile_main
-from hcmen.modalities import VARIANTS
+from hcmen.base.bundle import read_bundle
+from hcmen.base.engines import read_engines
+from hcmen.base.errors import HcmenError
+from hcmen.base.modalities import VARIANTS
+from hcmen.export.commands.compile import main as compile_main
 from hcmen.runtime import load
-from hcmen.runtime.cuda import Cuda
-from hcmen.runtime.trt import TensorRT, parsed_version, plugin_library_path
+from hcmen.runtime.backends.cuda import Cuda
+from hcmen.runtime.backends.tensorrt import TensorRT, parsed_version, plugin_library_path
 
 pytestmark = pytest.mark.gpu
 NAMES = [v.name for v in VARIANTS]

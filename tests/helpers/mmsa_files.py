@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hcmen.config import ModelConfig, preset_named
+from hcmen.base.config import ModelConfig, preset_named
 
 COUNTS = {"train": 5, "valid": 3, "test": 4}
 

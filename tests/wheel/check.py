@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 
-MICRO = Path(__file__).resolve().parents[1] / "data" / "micro_bundle.zip"
+MICRO = Path(__file__).resolve().parents[1] / "files" / "micro_bundle.zip"
 FORBIDDEN = ("torch", "onnx", "safetensors", "transformers")
 _PROBE = """
 import importlib.metadata, importlib.util, json, platform
-from hcmen.runtime.library import library_isa, library_path
+from hcmen.base.library import library_isa, library_path
 print(json.dumps({
     "machine": platform.machine(), "python": platform.python_version(), "libc": platform.libc_ver()[1],
     "isa": library_isa(), "library_bytes": library_path().stat().st_size,
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--python", default=shlex.quote(sys.executable), help="the interpreter, a command line")
     parser.add_argument("--scripts", type=Path, default=Path(sys.executable).parent, help="where hcmen-run lies")
-    parser.add_argument("--bundle", type=Path, help="an exported bundle; by default that of tests/data")
+    parser.add_argument("--bundle", type=Path, help="an exported bundle; by default that of tests/files")
     parser.add_argument("--clip", type=Path, help="a clip to score; by default one of the bundle's golden set")
     parser.add_argument("--not-bare", action="store_true", help="let torch and the like be installed")
     parser.add_argument("--timeout", type=int, default=600, metavar="SECONDS", help="for each command")
