@@ -34,15 +34,16 @@ from onnx import TensorProto, helper, numpy_helper
 from torch.utils.flop_counter import FlopCounterMode
 
 import hcmen.models.hcmen.layers
-from hcmen.base.config import TrainConfig, preset_named
 from hcmen.base.console import Console
 from hcmen.base.library import library_path, load_library
 from hcmen.base.modalities import MODALITIES, VARIANTS
-from hcmen.export.commands.export import export_bundle
+from hcmen.export.bundle import export_bundle
 from hcmen.mamba.scan import implementation
 from hcmen.models.hcmen.model import HCMEN
 from hcmen.runtime import load
 from hcmen.training.checkpoint import save_checkpoint, write_json
+from hcmen.training.config import TrainConfig
+from hcmen.training.presets import preset_named
 
 Run = Callable[[], Any]
 PAUSE_S = 0.03

@@ -30,12 +30,13 @@ import torch
 from machine import describe
 
 from hcmen.base import metrics
-from hcmen.base.config import MIXES, TrainConfig, preset_named
 from hcmen.data import MultimodalDataset, Split
 from hcmen.data.mmsa import dataset_from_mmsa
 from hcmen.data.synthetic import SAMPLES, make_synthetic
 from hcmen.training.checkpoint import load_checkpoint, write_json, write_whole
+from hcmen.training.config import MIXES, TrainConfig
 from hcmen.training.evaluate import predict_variants
+from hcmen.training.presets import preset_named
 from hcmen.training.trainer import Trainer
 
 # What each arm changes: of the model, of the training.

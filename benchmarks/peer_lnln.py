@@ -50,12 +50,13 @@ import torch
 from machine import describe
 
 from hcmen.base import metrics
-from hcmen.base.config import FeatureConfig, preset_named
+from hcmen.base.config import FeatureConfig
 from hcmen.data import MultimodalDataset
 from hcmen.data.mmsa import dataset_from_mmsa
 from hcmen.data.protocols import PROTOCOLS, Masks
 from hcmen.data.synthetic import make_synthetic, write_synthetic
 from hcmen.training.checkpoint import write_json, write_whole
+from hcmen.training.presets import preset_named
 
 Array = npt.NDArray[Any]
 

@@ -40,12 +40,12 @@ from machine import describe
 from torch.profiler import ProfilerActivity, profile
 
 import hcmen.models.hcmen.layers
-from hcmen.base.config import preset_named
 from hcmen.base.library import library_isa
 from hcmen.data import MultimodalDataset
 from hcmen.data.mmsa import dataset_from_mmsa
 from hcmen.data.synthetic import SAMPLES, make_synthetic
 from hcmen.mamba.scan import implementation, selective_scan_ref
+from hcmen.training.presets import preset_named
 from hcmen.training.trainer import Trainer
 
 TARGET = 10.0

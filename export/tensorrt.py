@@ -28,13 +28,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hcmen
-from hcmen.base.bundle import OP_DOMAIN, Bundle, FileRecord, VariantRecord
+from hcmen.base.bundle import Bundle
 from hcmen.base.console import Console, one_line
 from hcmen.base.engines import PLUGINS, PRECISIONS, EngineRecord, read_engines, write_engine, write_whole
 from hcmen.base.errors import BackendError, CheckFailed, CorruptFileError, InputError
+from hcmen.base.manifest import OP_DOMAIN, FileRecord, VariantRecord
 from hcmen.runtime.backends.cuda import Cuda
 from hcmen.runtime.backends.tensorrt import TensorRT, TrtSession, parsed_version, plugin_library_path
-from hcmen.runtime.predictor import SelfTest, golden_test
+from hcmen.runtime.golden import SelfTest, golden_test
 
 if TYPE_CHECKING:
     from onnx import ModelProto

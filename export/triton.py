@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import hcmen
-from hcmen.base.bundle import Bundle, TensorSpec, file_record, parse_json, writing_folder
+from hcmen.base.bundle import Bundle, file_record, writing_folder
 from hcmen.base.errors import CorruptFileError, InputError
 from hcmen.base.library import LIBRARY_NAME, library_path
+from hcmen.base.manifest import TensorSpec, parse_json
 from hcmen.export.weights import embedded_model
 
 __all__ = ["SERVER_ROOT", "model_config", "write_repository"]

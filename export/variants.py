@@ -9,38 +9,23 @@ library and without it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 
 import onnx
-import onnxscript.optimizer
 import torch
-from onnxscript import ir
 from torch import Tensor, nn
 
 from hcmen.base.clip import TEXT_TOKENS
 from hcmen.base.errors import BackendError
 from hcmen.base.modalities import Variant
 from hcmen.mamba.functions import add_functions
+from hcmen.mamba.graph import OPSET, fold, tidy
 from hcmen.models.hcmen.model import HCMEN
 
-__all__ = ["IR_VERSION", "OPSET", "export_variant", "share_weights"]
-
-# The newest that ONNX Runtime 1.17 reads, the oldest runtime that is supported.
-OPSET = 19
-IR_VERSION = 9
-
-_FOLD_ANY_SIZE = 1 << 40
-
-# Tensors of at least this size go to the shared file. Smaller ones (axes, scalars) stay in the graph, where shape
-# inference and constant folding of every runtime find them.
-EXTERNAL_MINIMUM_BYTES = 128
-# ONNX Runtime maps external data by page; 64 also keeps every tensor on a cache line.
-ALIGNMENT_BYTES = 64
+__all__ = ["export_variant"]
 
 
 class _Positional(nn.Module):
@@ -119,47 +104,13 @@ def export_variant(model: HCMEN, variant: Variant) -> onnx.ModelProto:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BackendError(f"PyTorch {torch.__version__} could not export '{variant.name}': {reason}") from error
     assert program is not None
-    _fold(program.model)
-    proto = _tidy(program.model_proto, variant)
+    fold(program.model)
+    proto = tidy(program.model_proto, variant.name)
     add_functions(proto)
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise BackendError(f"the exported graph of '{variant.name}' is not valid ONNX: {error}") from error
-    return proto
-
-
-def _fold(model: ir.Model) -> None:
-    """Computes now what depends on weights alone: transposes, halves and -exp(A_log), whatever their size.
-
-    The exporter's own folding stops at tensors of 8 KiB. ONNX Runtime would do the rest at every start, and keep copies
-    of its own that no other session shares.
-    """
-    onnxscript.optimizer.optimize(model, input_size_limit=_FOLD_ANY_SIZE, output_size_limit=_FOLD_ANY_SIZE)
-
-
-def _tidy(exported: onnx.ModelProto, variant: Variant) -> onnx.ModelProto:
-    """Drops what tracing leaves behind (stack traces with local paths, shapes of every inner tensor, unused weights)
-    and states the versions."""
-    proto = onnx.ModelProto()
-    proto.CopyFrom(exported)
-    proto.ir_version = IR_VERSION
-    proto.producer_name, proto.producer_version = "hcmen", ""
-    proto.graph.name = variant.name
-    proto.graph.doc_string = ""
-    del proto.metadata_props[:]
-    del proto.graph.metadata_props[:]
-    del proto.graph.value_info[:]
-    for node in proto.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.initializer):
-        value.doc_string = ""
-        del value.metadata_props[:]
-    used = {name for node in proto.graph.node for name in node.input} | {o.name for o in proto.graph.output}
-    kept = [tensor for tensor in proto.graph.initializer if tensor.name in used]
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept)
     return proto
 
 
@@ -175,35 +126,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def share_weights(models: Mapping[str, onnx.ModelProto], folder: Path, weights_name: str = "weights.bin") -> None:
-    """Writes `folder/<name>.onnx` for every model and one `folder/<weights_name>` that all of them refer to.
-
-    Tensors are told apart by dtype, shape and content, so a weight that several graphs use, under whatever name, is on
-    disk once. The models are changed in place: their large tensors become references.
-    """
-    offsets: dict[tuple[int, tuple[int, ...], bytes], int] = {}
-    with (folder / weights_name).open("wb") as weights:
-        for proto in models.values():
-            for tensor in proto.graph.initializer:
-                content = onnx.numpy_helper.to_array(tensor).tobytes()
-                if len(content) < EXTERNAL_MINIMUM_BYTES:
-                    continue
-                key = (tensor.data_type, tuple(tensor.dims), hashlib.sha256(content).digest())
-                if key not in offsets:
-                    weights.write(b"\0" * (-weights.tell() % ALIGNMENT_BYTES))
-                    offsets[key] = weights.tell()
-                    weights.write(content)
-                _refer(tensor, weights_name, offsets[key], len(content))
-    for name, proto in models.items():
-        (folder / f"{name}.onnx").write_bytes(proto.SerializeToString(deterministic=True))
-
-
-def _refer(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
-    """Makes `tensor` a reference into the file `location`."""
-    kept = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-    kept.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
-        kept.external_data.add(key=key, value=value)
-    tensor.CopyFrom(kept)

@@ -16,43 +16,41 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import threading
 import time
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hcmen.base.bundle import Bundle, SharedFile, read_bundle
 from hcmen.base.clip import TEXT_TOKENS, Clip, batch_clips, clip_from_arrays, read_clip
-from hcmen.base.errors import BackendError, CheckFailed, CorruptFileError, HcmenError, InputError
+from hcmen.base.errors import BackendError, CheckFailed, HcmenError, InputError
 from hcmen.base.modalities import MODALITIES, Variant, variant_named
 from hcmen.media.words import Encoded, Tokenizer
 from hcmen.runtime.backends import forks
-from hcmen.runtime.compare import GRAPH_BOUNDS, Comparison, compare
+from hcmen.runtime.compare import GRAPH_BOUNDS
+from hcmen.runtime.golden import SelfTest, golden_test
 
 if TYPE_CHECKING:
     from hcmen.runtime.backends.ort import OrtBackend, OrtSession
     from hcmen.runtime.backends.tensorrt import TrtBackend, TrtSession
-    from hcmen.runtime.stream import Number, Stream
+    from hcmen.runtime.stream import Stream
+    from hcmen.runtime.stream_buffers import Number
 
-__all__ = ["BACKENDS", "BATCH_CLIPS", "ClipLike", "Predictor", "Result", "SelfTest", "Session", "golden_test", "load"]
+__all__ = ["BACKENDS", "BATCH_CLIPS", "ClipLike", "Predictor", "Result", "load"]
 
 BACKENDS = ("auto", "ort", "ort-cuda", "tensorrt")
 BATCH_CLIPS = 32
 """Most clips in one run of a graph; more gain little and cost memory."""
 _GROUP_CLIPS = 256  # clips read ahead to find batch mates of the same variant
-_MAX_GOLDEN_BYTES = 1 << 29
-_MAX_GOLDEN_MEMBERS = 4096
 
 ClipLike = str | os.PathLike[str] | Clip | Mapping[str, Any]
 """A path of an .npz clip, a `Clip`, or a dict of arrays per modality; `text` there may be raw words (a str) where the
@@ -83,31 +81,6 @@ class Result:
     cleaned: Mapping[str, int]
     run_seconds: float
     batch_size: int
-
-
-@dataclass(frozen=True)
-class SelfTest:
-    """A variant's outputs on its golden inputs against the eager model's, which came with the bundle."""
-
-    variant: str
-    cases: int
-    outputs: Mapping[str, Comparison]
-
-    @property
-    def passed(self) -> bool:
-        """Whether every output is within the bound."""
-        return all(c.passed for c in self.outputs.values())
-
-
-class Session(Protocol):
-    """A loaded variant, whatever runs it. kernels: as in `Result`. tolerance: (atol, rtol) of its parity."""
-
-    kernels: str
-    tolerance: tuple[float, float]
-
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-        """The outputs by name."""
-        ...
 
 
 class Predictor:
@@ -552,58 +525,3 @@ def _reopened(path: str, digest: str, options: Mapping[str, Any]) -> Predictor:
     if _digest(bundle) != digest:
         raise InputError(f"{path}: another bundle than the one that the pickled model had: load the model again")
     return Predictor(bundle, **options)
-
-
-def golden_test(
-    bundle: Bundle, variant: str, session: Session, atol: float | None = None, rtol: float | None = None
-) -> SelfTest:
-    """Runs the golden inputs of `variant` in `session` and compares with the eager model's outputs.
-
-    Args:
-        bundle, variant: whose golden set. session: what runs. atol, rtol: the bound, by default the session's own.
-
-    Raises:
-        CorruptFileError: the golden file is damaged.
-        HcmenError: what the session raises.
-    """
-    record = bundle.variant(variant)
-    where = f"{bundle.path / record.golden.file}"
-    cases = _read_golden(bundle.read(record.golden), where)
-    got: dict[str, list[NDArray[Any]]] = {t.name: [] for t in record.outputs}
-    expected: dict[str, list[NDArray[Any]]] = {t.name: [] for t in record.outputs}
-    for arrays in cases:
-        missing = [t.name for t in (*record.inputs, *record.outputs) if t.name not in arrays]
-        if missing:
-            raise CorruptFileError(f"{where}: a case lacks {missing[0]!r}: export the bundle again")
-        outputs = session.run({t.name: arrays[t.name] for t in record.inputs})
-        for name in got:
-            if outputs[name].shape != arrays[name].shape:
-                compare(outputs[name], arrays[name])  # raises, naming both shapes
-            got[name].append(outputs[name])
-            expected[name].append(arrays[name])
-    bound = (session.tolerance[0] if atol is None else atol, session.tolerance[1] if rtol is None else rtol)
-    comparisons = {name: compare(np.concatenate(got[name]), np.concatenate(expected[name]), *bound) for name in got}
-    return SelfTest(variant, len(cases), comparisons)
-
-
-def _read_golden(content: NDArray[np.uint8], where: str) -> list[Arrays]:
-    """The cases of a golden file, in order: members "<case>/<tensor>"."""
-    cases: dict[str, Arrays] = {}
-    try:
-        with zipfile.ZipFile(io.BytesIO(content.tobytes())) as archive:
-            members = archive.infolist()
-            declared = sum(m.file_size for m in members)
-            if len(members) > _MAX_GOLDEN_MEMBERS or declared > _MAX_GOLDEN_BYTES:
-                raise CorruptFileError(f"{where}: {len(members)} arrays of {declared} bytes, expected far fewer")
-            for member in members:
-                case, _, name = member.filename.removesuffix(".npy").partition("/")
-                with archive.open(member) as stream:
-                    cases.setdefault(case, {})[name] = np.lib.format.read_array(stream, allow_pickle=False)
-    except CorruptFileError:
-        raise
-    except Exception as error:  # zipfile, zlib and numpy each raise errors of their own on damage
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CorruptFileError(f"{where}: damaged golden file ({reason}): export the bundle again") from error
-    if not cases:
-        raise CorruptFileError(f"{where}: no case in it, expected at least one: export the bundle again")
-    return [cases[key] for key in sorted(cases)]

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from hcmen.base.clip import write_clip
-from hcmen.base.config import preset_named
 from hcmen.data.synthetic import SAMPLES, make_synthetic
+from hcmen.training.presets import preset_named
 
 CLIP = Path(__file__).resolve().parent / "clip.npz"
 INDEX = 7

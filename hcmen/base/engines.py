@@ -28,9 +28,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from hcmen.base.bundle import Bundle, FileRecord, JsonObject, parse_json
+from hcmen.base.bundle import Bundle
 from hcmen.base.errors import CorruptFileError, HcmenError, InputError
 from hcmen.base.files import replace_file
+from hcmen.base.manifest import FileRecord, JsonObject, parse_json
 from hcmen.base.modalities import VARIANTS
 
 __all__ = ["ENGINES_FOLDER", "PLUGINS", "PRECISIONS", "EngineRecord", "read_engines", "write_engine", "write_whole"]

@@ -15,7 +15,7 @@ from hcmen.base.modalities import MODALITIES
 from hcmen.data import SPLITS
 
 if TYPE_CHECKING:
-    from hcmen.data.mmsa import RawSplit
+    from hcmen.data.layout import RawSplit
 
 __all__ = ["main"]
 
@@ -135,7 +135,7 @@ def _modalities(value: str) -> set[str]:
 def _opened(path: Path, split: str) -> RawSplit:
     """The split, as it is stored: of a large file only what is cut out is converted."""
     from hcmen.data.folder import map_arrays
-    from hcmen.data.mmsa import open_split
+    from hcmen.data.layout import open_split
     from hcmen.data.unpickle import load_pickle
 
     return open_split(map_arrays(path, split) if path.is_dir() else load_pickle(path), split, str(path))

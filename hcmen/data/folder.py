@@ -32,7 +32,7 @@ from hcmen.base.config import ModelConfig
 from hcmen.base.errors import CorruptFileError, InputError
 from hcmen.base.modalities import MODALITIES
 from hcmen.data import SPLITS, MultimodalDataset, Split
-from hcmen.data.mmsa import RawArray, RawSplit, open_split, whole_numbers, with_tokens
+from hcmen.data.layout import RawArray, RawSplit, open_split, whole_numbers, with_tokens
 
 __all__ = ["INDEX", "check_free", "map_arrays", "read_folder", "write_folder"]
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels of libhcmen_ops_cuda.so as implementations of hcmen/mamba/scan.py's custom ops, for CUDA tensors.
+"""The CUDA kernels of libhcmen_ops_cuda.so as implementations of native.py's custom ops, for CUDA tensors.
 
 Work is queued on PyTorch's current stream; working memory comes from PyTorch's allocator, so that the ops may be
 captured in a CUDA graph. Backward is float32, as on the CPU: half-precision inputs are widened, their gradients
@@ -21,16 +21,16 @@ from torch import Tensor
 
 from hcmen.base.cuda_library import CudaLaunch, call, cuda_library_path, load_cuda_library, workspace_bytes
 from hcmen.base.errors import BackendError, InputError
-from hcmen.mamba.scan import (
-    _causal_conv1d_backward_op,
-    _causal_conv1d_op,
-    _conv_by,
-    _conv_gradients_by,
-    _pointer,
-    _scan_by,
-    _scan_gradients_by,
-    _selective_scan_backward_op,
-    _selective_scan_op,
+from hcmen.mamba.native import (
+    causal_conv1d_backward_op,
+    causal_conv1d_op,
+    conv_by,
+    conv_gradients_by,
+    pointer,
+    scan_by,
+    scan_gradients_by,
+    selective_scan_backward_op,
+    selective_scan_op,
 )
 
 __all__ = ["demand", "works"]
@@ -64,7 +64,7 @@ def _run(name: str, device: torch.device, size: int, *structures: ctypes.Structu
     """Queues `hcmen_cuda_<name>` with a workspace of `size` bytes on the current stream of `device`."""
     # The allocator gives memory back to its own stream only, so the kernels may still be using it on return.
     workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
-    launch = CudaLaunch(workspace=_pointer(workspace), workspace_bytes=size)
+    launch = CudaLaunch(workspace=pointer(workspace), workspace_bytes=size)
     guard: Any = contextlib.nullcontext()
     if device.type == "cuda":
         launch.stream = torch.cuda.current_stream(device).cuda_stream
@@ -79,7 +79,7 @@ def _one_device(first: str, x: Tensor, **others: Tensor | None) -> None:
             raise InputError(f"{name} is on {other.device}, expected {x.device}, the device of {first}")
 
 
-@_selective_scan_op.register_kernel("cuda")
+@selective_scan_op.register_kernel("cuda")
 def _scan_forward(
     u: Tensor,
     delta: Tensor,
@@ -100,10 +100,10 @@ def _scan_forward(
         size = workspace_bytes(load_cuda_library(), "selective_scan", scan, None, 0)
         _run("selective_scan_forward", u.device, size, scan)
 
-    return _scan_by(run, (u, delta, A, B, C, D, delta_bias, z, initial_state), delta_softplus, reverse)
+    return scan_by(run, (u, delta, A, B, C, D, delta_bias, z, initial_state), delta_softplus, reverse)
 
 
-@_selective_scan_backward_op.register_kernel("cuda")
+@selective_scan_backward_op.register_kernel("cuda")
 def _scan_backward(
     dy: Tensor,
     dlast_state: Tensor,
@@ -124,16 +124,16 @@ def _scan_backward(
         _run("selective_scan_backward", u.device, size, scan, gradients)
 
     originals = (u, delta, A, B, C, D, delta_bias, z, initial_state)
-    return _scan_gradients_by(run, dy, dlast_state, originals, delta_softplus, reverse)
+    return scan_gradients_by(run, dy, dlast_state, originals, delta_softplus, reverse)
 
 
-@_causal_conv1d_op.register_kernel("cuda")
+@causal_conv1d_op.register_kernel("cuda")
 def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, reverse: bool) -> Tensor:
     _one_device("x", x, weight=weight, bias=bias)
-    return _conv_by(partial(_run, "causal_conv1d_forward", x.device, 0), x, weight, bias, silu, reverse)
+    return conv_by(partial(_run, "causal_conv1d_forward", x.device, 0), x, weight, bias, silu, reverse)
 
 
-@_causal_conv1d_backward_op.register_kernel("cuda")
+@causal_conv1d_backward_op.register_kernel("cuda")
 def _conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,4 +141,4 @@ def _conv_backward(
         size = workspace_bytes(load_cuda_library(), "causal_conv1d", conv, 1)
         _run("causal_conv1d_backward", x.device, size, conv, gradients)
 
-    return _conv_gradients_by(run, dy, x, weight, bias, silu, reverse)
+    return conv_gradients_by(run, dy, x, weight, bias, silu, reverse)

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 import hcmen
-from hcmen.base.config import ModelConfig, TrainConfig
+from hcmen.base.config import ModelConfig
 from hcmen.base.errors import CorruptFileError, InputError
 from hcmen.base.files import replace_file
 from hcmen.models.hcmen.model import HCMEN
+from hcmen.training.config import TrainConfig
 
 __all__ = [
     "load_checkpoint",

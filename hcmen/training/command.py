@@ -16,19 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hcmen.base.config import (
-    AUXILIARIES,
-    MIXES,
-    PRECISIONS,
-    PRESETS,
-    ModelConfig,
-    TrainConfig,
-    preset_named,
-    train_setting,
-)
+from hcmen.base.config import ModelConfig
 from hcmen.base.console import Choice, Console, command
 from hcmen.base.errors import InputError
-from hcmen.base.modalities import VARIANTS
+from hcmen.training.config import AUXILIARIES, MIXES, PRECISIONS, TrainConfig, train_setting
+from hcmen.training.presets import PRESETS, preset_named
+from hcmen.training.report import draw_curves, scores_text, test_scores
 
 if TYPE_CHECKING:
     from hcmen.data import MultimodalDataset, Split
@@ -38,21 +31,12 @@ __all__ = ["load_checkpoint", "main"]
 
 CURVES, CLIPS, TOKENIZER = "curves.png", "clips", "tokenizer.json"
 SAVED_CLIPS = 20
-_NAMES = {"floor": "the floor", "linear": "the linear model"}
 REPORT = "report.json"
 # Settings with an option of their own; the others have --set.
 _OPTIONS = (
     *("preset", "data", "text_encoder", "epochs", "batch_size", "micro_batches"),
     *("learning_rate", "text_encoder_learning_rate", "mix", "aux", "precision", "seed"),
 )
-_TERMS = {
-    "task_loss": "task: squared error",
-    "alignment_loss": "alignment: nats",
-    "mix_loss": "mixtures: squared error",
-    "intensity_loss": "intensity: nats",
-    "polarity_loss": "polarity: nats",
-    "polarity_mix_loss": "polarity of mixtures: nats",
-}
 _OUTPUTS = ("checkpoint.safetensors", "config.json", "last.safetensors", "log.jsonl", CURVES, REPORT, TOKENIZER)
 
 
@@ -110,7 +94,7 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[HCMEN, dict[str, An
     "changes",
     metavar="NAME=VALUE",
     multiple=True,
-    help="Any other training setting, a field of hcmen.base.config.TrainConfig. Repeatable.",
+    help="Any other training setting, a field of hcmen.training.config.TrainConfig. Repeatable.",
 )
 @click.option(
     "--device",
@@ -218,7 +202,7 @@ def main(
             trainer.run(on_step, on_epoch)
     if not ranks.first:
         return
-    _draw_curves(out / CURVES, trainer.history)
+    draw_curves(out / CURVES, trainer.history)
     _save_clips(out / CLIPS, dataset.splits["valid"])
 
     model, described = load_checkpoint(out)
@@ -227,11 +211,11 @@ def main(
         "epoch": described["epoch"],
         "validation_mae": described["validation"]["mae"],
         "dataset": described["dataset"],
-        "test": _test_scores(model.to(ranks.device), dataset),
+        "test": test_scores(model.to(ranks.device), dataset),
     }
     plain = _without_nan(report)
     write_json(out / REPORT, {"schema_version": 1, **plain})
-    console.emit(plain, _text(report))
+    console.emit(plain, scores_text(report))
 
 
 # --- settings and data ----------------------------------------------------------------------------------------------
@@ -379,46 +363,6 @@ def _shown(console: Console, epochs: int, done: int) -> Iterator[tuple[Callable[
         yield on_step, on_epoch
 
 
-def _drawn_terms(history: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """The loss terms that were on, over the epochs, by what they are called in the picture."""
-    terms = {label: [float(r.get(name, 0.0)) for r in history] for name, label in _TERMS.items()}
-    return {label: values for label, values in terms.items() if any(values)}
-
-
-def _draw_curves(path: Path, history: list[dict[str, Any]]) -> None:
-    """The losses and the validation MAE over the epochs, as a picture."""
-    import io
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    from hcmen.training.checkpoint import write_whole
-
-    epochs = [record["epoch"] for record in history]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", dpi=120)
-    for label, values in _drawn_terms(history).items():
-        left.plot(epochs, values, label=label)
-    left.set(xlabel="epoch", ylabel="terms of the training loss, before weighting", ylim=(0, None))
-    for variant in VARIANTS:
-        right.plot(epochs, [r["validation"][variant.name] for r in history], lw=1, alpha=0.7, label=variant.name)
-    right.plot(epochs, [r["validation_mae"] for r in history], color="black", lw=2, label="mean of the seven")
-    chosen = [r for r in history if r["best"]][-1]
-    right.plot(
-        chosen["epoch"], chosen["validation_mae"], "o", color="black", label=f"checkpoint: epoch {chosen['epoch']}"
-    )
-    right.set(xlabel="epoch", ylabel="validation MAE (label units)", ylim=(0, None))
-    right.legend(fontsize=8, ncols=2)
-    left.legend(fontsize=8)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    plt.close(figure)
-    write_whole(path, picture.getvalue())
-
-
 def _save_clips(folder: Path, split: Split) -> None:
     """Leaves the first validation samples beside the checkpoint, as clips that hcmen-export checks parity on."""
     from hcmen.base.clip import TEXT_TOKENS, write_clip
@@ -430,69 +374,6 @@ def _save_clips(folder: Path, split: Split) -> None:
             del arrays["text"]
             arrays[TEXT_TOKENS] = split.text_tokens.ids[i, :, : split.lengths["text"][i]]
         write_clip(folder / f"{i:03d}.npz", arrays)
-
-
-# --- the table ------------------------------------------------------------------------------------------------------
-
-
-def _test_scores(model: HCMEN, dataset: MultimodalDataset) -> dict[str, dict[str, dict[str, float]]]:
-    """{variant: {"hcmen", "floor", "linear": measures}} on the test split."""
-    from hcmen.base import metrics
-    from hcmen.data.baseline import linear_baseline
-    from hcmen.training.evaluate import predict
-
-    truth, family = dataset.splits["test"].labels, metrics.family_for(dataset.label_min, dataset.label_max)
-    floor = metrics.floor(truth, dataset.splits["train"].labels, family)
-    return {
-        v.name: {
-            "hcmen": metrics.scores(truth, predict(model, dataset.splits["test"], v), family),
-            "floor": floor,
-            "linear": metrics.scores(truth, linear_baseline(dataset, v), family),
-        }
-        for v in VARIANTS
-    }
-
-
-def _text(report: Mapping[str, Any]) -> str:
-    """The table of the test split, with what it says underneath."""
-    from hcmen.base import metrics
-
-    dataset, test = report["dataset"], report["test"]
-    accuracy = metrics.HEADLINE_ACC2[metrics.family_for(dataset["label_min"], dataset["label_max"])]
-    measures = (("MAE", "mae", ".3f"), ("Corr", "corr", ".3f"), ("Acc-2", accuracy, ".1%"))
-    models = (("HCMEN", "hcmen"), ("floor", "floor"), ("linear", "linear"))
-    width = max(len(v.name) for v in VARIANTS)
-    lines = [
-        f"test split, {dataset['samples']['test']} samples, epoch {report['epoch']} "
-        f"(validation MAE {report['validation_mae']:.3f})",
-        " " * width + "".join(f"   {name:^23}" for name, *_ in measures),
-        f"{'variant':<{width}}" + "".join("   " + " ".join(f"{name:>7}" for name, _ in models) for _ in measures),
-    ]
-    for name, scores in test.items():
-        cells = (
-            "   " + " ".join(f"{scores[key][measure]:>7{form}}" for _, key in models) for _, measure, form in measures
-        )
-        lines.append(f"{name:<{width}}" + "".join(cells))
-    behind = {
-        key: [
-            name
-            for name, s in test.items()
-            if s["hcmen"]["mae"] >= s[key]["mae"] or not s["hcmen"][accuracy] > s[key][accuracy]
-        ]
-        for key in ("floor", "linear")
-    }
-    lines += [
-        "",
-        "floor: the mean training label (MAE), the commonest class (Acc-2); "
-        "linear: ridge regression on mean frames, one per variant",
-        *(f"HCMEN beats {_NAMES[key]} in MAE and Acc-2 in {_all_but(names)}" for key, names in behind.items()),
-        f"checkpoint: {report['checkpoint']}",
-    ]
-    return "\n".join(lines)
-
-
-def _all_but(names: list[str]) -> str:
-    return f"every variant but {', '.join(names)}" if names else "every variant"
 
 
 def _without_nan(value: Any) -> Any:

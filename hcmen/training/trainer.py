@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hcmen.base import metrics
-from hcmen.base.config import ModelConfig, TrainConfig
+from hcmen.base.config import ModelConfig
 from hcmen.base.errors import CheckFailed, InputError
 from hcmen.base.modalities import MODALITIES
 from hcmen.data import IntArray, MultimodalDataset, Split
@@ -56,6 +56,7 @@ from hcmen.models.hcmen.mixing import Mixture, Plan, Samples, make_mixing
 from hcmen.models.hcmen.model import HCMEN, Outputs
 from hcmen.models.text_encoder import load_weights
 from hcmen.training import checkpoint
+from hcmen.training.config import TrainConfig
 from hcmen.training.device import moved
 from hcmen.training.evaluate import predict_variants
 from hcmen.training.ranks import Ranks, gather_outputs
@@ -127,7 +128,7 @@ class Trainer:
                 self.model.text_encoder.freeze()
         self.model.set_normalisation(statistics)
         self.alignment = AlignmentLoss(config)
-        self.mixing = make_mixing(config, train)
+        self.mixing = make_mixing(config, train.mixing)
         self.polarity = PolarityLoss(config) if train.aux == "polarity" else None
         self.history: list[dict[str, Any]] = []
         self._fingerprint = _fingerprint(dataset)
@@ -364,7 +365,7 @@ class Trainer:
         """Features (or text tokens), lengths and presence of the corrupted view, padded to the longest of the batch."""
         lengths = {m: split.lengths[m][indices] for m in MODALITIES}
         steps = {m: int(n.max()) for m, n in lengths.items()}
-        corrupt = corruption(self.train_config, epoch, indices, lengths, steps)
+        corrupt = corruption(self.train_config.corruption, epoch, indices, lengths, steps)
         features = {m: torch.from_numpy(split.model_input(m, indices, steps[m], corrupt.keep[m])) for m in MODALITIES}
         device = self.ranks.device
         return (

@@ -38,9 +38,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hcmen.base.bundle import OP_DOMAIN, SharedFile
+from hcmen.base.bundle import SharedFile
 from hcmen.base.errors import BackendError, CorruptFileError, HcmenError
 from hcmen.base.library import library_path
+from hcmen.base.manifest import OP_DOMAIN
 from hcmen.runtime.backends.cores import physical_cores
 from hcmen.runtime.backends.forks import keep_for_ever, watch
 from hcmen.runtime.backends.graph import read_graph

@@ -26,10 +26,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hcmen.base.bundle import OP_DOMAIN, OP_VERSION, Bundle, VariantRecord
+from hcmen.base.bundle import Bundle
 from hcmen.base.engines import EngineRecord, read_engines
 from hcmen.base.errors import BackendError, CorruptFileError, InputError
 from hcmen.base.library import library_folders
+from hcmen.base.manifest import OP_DOMAIN, OP_VERSION, VariantRecord
 from hcmen.runtime.backends.cuda import Buffer, Cuda, Graph, Stream
 from hcmen.runtime.backends.ort import FUNCTIONS, NATIVE, STANDARD
 

@@ -30,7 +30,8 @@ from hcmen.base.errors import CheckFailed, InputError
 from hcmen.base.modalities import variant_named
 from hcmen.runtime.benchmark.machine import free_memory_mib
 from hcmen.runtime.compare import Comparison, compare
-from hcmen.runtime.predictor import Predictor, golden_test
+from hcmen.runtime.golden import golden_test
+from hcmen.runtime.predictor import Predictor
 
 if TYPE_CHECKING:
     from hcmen.base.config import ModelConfig

@@ -11,7 +11,6 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
@@ -23,8 +22,9 @@ import click
 import hcmen
 from hcmen.base.console import Console, command, one_line
 from hcmen.base.errors import BackendError, CheckFailed, CorruptFileError, HcmenError
+from hcmen.runtime.commands.doctor_rows import FAILED, INFO, OK, SKIPPED, Row
 
-__all__ = ["Row", "check_machine", "main"]
+__all__ = ["check_machine", "main"]
 
 DEFAULT_BUNDLE = "build/bundle"
 # Distributions that all install the package `onnxruntime`, each over the files of the other.
@@ -49,17 +49,6 @@ _INSTRUCTION_SETS = (
     "asimddp",
     "sve",
 )
-OK, FAILED, INFO, SKIPPED = "ok", "FAILED", "info", "skipped"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One finding. status: "ok", "FAILED" (then `fix` says what to do), "info", or "skipped" for a cause above it."""
-
-    name: str
-    status: str
-    detail: str
-    fix: str = ""
 
 
 @command("hcmen-doctor")

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from hcmen.base.console import one_line
 from hcmen.base.errors import CheckFailed, CorruptFileError, HcmenError
 from hcmen.runtime.backends.cuda import Cuda, find_driver
-from hcmen.runtime.commands.doctor import FAILED, INFO, OK, SKIPPED, Row
+from hcmen.runtime.commands.doctor_rows import FAILED, INFO, OK, SKIPPED, Row
 
 __all__ = ["tensorrt_rows"]
 
@@ -79,7 +79,7 @@ def _engines(bundle: str | None, cuda: Cuda | None) -> Row:
     from hcmen.base.bundle import read_bundle
     from hcmen.base.engines import read_engines
     from hcmen.runtime.backends.tensorrt import TrtBackend, choose_engine
-    from hcmen.runtime.predictor import golden_test
+    from hcmen.runtime.golden import golden_test
 
     try:
         opened = read_bundle(bundle)

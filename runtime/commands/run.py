@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from hcmen.base.bundle import Bundle
     from hcmen.base.clip import Clip
     from hcmen.runtime.compare import Comparison
-    from hcmen.runtime.predictor import ClipLike, Predictor, Result, SelfTest
+    from hcmen.runtime.golden import SelfTest
+    from hcmen.runtime.predictor import ClipLike, Predictor, Result
 
 __all__ = ["main"]
 

@@ -19,8 +19,9 @@ import pytest
 from helpers.small_bundle import CONFIG, make_bundle, manifest
 
 import hcmen.base.bundle
-from hcmen.base.bundle import FileRecord, Manifest, file_record, read_bundle, write_manifest, writing_bundle
+from hcmen.base.bundle import file_record, read_bundle, write_manifest, writing_bundle
 from hcmen.base.errors import BackendError, CorruptFileError, HcmenError, InputError
+from hcmen.base.manifest import FileRecord, Manifest
 from hcmen.base.modalities import VARIANTS
 
 

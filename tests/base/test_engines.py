@@ -13,9 +13,10 @@ import pytest
 from helpers.command import open_folder, without_privileges
 
 import hcmen.base.engines
-from hcmen.base.bundle import Bundle, FileRecord, read_bundle
+from hcmen.base.bundle import Bundle, read_bundle
 from hcmen.base.engines import EngineRecord, read_engines, write_engine
 from hcmen.base.errors import CorruptFileError, InputError
+from hcmen.base.manifest import FileRecord
 
 
 def record_of(bundle: Bundle, content: bytes, variant: str = "full", sm: int = 87) -> EngineRecord:

@@ -21,14 +21,15 @@ import torch
 from helpers.micro import MICRO
 from helpers.mmsa_files import FILES, expected, make, soil, written
 
-from hcmen.base.config import Preset, TrainConfig
 from hcmen.base.errors import CorruptFileError, InputError
 from hcmen.base.modalities import MODALITIES
-from hcmen.data import folder, mmsa
+from hcmen.data import folder, layout
 from hcmen.data.convert import convert, main
 from hcmen.data.mmsa import read_mmsa
 from hcmen.data.synthetic import make_synthetic, write_synthetic
 from hcmen.training import command as train
+from hcmen.training.config import TrainConfig
+from hcmen.training.presets import Preset
 from hcmen.training.trainer import Trainer
 
 FILE = FILES["mosi aligned"]
@@ -84,7 +85,7 @@ def test_pieces_of_any_size_give_the_same(
 ) -> None:
     data = make(FILE)
     soil(data)
-    monkeypatch.setattr(mmsa, "_PIECE_BYTES", piece)
+    monkeypatch.setattr(layout, "_PIECE_BYTES", piece)
     stored = {
         s: {k: np.asarray(v, order=order) if k in MODALITIES else v for k, v in x.items()} for s, x in data.items()
     }

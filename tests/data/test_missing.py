@@ -7,11 +7,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from hcmen.base.config import TrainConfig
 from hcmen.base.modalities import MODALITIES, VARIANTS
-from hcmen.data.missing import corruption
+from hcmen.data.missing import CorruptionConfig, corruption
+from hcmen.training.config import TrainConfig
 
-CONFIG = TrainConfig(seed=3)
+CONFIG = TrainConfig(seed=3).corruption
 COUNT = 4000
 LENGTHS = {
     m: np.random.default_rng(i).integers(1, t + 1, COUNT)
@@ -20,7 +20,7 @@ LENGTHS = {
 STEPS = {m: int(n.max()) for m, n in LENGTHS.items()}
 
 
-def draw(config: TrainConfig, epoch: int, indices: np.ndarray):
+def draw(config: CorruptionConfig, epoch: int, indices: np.ndarray):
     return corruption(config, epoch, indices, {m: n[indices] for m, n in LENGTHS.items()}, STEPS)
 
 

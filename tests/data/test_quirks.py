@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from helpers.mmsa_files import COUNTS, FILES, File, expected, make, soil, written
 
-from hcmen.base.config import PRESETS
 from hcmen.base.errors import InputError
 from hcmen.base.modalities import MODALITIES
 from hcmen.data import MultimodalDataset
 from hcmen.data.convert import convert
 from hcmen.data.mmsa import read_mmsa
+from hcmen.training.presets import PRESETS
 
 FORMS = ("pickle", "folder")
 SMALL = FILES["mosi aligned"]

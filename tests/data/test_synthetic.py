@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from hcmen.base import metrics
-from hcmen.base.config import PRESETS, FeatureConfig, ModelConfig
+from hcmen.base.config import FeatureConfig, ModelConfig
 from hcmen.base.errors import InputError
 from hcmen.base.modalities import MODALITIES, VARIANTS, variant_named
 from hcmen.data.baseline import linear_baseline
 from hcmen.data.mmsa import dataset_from_mmsa, read_mmsa
 from hcmen.data.synthetic import SAMPLES, make_synthetic, write_synthetic
+from hcmen.training.presets import PRESETS
 
 TINY = PRESETS["tiny"].model
 SMALL = (600, 100, 300)
@@ -48,9 +49,9 @@ def test_layout(preset: str) -> None:
                 assert x[:n].any(axis=1).all()
 
 
-def test_sizes_are_those_of_mosi_by_default() -> None:
+def test_sizes_are_those_of_mosi() -> None:
     assert SAMPLES["mosi"] == (1284, 229, 686)
-    split = make_synthetic(samples=(2, 1, 1))["train"]
+    split = make_synthetic(PRESETS["mosi"].model, samples=(2, 1, 1))["train"]
     assert (split["text"].shape, split["audio"].shape, split["vision"].shape) == (
         (2, 50, 768),
         (2, 375, 5),

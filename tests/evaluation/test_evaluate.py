@@ -20,7 +20,7 @@ from helpers.processes import loaded_after
 
 import hcmen.evaluation.command
 from hcmen.base import metrics
-from hcmen.base.config import ModelConfig, TrainConfig, preset_named
+from hcmen.base.config import ModelConfig
 from hcmen.base.errors import CheckFailed, InputError
 from hcmen.base.modalities import MODALITIES, VARIANTS, variant_named
 from hcmen.data import MultimodalDataset, Split
@@ -32,7 +32,9 @@ from hcmen.evaluation.command import main, write_together
 from hcmen.evaluation.robustness import Run, csv_text, markdown, published_rows, run_scores, spread, summarise, text
 from hcmen.models.hcmen.model import HCMEN
 from hcmen.training.checkpoint import save_checkpoint
+from hcmen.training.config import TrainConfig
 from hcmen.training.evaluate import predict, predict_masked
+from hcmen.training.presets import preset_named
 
 SAMPLES = (24, 12, 16)
 EXPORTED = ("full", "audio_only")
@@ -101,7 +103,7 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(checkpoints: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real bundle of a few variants."""
-    from hcmen.export.commands.export import export_bundle
+    from hcmen.export.bundle import export_bundle
 
     folder = tmp_path_factory.mktemp("exported") / "bundle"
     export_bundle(checkpoints[0], folder, [variant_named(name) for name in EXPORTED])

@@ -22,9 +22,9 @@ torch = pytest.importorskip("torch")
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """The checkpoint of a random model of the smallest size."""
-    from hcmen.base.config import TrainConfig
     from hcmen.models.hcmen.model import HCMEN
     from hcmen.training.checkpoint import save_checkpoint
+    from hcmen.training.config import TrainConfig
 
     folder = tmp_path_factory.mktemp("train")
     torch.manual_seed(1)

@@ -18,18 +18,20 @@ import onnxruntime
 import pytest
 import torch
 
-import hcmen.export.commands.export as command
 import hcmen.export.parity as parity
 from hcmen.base.bundle import read_bundle
 from hcmen.base.clip import Clip, batch_clips, write_clip
-from hcmen.base.config import FeatureConfig, ModelConfig, TrainConfig
+from hcmen.base.config import FeatureConfig, ModelConfig
 from hcmen.base.errors import CheckFailed, InputError
 from hcmen.base.modalities import MODALITIES, VARIANTS, variant_named
-from hcmen.export.commands.export import export_bundle
-from hcmen.export.variants import export_variant, share_weights
+from hcmen.export.bundle import export_bundle
+from hcmen.export.report import table
+from hcmen.export.variants import export_variant
+from hcmen.mamba.graph import share_weights
 from hcmen.models.hcmen.model import HCMEN
 from hcmen.runtime import load
 from hcmen.training.checkpoint import save_checkpoint
+from hcmen.training.config import TrainConfig
 
 CONFIG = ModelConfig(
     FeatureConfig(9, 12), FeatureConfig(5, 21), FeatureConfig(7, 17), width=16, tokens=4, states=3, expand=2
@@ -316,7 +318,7 @@ def test_a_failed_export_leaves_the_old_bundle(exported, tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device", str(tmp_path))
 
-    monkeypatch.setattr("hcmen.export.variants.share_weights", full_disk)
+    monkeypatch.setattr("hcmen.mamba.graph.share_weights", full_disk)
     with pytest.raises(OSError, match="No space"):
         export_bundle(exported[0], tmp_path / "bundle", variant)
     assert {p: p.read_bytes() for p in (tmp_path / "bundle").rglob("*") if p.is_file()} == before
@@ -416,6 +418,6 @@ def test_share_weights_tells_tensors_apart_by_shape_and_type(tmp_path):
 
 
 def test_the_table_names_every_variant(exported):
-    text = command._table(read_bundle(exported[1]).manifest)
+    text = table(read_bundle(exported[1]).manifest)
     assert all(v.name in text for v in VARIANTS)
     assert "FAILED" not in text

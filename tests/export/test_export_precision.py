@@ -24,10 +24,11 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import hcmen.export.commands.export as command
 import hcmen.export.reduced as reduced
-import hcmen.export.variants as to_onnx
-from hcmen.base.bundle import Bundle, Manifest, read_bundle
-from hcmen.base.config import FeatureConfig, ModelConfig, TextEncoderConfig, TrainConfig
+import hcmen.export.variants as variants
+from hcmen.base.bundle import Bundle, read_bundle
+from hcmen.base.config import FeatureConfig, ModelConfig, TextEncoderConfig
 from hcmen.base.errors import CheckFailed, CorruptFileError, InputError
+from hcmen.base.manifest import Manifest
 from hcmen.base.modalities import variant_named
 from hcmen.base.selfcheck import operators_run
 from hcmen.data.mmsa import dataset_from_mmsa
@@ -39,13 +40,14 @@ from hcmen.export.int8 import activation_ranges, linear_layers, quantised, weigh
 from hcmen.export.parity import golden_cases, parity_clips
 from hcmen.export.reduced import LabelledData, moved
 from hcmen.export.triton import write_repository
-from hcmen.export.variants import share_weights
 from hcmen.export.weights import embedded_model
+from hcmen.mamba.graph import ALIGNMENT_BYTES, share_weights
 from hcmen.models.hcmen.model import HCMEN
 from hcmen.runtime import load
 from hcmen.runtime.backends.ort import OrtBackend, OrtSession
-from hcmen.runtime.predictor import _read_golden
+from hcmen.runtime.golden import read_golden
 from hcmen.training.checkpoint import save_checkpoint
+from hcmen.training.config import TrainConfig
 from hcmen.training.evaluate import predict
 
 TEXT_ONLY = variant_named("text_only")
@@ -82,7 +84,7 @@ def opened(micro_bundle) -> Bundle:
 
 
 def cases(bundle: Bundle, variant: str) -> list[dict[str, np.ndarray]]:
-    return _read_golden(bundle.read(bundle.variant(variant).golden), variant)
+    return read_golden(bundle.read(bundle.variant(variant).golden), variant)
 
 
 def golden_inputs(bundle: Bundle, variant: str) -> list[dict[str, np.ndarray]]:
@@ -211,7 +213,7 @@ def test_all_variants_share_one_copy_of_each_weight(opened, tmp_path, form):
     distinct = {weight_key(x): x.nbytes for arrays in large.values() for x in arrays}
     share_weights(made, tmp_path)
     size = (tmp_path / "weights.bin").stat().st_size
-    assert sum(distinct.values()) <= size <= sum(distinct.values()) + len(distinct) * to_onnx.ALIGNMENT_BYTES
+    assert sum(distinct.values()) <= size <= sum(distinct.values()) + len(distinct) * ALIGNMENT_BYTES
     # The graph of all modalities holds every weight of the others, though each was calibrated by itself.
     kind = np.float16 if form == "fp16" else np.int8
     keys = {name: {weight_key(x) for x in arrays if x.dtype == kind} for name, arrays in large.items()}
@@ -375,7 +377,7 @@ def make_checkpoint(folder: Path, config: ModelConfig = MICRO, *, dataset: str =
 def traced() -> ModelProto:
     """The graph of text alone of the model that `make_checkpoint` makes; tracing is what takes time in an export."""
     with tempfile.TemporaryDirectory() as folder:
-        return to_onnx.export_variant(make_checkpoint(Path(folder) / "train")[1], TEXT_ONLY)
+        return variants.export_variant(make_checkpoint(Path(folder) / "train")[1], TEXT_ONLY)
 
 
 @pytest.fixture
@@ -385,7 +387,7 @@ def train(tmp_path, traced, monkeypatch) -> Path:
     def export_variant(model: HCMEN, variant: object) -> ModelProto:
         return copy.deepcopy(traced)
 
-    monkeypatch.setattr(to_onnx, "export_variant", export_variant)
+    monkeypatch.setattr(variants, "export_variant", export_variant)
     monkeypatch.chdir(tmp_path)
     return make_checkpoint(tmp_path / "train")[0]
 
@@ -586,7 +588,7 @@ def test_a_text_encoder_is_int8_too(tmp_path):
     config = dataclasses.replace(MICRO, text=FeatureConfig(32, 10), text_encoder=encoder)
     torch.manual_seed(0)
     model = HCMEN(config).eval()
-    graph = to_onnx.export_variant(model, TEXT_ONLY)
+    graph = variants.export_variant(model, TEXT_ONLY)
     clips = parity_clips(config)
     pairs = golden_cases(model, TEXT_ONLY, clips)
     made, keys = quantised(graph, activation_ranges(graph, [inputs for inputs, _ in pairs]))

@@ -16,7 +16,7 @@ from hcmen.export.float16 import to_float16
 from hcmen.export.weights import embedded_model
 from hcmen.mamba.functions import add_functions, strip_functions
 from hcmen.runtime.backends.tensorrt import TOLERANCES
-from hcmen.runtime.predictor import golden_test
+from hcmen.runtime.golden import golden_test
 
 NAMES = [v.name for v in VARIANTS]
 

@@ -27,12 +27,12 @@ def main() -> None:
     sys.path.insert(0, str(HERE.parent))
     from helpers.micro import MICRO
 
-    from hcmen.base.config import TrainConfig
     from hcmen.base.console import Console
     from hcmen.base.modalities import MODALITIES
-    from hcmen.export.commands.export import export_bundle
+    from hcmen.export.bundle import export_bundle
     from hcmen.models.hcmen.model import HCMEN
     from hcmen.training.checkpoint import save_checkpoint
+    from hcmen.training.config import TrainConfig
 
     torch.manual_seed(0)
     model = HCMEN(MICRO).eval()

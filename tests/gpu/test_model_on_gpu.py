@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hcmen.base.config import PRESETS
 from hcmen.base.modalities import MODALITIES, VARIANTS
 from hcmen.models.hcmen.model import HCMEN
+from hcmen.training.presets import PRESETS
 
 pytestmark = [
     pytest.mark.gpu,

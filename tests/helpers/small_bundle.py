@@ -14,16 +14,9 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from hcmen.base.bundle import (
-    Manifest,
-    VariantRecord,
-    expected_inputs,
-    expected_outputs,
-    file_record,
-    write_manifest,
-    writing_bundle,
-)
+from hcmen.base.bundle import file_record, write_manifest, writing_bundle
 from hcmen.base.config import FeatureConfig, ModelConfig
+from hcmen.base.manifest import Manifest, VariantRecord, expected_inputs, expected_outputs
 from hcmen.base.modalities import MODALITIES, VARIANTS, variant_named
 
 CONFIG = ModelConfig(

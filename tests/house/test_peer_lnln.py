@@ -19,10 +19,10 @@ sys.path.insert(0, str(SCRIPT.parent))
 import peer_lnln  # noqa: E402
 
 from hcmen.base import metrics  # noqa: E402
-from hcmen.base.config import preset_named  # noqa: E402
 from hcmen.data.mmsa import dataset_from_mmsa  # noqa: E402
 from hcmen.data.protocols import PROTOCOLS, Masks  # noqa: E402
 from hcmen.data.synthetic import make_synthetic  # noqa: E402
+from hcmen.training.presets import preset_named  # noqa: E402
 
 TINY = preset_named("tiny").model
 DATA = make_synthetic(TINY, (40, 9, 17), 3)

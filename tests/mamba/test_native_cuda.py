@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hcmen.base import cuda_library
 from hcmen.base.errors import BackendError, InputError
-from hcmen.mamba import native_cuda, scan
+from hcmen.mamba import native, native_cuda, scan
 from hcmen.mamba.scan import causal_conv1d_ref, selective_scan_ref
 
 
@@ -46,7 +46,7 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        scan._scan_setup(ctx, inputs, None)
+        native._scan_setup(ctx, inputs, None)
         return native_cuda._scan_forward(*inputs)
 
     @staticmethod
@@ -59,7 +59,7 @@ class Scan(torch.autograd.Function):
 class Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        scan._conv_setup(ctx, inputs, None)
+        native._conv_setup(ctx, inputs, None)
         return native_cuda._conv_forward(*inputs)
 
     @staticmethod
@@ -181,7 +181,7 @@ def test_the_choice_for_cuda_tensors(monkeypatch, tmp_path):
     monkeypatch.setattr(native_cuda, "load_cuda_library", object)
     native_cuda.works.cache_clear()
     assert choose(x) == "native"
-    monkeypatch.setattr(scan, "_mamba", lambda operation: (print, None))
+    monkeypatch.setattr(scan, "mamba_function", lambda operation: (print, None))
     assert scan._choice("scan", x, lambda: None) == "mamba_ssm"
     with scan.implementation("ref"):
         assert choose(x) == "ref"

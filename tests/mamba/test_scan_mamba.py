@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hcmen.base.errors import BackendError
 from hcmen.mamba import scan
+from hcmen.mamba.mamba_ssm import mamba_function
 from hcmen.mamba.scan import causal_conv1d, causal_conv1d_ref, implementation, selective_scan, selective_scan_ref
 
 calls: list[str] = []
@@ -112,11 +113,11 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(scan, "_on_cuda", lambda x: True)
-    scan._mamba.cache_clear()
+    mamba_function.cache_clear()
     scan._warn_once.cache_clear()
     calls.clear()
     yield
-    scan._mamba.cache_clear()
+    mamba_function.cache_clear()
     scan._warn_once.cache_clear()
     torch.set_num_threads(before)
 

@@ -28,11 +28,12 @@ from helpers import emulated
 from helpers.scan_grid import assert_close, oracle, scan_feeds
 
 from hcmen.base.errors import BackendError, InputError
-from hcmen.mamba import trt_aot
+from hcmen.mamba import ptx, trt_aot
 from hcmen.mamba.functions import strip_functions
 from hcmen.mamba.one_node import conv_model, one_node_model, scan_model
+from hcmen.mamba.ptx import Kernel
 from hcmen.mamba.scan import causal_conv1d_ref
-from hcmen.mamba.trt_aot import ConvSwitches, Kernel, ScanSwitches, conv_kernel, prepare, scan_kernel
+from hcmen.mamba.trt_aot import ConvSwitches, ScanSwitches, conv_kernel, prepare, scan_kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 LEANS = [p for p in os.environ.get("TENSORRT_LEAN_DIR", "").split(":") if p]
@@ -68,34 +69,34 @@ def conv_of(case: tuple[Any, ...]) -> Kernel:
 # --- the kernels, compiled ------------------------------------------------------------------------------------------
 
 
-def compiler_or_skip(make: Callable[[], trt_aot.PtxCompiler]) -> trt_aot.PtxCompiler:
+def compiler_or_skip(make: Callable[[], ptx.PtxCompiler]) -> ptx.PtxCompiler:
     try:
         return make()
     except BackendError as error:
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("make", [trt_aot.Nvrtc, trt_aot.Nvcc], ids=["nvrtc", "nvcc"])
+@pytest.mark.parametrize("make", [ptx.Nvrtc, ptx.Nvcc], ids=["nvrtc", "nvcc"])
 @pytest.mark.parametrize("architecture", [87, 90])
 def test_ptx_is_made_without_a_gpu_and_assembles(
-    make: Callable[[], trt_aot.PtxCompiler], architecture: int, tmp_path: Path
+    make: Callable[[], ptx.PtxCompiler], architecture: int, tmp_path: Path
 ) -> None:
     compiler = compiler_or_skip(make)
     assert architecture in compiler.architectures
     cases = [scan_of(SCANS[0]), conv_of(CONVS[2])]
-    if isinstance(compiler, trt_aot.Nvrtc):  # the quick one
+    if isinstance(compiler, ptx.Nvrtc):  # the quick one
         cases = [*map(scan_of, SCANS), *map(conv_of, CONVS)]
     for kernel in cases:
-        ptx = compiler.ptx(kernel, architecture)
-        assert f".target sm_{architecture}" in ptx
-        entries = re.findall(r"\.visible \.entry (\w+)\((.*?)\)", ptx, re.S)
+        text = compiler.ptx(kernel, architecture)
+        assert f".target sm_{architecture}" in text
+        entries = re.findall(r"\.visible \.entry (\w+)\((.*?)\)", text, re.S)
         assert [name for name, _ in entries] == [kernel.name]
         types = re.findall(r"\.param \.(\w+)", entries[0][1])
         macros = dict(kernel.macros)
         inputs = 3 if "HCMEN_WIDTH" in macros else 7 + macros["HCMEN_GATED"] + macros["HCMEN_STATEFUL"]
         outputs = 1 + macros.get("HCMEN_STATEFUL", 0)
         assert types == ["u64"] * inputs + ["u32"] * 2 + ["u64"] * outputs
-        assemble(ptx, architecture, tmp_path)
+        assemble(text, architecture, tmp_path)
 
 
 def assemble(ptx: str, architecture: int, folder: Path) -> None:
@@ -111,7 +112,7 @@ def assemble(ptx: str, architecture: int, folder: Path) -> None:
 
 
 def test_the_largest_kernels_spill_nothing(tmp_path: Path) -> None:
-    compiler = compiler_or_skip(trt_aot.Nvrtc)
+    compiler = compiler_or_skip(ptx.Nvrtc)
     switches = ScanSwitches(True, False, True, True)
     most = scan_kernel(switches, channel=64, state=trt_aot.MOST_STATES, group=1, half=False)
     wide = conv_kernel(ConvSwitches(True, False), channel=64, width=32, half=False)
@@ -206,7 +207,7 @@ class FakeCompiler:
 
 
 def test_the_architecture_is_one_that_compiler_gpu_and_driver_know() -> None:
-    choose = trt_aot._checked_architecture
+    choose = ptx.checked_architecture
     assert choose(FakeCompiler(), 87, (13, 0)) == 87
     assert choose(FakeCompiler(), 89, (13, 2)) == 87  # PTX for an older GPU runs on a newer one
     assert choose(FakeCompiler(), 121, None) == 90
@@ -218,10 +219,10 @@ def test_the_architecture_is_one_that_compiler_gpu_and_driver_know() -> None:
 
 def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match=r"^/nowhere/libnvrtc\.so cannot be loaded: pip install nvidia-cuda-nvrtc$"):
-        trt_aot.Nvrtc("/nowhere/libnvrtc.so")
+        ptx.Nvrtc("/nowhere/libnvrtc.so")
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(BackendError, match=r"^nvcc is not on PATH"):
-        trt_aot.Nvcc()
+        ptx.Nvcc()
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(BackendError, match=r"^TensorRT 10\.9 or later is needed for --plugin aot"):
         trt_aot.register(87, FakeCompiler())
@@ -230,11 +231,11 @@ def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_errors_of_the_compilers_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "trt_aot.cu"
     broken.write_text("this is no kernel\n")
-    monkeypatch.setattr(trt_aot, "sources", lambda: (broken, ROOT / "runtime" / "csrc" / "scan_step.h"))
+    monkeypatch.setattr(ptx, "sources", lambda: (broken, ROOT / "runtime" / "csrc" / "scan_step.h"))
     found = 0
-    for make in (trt_aot.Nvrtc, trt_aot.Nvcc):
+    for make in (ptx.Nvrtc, ptx.Nvcc):
         try:
-            compiler: trt_aot.PtxCompiler = make()
+            compiler: ptx.PtxCompiler = make()
         except BackendError:
             continue
         found += 1
@@ -349,7 +350,7 @@ def installed_folder() -> str:
 @pytest.mark.parametrize("folder", ["", *LEANS], ids=lambda path: Path(path).name or "installed")
 def test_tensorrt_takes_the_plugins(folder: str, tmp_path: Path) -> None:
     """All twenty, with the real bindings and the real registry: signatures, shapes, types, launch and kernel."""
-    compiler_or_skip(trt_aot._compiler)
+    compiler_or_skip(ptx.ptx_compiler)
     if emulated.compiler() is None or sys.platform != "linux":
         pytest.skip("there is no C++ compiler, or this is not Linux")
     where = Path(folder or installed_folder() or "/nowhere")

@@ -15,7 +15,6 @@ import safetensors.torch
 import torch
 from helpers.micro import MICRO
 
-from hcmen.base.config import MIXES, TrainConfig
 from hcmen.base.modalities import MODALITIES, variant_named
 from hcmen.data import MultimodalDataset
 from hcmen.data.mmsa import dataset_from_mmsa
@@ -24,6 +23,7 @@ from hcmen.export.variants import export_variant
 from hcmen.models.hcmen.mixing import Manifold, Mixture, Mixup, MSMix, Plan, Samples, make_mixing, mix
 from hcmen.models.hcmen.model import HCMEN
 from hcmen.training.command import load_checkpoint
+from hcmen.training.config import MIXES, TrainConfig
 from hcmen.training.trainer import Trainer
 
 TRAIN = TrainConfig(epochs=2, batch_size=10)
@@ -67,7 +67,7 @@ def clips(batch: int, seed: int = 0, absent: float = 0.0) -> Samples:
 def method(name: str, **changes) -> torch.nn.Module:
     torch.manual_seed(0)
     train = dataclasses.replace(TRAIN, **{"mix": name, "powmix_probability": 1.0, **changes})
-    made = make_mixing(MICRO, train)
+    made = make_mixing(MICRO, train.mixing)
     assert made is not None
     return made.double()
 
@@ -192,7 +192,7 @@ def test_draws_are_those_of_the_generator(name: str) -> None:
 
 @pytest.mark.parametrize("kind", [Mixup, Manifold])
 def test_mixup_is_one_permutation_and_one_lambda(kind) -> None:
-    made = kind(dataclasses.replace(TRAIN, mix_alpha=0.7))
+    made = kind(dataclasses.replace(TRAIN, mix_alpha=0.7).mixing)
     samples = samples_for(made, 11)
     plan = made.plan(samples, np.random.default_rng(3))
     generator = np.random.default_rng(3)
@@ -355,7 +355,7 @@ def test_an_intensity_sees_no_other_sample() -> None:
 @pytest.mark.parametrize(("label_min", "label_max", "limit"), [(-3.0, 3.0, 3.0), (-1.0, 1.0, 1.0), (-1.0, 2.0, 2.0)])
 def test_intensities_have_the_label_range(label_min: float, label_max: float, limit: float) -> None:
     torch.manual_seed(0)
-    made = MSMix(dataclasses.replace(MICRO, label_min=label_min, label_max=label_max), TRAIN).double()
+    made = MSMix(dataclasses.replace(MICRO, label_min=label_min, label_max=label_max), TRAIN.mixing).double()
     assert made.limit == limit
     samples = tokens(50)
     with torch.no_grad():

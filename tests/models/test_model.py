@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hcmen.base.config import PRESETS, FeatureConfig, ModelConfig, TrainConfig, preset_named
+from hcmen.base.config import FeatureConfig, ModelConfig
 from hcmen.base.errors import InputError
 from hcmen.base.modalities import MODALITIES, VARIANTS, variant_for, variant_named
 from hcmen.mamba.scan import causal_conv1d_ref, selective_scan_ref
 from hcmen.models.hcmen.layers import AttentionPooling, BiMamba, BiMambaBlock, CNNBlock
 from hcmen.models.hcmen.model import HCMEN
+from hcmen.training.config import TrainConfig
+from hcmen.training.presets import PRESETS, preset_named
 
 CONFIG = ModelConfig(
     FeatureConfig(12, 11), FeatureConfig(5, 40), FeatureConfig(7, 23), width=20, tokens=6, states=5, expand=2

@@ -24,7 +24,7 @@ from helpers.tiny_bert import FIRST_WORD, vocabulary, write_bert
 import hcmen.base.config
 from hcmen.base.bundle import read_bundle
 from hcmen.base.clip import Clip, batch_clips, clip_from_arrays, read_clip, write_clip
-from hcmen.base.config import FeatureConfig, ModelConfig, Preset, TextEncoderConfig, TrainConfig
+from hcmen.base.config import FeatureConfig, ModelConfig, TextEncoderConfig
 from hcmen.base.errors import BackendError, CorruptFileError, HcmenError, InputError
 from hcmen.base.library import library_path
 from hcmen.base.modalities import VARIANTS, variant_named
@@ -34,7 +34,7 @@ from hcmen.data.mmsa import dataset_from_mmsa, read_mmsa
 from hcmen.data.protocols import Setting, apply_setting, batches
 from hcmen.data.synthetic import make_synthetic, write_synthetic
 from hcmen.evaluation.command import evaluate
-from hcmen.export.commands.export import export_bundle
+from hcmen.export.bundle import export_bundle
 from hcmen.export.commands.export import main as export
 from hcmen.export.float16 import to_float16
 from hcmen.export.weights import embedded_model
@@ -43,9 +43,11 @@ from hcmen.models.text_encoder import TextEncoder, load_weights, read_sizes, rea
 from hcmen.runtime import load
 from hcmen.runtime.backends.tensorrt import TOLERANCES
 from hcmen.runtime.commands.run import main as hcmen_run
-from hcmen.runtime.predictor import golden_test
+from hcmen.runtime.golden import golden_test
 from hcmen.training.command import main as hcmen_train
+from hcmen.training.config import TrainConfig
 from hcmen.training.evaluate import predict, predict_masked
+from hcmen.training.presets import Preset
 from hcmen.training.trainer import Trainer
 
 HIDDEN = 8
@@ -784,7 +786,7 @@ def test_unlisted_errors_are_ours(config: ModelConfig):
 
 
 def test_presets_have_no_encoder():
-    assert all(p.model.text_encoder is None for p in hcmen.base.config.PRESETS.values())
+    assert all(p.model.text_encoder is None for p in hcmen.training.presets.PRESETS.values())
 
 
 @pytest.mark.parametrize("change", [{"micro_batches": 3}, {"precision": "bf16"}])

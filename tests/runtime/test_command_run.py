@@ -260,10 +260,11 @@ def test_check_against_the_real_eager_model(tmp_path):
     """From a checkpoint to a checked score, on the real model and its real graphs; then with other weights."""
     import torch
 
-    from hcmen.base.config import FeatureConfig, ModelConfig, TrainConfig
-    from hcmen.export.commands.export import export_bundle
+    from hcmen.base.config import FeatureConfig, ModelConfig
+    from hcmen.export.bundle import export_bundle
     from hcmen.models.hcmen.model import HCMEN
     from hcmen.training.checkpoint import save_checkpoint
+    from hcmen.training.config import TrainConfig
 
     config = ModelConfig(
         FeatureConfig(6, 12), FeatureConfig(3, 20), FeatureConfig(4, 15), width=8, tokens=4, states=4, expand=2

@@ -14,7 +14,8 @@ import hcmen.base.library as library
 import hcmen.base.selfcheck as selfcheck
 import hcmen.runtime.commands.doctor as doctor
 from hcmen.base.errors import BackendError
-from hcmen.runtime.commands.doctor import Row, check_machine, main
+from hcmen.runtime.commands.doctor import check_machine, main
+from hcmen.runtime.commands.doctor_rows import Row
 
 NAMES = [
     *("python", "hcmen", "system", "cpu", "memory", "numpy", "onnxruntime", "kernel library"),

@@ -14,7 +14,7 @@ import hcmen.runtime.backends.ort_cuda as ort_cuda
 import hcmen.runtime.commands.doctor as doctor
 from hcmen.base.selfcheck import selective_scan_numpy
 from hcmen.runtime.backends.cuda_device import Device, describe_devices, devices
-from hcmen.runtime.commands.doctor import Row
+from hcmen.runtime.commands.doctor_rows import Row
 
 
 class Driver:

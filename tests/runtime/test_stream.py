@@ -17,10 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hcmen.runtime.stream as stream_module
+import hcmen.runtime.stream_buffers as stream_buffers
 from hcmen.base.errors import CheckFailed, InputError
 from hcmen.base.modalities import variant_for
 from hcmen.runtime import Predictor, load
-from hcmen.runtime.stream import Counts, Stream, exact
+from hcmen.runtime.stream import Counts, Stream
+from hcmen.runtime.stream_buffers import exact
 
 SECONDS = 5
 # window, hop, rates: rates that divide neither each other nor the hop, a hop of a frame and one longer than the window.
@@ -263,7 +265,8 @@ def test_memory_is_bounded(model, monkeypatch):
             stream.push(audio=audio, vision=vision, text=text, text_times=30 * i + np.arange(60) / 2)
             if i in (9, 34, 59):
                 gc.collect()  # empties the free lists of small objects, which fill up slowly
-                taken = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, stream_module.__file__)])
+                ours = [tracemalloc.Filter(True, str(m.__file__)) for m in (stream_module, stream_buffers)]
+                taken = tracemalloc.take_snapshot().filter_traces(ours)
                 held.append(sum(trace.size for trace in taken.traces))
     finally:
         tracemalloc.stop()

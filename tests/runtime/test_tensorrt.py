@@ -36,7 +36,7 @@ from hcmen.base.errors import BackendError, CorruptFileError, InputError
 from hcmen.export.tensorrt import Compiler, Options, profile_shapes
 from hcmen.runtime import load
 from hcmen.runtime.backends.tensorrt import TrtBackend, parsed_version
-from hcmen.runtime.commands.doctor import Row
+from hcmen.runtime.commands.doctor_rows import Row
 from hcmen.runtime.commands.doctor_tensorrt import tensorrt_rows
 from hcmen.runtime.commands.run import main as run_main
 

@@ -23,12 +23,13 @@ from helpers.micro import MICRO
 from helpers.ranks import Done, environment, free_port, run
 
 import hcmen.data.synthetic
-from hcmen.base.config import Preset, TrainConfig
 from hcmen.data.mmsa import dataset_from_mmsa
 from hcmen.data.synthetic import make_synthetic
 from hcmen.training import command as train
 from hcmen.training import trainer as training
 from hcmen.training.checkpoint import load_state
+from hcmen.training.config import TrainConfig
+from hcmen.training.presets import Preset
 from hcmen.training.ranks import Ranks
 from hcmen.training.trainer import Trainer
 
@@ -54,7 +55,9 @@ import dataclasses, hashlib, json, os, signal, sys
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 from pathlib import Path
 import numpy as np, torch
-from hcmen.base.config import FeatureConfig, ModelConfig, Preset, TrainConfig
+from hcmen.base.config import FeatureConfig, ModelConfig
+from hcmen.training.presets import Preset
+from hcmen.training.config import TrainConfig
 from hcmen.data import synthetic
 from hcmen.data.mmsa import dataset_from_mmsa
 from hcmen.training import checkpoint, command as train, trainer as training

@@ -22,18 +22,19 @@ from torch import nn
 
 import hcmen.data.synthetic
 from hcmen.base import metrics
-from hcmen.base.config import Preset, TrainConfig, train_setting
 from hcmen.base.errors import BackendError, InputError
 from hcmen.data.mmsa import dataset_from_mmsa
 from hcmen.data.synthetic import make_synthetic
 from hcmen.evaluation.command import main as evaluate_main
-from hcmen.mamba import scan
+from hcmen.mamba import native, scan
 from hcmen.mamba.scan import causal_conv1d, causal_conv1d_ref, selective_scan, selective_scan_ref
 from hcmen.training import command as train
 from hcmen.training import trainer as training
 from hcmen.training.checkpoint import load_checkpoint, load_state
+from hcmen.training.config import TrainConfig, train_setting
 from hcmen.training.device import choose_device
 from hcmen.training.evaluate import predict_variants
+from hcmen.training.presets import Preset
 from hcmen.training.trainer import Trainer
 
 SAMPLES = (24, 12, 16)
@@ -149,14 +150,14 @@ def test_what_is_bfloat16_and_what_is_not(tmp_path: Path, dataset, monkeypatch: 
         if isinstance(module, (nn.Linear, nn.LayerNorm)) and module is not trainer.model.head:
             module.register_forward_hook(lambda m, i, o, kind=kind: note(kind, *(i if kind == "LayerNorm" else ()), o))
     trainer.model.head.register_forward_hook(lambda m, i, o: note("head", *i, o))
-    softmax, native = torch.Tensor.softmax, torch.ops.hcmen.selective_scan
+    softmax, op = torch.Tensor.softmax, torch.ops.hcmen.selective_scan
     monkeypatch.setattr(torch.Tensor, "softmax", lambda x, *a, **k: note("softmax", x) or softmax(x, *a, **k))
-    scanned = scan._scan_arguments
-    monkeypatch.setattr(scan, "_scan_arguments", lambda *a: note("scan", *a[:7]) or scanned(*a))
+    scanned = native._scan_arguments
+    monkeypatch.setattr(native, "_scan_arguments", lambda *a: note("scan", *a[:7]) or scanned(*a))
     monkeypatch.setattr(scan, "selective_scan_ref", lambda *_, **__: pytest.fail("the slow scan ran"))
     trainer.model.train()
     trainer._step(1, 0, dataset.splits["train"], np.arange(10))
-    assert native is torch.ops.hcmen.selective_scan
+    assert op is torch.ops.hcmen.selective_scan
     assert dtypes == {
         "Linear": {torch.bfloat16},
         **{name: {torch.float32} for name in ("LayerNorm", "head", "softmax", "scan")},
@@ -227,7 +228,9 @@ def test_operations_take_bfloat16_and_compute_in_float32(reverse: bool, monkeypa
 # are before and after every step, flush and rename. Moment 0 never comes.
 KILLED = f"""
 import json, os, signal, sys
-from hcmen.base.config import FeatureConfig, ModelConfig, Preset, TrainConfig
+from hcmen.base.config import FeatureConfig, ModelConfig
+from hcmen.training.presets import Preset
+from hcmen.training.config import TrainConfig
 from hcmen.data import synthetic
 from hcmen.training import command as train, trainer as training
 import matplotlib.pyplot, torch._dynamo

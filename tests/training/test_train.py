@@ -24,7 +24,7 @@ from helpers.micro import MICRO
 import hcmen.data.synthetic
 from hcmen.base import metrics
 from hcmen.base.clip import read_clip
-from hcmen.base.config import ModelConfig, Preset, TrainConfig
+from hcmen.base.config import ModelConfig
 from hcmen.base.errors import CheckFailed, CorruptFileError, HcmenError, InputError
 from hcmen.base.modalities import VARIANTS, variant_named
 from hcmen.data import MultimodalDataset
@@ -34,7 +34,9 @@ from hcmen.training import command as train
 from hcmen.training import trainer as training
 from hcmen.training.checkpoint import load_state, save_state
 from hcmen.training.command import load_checkpoint
+from hcmen.training.config import TrainConfig
 from hcmen.training.evaluate import predict, predict_variants
+from hcmen.training.presets import Preset
 from hcmen.training.trainer import Trainer, feature_statistics, learning_rate_at
 
 SAMPLES = (24, 12, 16)
@@ -54,7 +56,9 @@ OUTPUTS = {
 PROGRAM = f"""
 import os, signal, sys
 import hcmen.base.config, hcmen.training.command
-from hcmen.base.config import FeatureConfig, ModelConfig, Preset, TrainConfig
+from hcmen.base.config import FeatureConfig, ModelConfig
+from hcmen.training.presets import Preset
+from hcmen.training.config import TrainConfig
 from hcmen.data import synthetic
 
 micro = Preset("tiny", "for tests", {MICRO!r}, {TRAIN!r})

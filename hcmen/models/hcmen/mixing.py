@@ -34,8 +34,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hcmen.base.config import ModelConfig, TrainConfig
+from hcmen.base.config import ModelConfig
 from hcmen.base.modalities import MODALITIES
+from hcmen.models.hcmen.config import MixingConfig
 
 __all__ = [
     "IntensityPredictor",
@@ -120,7 +121,7 @@ class Mixing(nn.Module, ABC):
         return samples.labels.new_zeros(())
 
 
-def make_mixing(model: ModelConfig, train: TrainConfig) -> Mixing | None:
+def make_mixing(model: ModelConfig, train: MixingConfig) -> Mixing | None:
     """The method that `train.mix` names, None for none."""
     if train.mix == "none":
         return None
@@ -156,7 +157,7 @@ def mix(plan: Plan, samples: Samples) -> Mixture | None:
 class Manifold(Mixing):
     """Every sample with the one that a permutation gives it; one lambda for the batch, the modalities and the label."""
 
-    def __init__(self, train: TrainConfig) -> None:
+    def __init__(self, train: MixingConfig) -> None:
         super().__init__()
         self.alpha = train.mix_alpha
 
@@ -184,7 +185,7 @@ class PowMix(Mixing):
     cross-modal label mixing     the label follows the mean of the shares over modalities
     """
 
-    def __init__(self, train: TrainConfig) -> None:
+    def __init__(self, train: MixingConfig) -> None:
         super().__init__()
         self.alpha, self.ratio = train.mix_alpha, train.powmix_ratio
         self.parts, self.probability = train.powmix_parts, train.powmix_probability
@@ -217,7 +218,7 @@ class MSMix(Mixing):
     Everything looks at tokens pooled to their mean [b, d]: an intensity never sees another sample.
     """
 
-    def __init__(self, model: ModelConfig, train: TrainConfig) -> None:
+    def __init__(self, model: ModelConfig, train: MixingConfig) -> None:
         super().__init__()
         self.alpha, self.threshold, self.same_sign = train.mix_alpha, train.mix_similarity, train.mix_same_sign
         self.limit = max(abs(model.label_min), abs(model.label_max))
