@@ -34,7 +34,8 @@ from hcmen.base.engines import PLUGINS, PRECISIONS, EngineRecord, read_engines, 
 from hcmen.base.errors import BackendError, CheckFailed, CorruptFileError, InputError
 from hcmen.base.manifest import OP_DOMAIN, FileRecord, VariantRecord
 from hcmen.runtime.backends.cuda import Cuda
-from hcmen.runtime.backends.tensorrt import TensorRT, TrtSession, parsed_version, plugin_library_path
+from hcmen.runtime.backends.flavour import TENSORRT, Flavour, TrtModule
+from hcmen.runtime.backends.tensorrt import TrtSession
 from hcmen.runtime.golden import SelfTest, golden_test
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 __all__ = ["Built", "Compiler", "Options", "profile_shapes"]
 
 _HEARTBEAT_SECONDS = 30.0
-_OLDEST_AOT = (10, 9)
 _OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|insufficient memory|cudaErrorMemoryAllocation", re.I)
 
 
@@ -112,12 +112,12 @@ class Compiler:
         BackendError: TensorRT, the GPU, onnx or the plugin is missing, or too old for the options.
     """
 
-    def __init__(self, bundle: Bundle, options: Options, console: Console | None = None):
+    def __init__(self, bundle: Bundle, options: Options, console: Console | None = None, flavour: Flavour = TENSORRT):
         self.bundle, self.options = bundle, options
         self.console = console or Console(verbosity=-1)
         _require_onnx()
-        self.tensorrt = TensorRT()
-        self.tensorrt.logger.sink = lambda severity, text: self.console.detail(f"TensorRT {severity}: {text}")
+        self.flavour, self.tensorrt = flavour, TrtModule(flavour)
+        self.tensorrt.logger.sink = lambda severity, text: self.console.detail(f"{flavour.title} {severity}: {text}")
         self.cuda = Cuda()
         self._trt = self.tensorrt.module
         self._check_options()
@@ -135,7 +135,9 @@ class Compiler:
         """
         record = self.bundle.variant(variant)
         where = str(self.bundle.path / record.graph.file)
-        name = EngineRecord.file_name(variant, self.options.precision, self.cuda.sm, self.tensorrt.version)
+        name = EngineRecord.file_name(
+            variant, self.options.precision, self.cuda.sm, self.tensorrt.version, self.flavour.name
+        )
         standing = None if self.options.force else self._standing(name)
         if standing is not None:
             return Built(standing, None, 0.0, fresh=False)
@@ -194,6 +196,7 @@ class Compiler:
                 "cases": test.cases,
                 "outputs": {output: comparison.to_json() for output, comparison in test.outputs.items()},
             },
+            flavour=self.flavour.name,
         )
         write_engine(self.bundle, made, content, self._report(seconds, record))
         return Built(made, test, seconds, fresh=True)
@@ -201,11 +204,7 @@ class Compiler:
     # --- before the build -------------------------------------------------------------------------------------------
 
     def _check_options(self) -> None:
-        version = parsed_version(self.tensorrt.version)
-        if self.options.plugin == "aot" and version < _OLDEST_AOT:
-            raise BackendError(
-                f"TensorRT {self.tensorrt.version} has no AOT plugins, expected 10.9 or later: use --plugin library"
-            )
+        self.flavour.require_plugin(self.options.plugin, self.tensorrt.version)
         if self.options.hardware_compatible and self.cuda.sm < 80:
             raise BackendError(
                 f"the GPU has sm {self.cuda.sm}, hardware-compatible engines start at 80: "
@@ -257,7 +256,7 @@ class Compiler:
 
     def _load_plugins(self) -> None:
         if self._plugin_path is None:
-            path = plugin_library_path()
+            path = self.flavour.plugin_library()
             self.tensorrt.load_plugins(path)
             self._plugin_path = path
 
@@ -273,7 +272,7 @@ class Compiler:
         parser = trt.OnnxParser(network, self.tensorrt.logger)
         if not parser.parse(model.SerializeToString()):
             raise BackendError(
-                f"{where}: TensorRT {self.tensorrt.version} cannot take the graph: {_parser_error(parser)}"
+                f"{where}: {self.flavour.title} {self.tensorrt.version} cannot take the graph: {_parser_error(parser)}"
             )
         config = builder.create_builder_config()
         # TF32 keeps 10 bits of a product's inputs: a float32 engine would miss its bound.
@@ -291,7 +290,7 @@ class Compiler:
             for name, (low, best, high) in shapes.items():
                 profile.set_shape(name, low, best, high)
             if config.add_optimization_profile(profile) < 0:
-                raise BackendError(f"{where}: TensorRT refused the profile {shapes}: {self._why(mark)}")
+                raise BackendError(f"{where}: {self.flavour.title} refused the profile {shapes}: {self._why(mark)}")
         before = self._read_timing_cache(config)
         with _heartbeat(self.console):
             plan = builder.build_serialized_network(network, config)
@@ -308,7 +307,7 @@ class Compiler:
                 f"{where}: the build ran out of memory ({free >> 20} of {total >> 20} MiB of the GPU are free; {why}): "
                 "close what else uses it, or lower --workspace or --max-batch"
             )
-        return BackendError(f"{where}: TensorRT {self.tensorrt.version} could not build the engine: {why}")
+        return BackendError(f"{where}: {self.flavour.title} {self.tensorrt.version} could not build the engine: {why}")
 
     def _why(self, mark: int) -> str:
         return self.tensorrt.errors(mark) or "it gave no reason (-v shows what it said)"

@@ -36,6 +36,7 @@ from hcmen.base.errors import BackendError, CheckFailed, HcmenError, InputError
 from hcmen.base.modalities import MODALITIES, Variant, variant_named
 from hcmen.media.words import Encoded, Tokenizer
 from hcmen.runtime.backends import forks
+from hcmen.runtime.backends.options import Options, Ort, OrtCuda, TensorRT, backend_options
 from hcmen.runtime.compare import GRAPH_BOUNDS
 from hcmen.runtime.golden import SelfTest, golden_test
 
@@ -45,9 +46,8 @@ if TYPE_CHECKING:
     from hcmen.runtime.stream import Stream
     from hcmen.runtime.stream_buffers import Number
 
-__all__ = ["BACKENDS", "BATCH_CLIPS", "ClipLike", "Predictor", "Result", "load"]
+__all__ = ["BATCH_CLIPS", "ClipLike", "Predictor", "Result", "load"]
 
-BACKENDS = ("auto", "ort", "ort-cuda", "tensorrt")
 BATCH_CLIPS = 32
 """Most clips in one run of a graph; more gain little and cost memory."""
 _GROUP_CLIPS = 256  # clips read ahead to find batch mates of the same variant
@@ -90,73 +90,35 @@ class Predictor:
 
     Args:
         bundle: from `read_bundle`; its manifest is checked, its files are verified as they are loaded.
-        backend: "ort" (ONNX Runtime on the CPU), "ort-cuda" (on a CUDA device), "tensorrt" (engines that hcmen-compile
-            made on this device), or "auto", which is "ort".
-        threads: worker threads per session, the physical cores by default; not for "tensorrt".
+        backend: how it is run: `Ort(...)` (ONNX Runtime on the CPU), `OrtCuda(...)` (on a CUDA device) or
+            `TensorRT(...)` (engines that hcmen-compile made on this device), from `hcmen.runtime.backends`; or a name,
+            "ort", "ort-cuda", "tensorrt", or "auto", which is "ort".
         clean: set NaN and infinity in clips to zero, and count them, instead of refusing them.
-        cuda_graph: with "ort-cuda", record each graph once per input shape and replay it.
-        precision: "fp32" or "fp16", which engines "tensorrt" takes; None for fp16 where it was compiled, else fp32.
-        prepack: with "ort", whether every session lays the weights out for its kernels (True: faster) or all share one
-            mapped copy (False: smaller). None packs where weights are large or not float32; see
-            runtime/backends/ort.py.
-        spin: with "ort", whether threads of a session that has nothing to do keep a core busy for a while before they
-            sleep (True, by default: faster where cores are idle); False where they have other work, as
-            docs/environment.md tells.
+        options: those of the backend, as keywords beside its name: threads, prepack, spin, cuda_graph, precision.
 
     Raises:
-        InputError: no such backend, a thread count below 1, or an option that the backend does not have.
+        InputError: no such backend, a value out of range, or an option that the backend does not have.
         BackendError: the backend is not installed or does not work.
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        *,
-        backend: str = "auto",
-        threads: int | None = None,
-        clean: bool = False,
-        cuda_graph: bool = False,
-        precision: str | None = None,
-        prepack: bool | None = None,
-        spin: bool | None = None,
-    ):
-        if backend not in BACKENDS:
-            raise InputError(f"unknown backend '{backend}': choose from {', '.join(BACKENDS)}")
-        if threads is not None and not 1 <= threads <= 1024:
-            raise InputError(f"threads is {threads}, expected 1 to 1024")
-        if cuda_graph and backend != "ort-cuda":
-            raise InputError(f"cuda_graph is an option of the backend 'ort-cuda', got backend '{backend}'")
-        if prepack is not None and backend not in ("auto", "ort"):
-            raise InputError(f"prepack is an option of the backend 'ort', got backend '{backend}': leave it out")
-        if spin is not None and backend not in ("auto", "ort"):
-            raise InputError(f"spin is an option of the backend 'ort', got backend '{backend}': leave it out")
-        self._options: dict[str, Any] = {
-            "backend": backend,
-            "threads": threads,
-            "clean": clean,
-            "cuda_graph": cuda_graph,
-            "precision": precision,
-            "prepack": prepack,
-            "spin": spin,
-        }
+    def __init__(self, bundle: Bundle, *, backend: str | Options = "auto", clean: bool = False, **options: Any):
+        chosen = backend_options(backend, options)
+        self._options: dict[str, Any] = {"backend": chosen, "clean": clean}
         self.bundle = bundle
         self.config = bundle.manifest.model
         self.clean = clean
         self.backend: OrtBackend | TrtBackend
         self._open: Callable[[str], OrtSession | TrtSession]
-        if backend == "tensorrt":
-            if threads is not None:
-                raise InputError(f"threads is {threads}, and the backend 'tensorrt' has none: leave it out")
+        if isinstance(chosen, TensorRT):
             from hcmen.runtime.backends.tensorrt import TrtBackend
 
-            self.backend = TrtBackend(precision)
+            self.backend = TrtBackend(chosen)
             self._open = partial(self.backend.open, bundle)
         else:
-            if precision is not None:
-                raise InputError(f"precision is '{precision}', and only the backend 'tensorrt' has one: leave it out")
-            if prepack is None and bundle.manifest.precision != "fp32":
-                prepack = True  # float16 is widened by every session anyway, and unpacked int8 is packed at every call
-            self.backend = _make_backend(backend, threads, cuda_graph, prepack, spin)
+            if isinstance(chosen, Ort) and chosen.prepack is None and bundle.manifest.precision != "fp32":
+                # float16 is widened by every session anyway, and unpacked int8 is packed at every call
+                chosen = dataclasses.replace(chosen, prepack=True)
+            self.backend = _ort_backend(chosen)
             self._open = partial(self._open_graph, self.backend)
         self._sessions: dict[str, OrtSession | TrtSession] = {}
         self._weights: SharedFile | NDArray[np.uint8] | None = None
@@ -459,28 +421,18 @@ class Predictor:
         return chosen.name
 
 
-def _make_backend(
-    name: str, threads: int | None, cuda_graph: bool, prepack: bool | None, spin: bool | None
-) -> OrtBackend:
-    if name == "ort-cuda":
+def _ort_backend(options: Ort | OrtCuda) -> OrtBackend:
+    if isinstance(options, OrtCuda):
         from hcmen.runtime.backends.ort_cuda import OrtCudaBackend
 
-        return OrtCudaBackend(threads, cuda_graph=cuda_graph)
+        return OrtCudaBackend(options)
     from hcmen.runtime.backends.ort import OrtBackend
 
-    return OrtBackend(threads, prepack=prepack, spin=spin is not False)
+    return OrtBackend(options)
 
 
 def load(
-    bundle: str | os.PathLike[str],
-    *,
-    backend: str = "auto",
-    threads: int | None = None,
-    clean: bool = False,
-    cuda_graph: bool = False,
-    precision: str | None = None,
-    prepack: bool | None = None,
-    spin: bool | None = None,
+    bundle: str | os.PathLike[str], *, backend: str | Options = "auto", clean: bool = False, **options: Any
 ) -> Predictor:
     """Opens the bundle in the folder `bundle`; graphs are loaded when they are first needed.
 
@@ -493,17 +445,7 @@ def load(
         BackendError: the backend is missing, or the bundle needs another version of the ops.
     """
     # Graphs are opened later, when the working directory may be another one.
-    opened = read_bundle(os.path.abspath(bundle))
-    return Predictor(
-        opened,
-        backend=backend,
-        threads=threads,
-        clean=clean,
-        cuda_graph=cuda_graph,
-        precision=precision,
-        prepack=prepack,
-        spin=spin,
-    )
+    return Predictor(read_bundle(os.path.abspath(bundle)), backend=backend, clean=clean, **options)
 
 
 def _trim() -> None:

@@ -34,12 +34,23 @@ from hcmen.base.files import replace_file
 from hcmen.base.manifest import FileRecord, JsonObject, parse_json
 from hcmen.base.modalities import VARIANTS
 
-__all__ = ["ENGINES_FOLDER", "PLUGINS", "PRECISIONS", "EngineRecord", "read_engines", "write_engine", "write_whole"]
+__all__ = [
+    "ENGINES_FOLDER",
+    "FLAVOURS",
+    "PLUGINS",
+    "PRECISIONS",
+    "EngineRecord",
+    "read_engines",
+    "write_engine",
+    "write_whole",
+]
 
 ENGINES_FOLDER = "engines"
 INDEX_FILE = f"{ENGINES_FOLDER}/manifest.json"
 SCHEMA_VERSION = 1
 PRECISIONS = ("fp32", "fp16")
+FLAVOURS = {"tensorrt": "trt"}
+"""The flavour of TensorRT that built an engine -> what stands before its version in the engine's file name."""
 PLUGINS = ("library", "aot", "function", "none")
 """How an engine runs the hcmen ops: the plugin library, kernels inside the engine, standard operators; none in it."""
 _MOST_ENGINES = 1000
@@ -56,6 +67,7 @@ class EngineRecord:
     max_batch: most clips in one run; opt_batch: the batch that the profile of batches is tuned for.
     graph_sha256, weights_sha256: of the export that it was made from.
     parity: what was measured on the golden set before the engine was accepted.
+    flavour: of the TensorRT that built it, one of `FLAVOURS`; not in the index where it is "tensorrt".
     """
 
     engine: FileRecord
@@ -74,11 +86,12 @@ class EngineRecord:
     weights_sha256: str
     created: str
     parity: Mapping[str, Any]
+    flavour: str = "tensorrt"
 
     @staticmethod
-    def file_name(variant: str, precision: str, sm: int, tensorrt: str) -> str:
+    def file_name(variant: str, precision: str, sm: int, tensorrt: str, flavour: str = "tensorrt") -> str:
         """Where in a bundle such an engine lies."""
-        return f"{ENGINES_FOLDER}/{variant}.{precision}.sm{sm}.trt{tensorrt}.engine"
+        return f"{ENGINES_FOLDER}/{variant}.{precision}.sm{sm}.{FLAVOURS[flavour]}{tensorrt}.engine"
 
     def of_export(self, bundle: Bundle) -> bool:
         """Whether it was made from the graph and the weights that `bundle` holds now."""
@@ -91,6 +104,8 @@ class EngineRecord:
     def to_json(self) -> dict[str, Any]:
         """As it stands in the index."""
         data = dataclasses.asdict(dataclasses.replace(self, parity={}))
+        if self.flavour == "tensorrt":
+            del data["flavour"]
         return {**data.pop("engine"), **data, "parity": dict(self.parity)}
 
 
@@ -171,9 +186,10 @@ def _record_from_json(data: JsonObject) -> EngineRecord:
         weights_sha256=data.string("weights_sha256"),
         created=data.string("created"),
         parity=MappingProxyType(data.value("parity", dict)),
+        flavour=data.one_of("flavour", tuple(FLAVOURS)) if "flavour" in data.data else "tensorrt",
     )
     data.finish()
-    expected = EngineRecord.file_name(record.variant, record.precision, record.sm, record.tensorrt)
+    expected = EngineRecord.file_name(record.variant, record.precision, record.sm, record.tensorrt, record.flavour)
     if record.engine.file != expected:
         raise CorruptFileError(f"'{data.where}.file' is {record.engine.file!r}, expected {expected!r}")
     return record

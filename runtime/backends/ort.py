@@ -45,6 +45,7 @@ from hcmen.base.manifest import OP_DOMAIN
 from hcmen.runtime.backends.cores import physical_cores
 from hcmen.runtime.backends.forks import keep_for_ever, watch
 from hcmen.runtime.backends.graph import read_graph
+from hcmen.runtime.backends.options import Ort
 from hcmen.runtime.compare import SCORE_ATOL, SCORE_RTOL
 
 __all__ = ["FUNCTIONS", "NATIVE", "STANDARD", "OrtBackend", "OrtSession", "import_onnxruntime", "physical_cores"]
@@ -97,12 +98,9 @@ class OrtSession:
 
 
 class OrtBackend:
-    """Makes sessions. threads: worker threads of each session, the physical cores by default.
+    """Makes sessions.
 
     library: use the kernel library when it is found; False leaves it out, for tests and comparisons.
-    prepack: lay weights out for the kernels in every session (faster), or share them as they are (smaller); see above
-    for what None does. spin: whether idle threads of a session look out for work for about a millisecond before they
-    sleep; docs/environment.md has what that costs.
 
     Attributes:
         maps_weights: whether `session` wants a `SharedFile`, which this ONNX Runtime maps, or the weights' content.
@@ -112,14 +110,12 @@ class OrtBackend:
     _providers: Sequence[Any] = ("CPUExecutionProvider",)
     _maps = True
 
-    def __init__(
-        self, threads: int | None = None, *, library: bool = True, prepack: bool | None = None, spin: bool = True
-    ):
+    def __init__(self, options: Ort | None = None, *, library: bool = True):
+        options = options or Ort()
         self._ort = import_onnxruntime()
-        self.spin = spin
-        self.prepack = prepack
+        self.spin, self.prepack = options.spin, options.prepack
         self.maps_weights = self._maps and _release(self._ort.__version__) >= _MAPS_FROM
-        self.threads = threads or physical_cores()
+        self.threads = options.threads or physical_cores()
         self.version: str = self._ort.__version__
         self.providers = ", ".join(self._ort.get_available_providers())
         self.library: Path | None = None

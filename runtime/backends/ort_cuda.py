@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from hcmen.base.cuda_library import cuda_library_path, device_problem
 from hcmen.base.errors import BackendError
+from hcmen.runtime.backends.options import Ort, OrtCuda
 from hcmen.runtime.backends.ort import OrtBackend, OrtSession, _reason
 
 __all__ = ["PROVIDER", "OrtCudaBackend", "OrtCudaSession"]
@@ -35,9 +36,7 @@ _MOST_GRAPHS = 32
 class OrtCudaBackend(OrtBackend):
     """Makes sessions on a CUDA device.
 
-    Args:
-        threads: of the host, which only queues work.
-        device: the device's number. cuda_graph: record and replay, see above.
+    device: the device's number.
 
     Raises:
         BackendError: the CUDA provider, the device or the kernel library is missing.
@@ -46,9 +45,10 @@ class OrtCudaBackend(OrtBackend):
     name = "ort-cuda"
     _maps = False  # weights end up on the device, and no GPU has tried
 
-    def __init__(self, threads: int | None = None, *, device: int = 0, cuda_graph: bool = False):
-        self.device, self.cuda_graph = device, cuda_graph
-        super().__init__(threads, library=False)
+    def __init__(self, options: OrtCuda | None = None, *, device: int = 0):
+        options = options or OrtCuda()
+        self.device, self.cuda_graph = device, options.cuda_graph
+        super().__init__(Ort(options.threads), library=False)
         available = self._ort.get_available_providers()
         if PROVIDER not in available:
             raise BackendError(
@@ -60,8 +60,8 @@ class OrtCudaBackend(OrtBackend):
             raise BackendError(f"{problem}, and the backend 'ort-cuda' needs one: check nvidia-smi, or use 'ort'")
         self.library, self.library_problem = self._library_path(), None
         self._options(self.library)
-        options = {"device_id": str(device), **({"enable_cuda_graph": "1"} if cuda_graph else {})}
-        self._providers = ((PROVIDER, options), "CPUExecutionProvider")
+        provider = {"device_id": str(device), **({"enable_cuda_graph": "1"} if self.cuda_graph else {})}
+        self._providers = ((PROVIDER, provider), "CPUExecutionProvider")
 
     def _library_path(self) -> Path:
         return cuda_library_path()

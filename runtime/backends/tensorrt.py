@@ -13,14 +13,10 @@ one launch from then on; sizes that come once are queued the plain way. Batches 
 
 from __future__ import annotations
 
-import ctypes
-import platform
-import re
 import threading
 import warnings
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,26 +25,14 @@ from numpy.typing import NDArray
 from hcmen.base.bundle import Bundle
 from hcmen.base.engines import EngineRecord, read_engines
 from hcmen.base.errors import BackendError, CorruptFileError, InputError
-from hcmen.base.library import library_folders
-from hcmen.base.manifest import OP_DOMAIN, OP_VERSION, VariantRecord
+from hcmen.base.manifest import VariantRecord
 from hcmen.runtime.backends.cuda import Buffer, Cuda, Graph, Stream
+from hcmen.runtime.backends.flavour import TENSORRT, Flavour, TrtModule
+from hcmen.runtime.backends.options import TensorRT
 from hcmen.runtime.backends.ort import FUNCTIONS, NATIVE, STANDARD
 
-__all__ = [
-    "OLDEST_TENSORRT",
-    "PLUGIN_LIBRARY",
-    "TOLERANCES",
-    "TensorRT",
-    "TrtBackend",
-    "TrtSession",
-    "choose_engine",
-    "parsed_version",
-    "plugin_library_path",
-]
+__all__ = ["TOLERANCES", "TrtBackend", "TrtSession", "choose_engine"]
 
-OLDEST_TENSORRT = (10, 3)
-PLUGIN_LIBRARY = "libhcmen_trt.so"
-PLUGINS = ("SelectiveScan", "CausalConv1d")
 TOLERANCES = {"fp32": (1e-4, 1e-4), "fp16": (2e-2, 1e-2)}
 """precision -> (atol, rtol) of an engine against the eager model."""
 KERNELS = {"library": NATIVE, "aot": NATIVE, "function": FUNCTIONS, "none": STANDARD}
@@ -57,81 +41,9 @@ KERNELS = {"library": NATIVE, "aot": NATIVE, "function": FUNCTIONS, "none": STAN
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64"}
 _MOST_GRAPHS = 8
 _MOST_COUNTED = 4096
-_MOST_LINES = 1000
 
 Shapes = tuple[tuple[int, ...], ...]
 Arrays = dict[str, NDArray[Any]]
-
-
-class TensorRT:
-    """The module tensorrt with one logger, which TensorRT keeps for the whole process.
-
-    version: as the module tells it, such as "10.3.0". sink: called with (severity name, message) of what it logs.
-
-    Raises:
-        BackendError: it is not installed, does not load, or is older than 10.3.
-    """
-
-    def __init__(self) -> None:
-        self.module = _import_tensorrt()
-        self.version: str = self.module.__version__
-        if parsed_version(self.version) < OLDEST_TENSORRT:
-            oldest = ".".join(map(str, OLDEST_TENSORRT))
-            raise BackendError(f"TensorRT is {self.version}, expected {oldest} or later: upgrade it")
-        self.logger = _logger(self.module)
-        # An engine must not outlive its runtime; these live as long as whoever holds this object.
-        self._runtimes: dict[bool, Any] = {}
-
-    def errors(self, since: int = 0) -> str:
-        """What TensorRT logged as errors since `logger.count` was `since`, on one line; empty if nothing."""
-        lines = [t for i, severity, t in self.logger.lines if i >= since and severity in ("INTERNAL_ERROR", "ERROR")]
-        return _shortened("; ".join(dict.fromkeys(lines)))
-
-    def creator(self, op_type: str) -> Any:
-        """The plugin creator of an hcmen op, None while no plugin library is loaded."""
-        return self.module.get_plugin_registry().get_creator(op_type, str(OP_VERSION), OP_DOMAIN)
-
-    def load_plugins(self, path: Path) -> None:
-        """Loads the plugin library, once per process.
-
-        Raises:
-            BackendError: TensorRT refuses it, or it is from another version of hcmen.
-        """
-        if all(self.creator(op) is not None for op in PLUGINS):
-            return
-        mark = self.logger.count
-        handle = self.module.get_plugin_registry().load_library(str(path))
-        missing = [op for op in PLUGINS if self.creator(op) is None]
-        if missing:
-            why = self.errors(mark) or (_load_problem(path) if handle is None else "it has no such creator")
-            raise BackendError(
-                f"{path}: no plugin {OP_DOMAIN}::{missing[0]} version {OP_VERSION} in it ({why}): "
-                f"build it again with this version of hcmen, for TensorRT {self.version}"
-            )
-
-    def deserialize(self, plan: memoryview | bytes, where: str, *, host_code: bool = False) -> Any:
-        """The engine in `plan`.
-
-        Args:
-            plan: its bytes. where: what to call it in messages. host_code: allow code for the host inside the engine,
-                which version-compatible engines have.
-
-        Raises:
-            BackendError: TensorRT refuses it.
-        """
-        mark = self.logger.count
-        if host_code not in self._runtimes:
-            runtime = self.module.Runtime(self.logger)
-            if host_code:
-                runtime.engine_host_code_allowed = True
-            self._runtimes[host_code] = runtime
-        engine = self._runtimes[host_code].deserialize_cuda_engine(plan)
-        if engine is None:
-            why = self.errors(mark) or "no reason given"
-            raise BackendError(
-                f"{where}: TensorRT {self.version} refused the engine ({why}): compile it again on this device"
-            )
-        return engine
 
 
 class TrtSession:
@@ -153,7 +65,7 @@ class TrtSession:
 
     def __init__(
         self,
-        tensorrt: TensorRT,
+        tensorrt: TrtModule,
         cuda: Cuda,
         plan: memoryview | bytes,
         record: VariantRecord,
@@ -168,6 +80,7 @@ class TrtSession:
         self.precision = precision
         self.tolerance = TOLERANCES[precision]
         self._tensorrt, self._cuda, self._where = tensorrt, cuda, where
+        self._title = tensorrt.flavour.title
         self._engine = tensorrt.deserialize(plan, where, host_code=host_code)
         self._inputs = {t.name: np.dtype(t.dtype) for t in record.inputs}
         self._outputs = {t.name: (np.dtype(t.dtype), t.shape[1:]) for t in record.outputs}
@@ -275,7 +188,7 @@ class TrtSession:
             why = self._tensorrt.errors(mark) or "no reason given"
             raise BackendError(f"{self._where}: no execution context ({why}): see whether the GPU has memory left")
         if not context.set_optimization_profile_async(profile, self._stream.handle):
-            raise BackendError(f"{self._where}: TensorRT refused profile {profile}: {self._tensorrt.errors(mark)}")
+            raise BackendError(f"{self._where}: {self._title} refused profile {profile}: {self._tensorrt.errors(mark)}")
         self._stream.wait()
         return context
 
@@ -311,7 +224,7 @@ class TrtSession:
 
     def _refused(self, what: str, mark: int) -> BackendError:
         why = self._tensorrt.errors(mark) or "no reason given"
-        return BackendError(f"{self._where}: TensorRT refused {what} ({why}): compile it again on this device")
+        return BackendError(f"{self._where}: {self._title} refused {what} ({why}): compile it again on this device")
 
     def _host(self, name: str, dtype: np.dtype[Any], shape: Sequence[Any]) -> NDArray[Any]:
         return self._buffers[name].host[: _bytes(dtype, shape)].view(dtype).reshape(shape)
@@ -366,21 +279,23 @@ class TrtSession:
 
 
 class TrtBackend:
-    """Opens the engines of bundles. precision: "fp32", "fp16", or None for the fastest that was compiled.
+    """Opens the engines of bundles.
 
     Raises:
+        InputError: no such precision.
         BackendError: TensorRT, the driver or a GPU is missing.
     """
 
     name = "tensorrt"
     threads = 1
 
-    def __init__(self, precision: str | None = None):
-        if precision is not None and precision not in TOLERANCES:
-            raise InputError(f"unknown precision '{precision}': choose from {', '.join(TOLERANCES)}")
-        self.tensorrt = TensorRT()
+    def __init__(self, options: TensorRT | None = None, flavour: Flavour = TENSORRT):
+        self.options = options or TensorRT()
+        self.precision = self.options.precision
+        if self.precision is not None and self.precision not in TOLERANCES:
+            raise InputError(f"unknown precision '{self.precision}': choose from {', '.join(TOLERANCES)}")
+        self.tensorrt = TrtModule(flavour)
         self.cuda = Cuda()
-        self.precision = precision
         self.version = self.tensorrt.version
 
     def open(self, bundle: Bundle, variant: str) -> TrtSession:
@@ -392,9 +307,10 @@ class TrtBackend:
             CorruptFileError: the engine or the index is damaged.
         """
         record = bundle.variant(variant)
-        engine = choose_engine(bundle, variant, self.precision, self.cuda.sm, self.version)
+        flavour = self.tensorrt.flavour
+        engine = choose_engine(bundle, variant, self.precision, self.cuda.sm, self.version, flavour)
         if engine.plugin == "library" and not engine.plugin_embedded:
-            self.tensorrt.load_plugins(plugin_library_path())
+            self.tensorrt.load_plugins(flavour.plugin_library())
         return TrtSession(
             self.tensorrt,
             self.cuda,
@@ -405,11 +321,13 @@ class TrtBackend:
             precision=engine.precision,
             host_code=engine.version_compatible,
             # The standard operators of a function may run as a loop that the host takes part in.
-            graphs=engine.plugin != "function",
+            graphs=self.options.cuda_graph and engine.plugin != "function",
         )
 
 
-def choose_engine(bundle: Bundle, variant: str, precision: str | None, sm: int, version: str) -> EngineRecord:
+def choose_engine(
+    bundle: Bundle, variant: str, precision: str | None, sm: int, version: str, flavour: Flavour = TENSORRT
+) -> EngineRecord:
     """The engine of `variant` that this device can run: of its own GPU and version before a compatible one, fp16 first.
 
     Raises:
@@ -418,11 +336,13 @@ def choose_engine(bundle: Bundle, variant: str, precision: str | None, sm: int, 
     """
     wanted = f" --precision {precision}" if precision else ""
     compile_ = f"hcmen-compile {bundle.path} --variant {variant}{wanted}"
-    all_ = [r for r in read_engines(bundle) if r.variant == variant and precision in (None, r.precision)]
+    records = (r for r in read_engines(bundle) if r.flavour == flavour.name)
+    all_ = [r for r in records if r.variant == variant and precision in (None, r.precision)]
     if not all_:
         kind = f" {precision}" if precision else ""
         raise BackendError(f"{bundle.path}: no{kind} engine for variant '{variant}': run {compile_} on this device")
-    problems = {r.engine.file: _unfit(r, bundle, sm, version) for r in all_}
+    stale = "made from another export than the one in this bundle"
+    problems = {r.engine.file: flavour.unfit(r, sm, version) if r.of_export(bundle) else stale for r in all_}
     fitting = [r for r in all_ if problems[r.engine.file] is None]
     if not fitting:
         newest = max(all_, key=lambda r: r.created)
@@ -432,21 +352,6 @@ def choose_engine(bundle: Bundle, variant: str, precision: str | None, sm: int, 
     return min(fitting, key=lambda r: ((r.sm, r.tensorrt) != (sm, version), r.precision != "fp16", r.engine.file))
 
 
-def _unfit(record: EngineRecord, bundle: Bundle, sm: int, version: str) -> str | None:
-    """Why this device cannot run the engine; None if it can."""
-    if not record.of_export(bundle):
-        return "made from another export than the one in this bundle"
-    if record.machine != platform.machine():
-        return f"made on {record.machine}, this machine is {platform.machine()}"
-    if record.sm != sm and not (record.hardware_compatible and min(sm, record.sm) >= 80):
-        return f"made for a GPU of sm {record.sm}, this one has sm {sm}"
-    if record.tensorrt != version:
-        newer = parsed_version(version) >= parsed_version(record.tensorrt)
-        if not (record.version_compatible and newer):
-            return f"made by TensorRT {record.tensorrt}, this machine has {version}"
-    return None
-
-
 def _read_engine(bundle: Bundle, record: EngineRecord) -> memoryview:
     try:
         return bundle.read(record.engine).data
@@ -454,79 +359,6 @@ def _read_engine(bundle: Bundle, record: EngineRecord) -> memoryview:
         raise CorruptFileError(
             f"{str(error).rsplit(': ', 1)[0]}: compile it again with hcmen-compile --force"
         ) from error
-
-
-def plugin_library_path() -> Path:
-    """The absolute path of the plugin library.
-
-    Raises:
-        BackendError: it is in none of the places searched; the message lists them.
-    """
-    places = [folder / PLUGIN_LIBRARY for folder in library_folders()]
-    for place in places:
-        if place.is_file():
-            return place.resolve()
-    tried = ", ".join(str(p.parent) for p in places)
-    raise BackendError(
-        f"{PLUGIN_LIBRARY} was not found in {tried}: build it on this device with nvcc and the TensorRT headers "
-        "(docs/jetson.md), or compile with --plugin function"
-    )
-
-
-def parsed_version(version: str) -> tuple[int, ...]:
-    """The numbers of a version, for comparison: "10.3.0.post1" -> (10, 3, 0)."""
-    found = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(int(n) for n in found[0].split(".")) if found else ()
-
-
-def _import_tensorrt() -> Any:
-    try:
-        import tensorrt
-    except ModuleNotFoundError as error:
-        raise BackendError(
-            f"{error.name} is not installed, and TensorRT engines need it: pip install 'hcmen[tensorrt]'; a Jetson has "
-            "it as apt package python3-libnvinfer, seen by virtual environments with --system-site-packages"
-        ) from error
-    except ImportError as error:
-        raise BackendError(f"tensorrt does not load ({_shortened(str(error))}): install it again") from error
-    return tensorrt
-
-
-def _logger(module: Any) -> Any:
-    """A TensorRT logger that keeps the last of what it is told; TensorRT's own prints."""
-
-    class Logger(module.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            module.ILogger.__init__(self)
-            self.count = 0
-            self.lines: deque[tuple[int, str, str]] = deque(maxlen=_MOST_LINES)
-            self.sink: Any = None
-
-        def log(self, severity: Any, msg: str) -> None:
-            """What TensorRT calls."""
-            if severity.name == "VERBOSE":
-                return
-            text = " ".join(msg.split())
-            self.lines.append((self.count, severity.name, text))
-            self.count += 1
-            if self.sink is not None:
-                self.sink(severity.name, text)
-
-    return Logger()
-
-
-def _load_problem(path: Path) -> str:
-    """Why the library cannot be loaded: TensorRT tells its logger, and there may be none yet."""
-    try:
-        ctypes.CDLL(str(path))
-    except OSError as error:
-        return _shortened(str(error))
-    return "TensorRT takes it for no plugin library"
-
-
-def _shortened(text: str, most: int = 400) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _bytes(dtype: np.dtype[Any], shape: Iterable[Any]) -> int:

@@ -19,6 +19,7 @@ import click
 from hcmen.base.console import Choice, Console, command
 from hcmen.base.errors import CheckFailed, HcmenError, InputError
 from hcmen.base.modalities import variant_named
+from hcmen.runtime.backends.options import BACKENDS
 
 if TYPE_CHECKING:
     from hcmen.runtime.benchmark.judge import Verdict
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-BACKENDS = ("ort", "ort-cuda", "tensorrt")
 AGAINST = ("eager", "eager-reference", "compile", "compile-reference", "functions")
 
 _EPILOG = (
@@ -41,7 +41,7 @@ _EPILOG = (
 @click.argument("bundles", nargs=-1, metavar="[BUNDLE]...")
 @click.option("--variant", "variants", multiple=True, help="Which graph; repeatable. Default: all of the bundle.")
 @click.option(
-    "--backend", "backends", multiple=True, type=Choice(BACKENDS), help="What runs it; repeatable. Default: ort."
+    "--backend", "backends", multiple=True, type=Choice(list(BACKENDS)), help="What runs it; repeatable. Default: ort."
 )
 @click.option(
     "--precision", "precisions", multiple=True, help="With tensorrt: which engines, fp32 or fp16; repeatable."

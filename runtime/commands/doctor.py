@@ -22,6 +22,7 @@ import click
 import hcmen
 from hcmen.base.console import Console, command, one_line
 from hcmen.base.errors import BackendError, CheckFailed, CorruptFileError, HcmenError
+from hcmen.runtime.backends import Ort, OrtCuda
 from hcmen.runtime.commands.doctor_rows import FAILED, INFO, OK, SKIPPED, Row
 
 __all__ = ["check_machine", "main"]
@@ -163,7 +164,8 @@ def _check_cuda_scan(library: Path) -> str:
     from hcmen.base.selfcheck import MODEL, TOLERANCE, selective_scan_numpy, selfcheck_inputs
     from hcmen.runtime.backends.ort_cuda import OrtCudaBackend
 
-    session = OrtCudaBackend(1).session(MODEL.read_bytes(), np.zeros(0, np.uint8), "weights.bin", "the one-node model")
+    backend = OrtCudaBackend(OrtCuda(threads=1))
+    session = backend.session(MODEL.read_bytes(), np.zeros(0, np.uint8), "weights.bin", "the one-node model")
     inputs: dict[str, Any] = selfcheck_inputs()
     got = session.run(inputs)
     expected = selective_scan_numpy(**inputs, delta_softplus=True)
@@ -253,7 +255,7 @@ def _onnxruntime() -> Row:
     def check() -> str:
         from hcmen.runtime.backends.ort import OrtBackend
 
-        backend = OrtBackend(1, library=False)
+        backend = OrtBackend(Ort(threads=1), library=False)
         return f"{backend.version} ({installed[0][0] if installed else 'no package record'}), {backend.providers}"
 
     return _attempt(name, check, "pip install 'hcmen[cpu]'")

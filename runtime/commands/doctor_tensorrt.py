@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from hcmen.base.console import one_line
 from hcmen.base.errors import CheckFailed, CorruptFileError, HcmenError
 from hcmen.runtime.backends.cuda import Cuda, find_driver
+from hcmen.runtime.backends.options import TensorRT
 from hcmen.runtime.commands.doctor_rows import FAILED, INFO, OK, SKIPPED, Row
+
+if TYPE_CHECKING:
+    from hcmen.runtime.backends.flavour import Flavour
 
 __all__ = ["tensorrt_rows"]
 
@@ -29,10 +34,12 @@ def tensorrt_rows(bundle: str | None) -> Iterator[Row]:
     yield Row("nvidia driver", INFO, driver or "none")
     gpu, cuda = _gpu(driver)
     yield gpu
-    tensorrt = _tensorrt()
+    from hcmen.runtime.backends.flavour import TENSORRT
+
+    tensorrt = _tensorrt(TENSORRT)
     yield tensorrt
-    yield _plugins() if tensorrt.status == OK else Row("tensorrt plugins", INFO, "need TensorRT")
-    yield _engines(bundle, cuda if tensorrt.status == OK else None)
+    yield _plugins(TENSORRT) if tensorrt.status == OK else Row("tensorrt plugins", INFO, "need TensorRT")
+    yield _engines(bundle, cuda if tensorrt.status == OK else None, TENSORRT)
 
 
 def _gpu(driver: str | None) -> tuple[Row, Cuda | None]:
@@ -47,32 +54,34 @@ def _gpu(driver: str | None) -> tuple[Row, Cuda | None]:
     return Row("gpu", OK, f"{detail}{free >> 20} of {total >> 20} MiB free"), cuda
 
 
-def _tensorrt() -> Row:
-    if find_spec("tensorrt") is None:
-        return Row("tensorrt", INFO, "not installed; only --backend tensorrt and hcmen-compile need it")
-    from hcmen.runtime.backends.tensorrt import TensorRT
+def _tensorrt(flavour: Flavour) -> Row:
+    if find_spec(flavour.module) is None:
+        return Row(flavour.name, INFO, f"not installed; only --backend {flavour.name} and hcmen-compile need it")
+    from hcmen.runtime.backends.flavour import TrtModule
 
     try:
-        return Row("tensorrt", OK, TensorRT().version)
+        return Row(flavour.name, OK, TrtModule(flavour).version)
     except HcmenError as error:
-        return Row("tensorrt", FAILED, one_line(error), "install TensorRT 10.3 or later again")
+        oldest = ".".join(map(str, flavour.oldest))
+        return Row(flavour.name, FAILED, one_line(error), f"install {flavour.title} {oldest} or later again")
 
 
-def _plugins() -> Row:
-    from hcmen.runtime.backends.tensorrt import PLUGINS, TensorRT, plugin_library_path
+def _plugins(flavour: Flavour) -> Row:
+    from hcmen.runtime.backends.flavour import PLUGIN_OPS, TrtModule
 
+    name = f"{flavour.name} plugins"
     try:
-        path = plugin_library_path()
+        path = flavour.plugin_library()
     except HcmenError as error:
-        return Row("tensorrt plugins", INFO, one_line(error))
+        return Row(name, INFO, one_line(error))
     try:
-        TensorRT().load_plugins(path)
+        TrtModule(flavour).load_plugins(path)
     except HcmenError as error:
-        return Row("tensorrt plugins", FAILED, one_line(error), "build hcmen again on this device: docs/jetson.md")
-    return Row("tensorrt plugins", OK, f"{' and '.join(PLUGINS)}, {path.stat().st_size / 1024:.0f} KiB, {path}")
+        return Row(name, FAILED, one_line(error), "build hcmen again on this device: docs/jetson.md")
+    return Row(name, OK, f"{' and '.join(PLUGIN_OPS)}, {path.stat().st_size / 1024:.0f} KiB, {path}")
 
 
-def _engines(bundle: str | None, cuda: Cuda | None) -> Row:
+def _engines(bundle: str | None, cuda: Cuda | None, flavour: Flavour) -> Row:
     """Whether the engines are as listed, which fit this device, and whether those score the golden set rightly."""
     if bundle is None:
         return Row("engines", INFO, "no bundle")
@@ -86,20 +95,20 @@ def _engines(bundle: str | None, cuda: Cuda | None) -> Row:
     except HcmenError:
         return Row("engines", SKIPPED, "need a sound bundle")
     try:
-        records = read_engines(opened)
+        records = [record for record in read_engines(opened) if record.flavour == flavour.name]
         if not records:
-            return Row("engines", INFO, f"none in {bundle}; {_COMPILE} for --backend tensorrt")
+            return Row("engines", INFO, f"none in {bundle}; {_COMPILE} for --backend {flavour.name}")
         for record in records:
             opened.file(record.engine)
         what = f"{len(records)}, each as listed"
         if cuda is None:
-            return Row("engines", OK, f"{what}; not run, needs a GPU and TensorRT")
+            return Row("engines", OK, f"{what}; not run, needs a GPU and {flavour.title}")
         pairs = sorted({(r.variant, r.precision) for r in records})
         fitting, unfit = [], []
         for variant, precision in pairs:
-            backend = TrtBackend(precision)
+            backend = TrtBackend(TensorRT(precision), flavour)
             try:
-                choose_engine(opened, variant, precision, backend.cuda.sm, backend.version)
+                choose_engine(opened, variant, precision, backend.cuda.sm, backend.version, flavour)
             except HcmenError as error:
                 unfit.append(one_line(error))
                 continue

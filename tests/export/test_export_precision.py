@@ -44,6 +44,7 @@ from hcmen.export.weights import embedded_model
 from hcmen.mamba.graph import ALIGNMENT_BYTES, share_weights
 from hcmen.models.hcmen.model import HCMEN
 from hcmen.runtime import load
+from hcmen.runtime.backends import Ort
 from hcmen.runtime.backends.ort import OrtBackend, OrtSession
 from hcmen.runtime.golden import read_golden
 from hcmen.training.checkpoint import save_checkpoint
@@ -63,7 +64,7 @@ def shallow(monkeypatch):
 def session(model: ModelProto, *, library: bool = True) -> OrtSession:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*without the kernel library.*", RuntimeWarning)
-        backend = OrtBackend(1, library=library)
+        backend = OrtBackend(Ort(threads=1), library=library)
         return backend.session(model.SerializeToString(), np.zeros(0, np.uint8), "weights.bin", model.graph.name)
 
 

@@ -16,7 +16,7 @@ def _problem() -> str | None:
     try:
         from hcmen.runtime.backends.ort_cuda import OrtCudaBackend
 
-        OrtCudaBackend(1)
+        OrtCudaBackend()
     except BackendError as error:
         return str(error)
     return None
@@ -45,7 +45,7 @@ def test_scan_nodes(time, channel, state):
         case = grid_case(time, channel, state, batch)
         feeds = grid_feeds(time, channel, state, batch, case)
         model = scan_model(channel, state, **case, functions=False).SerializeToString()
-        got = OrtCudaBackend(1).session(model, np.zeros(0, np.uint8), "weights.bin", "node").run(feeds)
+        got = OrtCudaBackend().session(model, np.zeros(0, np.uint8), "weights.bin", "node").run(feeds)
         for name, want in zip(("y", "last_state"), oracle(feeds, case["delta_softplus"], case["reverse"]), strict=True):
             if name in got:
                 half = got[name].dtype == np.float16

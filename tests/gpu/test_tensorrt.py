@@ -19,17 +19,17 @@ from hcmen.base.modalities import VARIANTS
 from hcmen.export.commands.compile import main as compile_main
 from hcmen.runtime import load
 from hcmen.runtime.backends.cuda import Cuda
-from hcmen.runtime.backends.tensorrt import TensorRT, parsed_version, plugin_library_path
+from hcmen.runtime.backends.flavour import TENSORRT, TrtModule
 
 pytestmark = pytest.mark.gpu
 NAMES = [v.name for v in VARIANTS]
 
 
 @pytest.fixture(scope="module")
-def tensorrt() -> TensorRT:
+def tensorrt() -> TrtModule:
     try:
         Cuda()
-        return TensorRT()
+        return TrtModule()
     except HcmenError as error:
         pytest.skip(str(error))
 
@@ -40,11 +40,10 @@ def ready(tensorrt, tmp_path, request):
     plugin = request.param
     try:
         if plugin == "library":
-            plugin_library_path()
+            TENSORRT.plugin_library()
+        TENSORRT.require_plugin(plugin, tensorrt.version)
     except HcmenError as error:
         pytest.skip(str(error))
-    if plugin == "aot" and parsed_version(tensorrt.version) < (10, 9):
-        pytest.skip(f"TensorRT {tensorrt.version} has no AOT plugins")
     return micro_bundle_at(tmp_path / "bundle"), plugin
 
 

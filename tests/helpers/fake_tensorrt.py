@@ -30,7 +30,7 @@ import pytest
 from onnx import TensorProto
 
 import hcmen.runtime.backends.cuda
-import hcmen.runtime.backends.tensorrt
+import hcmen.runtime.backends.flavour
 from hcmen.base.library import library_path
 from hcmen.export.commands.compile import main as compile_main
 from helpers.command import Outcome, run
@@ -578,7 +578,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, cuda:
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     monkeypatch.setattr(hcmen.runtime.backends.cuda, "_libraries", lambda: iter([("libcudart.so.12", cuda)]))
     library = plugin_file(tmp_path, module)
-    monkeypatch.setattr(hcmen.runtime.backends.tensorrt, "library_folders", lambda: [library.parent])
+    monkeypatch.setattr(hcmen.runtime.backends.flavour, "library_folders", lambda: [library.parent])
     return module
 
 

@@ -19,13 +19,12 @@ from helpers.scan_grid import oracle, scan_feeds
 
 import hcmen.runtime.backends.ort as ort_module
 import hcmen.runtime.backends.ort_cuda as module
-from hcmen.base.bundle import read_bundle
-from hcmen.base.errors import BackendError, InputError
+from hcmen.base.errors import BackendError
 from hcmen.mamba.one_node import scan_model
 from hcmen.runtime import load
+from hcmen.runtime.backends import OrtCuda
 from hcmen.runtime.backends.ort_cuda import OrtCudaBackend
 from hcmen.runtime.commands.run import main
-from hcmen.runtime.predictor import Predictor
 
 NO_WEIGHTS = np.zeros(0, np.uint8)
 
@@ -127,7 +126,7 @@ def model() -> bytes:
 
 
 def test_a_session_binds_inputs_and_outputs_on_the_device(stand, model):
-    session = OrtCudaBackend(1).session(model, NO_WEIGHTS, "weights.bin", "graph")
+    session = OrtCudaBackend().session(model, NO_WEIGHTS, "weights.bin", "graph")
     assert session.kernels == "native"
     check(session, feeds_of(9, 0))
     check(session, feeds_of(5, 1))
@@ -137,7 +136,7 @@ def test_a_session_binds_inputs_and_outputs_on_the_device(stand, model):
 
 
 def test_cuda_graphs_have_buffers_and_a_number_for_each_shape(stand, model):
-    session = OrtCudaBackend(1, device=1, cuda_graph=True).session(model, NO_WEIGHTS, "weights.bin", "graph")
+    session = OrtCudaBackend(OrtCuda(cuda_graph=True), device=1).session(model, NO_WEIGHTS, "weights.bin", "graph")
     for seed, time in enumerate((9, 9, 5, 9, 5, 5)):
         check(session, feeds_of(time, seed))
     # The first run of a shape is apart; the others replay its graph.
@@ -146,7 +145,7 @@ def test_cuda_graphs_have_buffers_and_a_number_for_each_shape(stand, model):
 
 
 def test_results_are_the_callers_own(stand, model):
-    session = OrtCudaBackend(1, cuda_graph=True).session(model, NO_WEIGHTS, "weights.bin", "graph")
+    session = OrtCudaBackend(OrtCuda(cuda_graph=True)).session(model, NO_WEIGHTS, "weights.bin", "graph")
     first = feeds_of(9, 0)
     session.run(first)
     kept = session.run(first)["y"]
@@ -157,7 +156,7 @@ def test_results_are_the_callers_own(stand, model):
 
 def test_no_more_shapes_are_recorded_than_there_is_room_for(stand, model, monkeypatch):
     monkeypatch.setattr(module, "_MOST_GRAPHS", 1)
-    session = OrtCudaBackend(1, cuda_graph=True).session(model, NO_WEIGHTS, "weights.bin", "graph")
+    session = OrtCudaBackend(OrtCuda(cuda_graph=True)).session(model, NO_WEIGHTS, "weights.bin", "graph")
     for time in (3, 4, 4, 3):
         check(session, feeds_of(time, time))
     assert [c for c in stand.calls if c.startswith("run")] == [f"run {n}" for n in (-1, -1, -1, 1)]
@@ -187,7 +186,7 @@ def test_a_package_without_the_provider(monkeypatch):
     providers = [p for p in onnxruntime.get_available_providers() if p != module.PROVIDER]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
     with pytest.raises(BackendError) as error:
-        OrtCudaBackend(1)
+        OrtCudaBackend()
     assert "has no CUDA provider (it has" in one_line(error)
     assert "pip install 'hcmen[gpu]'" in one_line(error)
 
@@ -195,25 +194,25 @@ def test_a_package_without_the_provider(monkeypatch):
 def test_no_device(monkeypatch, stand):
     monkeypatch.setattr(module, "device_problem", lambda: "the CUDA driver sees no device")
     with pytest.raises(BackendError) as error:
-        OrtCudaBackend(1)
+        OrtCudaBackend()
     assert one_line(error).startswith("the CUDA driver sees no device, and the backend 'ort-cuda' needs one")
 
 
 def test_no_library(monkeypatch, stand, tmp_path):
     monkeypatch.setenv("HCMEN_CUDA_LIBRARY", str(tmp_path / "none.so"))
     with pytest.raises(BackendError) as error:
-        OrtCudaBackend(1)
+        OrtCudaBackend()
     assert "HCMEN_CUDA=ON" in one_line(error)
     (tmp_path / "none.so").write_bytes(b"not a library")
     with pytest.raises(BackendError) as error:
-        OrtCudaBackend(1)
+        OrtCudaBackend()
     assert "refused" in one_line(error)
 
 
 def test_a_runtime_that_falls_back(monkeypatch, library, model):
     use(monkeypatch, Stand(falls_back=True), library)
     with pytest.raises(BackendError) as error:
-        OrtCudaBackend(1).session(model, NO_WEIGHTS, "weights.bin", "graph")
+        OrtCudaBackend().session(model, NO_WEIGHTS, "weights.bin", "graph")
     assert one_line(error).startswith("graph: ONNX Runtime")
     assert "fell back to CPUExecutionProvider" in one_line(error)
 
@@ -222,16 +221,10 @@ def test_a_run_that_fails_says_why(stand, model):
     feeds = feeds_of(5, 0)
     feeds["delta"] = feeds["delta"][:, :3]
     for graph in (False, True):
-        session = OrtCudaBackend(1, cuda_graph=graph).session(model, NO_WEIGHTS, "weights.bin", "graph")
+        session = OrtCudaBackend(OrtCuda(cuda_graph=graph)).session(model, NO_WEIGHTS, "weights.bin", "graph")
         with pytest.raises(BackendError, match="input 'delta' has shape") as error:
             session.run(feeds)
         assert ("without cuda_graph it may run" in one_line(error)) == graph
-
-
-def test_options_of_other_backends_are_refused(shared_bundle):
-    for backend in ("auto", "ort"):
-        with pytest.raises(InputError, match="cuda_graph is an option of the backend 'ort-cuda'"):
-            Predictor(read_bundle(shared_bundle), backend=backend, cuda_graph=True)
 
 
 def test_the_command_exits_with_3(monkeypatch, shared_bundle):

@@ -245,11 +245,6 @@ def mapped_without_packing(bundle: Path) -> int:
     return sum(len(read_graph(p.read_bytes(), "weights.bin", size, p.name).external) for p in bundle.glob("*.onnx"))
 
 
-def test_prepack_is_for_the_cpu_backend_alone(shared_bundle):
-    with pytest.raises(InputError, match="prepack is an option of the backend 'ort'"):
-        load(shared_bundle, backend="tensorrt", prepack=True)
-
-
 def no_library() -> Path:
     raise BackendError("libhcmen_ops.so was not found")
 
@@ -330,10 +325,6 @@ def test_wrong_arguments_are_refused(shared_bundle):
     for threads in (0, -1, 5000):
         with pytest.raises(InputError, match=f"threads is {threads}, expected 1 to 1024"):
             load(shared_bundle, threads=threads)
-    with pytest.raises(InputError, match="the backend 'tensorrt' has none"):
-        load(shared_bundle, backend="tensorrt", threads=2)
-    with pytest.raises(InputError, match="only the backend 'tensorrt' has one"):
-        load(shared_bundle, precision="fp16")
 
 
 def test_threads_and_backend_are_what_was_asked(shared_bundle):
@@ -588,6 +579,7 @@ def test_a_session_costs_one_copy_of_its_weights():
     script = """
         import numpy as np
         from onnx import TensorProto, helper
+        from hcmen.runtime.backends import Ort
         from hcmen.runtime.backends.ort import OrtBackend
 
         def rss():
@@ -601,7 +593,7 @@ def test_a_session_costs_one_copy_of_its_weights():
         graph = helper.make_graph([helper.make_node("Add", ["x", "w"], ["y"])], "g", io[:1], io[1:], [tensor])
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9).SerializeToString()
         weights = np.ones(4 * count, np.uint8)
-        backend = OrtBackend(1)
+        backend = OrtBackend(Ort(threads=1))
         sessions = [backend.session(model, weights, "weights.bin", "a")]
         before = rss()
         sessions += [backend.session(model, weights, "weights.bin", "b") for _ in range(3)]

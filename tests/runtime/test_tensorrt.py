@@ -26,7 +26,7 @@ from helpers.fake_tensorrt import compiled, machine
 from helpers.small_bundle import clip_arrays
 
 import hcmen.runtime.backends.cuda
-import hcmen.runtime.backends.tensorrt
+import hcmen.runtime.backends.flavour
 import hcmen.runtime.commands.doctor_tensorrt
 from hcmen.base.bundle import read_bundle
 from hcmen.base.clip import write_clip
@@ -35,7 +35,9 @@ from hcmen.base.engines import read_engines
 from hcmen.base.errors import BackendError, CorruptFileError, InputError
 from hcmen.export.tensorrt import Compiler, Options, profile_shapes
 from hcmen.runtime import load
-from hcmen.runtime.backends.tensorrt import TrtBackend, parsed_version
+from hcmen.runtime.backends import TensorRT
+from hcmen.runtime.backends.flavour import parsed_version
+from hcmen.runtime.backends.tensorrt import TrtBackend
 from hcmen.runtime.commands.doctor_rows import Row
 from hcmen.runtime.commands.doctor_tensorrt import tensorrt_rows
 from hcmen.runtime.commands.run import main as run_main
@@ -314,7 +316,7 @@ def test_a_plugin_library_of_another_version(micro_bundle, trt, tmp_path):
 
 
 def test_what_the_parser_says_is_told_with_its_node(micro_bundle, trt, monkeypatch):
-    monkeypatch.setattr(hcmen.runtime.backends.tensorrt.TensorRT, "load_plugins", lambda self, path: None)
+    monkeypatch.setattr(hcmen.runtime.backends.flavour.TrtModule, "load_plugins", lambda self, path: None)
     line = refused(micro_bundle, 3)
     assert "full.onnx: TensorRT 10.3.0 cannot take the graph: " in line
     assert "CausalConv1d node '" in line
@@ -497,7 +499,7 @@ def test_precision_is_chosen(ready, trt, tmp_path):
     assert done.code == 3
     assert "no fp16 engine for variant 'full': run hcmen-compile" in done.lines[-1]
     assert compiled(ready, "--variant", "full", "--precision", "fp16").code == 0
-    sessions = {p: TrtBackend(p).open(read_bundle(ready), "full").precision for p in ("fp32", "fp16", None)}
+    sessions = {p: TrtBackend(TensorRT(p)).open(read_bundle(ready), "full").precision for p in ("fp32", "fp16", None)}
     assert sessions == {"fp32": "fp32", "fp16": "fp16", None: "fp16"}
     assert scored(ready, clip, "--precision", "int8").code == 2
     assert scored(ready, clip, "--threads", 2).code == 2
@@ -533,7 +535,7 @@ def test_another_tensorrt(ready, clip, monkeypatch, tmp_path, cuda):
 
 
 def test_another_machine(ready, clip, monkeypatch):
-    monkeypatch.setattr(hcmen.runtime.backends.tensorrt.platform, "machine", lambda: "riscv64")
+    monkeypatch.setattr(hcmen.runtime.backends.flavour.platform, "machine", lambda: "riscv64")
     assert "this machine is riscv64" in said(ready, clip, 3)
 
 
@@ -709,18 +711,17 @@ def test_compile_and_run_without_torch(micro_bundle, tmp_path):
 
         sys.meta_path.insert(0, Refuse())
         sys.path.insert(0, sys.argv[1])
-        import hcmen.runtime.backends.cuda, hcmen.runtime.backends.tensorrt
+        import hcmen.runtime.backends.cuda, hcmen.runtime.backends.flavour
         from helpers import fake_tensorrt
         from helpers.command import run
         from helpers.fake_cuda import FakeCuda
-from helpers.fake_tensorrt import compiled, machine
 
         cuda = FakeCuda()
         trt = sys.modules["tensorrt"] = fake_tensorrt.make("10.3.0", cuda)
         hcmen.runtime.backends.cuda._libraries = lambda: iter([("fake", cuda)])
         folder = Path(sys.argv[3])
         fake_tensorrt.plugin_file(folder, trt)
-        hcmen.runtime.backends.tensorrt.library_folders = lambda: [folder]
+        hcmen.runtime.backends.flavour.library_folders = lambda: [folder]
         from hcmen.export.commands.compile import main
         done = run(main, sys.argv[2], "--variant", "full", "--precision", "fp16")
         assert done.code == 0, done.err

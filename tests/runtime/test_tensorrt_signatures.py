@@ -21,6 +21,7 @@ from helpers.fake_cuda import FakeCuda
 from helpers.fake_tensorrt import compiled, machine
 from helpers.micro import micro_bundle_at
 
+import hcmen.runtime.backends.flavour
 import hcmen.runtime.backends.tensorrt
 from hcmen.base.bundle import read_bundle
 from hcmen.base.errors import BackendError, HcmenError
@@ -28,7 +29,7 @@ from hcmen.export.tensorrt import Compiler, Options
 from hcmen.runtime import load
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = (ROOT / "runtime" / "backends" / "tensorrt.py", ROOT / "export" / "tensorrt.py")
+SOURCES = [ROOT / p for p in ("runtime/backends/flavour.py", "runtime/backends/tensorrt.py", "export/tensorrt.py")]
 # The fake's name of what the bindings call by their C++ name.
 ALIASES = {"ParserError": "nvonnxparser::IParserError"}
 
@@ -59,7 +60,7 @@ def calls(bindings, tmp_path_factory) -> list[dict[str, Any]]:
         model = load(bundle, backend="tensorrt")
         for _ in range(3):
             assert all(t.passed for t in model.self_test(["full"]))
-        patch.setattr(hcmen.runtime.backends.tensorrt.TensorRT, "load_plugins", lambda self, path: None)
+        patch.setattr(hcmen.runtime.backends.flavour.TrtModule, "load_plugins", lambda self, path: None)
         trt.registry._creators.clear()
         assert compiled(bundle, "--variant", "audio_only").code == 3  # the parser's errors are asked for
         compiler = Compiler(read_bundle(bundle), Options())
