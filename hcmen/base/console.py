@@ -397,7 +397,9 @@ def _sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
-def command(name: str, *, epilog: str | None = None) -> Callable[[Callable[..., None]], Command]:
+def command(
+    name: str, *, epilog: str | None = None, kind: type[Command] = Command
+) -> Callable[[Callable[..., None]], Command]:
     """Makes a function into the command `name` with the shared options; it gets a `Console` as first argument.
 
     The function's docstring is the help text. click's own decorators for arguments and options go below this one.
@@ -419,7 +421,7 @@ def command(name: str, *, epilog: str | None = None) -> Callable[[Callable[..., 
             click.Option(["-v", "--verbose"], count=True, help="Say more; on an error show the traceback."),
             click.Option(["-q", "--quiet"], is_flag=True, help="Say nothing but results, warnings and errors."),
         ]
-        made = Command(
+        made = kind(
             name,
             params=params,
             callback=callback,

@@ -1,4 +1,4 @@
-"""`hcmen-run --follow`: feeds clip files to a stream as they appear, and prints an update per window.
+"""`hcmen-follow`: feeds clip files to a stream as they appear, and prints an update per window.
 
 A chunk is an ordinary clip file whose audio and vision are the next frames. Chunks come as files in a folder, in the
 order of their names (numbers in them count as numbers: chunk-9 is before chunk-10), or as paths, one a line, on stdin.
@@ -25,17 +25,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hcmen.base.clip import Clip, read_clip
-from hcmen.base.config import FeatureConfig, ModelConfig
-from hcmen.base.console import JSON_SCHEMA_VERSION, Console, one_line
+from hcmen.base.console import JSON_SCHEMA_VERSION, Console, command, one_line
 from hcmen.base.errors import CorruptFileError, HcmenError, InputError
-from hcmen.base.modalities import MODALITIES
-from hcmen.runtime.stream import Stream, Update
+from hcmen.base.modalities import MODALITIES, variant_named
+from hcmen.runtime.commands.model import model_options, opened_model
 
 if TYPE_CHECKING:
+    from hcmen.base.clip import Clip
+    from hcmen.base.config import ModelConfig
     from hcmen.runtime.predictor import Predictor
+    from hcmen.runtime.stream import Stream, Update
 
-__all__ = ["END", "FollowOptions", "follow_chunks"]
+__all__ = ["END", "main"]
 
 END = "end"
 """A file of this name in the folder says that no chunk will come any more."""
@@ -49,55 +50,80 @@ _MOST_LATENCIES = 1 << 16
 _MOST_PATH_BYTES = 1 << 16
 
 
-@dataclasses.dataclass(frozen=True)
-class FollowOptions:
-    """What `hcmen-run --follow` was told.
-
-    source: a folder, or "-" for paths on stdin. window, hop: seconds. rates: "audio=100", as typed. live: as in
-    `Stream`. partial: score the last part of a window too. gaps: what a chunk lacks was lost for the chunk's length.
-    idle_timeout: seconds without a chunk after which the source has ended; None waits for ever.
-    """
-
-    source: str
-    variant: str
-    window: str
-    hop: str
-    rates: Sequence[str]
-    live: bool = False
-    partial: bool = False
-    gaps: bool = False
-    idle_timeout: float | None = None
+_EPILOG = (
+    "A chunk is an .npz clip whose audio and vision are the next frames of the recording, and whose text, if there is "
+    f"one, is the current utterance. The source ends with a file named '{END}', with stdin, with --idle-timeout or "
+    "with Ctrl-C. Example: hcmen-follow chunks/ --window 4 --hop 0.5 --rate audio=100 --rate vision=30. "
+    "Exit codes: 0 ok, 2 bad input, 3 a backend is missing, 5 a corrupt or unsafe file, 130 interrupted."
+)
 
 
-def follow_chunks(console: Console, model: Predictor, options: FollowOptions) -> None:
-    """Prints a line per update until the source ends, and what became of the windows at the end.
-
-    Raises:
-        InputError: an option or the source cannot be used.
-        click.exceptions.Exit: at the end, with the gravest exit code of what went wrong on the way.
-    """
-    timeout = options.idle_timeout
-    if timeout is not None and not 0 < timeout < float("inf"):
-        raise InputError(f"--idle-timeout is {timeout}, expected a positive number of seconds")
-    rates = _rates(options.rates)
-    chunks: Iterator[tuple[str, float] | None]
-    if options.source == "-":
+@command("hcmen-follow", epilog=_EPILOG)
+@click.argument("source", metavar="FOLDER|-")
+@click.option("--window", metavar="SECONDS", help="How much of the recording a score is of.")
+@click.option("--hop", metavar="SECONDS", help="The time from one window's begin to the next one's.")
+@click.option("--rate", "rates", multiple=True, metavar="MODALITY=RATE", help="Frames per second, as in audio=100.")
+@click.option("--live", is_flag=True, help="When behind, drop late windows and go on with the newest.")
+@click.option("--gaps", is_flag=True, help="What a chunk lacks was lost for as long as the chunk is.")
+@click.option("--partial", is_flag=True, help="At the end score what is left of a window too.")
+@click.option("--idle-timeout", type=float, metavar="SECONDS", help="End after no chunk for so long.")
+@click.option(
+    "--variant",
+    default="auto",
+    show_default=True,
+    help="Which graph: auto takes the one for exactly what each window has.",
+)
+@model_options
+def main(
+    console: Console,
+    source: str,
+    window: str | None,
+    hop: str | None,
+    rates: tuple[str, ...],
+    live: bool,
+    gaps: bool,
+    partial: bool,
+    idle_timeout: float | None,
+    variant: str,
+    backend: str,
+    **options: Any,
+) -> None:
+    """Scores a recording, window by window, as its chunks appear in FOLDER or are named on stdin (-)."""
+    if window is None or hop is None:
+        raise InputError("hcmen-follow needs --window and --hop, both in seconds: for instance --window 4 --hop 0.5")
+    if idle_timeout is not None and not 0 < idle_timeout < float("inf"):
+        raise InputError(f"--idle-timeout is {idle_timeout}, expected a positive number of seconds")
+    if variant != "auto":
+        variant_named(variant)
+    # Between two updates there is nothing to do for much longer than threads would spin.
+    spin = False if backend in ("auto", "ort") else None
+    model = opened_model(console, backend=backend, spin=spin, **options)
+    frame_rates = _rates(rates)
+    if source == "-":
         chunks = _from_stdin()
+    elif os.path.isdir(source):
+        chunks = _from_folder(console, source)
     else:
-        if not os.path.isdir(options.source):
-            raise InputError(f"{options.source}: no such folder, expected one that chunks appear in: make it first")
-        chunks = _from_folder(console, options.source)
-    with model.stream(
-        options.variant, window=options.window, hop=options.hop, rates=rates, live=options.live
-    ) as stream:
-        _Follower(console, model, stream, options).run(chunks)
+        raise InputError(f"{source}: no such folder, expected one that chunks appear in: make it first")
+    with model.stream(variant, window=window, hop=hop, rates=frame_rates, live=live) as stream:
+        _Follower(console, model, stream, live, gaps, partial, idle_timeout).run(chunks)
 
 
 class _Follower:
-    """The loop, and what it has seen."""
+    """The loop, and what it has seen: a line per update until the source ends, then what became of the windows."""
 
-    def __init__(self, console: Console, model: Predictor, stream: Stream, options: FollowOptions):
-        self.console, self.model, self.stream, self.options = console, model, stream, options
+    def __init__(
+        self,
+        console: Console,
+        model: Predictor,
+        stream: Stream,
+        live: bool,
+        gaps: bool,
+        partial: bool,
+        idle_timeout: float | None,
+    ):
+        self.console, self.model, self.stream = console, model, stream
+        self.live, self.gaps, self.partial, self.idle_timeout = live, gaps, partial, idle_timeout
         self.config = _chunk_limits(model.config)
         self.exit_code = 0
         self.latencies: deque[float] = deque(maxlen=_MOST_LATENCIES)
@@ -114,14 +140,14 @@ class _Follower:
                 if chunk is not None:
                     self._take(*chunk)
                     last = time.monotonic()
-                    if self.options.live:
+                    if self.live:
                         continue  # all that is there comes in before anything is scored
                 self._score(self.stream.updates)
-                timeout = self.options.idle_timeout
+                timeout = self.idle_timeout
                 if chunk is None and timeout is not None and time.monotonic() - last > timeout:
                     self.console.note(f"note: no chunk for {timeout:g} s, the source has ended")
                     break
-            self._score(lambda: self.stream.flush(partial=self.options.partial))
+            self._score(lambda: self.stream.flush(partial=self.partial))
         finally:
             self._summary()
         if self.exit_code:
@@ -138,11 +164,11 @@ class _Follower:
         text = clip.text_tokens if clip.text_tokens is not None else clip.features.get("text")
         frames = {m: clip.features[m] for m in MODALITIES[1:] if m in clip.features}
         try:
-            if self.options.live:
+            if self.live:
                 self.stream.append(**frames, text=text, arrived=seen)
             else:
                 self._print(self.stream.push(**frames, text=text, arrived=seen))
-            if self.options.gaps:
+            if self.gaps:
                 self._skip(frames)
         except HcmenError as error:
             self._problem(type(error)(f"{path}: {str(error).removeprefix('stream: ')}"))
@@ -150,6 +176,8 @@ class _Follower:
 
     def _read(self, path: str) -> Clip | None:
         """The chunk, once it is whole; None after a line about what is wrong with it."""
+        from hcmen.base.clip import read_clip
+
         first = since = time.monotonic()
         before, told = (-1, -1), False
         while True:
@@ -343,6 +371,8 @@ def _rates(typed: Sequence[str]) -> dict[str, str]:
 
 def _chunk_limits(config: ModelConfig) -> ModelConfig:
     """Chunks may be longer than what the model takes at once, as the windows are not; but not without end."""
+    from hcmen.base.config import FeatureConfig
+
     return dataclasses.replace(
         config,
         audio=FeatureConfig(config.audio.features, max(config.audio.max_steps, _MOST_CHUNK_FRAMES)),

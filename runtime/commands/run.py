@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from hcmen.base.console import Console, command, one_line
+from hcmen.base.console import Command, Console, command, one_line
 from hcmen.base.errors import CheckFailed, HcmenError, InputError
 from hcmen.base.modalities import MODALITIES, variant_named
+from hcmen.runtime.commands.model import model_options, opened_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,13 +31,26 @@ __all__ = ["main"]
 _EPILOG = (
     "A clip is an .npz file with float arrays text, audio, vision, each [time, features], whichever are there. "
     "A clip that cannot be used gets an error line and the others are still scored; the exit code then tells of it. "
-    "With --follow the files that appear in a folder, or are named on stdin, are chunks of one recording: the next "
-    "audio and vision frames each, scored window by window as they come. "
     "Exit codes: 0 ok, 1 a check failed, 2 bad input, 3 a backend is missing, 5 a corrupt or unsafe file."
 )
 
 
-@command("hcmen-run", epilog=_EPILOG)
+class _Run(Command):
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *more: Any, **extra: Any) -> Any:
+        """As ever; with `--follow FOLDER`, which was an option of this command, it is hcmen-follow."""
+        words = list(sys.argv[1:] if args is None else args)
+        options = words[: words.index("--")] if "--" in words else words
+        place = next((i for i, word in enumerate(options) if re.match("--follow(=|$)", word)), None)
+        if place is None:
+            return super().main(words, prog_name, *more, **extra)
+        from hcmen.runtime.commands.follow import main as follow
+
+        Console().warn("hcmen-run --follow FOLDER goes away in the next version: use hcmen-follow FOLDER")
+        words[place : place + 1] = words[place].split("=", 1)[1:]
+        return follow.main(words, "hcmen-follow", *more, **extra)
+
+
+@command("hcmen-run", epilog=_EPILOG, kind=_Run)
 @click.argument("clips", nargs=-1, metavar="[CLIP.npz | FOLDER]...")
 @click.option(
     "--text",
@@ -42,100 +58,39 @@ _EPILOG = (
     metavar="WORDS",
     help="What is said, in raw words, for a bundle with a text encoder; alone, or with the audio and vision of a clip.",
 )
-@click.option("--bundle", default="build/bundle", show_default=True, help="The folder that hcmen-export wrote.")
 @click.option(
     "--variant",
     default="auto",
     show_default=True,
     help="Which graph: auto takes the one for exactly what each clip carries. With --self-test: which one to test.",
 )
-@click.option(
-    "--backend",
-    default="auto",
-    show_default=True,
-    help="auto, ort, ort-cuda or tensorrt; a named one never falls back.",
-)
-@click.option("--cuda-graph", is_flag=True, help="With ort-cuda: record a graph once per input shape, then replay it.")
-@click.option("--precision", help="fp32 or fp16: which engines of hcmen-compile the backend tensorrt takes.")
-@click.option("--threads", type=int, help="Worker threads. Default: the physical cores.")
-@click.option("--clean", is_flag=True, help="Set NaN and infinity in clips to zero instead of refusing them.")
+@model_options
 @click.option("--check", is_flag=True, help="Compare every score with the eager PyTorch model (needs torch).")
 @click.option("--checkpoint", default="build/train", show_default=True, help="The eager model for --check.")
 @click.option(
     "--self-test", is_flag=True, help="Run the bundle's golden inputs and compare; needs neither clips nor torch."
 )
-@click.option("--follow", metavar="FOLDER|-", help="Score chunks of a recording as they appear in FOLDER, or on stdin.")
-@click.option("--window", metavar="SECONDS", help="With --follow: how much of the recording a score is of.")
-@click.option("--hop", metavar="SECONDS", help="With --follow: the time from one window's begin to the next one's.")
-@click.option(
-    "--rate", "rates", multiple=True, metavar="MODALITY=RATE", help="With --follow: frames per second, as in audio=100."
-)
-@click.option("--live", is_flag=True, help="With --follow: when behind, drop late windows and go on with the newest.")
-@click.option("--gaps", is_flag=True, help="With --follow: what a chunk lacks was lost for as long as the chunk is.")
-@click.option("--partial", is_flag=True, help="With --follow: at the end score what is left of a window too.")
-@click.option("--idle-timeout", type=float, metavar="SECONDS", help="With --follow: end after no chunk for so long.")
 def main(
     console: Console,
     clips: tuple[str, ...],
     words: str | None,
-    bundle: str,
     variant: str,
-    backend: str,
-    cuda_graph: bool,
-    precision: str | None,
-    threads: int | None,
-    clean: bool,
     check: bool,
     checkpoint: str,
     self_test: bool,
-    follow: str | None,
-    window: str | None,
-    hop: str | None,
-    rates: tuple[str, ...],
-    live: bool,
-    gaps: bool,
-    partial: bool,
-    idle_timeout: float | None,
+    **options: Any,
 ) -> None:
     """Scores clips with an exported bundle. A folder stands for the .npz files directly in it, sorted by name."""
-    if follow is not None:
-        if clips or words is not None or check or self_test:
-            raise InputError("--follow scores a recording and takes neither clips, --text, --check nor --self-test")
-        if window is None or hop is None:
-            raise InputError("--follow needs --window and --hop, both in seconds: for instance --window 4 --hop 0.5")
-    elif window or hop or rates or live or gaps or partial or idle_timeout is not None:
-        raise InputError("--window, --hop, --rate, --live, --gaps, --partial and --idle-timeout belong to --follow")
-    elif not clips and words is None and not self_test:
+    if not clips and words is None and not self_test:
         raise InputError(
             "no clip given, expected .npz files or folders: name some, or test the bundle with --self-test"
         )
     if check and not clips and words is None:
         raise InputError("--check compares scores and no clip was given: name some, or use --self-test")
-    from hcmen.base.bundle import read_bundle
-    from hcmen.runtime.predictor import Predictor
-
     if variant != "auto":
         variant_named(variant)
     paths, errors = _expand(clips)
-    model = Predictor(
-        read_bundle(bundle),
-        backend=backend,
-        threads=threads,
-        clean=clean,
-        cuda_graph=cuda_graph,
-        precision=precision,
-        # Between two updates there is nothing to do for much longer than threads would spin.
-        spin=False if follow is not None and backend in ("auto", "ort") else None,
-    )
-    console.detail(
-        f"bundle {bundle}, backend {model.backend.name} {model.backend.version}, {model.backend.threads} threads"
-    )
-    if follow is not None:
-        from hcmen.runtime.commands.follow import FollowOptions, follow_chunks
-
-        options = FollowOptions(follow, variant, str(window), str(hop), rates, live, partial, gaps, idle_timeout)
-        follow_chunks(console, model, options)
-        return
+    model = opened_model(console, **options)
     checker = _EagerCheck(model.bundle, checkpoint) if check else None
 
     tests: list[SelfTest] = []
@@ -147,7 +102,7 @@ def main(
                 bar.advance()
     items: list[ClipLike] = list(paths)
     if words is not None:
-        items, paths = [_with_words(console, model, words, paths, clean)], paths or ["--text"]
+        items, paths = [_with_words(console, model, words, paths)], paths or ["--text"]
     results: list[tuple[int, Result]] = []
     with console.progress("scoring", len(items), "clips") as bar:
         observe = checker.observe if checker else None
@@ -187,7 +142,7 @@ def _expand(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, HcmenE
     return paths, errors
 
 
-def _with_words(console: Console, model: Predictor, words: str, paths: Sequence[str], clean: bool) -> Clip:
+def _with_words(console: Console, model: Predictor, words: str, paths: Sequence[str]) -> Clip:
     """The clip named, or an empty one, with `words` for its text."""
     from dataclasses import replace
 
@@ -200,7 +155,7 @@ def _with_words(console: Console, model: Predictor, words: str, paths: Sequence[
         console.note(f"note: the text is {dropped} tokens too long for the model, its end was cut")
     if not paths:
         return Clip("--text", {}, text_tokens=tokens)
-    clip = read_clip(paths[0], model.config, clean)
+    clip = read_clip(paths[0], model.config, model.clean)
     if clip.text_tokens is not None:
         console.note(f"note: {paths[0]}: its own text is replaced by that of --text")
     ignored = tuple(key for key in clip.ignored if key != "text")

@@ -1,4 +1,4 @@
-"""`hcmen-run --follow`: chunks that appear while it runs, damaged ones, its end; the scores are those of the stream."""
+"""`hcmen-follow`: chunks that appear while it runs, damaged ones, its end; the scores are those of the stream."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from helpers.small_bundle import CONFIG, clip_arrays
 from hcmen.base.clip import write_clip
 from hcmen.runtime import load
 from hcmen.runtime.commands import follow as follow_module
-from hcmen.runtime.commands.run import main
+from hcmen.runtime.commands.follow import main
+from hcmen.runtime.commands.run import main as run_main
 
 ARGUMENTS = ("--window", "0.5", "--hop", "0.25", "--rate", "audio=30", "--rate", "vision=20", "--threads", 1)
 
@@ -52,7 +53,7 @@ def told(out: str) -> list[tuple]:
 
 
 def follow(bundle: Path, source: object, *more: object) -> Outcome:
-    return run(main, "--bundle", bundle, "--follow", source, *ARGUMENTS, *more)
+    return run(main, source, "--bundle", bundle, *ARGUMENTS, *more)
 
 
 @pytest.fixture
@@ -111,27 +112,27 @@ def test_paths_on_stdin(shared_bundle, ended):
     command = [
         sys.executable,
         "-c",
-        "from hcmen.runtime.commands.run import main; main()",
+        "from hcmen.runtime.commands.follow import main; main()",
         "--bundle",
         str(shared_bundle),
     ]
-    command += ["--follow", "-", *map(str, ARGUMENTS), "--format", "json"]
+    command += ["-", *map(str, ARGUMENTS), "--format", "json"]
     lines = "\n".join([*names[:3], "", str(ended / "none.npz"), *names[3:]])
     done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert told(done.stdout) == by_stream(shared_bundle, chunks())
     assert done.stderr.splitlines()[0] == f"error: {ended / 'none.npz'}: no such file or directory: check the path"
-    assert run(main, "--bundle", shared_bundle, "--follow", "-", *ARGUMENTS).code == 2  # the runner's stdin is no file
+    assert follow(shared_bundle, "-").code == 2  # the runner's stdin is no file
 
 
 # --- live -----------------------------------------------------------------------------------------------------------
 
 
 class Process:
-    """`hcmen-run --follow` in a process of its own, its lines read as they come."""
+    """`hcmen-follow` in a process of its own, its lines read as they come."""
 
     def __init__(self, bundle: Path, *arguments: object):
-        code = "from hcmen.runtime.commands.run import main; main()"
+        code = "from hcmen.runtime.commands.follow import main; main()"
         command = [sys.executable, "-c", code, "--bundle", str(bundle), "--format", "json", *map(str, arguments)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.lines: list[str] = []
@@ -160,7 +161,7 @@ class Process:
 
 @pytest.fixture
 def process(shared_bundle, folder):
-    made = Process(shared_bundle, "--follow", folder, *ARGUMENTS)
+    made = Process(shared_bundle, folder, *ARGUMENTS)
     yield made
     with contextlib.suppress(ProcessLookupError):
         made.process.kill()
@@ -330,7 +331,6 @@ def test_text_in_a_chunk_holds_until_the_next(shared_bundle, folder):
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["--follow", "nowhere"], "nowhere: no such folder, expected one that chunks appear in"),
         (
             ["--window", "5"],
             "holds 150 frames of audio, expected at most 20: the longest window possible here is 0.666",
@@ -340,8 +340,8 @@ def test_text_in_a_chunk_holds_until_the_next(shared_bundle, folder):
         (["--rate", "vision"], "--rate is 'vision', expected each modality once"),
         (["--idle-timeout", "-1"], "--idle-timeout is -1.0, expected a positive number"),
         (["--idle-timeout", "nan"], "--idle-timeout is nan"),
-        (["--self-test"], "--follow scores a recording and takes neither"),
-        (["clip.npz"], "--follow scores a recording and takes neither"),
+        (["--self-test"], "No such option '--self-test'"),
+        (["clip.npz"], "unexpected extra argument (clip.npz)"),
         (["--variant", "ful"], "did you mean 'full'"),
         (["--variant", "full", "--hop", "0"], "hop is '0'"),
     ],
@@ -352,18 +352,36 @@ def test_bad_options_are_one_line(shared_bundle, folder, arguments, why):
     assert why in done.err
 
 
-def test_options_that_need_each_other(shared_bundle, folder):
-    done = run(main, "--bundle", shared_bundle, "--follow", folder)
-    assert (done.code, done.lines[0][:40]) == (2, "error: --follow needs --window and --hop"[:40])
-    done = run(main, "--bundle", shared_bundle, "--window", "1", "clip.npz")
-    assert (done.code, "belong to --follow" in done.err) == (2, True)
+def test_what_must_be_there(shared_bundle, folder):
+    done = run(main, folder, "--bundle", shared_bundle, "--window", "1")
+    assert (done.code, done.lines) == (
+        2,
+        ["error: hcmen-follow needs --window and --hop, both in seconds: for instance --window 4 --hop 0.5"],
+    )
+    done = follow(shared_bundle, "nowhere")
+    assert (done.code, done.out, len(done.lines)) == (2, "", 1)
+    assert "nowhere: no such folder, expected one that chunks appear in" in done.err
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_the_option_of_hcmen_run_that_it_was_says_where_it_is_now(shared_bundle, ended, joined):
+    words = [f"--follow={ended}"] if joined else ["--follow", ended]
+    done = run(run_main, "--bundle", shared_bundle, *words, *ARGUMENTS, "--format", "json")
+    assert done.code == 0
+    assert told(done.out) == by_stream(shared_bundle, chunks())
+    assert done.lines[0] == (
+        "warning: hcmen-run --follow FOLDER goes away in the next version: use hcmen-follow FOLDER"
+    )
+    assert "--follow" not in run(run_main, "--help").out
+    done = run(run_main, "clip.npz", "--bundle", shared_bundle, "--window", "1")
+    assert (done.code, "No such option '--window'" in done.err) == (2, True)
 
 
 def test_a_closed_pipe_ends_it(shared_bundle, ended):
     read, write = os.pipe()
     os.close(read)
-    code = "from hcmen.runtime.commands.run import main; main()"
-    command = [sys.executable, "-c", code, "--bundle", str(shared_bundle), "--follow", str(ended), *map(str, ARGUMENTS)]
+    code = "from hcmen.runtime.commands.follow import main; main()"
+    command = [sys.executable, "-c", code, "--bundle", str(shared_bundle), str(ended), *map(str, ARGUMENTS)]
     try:
         done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=120, check=False)
     finally:
