@@ -49,13 +49,14 @@ import numpy.typing as npt
 import torch
 from machine import describe
 
-from hcmen import metrics
-from hcmen.checkpoint import write_json, write_whole
-from hcmen.config import FeatureConfig, preset_named
+from hcmen.base import metrics
+from hcmen.base.config import FeatureConfig
 from hcmen.data import MultimodalDataset
 from hcmen.data.mmsa import dataset_from_mmsa
 from hcmen.data.protocols import PROTOCOLS, Masks
 from hcmen.data.synthetic import make_synthetic, write_synthetic
+from hcmen.training.checkpoint import write_json, write_whole
+from hcmen.training.presets import preset_named
 
 Array = npt.NDArray[Any]
 
@@ -196,8 +197,8 @@ class Ours:
     """HCMEN: the preset `tiny` with the small BERT inside, trained as hcmen-train does."""
 
     def __init__(self, material: Material, learning_rate: float, seed: int, sizes: Sizes, folder: Path) -> None:
-        from hcmen.text_encoder import read_sizes
-        from hcmen.training import Trainer
+        from hcmen.models.text_encoder import read_sizes
+        from hcmen.training.trainer import Trainer
 
         preset = preset_named("tiny")
         encoder, hidden = read_sizes(material.bert)
@@ -231,7 +232,7 @@ class Ours:
         self._trainer.run(step, epoch)
 
     def predict(self, split: str, masks: Masks) -> Array:
-        from hcmen.evaluate import predict_masked
+        from hcmen.training.evaluate import predict_masked
 
         return predict_masked(self._trainer.model, self._dataset.splits[split], masks)
 

@@ -34,22 +34,23 @@ from machine import describe
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from text_encoder import BERT_BASE
 
-from hcmen.checkpoint import load_checkpoint, write_json, write_whole
-from hcmen.config import ModelConfig, preset_named
+from hcmen.base.config import ModelConfig
+from hcmen.base.console import Console
+from hcmen.base.modalities import Variant, variant_named
 from hcmen.data.mmsa import dataset_from_mmsa
 from hcmen.data.synthetic import make_synthetic
 from hcmen.data.trained_on import dataset_of
-from hcmen.evaluate import predict
-from hcmen.export.command import export_bundle
+from hcmen.export.bundle import export_bundle
+from hcmen.export.float16 import half_weights, to_float16
+from hcmen.export.int8 import activation_ranges, linear_layers, quantised
 from hcmen.export.parity import golden_cases, parity_clips
-from hcmen.export.precision import half_weights, to_float16
-from hcmen.export.quantize import activation_ranges, linear_layers, quantised
 from hcmen.export.reduced import LabelledData, moved, side_by_side
-from hcmen.export.to_onnx import export_variant
-from hcmen.modalities import Variant, variant_named
-from hcmen.model import HCMEN
-from hcmen.runtime.cli import Console
-from hcmen.runtime.ort import OrtBackend
+from hcmen.export.variants import export_variant
+from hcmen.models.hcmen.model import HCMEN
+from hcmen.runtime.backends.ort import OrtBackend
+from hcmen.training.checkpoint import load_checkpoint, write_json, write_whole
+from hcmen.training.evaluate import predict
+from hcmen.training.presets import preset_named
 
 Making = Callable[[ModelProto], ModelProto]
 

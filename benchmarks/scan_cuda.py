@@ -40,10 +40,10 @@ import torch
 from machine import describe
 from torch import Tensor
 
-from hcmen.errors import HcmenError
-from hcmen.runtime.cuda_library import CudaLaunch, CudaPlan, call, load_cuda_library, workspace_bytes
-from hcmen.runtime.library import ScanArguments, ScanGradients
-from hcmen.scan import selective_scan_ref
+from hcmen.base.cuda_library import CudaLaunch, CudaPlan, call, load_cuda_library, workspace_bytes
+from hcmen.base.errors import HcmenError
+from hcmen.base.library import ScanArguments, ScanGradients
+from hcmen.mamba.reference import selective_scan_ref
 
 STATE = 16
 BATCHES, CHANNELS, TIMES = (1, 16, 256), (512, 2048), (50, 500, 4096)

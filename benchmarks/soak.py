@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hcmen.modalities import variant_named
+from hcmen.base.modalities import variant_named
 from hcmen.runtime import Predictor, load
 
 BOUNDS = {"heap_bytes": 2.0, "python_blocks": 0.02, "resident_bytes": 8.0}

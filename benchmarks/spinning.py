@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from machine import describe
 
-from hcmen.modalities import MODALITIES
+from hcmen.base.modalities import MODALITIES
 from hcmen.runtime import Predictor, load
 
 

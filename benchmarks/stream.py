@@ -38,12 +38,13 @@ def bundle_of(preset: str, folder: Path) -> Path:
     if not path.exists():
         import torch
 
-        from hcmen.checkpoint import save_checkpoint
-        from hcmen.config import TrainConfig, preset_named
-        from hcmen.export.command import export_bundle
-        from hcmen.modalities import variant_named
-        from hcmen.model import HCMEN
-        from hcmen.runtime.cli import Console
+        from hcmen.base.console import Console
+        from hcmen.base.modalities import variant_named
+        from hcmen.export.bundle import export_bundle
+        from hcmen.models.hcmen.model import HCMEN
+        from hcmen.training.checkpoint import save_checkpoint
+        from hcmen.training.config import TrainConfig
+        from hcmen.training.presets import preset_named
 
         torch.manual_seed(0)
         model = HCMEN(preset_named(preset).model).eval()

@@ -30,13 +30,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from hcmen.checkpoint import load_checkpoint
-from hcmen.clip import TEXT_TOKENS
-from hcmen.errors import BackendError, InputError
-from hcmen.modalities import variant_named
-from hcmen.model import HCMEN
-from hcmen.runtime.cli import describe_error, one_line
-from hcmen.scan import implementation
+from hcmen.base.clip import TEXT_TOKENS
+from hcmen.base.console import describe_error, one_line
+from hcmen.base.errors import BackendError, InputError
+from hcmen.base.modalities import variant_named
+from hcmen.mamba.scan import implementation
+from hcmen.models.hcmen.model import HCMEN
+from hcmen.training.checkpoint import load_checkpoint
 
 __all__ = ["ENGINES", "Engines", "main"]
 
@@ -57,7 +57,7 @@ class Engines:
         self._compiled: dict[tuple[str, str], Callable[..., Any]] = {}
 
     def outputs(self, engine: str, variant: str, feed: Mapping[str, np.ndarray]) -> Arrays:
-        """score [batch] and modality_weights [batch, 3] for graph inputs as `hcmen.clip.batch_clips` makes them.
+        """score [batch] and modality_weights [batch, 3] for graph inputs as `hcmen.base.clip.batch_clips` makes them.
 
         Raises:
             InputError: no such engine. BackendError: torch.compile could not.

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hcmen.checkpoint import CHECKPOINT, load_checkpoint
-from hcmen.clip import TEXT_TOKENS, Clip, batch_clips
-from hcmen.config import ModelConfig, TextEncoderConfig
-from hcmen.errors import CheckFailed
-from hcmen.modalities import MODALITIES, Variant, variant_named
-from hcmen.model import HCMEN
+from hcmen.base.clip import TEXT_TOKENS, Clip, batch_clips
+from hcmen.base.config import ModelConfig, TextEncoderConfig
+from hcmen.base.errors import CheckFailed
+from hcmen.base.modalities import MODALITIES, Variant, variant_named
+from hcmen.mamba.scan import implementation
+from hcmen.models.hcmen.model import HCMEN
 from hcmen.runtime.compare import SCORE_ATOL, SCORE_RTOL, compare
-from hcmen.scan import implementation
+from hcmen.training.checkpoint import CHECKPOINT, load_checkpoint
 
 __all__ = [
     "PARITY_CLIPS",

@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hcmen.clip import batch_clips, read_clip
-from hcmen.modalities import VARIANTS, variant_named
+from hcmen.base.clip import batch_clips, read_clip
+from hcmen.base.console import aligned
+from hcmen.base.modalities import VARIANTS, variant_named
 from hcmen.runtime import load
-from hcmen.runtime.cli import aligned
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = Path(sys.executable).parent

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hcmen.clip import write_clip
-from hcmen.config import preset_named
+from hcmen.base.clip import write_clip
 from hcmen.data.synthetic import SAMPLES, make_synthetic
+from hcmen.training.presets import preset_named
 
 CLIP = Path(__file__).resolve().parent / "clip.npz"
 INDEX = 7

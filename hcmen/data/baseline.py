@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from hcmen.base.modalities import Variant
 from hcmen.data import MultimodalDataset, Split
-from hcmen.modalities import Variant
 
 __all__ = ["linear_baseline"]
 

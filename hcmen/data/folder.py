@@ -28,11 +28,11 @@ from typing import Any
 import numpy as np
 
 import hcmen
-from hcmen.config import ModelConfig
+from hcmen.base.config import ModelConfig
+from hcmen.base.errors import CorruptFileError, InputError
+from hcmen.base.modalities import MODALITIES
 from hcmen.data import SPLITS, MultimodalDataset, Split
-from hcmen.data.mmsa import RawArray, RawSplit, open_split, whole_numbers, with_tokens
-from hcmen.errors import CorruptFileError, InputError
-from hcmen.modalities import MODALITIES
+from hcmen.data.layout import RawArray, RawSplit, open_split, whole_numbers, with_tokens
 
 __all__ = ["INDEX", "check_free", "map_arrays", "read_folder", "write_folder"]
 

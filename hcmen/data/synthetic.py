@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hcmen.config import ModelConfig, preset_named
+from hcmen.base.config import ModelConfig
+from hcmen.base.errors import InputError
+from hcmen.base.modalities import MODALITIES
 from hcmen.data import SPLITS
-from hcmen.errors import InputError
-from hcmen.modalities import MODALITIES
 
 __all__ = ["SAMPLES", "make_synthetic", "write_synthetic"]
 
@@ -79,12 +79,12 @@ class _World:
 
 
 def make_synthetic(
-    config: ModelConfig | None = None, samples: tuple[int, int, int] = SAMPLES["mosi"], seed: int = 0
+    config: ModelConfig, samples: tuple[int, int, int] = SAMPLES["mosi"], seed: int = 0
 ) -> dict[str, dict[str, Any]]:
     """A synthetic set in MMSA's layout: {"train", "valid", "test"} of dicts, see hcmen/data/mmsa.py.
 
     Args:
-        config: feature counts, steps and label range; those of the preset `mosi` if None.
+        config: feature counts, steps and label range.
         samples: how many samples train, valid and test have.
         seed: the same seed gives the same set.
 
@@ -92,7 +92,6 @@ def make_synthetic(
         InputError: a sequence is too short to hide anything in (text needs 10 steps, audio and vision 16), audio or
             vision has fewer than 3 features, or a split has no samples.
     """
-    config = config or preset_named("mosi").model
     for m in MODALITIES:
         size, need = config.modality(m), (1, 10) if m == "text" else (3, 16)
         if size.features < need[0] or size.max_steps < need[1]:

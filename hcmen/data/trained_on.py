@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hcmen.config import ModelConfig
+from hcmen.base.config import ModelConfig
+from hcmen.base.errors import CorruptFileError, InputError
 from hcmen.data import MultimodalDataset
-from hcmen.errors import CorruptFileError, InputError
 
 __all__ = ["dataset_of", "mention_cleaned", "trained_on"]
 

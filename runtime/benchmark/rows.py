@@ -23,17 +23,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hcmen.bundle import Bundle
-from hcmen.clip import Clip, batch_clips, read_clip, write_clip
-from hcmen.errors import CheckFailed, InputError
-from hcmen.modalities import variant_named
+from hcmen.base.bundle import Bundle
+from hcmen.base.clip import Clip, batch_clips, read_clip, write_clip
+from hcmen.base.console import describe_error, one_line
+from hcmen.base.errors import CheckFailed, InputError
+from hcmen.base.modalities import variant_named
 from hcmen.runtime.benchmark.machine import free_memory_mib
-from hcmen.runtime.cli import describe_error, one_line
 from hcmen.runtime.compare import Comparison, compare
-from hcmen.runtime.predictor import Predictor, golden_test
+from hcmen.runtime.golden import golden_test
+from hcmen.runtime.predictor import Predictor
 
 if TYPE_CHECKING:
-    from hcmen.config import ModelConfig
+    from hcmen.base.config import ModelConfig
 
 __all__ = [
     "FUNCTIONS",

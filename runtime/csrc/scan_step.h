@@ -1,6 +1,6 @@
 // The arithmetic of the selective scan and of the causal convolution, once, for host and device: what happens in one
 // step of one channel, forward and backward, and how a long sequence is put together from chunks. The CUDA kernels
-// include it; tests/test_scan_step.py compiles it for the host and holds it to the reference in float64.
+// include it; tests/mamba/test_scan_step.py compiles it for the host and holds it to the reference in float64.
 //
 // Everything is float32. Decay rates are kept as A * log2(e), so that a decay is one power of two. Functions are
 // written so that what they lose is below the 1e-6 of the largest output that docs/op.md promises:

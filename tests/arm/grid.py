@@ -2,7 +2,7 @@
 
     python tests/arm/grid.py --python "qemu-aarch64 -L SYSROOT SYSROOT/usr/bin/python3.11" FOLDER
 
-The scan's grid is that of tests/test_ort_ops.py, whole; the convolution's has every size of it, its switches going
+The scan's grid is that of tests/csrc/test_ort_ops.py, whole; the convolution's has every size of it, its switches going
 round. Small cases in float32 have their gradients checked too. Needs PyTorch and onnx here; compute.py says what the
 other side needs. Exit code 1 if a number is wrong.
 """
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from helpers import kernel_cases as kernels
 from helpers.scan_grid import SIZES, grid_case, grid_feeds
 
-from hcmen.export.one_node import conv_model, scan_model
+from hcmen.mamba.one_node import conv_model, scan_model
 
 HERE = Path(__file__).resolve().parent
 FORWARD, BACKWARD = 1e-6, 4e-6

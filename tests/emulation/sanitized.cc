@@ -1,4 +1,4 @@
-// The kernels over heap blocks of exactly their arrays' sizes, for the sanitizers: tests/test_cuda_kernels.py builds it
+// The kernels over heap blocks of exactly their arrays' sizes, for the sanitizers: tests/csrc/test_cuda_kernels.py builds it
 // with AddressSanitizer and UBSan on fibers, and with ThreadSanitizer on threads, and compares what the two print, a
 // hash of every result.
 //

@@ -1,4 +1,4 @@
-// scan_step.h as plain loops on the host, for tests/test_scan_step.py: no kernel, the arithmetic alone. Built as a shared
+// scan_step.h as plain loops on the host, for tests/mamba/test_scan_step.py: no kernel, the arithmetic alone. Built as a shared
 // library; sizes and pointers as in selective_scan.h, float32 only.
 #include "scan_step.h"
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from helpers.scan_grid import grid_case, grid_feeds, oracle
 
-from hcmen.errors import BackendError
-from hcmen.export.one_node import scan_model
+from hcmen.base.errors import BackendError
+from hcmen.mamba.one_node import scan_model
 
 
 def _problem() -> str | None:
     try:
-        from hcmen.runtime.ort_cuda import OrtCudaBackend
+        from hcmen.runtime.backends.ort_cuda import OrtCudaBackend
 
-        OrtCudaBackend(1)
+        OrtCudaBackend()
     except BackendError as error:
         return str(error)
     return None
@@ -39,13 +39,13 @@ def test_every_variant_gives_its_golden_outputs(shared_bundle, cuda_graph):
 
 @pytest.mark.parametrize(("time", "channel", "state"), [(1, 16, 4), (7, 17, 12), (500, 512, 16), (500, 16, 64)])
 def test_scan_nodes(time, channel, state):
-    from hcmen.runtime.ort_cuda import OrtCudaBackend
+    from hcmen.runtime.backends.ort_cuda import OrtCudaBackend
 
     for batch in (1, 3):
         case = grid_case(time, channel, state, batch)
         feeds = grid_feeds(time, channel, state, batch, case)
         model = scan_model(channel, state, **case, functions=False).SerializeToString()
-        got = OrtCudaBackend(1).session(model, np.zeros(0, np.uint8), "weights.bin", "node").run(feeds)
+        got = OrtCudaBackend().session(model, np.zeros(0, np.uint8), "weights.bin", "node").run(feeds)
         for name, want in zip(("y", "last_state"), oracle(feeds, case["delta_softplus"], case["reverse"]), strict=True):
             if name in got:
                 half = got[name].dtype == np.float16

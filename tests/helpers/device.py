@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hcmen.runtime.cuda_library import CudaLaunch, call, load_cuda_library, workspace_bytes
+from hcmen.base.cuda_library import CudaLaunch, call, load_cuda_library, workspace_bytes
 from helpers import kernel_cases as cases
 
 __all__ = ["DeviceKernels"]

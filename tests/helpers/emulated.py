@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hcmen.runtime.cuda_library import CudaLaunch, declare, workspace_bytes
+from hcmen.base.cuda_library import CudaLaunch, declare, workspace_bytes
 from helpers import kernel_cases as cases
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hcmen.runtime.library import ConvArguments, ConvGradients, ScanArguments, ScanGradients
+from hcmen.base.library import ConvArguments, ConvGradients, ScanArguments, ScanGradients
 
 Arrays = dict[str, Any]
 
@@ -80,7 +80,7 @@ def scan_oracle(case: ScanCase, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]
     """y and the last state in float64, from the inputs as they are rounded."""
     import torch
 
-    from hcmen.scan import selective_scan_ref
+    from hcmen.mamba.scan import selective_scan_ref
 
     wide = {name: torch.from_numpy(x.astype(np.float64)) for name, x in arrays.items()}
     y, last = selective_scan_ref(**wide, delta_softplus=case.softplus, reverse=case.reverse, return_last_state=True)
@@ -91,7 +91,7 @@ def scan_gradients_oracle(case: ScanCase, arrays: Arrays, dy: np.ndarray, dlast:
     """Gradients of sum(y * dy) + sum(last_state * dlast) in float64, under the names of `hcmen_scan_grad`."""
     import torch
 
-    from hcmen.scan import selective_scan_ref
+    from hcmen.mamba.scan import selective_scan_ref
 
     wide = {name: torch.from_numpy(x.astype(np.float64)).requires_grad_() for name, x in arrays.items()}
     y, last = selective_scan_ref(**wide, delta_softplus=case.softplus, reverse=case.reverse, return_last_state=True)
@@ -153,7 +153,7 @@ def conv_oracle(case: ConvCase, arrays: Arrays, dy: np.ndarray | None = None) ->
     """y, and with dy the gradients dx, dweight, dbias of sum(y * dy), in float64."""
     import torch
 
-    from hcmen.scan import causal_conv1d_ref
+    from hcmen.mamba.scan import causal_conv1d_ref
 
     wide = {name: torch.from_numpy(x.astype(np.float64)).requires_grad_() for name, x in arrays.items()}
     y = causal_conv1d_ref(**wide, activation="silu" if case.silu else "none", reverse=case.reverse)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hcmen.scan import selective_scan_ref
+from hcmen.mamba.scan import selective_scan_ref
 
 # Every size with every other; the switches go round so that each size meets every one of them.
 SIZES = list(itertools.product((1, 2, 7, 500), (1, 15, 16, 17, 512), (1, 4, 12, 16, 17, 64)))

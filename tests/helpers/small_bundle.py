@@ -14,17 +14,10 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from hcmen.bundle import (
-    Manifest,
-    VariantRecord,
-    expected_inputs,
-    expected_outputs,
-    file_record,
-    write_manifest,
-    writing_bundle,
-)
-from hcmen.config import FeatureConfig, ModelConfig
-from hcmen.modalities import MODALITIES, VARIANTS, variant_named
+from hcmen.base.bundle import file_record, write_manifest, writing_bundle
+from hcmen.base.config import FeatureConfig, ModelConfig
+from hcmen.base.manifest import Manifest, VariantRecord, expected_inputs, expected_outputs
+from hcmen.base.modalities import MODALITIES, VARIANTS, variant_named
 
 CONFIG = ModelConfig(
     FeatureConfig(6, 12), FeatureConfig(3, 20), FeatureConfig(4, 15), width=8, tokens=4, states=4, expand=2
@@ -124,7 +117,7 @@ def graph(variant: str, *, domain: str = "", location: str = "weights.bin") -> M
 
 def golden(variant: str, cases: int = 4) -> dict[str, np.ndarray]:
     """The content of golden/<variant>.npz: ragged batches of 1, 2, 3, ... clips with the NumPy outputs."""
-    from hcmen.clip import Clip, batch_clips
+    from hcmen.base.clip import Clip, batch_clips
 
     arrays: dict[str, np.ndarray] = {}
     present = variant_named(variant).present

@@ -1,0 +1,128 @@
+"""From the eager HCMEN to ONNX: one graph per variant, one weights file for all of them.
+
+The exporter traces the model that trains; there is no second copy of it. A variant's graph is the trace of the forward
+pass without the absent modalities, so what served them is never in the graph. The scan and the convolution appear as
+one node each (domain `hcmen`), with a model-local function of standard ops beside them, so that the file runs with our
+library and without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from hcmen.base.clip import TEXT_TOKENS
+from hcmen.base.errors import BackendError
+from hcmen.base.modalities import Variant
+from hcmen.mamba.functions import add_functions
+from hcmen.mamba.graph import OPSET, fold, tidy
+from hcmen.models.hcmen.model import HCMEN
+
+__all__ = ["export_variant"]
+
+
+class _Positional(nn.Module):
+    """The model with the graph's flat list of inputs: features of the present modalities, then their lengths.
+
+    Text tokens have no length of their own, their attention mask has it.
+    """
+
+    def __init__(self, model: HCMEN, variant: Variant) -> None:
+        super().__init__()
+        self.model = model
+        self.present = variant.present
+        self.measured = _measured(model, variant)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        count = len(self.present)
+        features = dict(zip(self.present, inputs[:count], strict=True))
+        lengths = dict(zip(self.measured, inputs[count:], strict=True))
+        if self.present != self.measured:
+            lengths["text"] = features["text"][:, 1].sum(dim=1)
+        prediction = self.model(features, lengths)
+        return prediction.score, prediction.modality_weights
+
+
+def _measured(model: HCMEN, variant: Variant) -> tuple[str, ...]:
+    """The present modalities that come with a length."""
+    return tuple(m for m in variant.present if m != "text" or model.text_encoder is None)
+
+
+def export_variant(model: HCMEN, variant: Variant) -> onnx.ModelProto:
+    """The graph of one variant, weights inside, with dynamic batch and time.
+
+    Inputs: `m` float32 [batch, m_time, features] for each present modality m, then `m_length` int64 [batch]. With a
+    text encoder the text is `text_tokens` int64 [batch, 3, text_time] alone.
+    Outputs: `score` float32 [batch], `modality_weights` float32 [batch, 3].
+
+    Raises:
+        BackendError: PyTorch or the ONNX checker refuses the model.
+    """
+    model = model.eval()
+    wrapper = _Positional(model, variant).eval()
+    batch = torch.export.Dim("batch")
+    inputs: list[Tensor] = []
+    dynamic: list[dict[int, torch.export.Dim]] = []
+    # Two samples of at least two steps: sizes of 0 and 1 would be burnt into the graph by the tracer.
+    measured = _measured(model, variant)
+    names = []
+    for m in variant.present:
+        config = model.config.modality(m)
+        steps, time = max(2, config.max_steps), torch.export.Dim(f"{m}_time")
+        if m in measured:
+            names.append(m)
+            inputs.append(torch.zeros(2, steps, config.features))
+            dynamic.append({0: batch, 1: time})
+        else:
+            names.append(TEXT_TOKENS)
+            inputs.append(torch.ones(2, 3, steps, dtype=torch.int64))
+            dynamic.append({0: batch, 2: time})
+    names += [f"{m}_length" for m in measured]
+    inputs += [torch.full((2,), 2, dtype=torch.int64) for _ in measured]
+    dynamic += [{0: batch} for _ in measured]
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.onnx.export(
+                wrapper,
+                tuple(inputs),
+                input_names=names,
+                output_names=["score", "modality_weights"],
+                dynamic_shapes=(tuple(dynamic),),
+                opset_version=OPSET,
+                dynamo=True,
+                optimize=True,
+                verbose=False,
+            )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BackendError(f"PyTorch {torch.__version__} could not export '{variant.name}': {reason}") from error
+    assert program is not None
+    fold(program.model)
+    proto = tidy(program.model_proto, variant.name)
+    add_functions(proto)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise BackendError(f"the exported graph of '{variant.name}' is not valid ONNX: {error}") from error
+    return proto
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torch.onnx's progress prints and its warnings about itself out of our output."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""What every other room stands on: errors, files, clips, bundles and the kernel library. NumPy and click alone."""

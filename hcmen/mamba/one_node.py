@@ -1,0 +1,149 @@
+"""Models of one hcmen node: for tests, and as the smallest example of how the operators are written down.
+
+`python -m hcmen.mamba.one_node` writes hcmen/base/selfcheck*.onnx, which `hcmen-doctor` runs on machines without
+`onnx`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from onnx import ModelProto, TensorProto, helper
+
+from hcmen.mamba.functions import CONV_INPUTS, DOMAIN, SCAN_INPUTS, VERSION, add_functions
+
+__all__ = ["conv_model", "one_node_model", "scan_model", "selfcheck_conv_model", "selfcheck_model"]
+
+OPSET = 19
+IR_VERSION = 9
+Size = int | str
+Tensors = dict[str, tuple[str, Sequence[Size] | None]]
+_ELEMENT = {
+    name: TensorProto.DataType.Value(name.upper().replace("FLOAT32", "FLOAT").replace("FLOAT64", "DOUBLE"))
+    for name in ("float32", "float16", "float64", "bfloat16", "int32", "int64", "uint8", "bool", "string")
+}
+
+
+def scan_model(
+    channel: int,
+    state: int,
+    *,
+    group: int | None = None,
+    dtype: str = "float32",
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    gated: bool = False,
+    stateful: bool = False,
+    batch: Size = "batch",
+    time: Size = "time",
+    functions: bool = True,
+) -> ModelProto:
+    """One SelectiveScan node whose inputs and outputs are the graph's, under the names of docs/op.md.
+
+    Args:
+        group: None gives B and C rank 3, a number gives them rank 4.
+        batch, time: a number, or the name of a dynamic size.
+        functions: carry the model-local function.
+    """
+    series: list[Size] = [batch, time, channel]
+    projection: list[Size] = [batch, time, state] if group is None else [batch, time, group, state]
+    inputs: Tensors = {
+        "u": (dtype, series),
+        "delta": (dtype, series),
+        "A": ("float32", [channel, state]),
+        "B": (dtype, projection),
+        "C": (dtype, projection),
+        "D": ("float32", [channel]),
+        "delta_bias": ("float32", [channel]),
+    }
+    assert tuple(inputs) == SCAN_INPUTS
+    outputs: Tensors = {"y": (dtype, series)}
+    if gated:
+        inputs["z"] = (dtype, series)
+    if stateful:
+        inputs["initial_state"] = outputs["last_state"] = ("float32", [batch, channel, state])
+    attributes = {
+        "delta_softplus": int(delta_softplus),
+        "reverse": int(reverse),
+        "gated": int(gated),
+        "stateful": int(stateful),
+        "scan_input_directions": [int(reverse)] * 4,
+        "scan_output_directions": [int(reverse)],
+    }
+    return one_node_model("SelectiveScan", inputs, outputs, attributes, functions=functions)
+
+
+def conv_model(
+    channel: int,
+    width: int,
+    *,
+    dtype: str = "float32",
+    activation: str = "silu",
+    reverse: bool = False,
+    batch: Size = "batch",
+    time: Size = "time",
+    functions: bool = True,
+) -> ModelProto:
+    """One CausalConv1d node; arguments as in `scan_model`."""
+    inputs: Tensors = {
+        "x": (dtype, [batch, time, channel]),
+        "weight": ("float32", [channel, width]),
+        "bias": ("float32", [channel]),
+    }
+    assert tuple(inputs) == CONV_INPUTS
+    attributes = {
+        "activation": activation,
+        "reverse": int(reverse),
+        "group": channel,
+        "pads": [0, width - 1] if reverse else [width - 1, 0],
+    }
+    return one_node_model("CausalConv1d", inputs, {"y": inputs["x"]}, attributes, functions=functions)
+
+
+def one_node_model(
+    op_type: str,
+    inputs: Mapping[str, tuple[str, Sequence[Size] | None]],
+    outputs: Mapping[str, tuple[str, Sequence[Size] | None]],
+    attributes: Mapping[str, Any],
+    *,
+    functions: bool = True,
+) -> ModelProto:
+    """One node of this domain named `node`.
+
+    Args:
+        inputs, outputs: name -> (dtype, shape), in the order of the node; None for a shape: unknown, rank included.
+        attributes: those that both operators have in common are added.
+    """
+    plugin: dict[str, Any] = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
+    node = helper.make_node(op_type, list(inputs), list(outputs), name="node", domain=DOMAIN, **plugin, **attributes)
+    given, made = (
+        [helper.make_tensor_value_info(name, _ELEMENT[dtype], shape) for name, (dtype, shape) in side.items()]
+        for side in (inputs, outputs)
+    )
+    graph = helper.make_graph([node], op_type, given, made)
+    model = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
+        ir_version=IR_VERSION,
+        producer_name="hcmen",
+    )
+    return add_functions(model) if functions else model
+
+
+def selfcheck_model() -> ModelProto:
+    """The model of base/selfcheck.onnx: softplus, gate and state on, dynamic batch and time, with its function."""
+    return scan_model(8, 4, delta_softplus=True, gated=True, stateful=True)
+
+
+def selfcheck_conv_model() -> ModelProto:
+    """The model of base/selfcheck_conv.onnx: width 4, silu, dynamic batch and time, with its function."""
+    return conv_model(8, 4)
+
+
+if __name__ == "__main__":
+    for name, model in {"selfcheck.onnx": selfcheck_model(), "selfcheck_conv.onnx": selfcheck_conv_model()}.items():
+        target = Path(__file__).resolve().parents[1] / "base" / name
+        target.write_bytes(model.SerializeToString(deterministic=True))
+        print(f"wrote {target} ({target.stat().st_size} bytes)")

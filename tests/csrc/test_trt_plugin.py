@@ -1,0 +1,304 @@
+"""The TensorRT plugins without TensorRT: built against its headers, called as it calls them, loaded by its registry.
+
+    TENSORRT_INCLUDE_DIR   folders of NvInfer.h, separated by ':'; several versions of TensorRT may be named
+    TENSORRT_LEAN_DIR      folders with tensorrt_lean_libs and tensorrt_lean_bindings in them, besides this environment
+
+`runtime/csrc/trt_plugin_test.cc` holds the checks; the host library it calls has the plugins over the CPU kernels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from helpers import emulated
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "runtime" / "csrc"
+INCLUDES = [Path(p) for p in os.environ.get("TENSORRT_INCLUDE_DIR", "").split(":") if p]
+LEANS = [p for p in os.environ.get("TENSORRT_LEAN_DIR", "").split(":") if p]
+pytestmark = pytest.mark.skipif(not INCLUDES, reason="TENSORRT_INCLUDE_DIR names no folder of TensorRT headers")
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="the library is for Linux")
+
+
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+@dataclass(frozen=True)
+class Build:
+    """What was built against one version: the program, the plugins over CPU kernels, and, with nvcc, the real ones."""
+
+    version: str
+    include: Path
+    test: Path
+    host: Path
+    cuda: Path | None
+
+    @property
+    def system_includes(self) -> list[str]:
+        """Options for a compiler."""
+        cache = (self.test.parents[2] / "CMakeCache.txt").read_text()
+        cuda = re.search(r"^HCMEN_CUDA_INCLUDE_DIR:PATH=(.+)$", cache, re.M)
+        assert cuda
+        return ["-isystem", str(self.include), "-isystem", cuda[1]]
+
+    @property
+    def libraries(self) -> list[Path]:
+        return [self.host] + ([self.cuda] if self.cuda else [])
+
+    def check(self, library: Path, mode: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Runs the program and expects it to be content."""
+        result = run([str(self.test), str(library), mode], **environment)
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+        assert result.stdout.endswith(" checks, 0 failures\n")
+        assert not result.stdout.endswith("\n0 checks, 0 failures\n")
+        return result
+
+
+def build(include: Path, name: str, *options: str) -> Build:
+    """Builds against the headers in `include`; the kernels stay from build to build."""
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("cmake is not installed")
+    if not (include / "NvInferRuntimePlugin.h").is_file():
+        pytest.fail(f"TENSORRT_INCLUDE_DIR names {include}, expected a folder with NvInferRuntimePlugin.h in it")
+    folder = ROOT / "build" / name
+    # Makefiles, whatever the default: they list their targets in the form looked for below.
+    settings = [
+        "-G",
+        "Unix Makefiles",
+        "-DHCMEN_TESTS=ON",
+        f"-DTENSORRT_INCLUDE_DIR={include}",
+        "-DCMAKE_BUILD_TYPE=Release",
+        # As PTX too, for whatever GPU is here.
+        f"-DCMAKE_CUDA_ARCHITECTURES={os.environ.get('HCMEN_CUDA_ARCHITECTURES', '80')}",
+        *options,
+    ]
+    configured = run([cmake, "-S", str(SOURCES), "-B", str(folder), *settings])
+    if "cuda_runtime_api.h: install" in configured.stderr:
+        pytest.skip("the headers of TensorRT need cuda_runtime_api.h, of the CUDA toolkit")
+    assert configured.returncode == 0, configured.stdout[-2000:] + configured.stderr[-2000:]
+    targets = ["hcmen_trt_host", "hcmen_trt_test"]
+    cuda = "... hcmen_trt\n" in run([cmake, "--build", str(folder), "--target", "help"]).stdout
+    if cuda:
+        targets.append("hcmen_trt")
+    made = run([cmake, "--build", str(folder), "--parallel", "2", "--target", *targets])
+    assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-3000:]
+    assert "warning:" not in made.stderr, made.stderr[-3000:]
+    kept = folder / "of" / include.resolve().as_posix().strip("/").replace("/", "_")
+    kept.mkdir(parents=True, exist_ok=True)
+    for file in ["hcmen_trt_test", "libhcmen_trt_host.so", *(["libhcmen_trt.so"] if cuda else [])]:
+        shutil.copy2(folder / file, kept / file)
+    program = kept / "hcmen_trt_test"
+    version = run([str(program), str(kept / "libhcmen_trt_host.so"), "contract"]).stdout.partition("\n")[0]
+    assert version.startswith("TensorRT headers ")
+    return Build(
+        version.rpartition(" ")[2],
+        include,
+        program,
+        kept / "libhcmen_trt_host.so",
+        kept / "libhcmen_trt.so" if cuda else None,
+    )
+
+
+@pytest.fixture(scope="module", params=INCLUDES, ids=lambda path: path.name)
+def built(request: pytest.FixtureRequest) -> Build:
+    return build(request.param, "trt")
+
+
+@needs_linux
+@pytest.mark.timeout(900)
+def test_every_method_keeps_its_contract(built: Build) -> None:
+    result = built.check(built.host, "contract")
+    assert result.stderr == ""
+    if built.cuda:
+        assert built.check(built.cuda, "contract").stderr == ""
+
+
+@needs_linux
+def test_enqueue_gives_the_reference_numbers(built: Build) -> None:
+    """Every input, output, attribute and type reaches the kernel as docs/op.md has it, on host memory."""
+    assert built.check(built.host, "enqueue-host").stderr == ""
+
+
+@needs_linux
+@pytest.mark.timeout(900)
+def test_the_cuda_kernels_give_the_reference_numbers(built: Build, tmp_path: Path) -> None:
+    """The plugins with the CUDA sources themselves, compiled for the host (tests/emulation), at the last version."""
+    if built.include != INCLUDES[-1]:
+        pytest.skip("the kernels do not depend on the version of TensorRT: once is enough")
+    library = tmp_path / "libhcmen_trt_emulated.so"
+    flags = ["-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wno-error", "-ldl", *built.system_includes]
+    made = emulated.build(library, flags, [*emulated.KERNELS, SOURCES / "trt_plugin.cc"])
+    assert made.returncode == 0, made.stderr[-3000:]
+    assert built.check(library, "enqueue-emulated").stderr == ""
+
+
+def has_gpu() -> bool:
+    tool = shutil.which("nvidia-smi")
+    return tool is not None and run([tool, "--list-gpus"]).stdout.startswith("GPU ")
+
+
+@needs_linux
+@pytest.mark.timeout(900)
+def test_enqueue_on_a_gpu(built: Build) -> None:
+    if built.cuda is None:
+        pytest.skip("libhcmen_trt.so is not built: there is no CUDA compiler")
+    if not has_gpu():
+        pytest.skip("there is no NVIDIA GPU")
+    assert built.check(built.cuda, "enqueue-gpu").stderr == ""
+
+
+@needs_linux
+def test_without_a_gpu_enqueue_is_an_error(built: Build) -> None:
+    if built.cuda is None:
+        pytest.skip("libhcmen_trt.so is not built: there is no CUDA compiler")
+    if has_gpu():
+        pytest.skip("there is a GPU")
+    assert built.check(built.cuda, "no-gpu").stderr == ""
+
+
+@needs_linux
+def test_a_logger_of_another_major_version_is_not_called(built: Build) -> None:
+    result = built.check(built.host, "foreign-logger")
+    line = "error: SelectiveScan: attribute 'gated' is 2, expected 0 or 1 (layer 'node')\n"
+    assert result.stderr == 2 * line  # one for the foreign logger, one for none
+
+
+@needs_linux
+def test_failing_allocations_are_errors(built: Build) -> None:
+    lines = built.check(built.host, "no-memory").stderr.splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith("error: SelectiveScan: no memory for a ") for line in lines)
+
+
+@needs_linux
+def test_two_functions_are_shown_and_nothing_is_needed(built: Build) -> None:
+    nm, readelf = shutil.which("nm"), shutil.which("readelf")
+    if nm is None or readelf is None:
+        pytest.skip("nm and readelf (binutils) are not installed")
+    for library in built.libraries:
+        listing = run([nm, "-D", "--defined-only", str(library)]).stdout
+        assert {line.split()[-1].partition("@")[0] for line in listing.splitlines()} == {
+            "getCreators",
+            "setLoggerFinder",
+        }
+        needed = [line for line in run([readelf, "-d", str(library)]).stdout.splitlines() if "(NEEDED)" in line]
+        names = {line.partition("[")[2].partition(".so")[0] for line in needed}
+        assert not [name for name in names if "nvinfer" in name or "cudart" in name]
+
+
+@needs_linux
+@pytest.mark.timeout(900)
+def test_under_sanitizers(tmp_path: Path) -> None:
+    """The contract and the host `enqueue` with AddressSanitizer and UndefinedBehaviorSanitizer, at the last version."""
+    probe = tmp_path / "probe.cc"
+    probe.write_text("int main() { return 0; }\n")
+    compiler = os.environ.get("CXX", "c++")
+    flags = ["-fsanitize=address,undefined", str(probe), "-o", str(tmp_path / "probe")]
+    if (
+        shutil.which(compiler) is None
+        or run([compiler, *flags]).returncode
+        or run([str(tmp_path / "probe")]).returncode
+    ):
+        pytest.skip(f"{compiler} has no sanitizer runtime here")
+    # One set of kernels is enough: theirs is another test.
+    sanitized = build(INCLUDES[-1], "trt-sanitize", "-DHCMEN_SANITIZE=ON", "-DHCMEN_X86=OFF")
+    for mode in ("contract", "enqueue-host", "foreign-logger"):
+        result = sanitized.check(sanitized.host, mode, UBSAN_OPTIONS="print_stacktrace=1")
+        assert "runtime error" not in result.stderr
+        assert "Sanitizer" not in result.stderr
+
+
+# --- the registry of TensorRT itself --------------------------------------------------------------------------------
+
+REGISTRY = """
+import sys
+import numpy as np
+import tensorrt_lean_libs  # the libraries that the next line needs
+import tensorrt_lean_bindings as trt
+
+registry = trt.get_plugin_registry()
+handle = registry.load_library(sys.argv[1])
+BUILD, RUNTIME = trt.TensorRTPhase.BUILD, trt.TensorRTPhase.RUNTIME
+
+def number(name, value):
+    return trt.PluginField(name, np.array([value], np.int32), trt.PluginFieldType.INT32)
+
+def text(name, value):
+    return trt.PluginField(name, np.frombuffer(value, np.int8), trt.PluginFieldType.CHAR)
+
+def create(name, phase, *fields):
+    fields = trt.PluginFieldCollection(list(fields))
+    plugin = registry.get_creator(name, "1", "hcmen").create_plugin("node", fields, phase)
+    if plugin is None:
+        return "refused"
+    core = plugin.get_capability_interface(trt.PluginCapabilityType.CORE)
+    build = plugin.get_capability_interface(trt.PluginCapabilityType.BUILD)
+    return core.plugin_name, core.plugin_version, core.plugin_namespace, build.num_outputs, build.timing_cache_id
+
+def names(creator):
+    return sorted(field.name for field in registry.get_creator(creator, "1", "hcmen").field_names)
+
+all_fields = [number("delta_softplus", 1), number("reverse", 0), number("gated", 1), number("stateful", 1)]
+ours = sorted(c.name for c in registry.all_creators if c.plugin_namespace == "hcmen")
+print([
+    ours, names("SelectiveScan"), names("CausalConv1d"),
+    create("SelectiveScan", BUILD), create("SelectiveScan", BUILD, *all_fields),
+    create("SelectiveScan", RUNTIME, *all_fields), create("SelectiveScan", RUNTIME, *all_fields[1:]),
+    create("SelectiveScan", BUILD, number("gated", 2)),
+    create("CausalConv1d", BUILD, text("activation", b"silu\\0"), number("reverse", 1)),
+    create("CausalConv1d", BUILD, text("activation", b"gelu")),
+])
+assert registry.get_creator("SelectiveScan", "1", "") is None
+registry.deregister_library(handle)
+assert registry.get_creator("SelectiveScan", "1", "hcmen") is None
+registry.load_library(sys.argv[1])
+print(create("SelectiveScan", BUILD, number("stateful", 1))[3], trt.__version__)
+"""
+
+
+@needs_linux
+@pytest.mark.parametrize("lean", ["", *LEANS], ids=lambda path: Path(path).name or "installed")
+def test_the_registry_of_tensorrt_makes_the_plugins(built: Build, lean: str) -> None:
+    """libnvinfer_lean's registry, whatever its version, takes a library built against any: neither calls the other's
+    objects that are laid out differently."""
+    if not lean and importlib.util.find_spec("tensorrt_lean_libs") is None:
+        pytest.skip("the wheels tensorrt_lean_cu13_libs and tensorrt_lean_cu13_bindings are not installed")
+    scan, conv = ("SelectiveScan", "1", "hcmen"), ("CausalConv1d", "1", "hcmen")
+    for library in built.libraries:
+        result = run([sys.executable, "-c", REGISTRY, str(library)], PYTHONPATH=lean)
+        assert result.returncode == 0, result.stderr
+        first, second = result.stdout.splitlines()
+        flags = "delta_softplus={},reverse={},gated={},stateful={}"
+        full = (*scan, 2, flags.format(1, 0, 1, 1))
+        assert first == str(
+            [
+                ["CausalConv1d", "SelectiveScan"],
+                ["delta_softplus", "gated", "reverse", "stateful"],
+                ["activation", "reverse"],
+                (*scan, 1, flags.format(0, 0, 0, 0)),
+                full,
+                full,
+                "refused",
+                "refused",
+                (*conv, 1, "activation=1,reverse=1"),
+                "refused",
+            ]
+        )
+        assert second.startswith("2 ")
+        errors = result.stderr.splitlines()
+        assert [line.partition(" (layer")[0] for line in errors if "hcmen" in line or "error: " in line] == [
+            "error: SelectiveScan: the engine holds no field 'delta_softplus': build it again with this library",
+            "error: SelectiveScan: attribute 'gated' is 2, expected 0 or 1",
+            'error: CausalConv1d: attribute \'activation\' is "gelu", expected "none" or "silu"',
+        ]
