@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hcmen.base.clip import Clip, read_clip
-from hcmen.base.config import FeatureConfig, ModelConfig
 from hcmen.base.console import JSON_SCHEMA_VERSION, Console, one_line
 from hcmen.base.errors import CorruptFileError, HcmenError, InputError
+from hcmen.base.inputs import FeatureConfig, Inputs
 from hcmen.base.modalities import MODALITIES
 from hcmen.runtime.stream import Stream, Update
 
@@ -98,7 +98,7 @@ class _Follower:
 
     def __init__(self, console: Console, model: Predictor, stream: Stream, options: FollowOptions):
         self.console, self.model, self.stream, self.options = console, model, stream, options
-        self.config = _chunk_limits(model.config)
+        self.inputs = _chunk_limits(model.inputs)
         self.exit_code = 0
         self.latencies: deque[float] = deque(maxlen=_MOST_LATENCIES)
         self.slowest = 0.0
@@ -154,7 +154,7 @@ class _Follower:
         before, told = (-1, -1), False
         while True:
             try:
-                return read_clip(path, self.config, self.model.clean)
+                return read_clip(path, self.inputs, self.model.clean)
             except HcmenError as error:
                 growing = isinstance(error, CorruptFileError) or "not an .npz file" in str(error)
                 now = time.monotonic()
@@ -341,10 +341,10 @@ def _rates(typed: Sequence[str]) -> dict[str, str]:
     return rates
 
 
-def _chunk_limits(config: ModelConfig) -> ModelConfig:
+def _chunk_limits(inputs: Inputs) -> Inputs:
     """Chunks may be longer than what the model takes at once, as the windows are not; but not without end."""
-    return dataclasses.replace(
-        config,
-        audio=FeatureConfig(config.audio.features, max(config.audio.max_steps, _MOST_CHUNK_FRAMES)),
-        vision=FeatureConfig(config.vision.features, max(config.vision.max_steps, _MOST_CHUNK_FRAMES)),
-    )
+    longer: dict[str, Any] = {}
+    for m in MODALITIES[1:]:
+        sizes = inputs.modality(m)
+        longer[m] = FeatureConfig(sizes.features, max(sizes.max_steps, _MOST_CHUNK_FRAMES))
+    return dataclasses.replace(inputs, **longer)
