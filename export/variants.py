@@ -12,7 +12,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hcmen.base.clip import TEXT_TOKENS
 from hcmen.base.errors import BackendError
+from hcmen.base.inputs import TensorSpec
 from hcmen.base.modalities import Variant
 from hcmen.mamba.functions import add_functions
 from hcmen.mamba.graph import OPSET, fold, tidy
@@ -107,12 +108,26 @@ def export_variant(model: Any, variant: Variant) -> onnx.ModelProto:
     assert program is not None
     fold(program.model)
     proto = tidy(program.model_proto, variant.name)
+    _check_sizes(proto, model.config.inputs.of_variant(variant.name))
     add_functions(proto)
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise BackendError(f"the exported graph of '{variant.name}' is not valid ONNX: {error}") from error
     return proto
+
+
+def _check_sizes(proto: onnx.ModelProto, expected: Sequence[TensorSpec]) -> None:
+    """Refuses a graph in which the tracer has fixed a size that is to be free, as `len(x)` in a model makes it do."""
+    wanted = {tensor.name: tensor.shape for tensor in expected}
+    for value in proto.graph.input:
+        found = [d.dim_value if d.HasField("dim_value") else d.dim_param for d in value.type.tensor_type.shape.dim]
+        for got, name in zip(found, wanted[value.name], strict=True):
+            if isinstance(name, str) and isinstance(got, int):
+                raise BackendError(
+                    f"the graph of '{proto.graph.name}' takes {value.name} {found}, expected "
+                    f"{list(wanted[value.name])}: the model fixes {name}; take sizes from x.shape, not from len(x)"
+                )
 
 
 @contextlib.contextmanager

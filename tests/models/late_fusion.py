@@ -72,7 +72,7 @@ class LateFusion(nn.Module):
             counts = counts.masked_fill(~present[:, columns], -1e4)
         weights = counts.softmax(dim=1)
         if present is None:
-            present = (place.sum(dim=0) > 0).expand(len(said), -1)
+            present = (place.sum(dim=0) > 0).expand(said.shape[0], -1)
         return Outputs((weights * said[..., 0]).sum(dim=1), weights @ place, dict(tokens), present)
 
     def forward(

@@ -18,7 +18,7 @@ from models.late_fusion import KIND, LateFusionConfig
 
 from hcmen.base.bundle import read_bundle
 from hcmen.base.clip import read_clip
-from hcmen.base.errors import InputError
+from hcmen.base.errors import BackendError, InputError
 from hcmen.base.inputs import FeatureConfig
 from hcmen.base.modalities import MODALITIES, VARIANTS, variant_named
 from hcmen.data.mmsa import read_mmsa
@@ -27,6 +27,7 @@ from hcmen.data.synthetic import make_synthetic, write_synthetic
 from hcmen.export.bench_eager import Engines
 from hcmen.export.bundle import export_bundle
 from hcmen.export.parity import eager_outputs
+from hcmen.export.variants import export_variant
 from hcmen.models import registry
 from hcmen.runtime import load
 from hcmen.training.checkpoint import load_checkpoint
@@ -162,7 +163,7 @@ def test_the_runtime_says_what_the_formula_says(bundle: Path, trainer: Trainer, 
         got = model(str(path), variant=variant)
         assert got.score == pytest.approx(score, abs=1e-5)
         assert list(got.modality_weights.values()) == pytest.approx(weights, abs=1e-5)
-        feed = {m: clip.features[m][None] for m in present}
+        feed = {m: np.array(clip.features[m][None]) for m in present}
         feed |= {f"{m}_length": np.array([len(clip.features[m])]) for m in present}
         for eager in (eager_outputs(trainer.out, variant, feed), engines.outputs("eager", variant, feed)):
             assert eager["score"][0] == pytest.approx(score, abs=1e-5)
@@ -183,6 +184,14 @@ def test_the_runtime_knows_no_kinds(bundle: Path, trainer: Trainer):
 def test_a_reduced_precision_is_judged(trainer: Trainer, data_file: Path, tmp_path: Path):
     manifest = export_bundle(trainer.out, tmp_path / "b", [variant_named("full")], precision="fp16", data=data_file)
     assert manifest.variants["full"].parity["metric"]["passed"]
+
+
+def test_a_size_that_a_model_fixes_is_named(trainer: Trainer):
+    model, _ = load_checkpoint(trainer.out)
+    fuse = model.fuse
+    model.fuse = lambda tokens, present=None: fuse({m: x.expand(len(x), -1, -1) for m, x in tokens.items()}, present)
+    with pytest.raises(BackendError, match=r"takes vision \[2, .*expected \['batch', 'vision_time', 4\].*fixes batch"):
+        export_variant(model, variant_named("vision_only"))
 
 
 # --- the registry ---------------------------------------------------------------------------------------------------
