@@ -79,9 +79,9 @@ print(json.dumps({"steps": dict(marks), "memory": [base, one, full]}))
 
 def full_length(bundle: Path) -> dict[str, np.ndarray]:
     """A random clip of the longest that the bundle takes."""
-    config, rng = read_bundle(bundle).manifest.model, np.random.default_rng(0)
+    takes, rng = read_bundle(bundle).manifest.inputs, np.random.default_rng(0)
     return {
-        m: rng.standard_normal((config.modality(m).max_steps, config.modality(m).features)).astype(np.float32)
+        m: rng.standard_normal((takes.modality(m).max_steps, takes.modality(m).features)).astype(np.float32)
         for m in MODALITIES
     }
 

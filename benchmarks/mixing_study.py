@@ -164,7 +164,9 @@ def main() -> None:
     done = {(r["arm"], r["samples"], r["seed"]) for r in results["runs"]}
 
     preset = preset_named("tiny")
-    dataset = dataset_from_mmsa(make_synthetic(preset.model, tuple(settings["set"]), 0), "synthetic", preset.model)
+    dataset = dataset_from_mmsa(
+        make_synthetic(preset.model.inputs, tuple(settings["set"]), 0), "synthetic", preset.model.inputs
+    )
     a.out.parent.mkdir(parents=True, exist_ok=True)
     # Seeds outermost: a study that is stopped early has every arm.
     for seed in a.seeds:

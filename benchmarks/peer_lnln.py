@@ -50,7 +50,7 @@ import torch
 from machine import describe
 
 from hcmen.base import metrics
-from hcmen.base.config import FeatureConfig
+from hcmen.base.inputs import FeatureConfig
 from hcmen.data import MultimodalDataset
 from hcmen.data.mmsa import dataset_from_mmsa
 from hcmen.data.protocols import PROTOCOLS, Masks
@@ -153,7 +153,7 @@ def prepare(samples: tuple[int, int, int], folder: Path) -> Material:
     folder.mkdir(parents=True, exist_ok=True)
     config = preset_named("tiny").model
     config = dataclasses.replace(config, text=FeatureConfig(BERT["hidden"], config.text.max_steps))
-    raw = make_synthetic(config, samples, 0)
+    raw = make_synthetic(config.inputs, samples, 0)
     sets = {"raw": raw, "standardised": standardised(raw)}
     files = {}
     for name, data in sets.items():
@@ -162,7 +162,7 @@ def prepare(samples: tuple[int, int, int], folder: Path) -> Material:
         write_synthetic(files[name], data)
     bert = folder / f"bert.{os.getpid()}"
     write_bert(bert)
-    dataset = dataset_from_mmsa(raw, "synthetic", config)
+    dataset = dataset_from_mmsa(raw, "synthetic", config.inputs)
     intra = PROTOCOLS["intra"]
     validation = {k: v for k, v in intra.apply(dataset.splits["valid"], 1).items() if k in CHOOSING}
     return Material(sets, dataset, validation, intra.apply(dataset.splits["test"], 0), files, bert)
@@ -213,7 +213,7 @@ class Ours:
             learning_rate=learning_rate,
             text_encoder_learning_rate=learning_rate,
         )
-        self._dataset = dataset_from_mmsa(material.raw["raw"], "synthetic", config)
+        self._dataset = dataset_from_mmsa(material.raw["raw"], "synthetic", config.inputs)
         self._trainer = Trainer(config, train, self._dataset, folder, text_encoder=material.bert)
         self.model: torch.nn.Module = self._trainer.model
         self.text_encoder: torch.nn.Module = self._trainer.model.text_encoder

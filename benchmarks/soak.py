@@ -72,7 +72,7 @@ def clips_of(model: Predictor, variant: str, rng: np.random.Generator, *, longes
     for _ in range(4 if longest else int(rng.integers(1, 5))):
         clip = {}
         for m in variant_named(variant).present:
-            sizes = model.config.modality(m)
+            sizes = model.inputs.modality(m)
             steps = sizes.max_steps if longest else int(rng.integers(1, sizes.max_steps + 1))
             clip[m] = rng.standard_normal((steps, sizes.features), np.float32)
         clips.append(clip)

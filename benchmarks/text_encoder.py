@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from machine import describe
 
-from hcmen.base.config import TextEncoderConfig
 from hcmen.base.console import Console
 from hcmen.base.modalities import VARIANTS, variant_named
 from hcmen.export.bundle import export_bundle
 from hcmen.models.hcmen.model import HCMEN
+from hcmen.models.text_encoder_config import TextEncoderConfig
 from hcmen.runtime import load
 from hcmen.training.checkpoint import save_checkpoint, write_json
 from hcmen.training.config import TrainConfig

@@ -195,7 +195,7 @@ def main() -> None:
     machine = describe()
     say("making the synthetic set")
     chosen = preset_named("mosi")
-    dataset = dataset_from_mmsa(make_synthetic(chosen.model, SAMPLES["mosi"]), "synthetic", chosen.model)
+    dataset = dataset_from_mmsa(make_synthetic(chosen.model.inputs, SAMPLES["mosi"]), "synthetic", chosen.model.inputs)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(dataset, Path(folder))
         seconds: list[float] = []

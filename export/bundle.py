@@ -16,15 +16,16 @@ from hcmen.base.console import Console
 from hcmen.base.errors import CheckFailed, CorruptFileError, InputError
 from hcmen.base.manifest import PRECISIONS
 from hcmen.base.modalities import VARIANTS, Variant
+from hcmen.export.card import CARD, card, scores_of
 from hcmen.export.report import failure, figure, table
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
     from hcmen.base.clip import Clip
+    from hcmen.base.inputs import Inputs
     from hcmen.base.manifest import Manifest
     from hcmen.export.reduced import LabelledData, Reduced
-    from hcmen.models.hcmen.model import HCMEN
 
 __all__ = ["INT8_SLACK", "export_bundle"]
 
@@ -70,7 +71,7 @@ def export_bundle(
         raise InputError(f"--data {data} judges --precision fp16 and int8, fp32 needs none: leave it out")
     model, about = load_checkpoint(checkpoint)
     labelled = None if precision == "fp32" else _labelled(checkpoint, about, model, data, console)
-    clips = parity_clips(model.config, _recorded_clips(checkpoint, model))
+    clips = parity_clips(model.config.inputs, _recorded_clips(checkpoint, model))
     with writing_bundle(bundle, force=force) as folder:
         graphs = {}
         for i, variant in enumerate(variants, 1):
@@ -80,7 +81,7 @@ def export_bundle(
         for i, variant in enumerate(variants, 1):
             console.note(f"[{i}/{len(variants)}] eager outputs of {variant.name}, in float32 and float64")
             _write_golden(model, variant, clips, folder)
-        if model.config.text_encoder is not None:
+        if model.config.inputs.text_tokens is not None:
             _copy_tokenizer(checkpoint, folder, console)
 
         def manifest_of(parity: Mapping[str, Mapping[str, Any]]) -> Manifest:
@@ -98,16 +99,17 @@ def export_bundle(
             console.block(table(manifest))
             raise CheckFailed(failure(precision, parity))
         write_manifest(folder, manifest)
+        (folder / CARD).write_text(card(manifest), encoding="utf-8")
     return manifest
 
 
 def _labelled(
-    checkpoint: Path, about: Mapping[str, Any], model: HCMEN, data: Path | None, console: Console
+    checkpoint: Path, about: Mapping[str, Any], model: Any, data: Path | None, console: Console
 ) -> LabelledData:
     from hcmen.data.trained_on import dataset_of
     from hcmen.export.reduced import LabelledData
 
-    return LabelledData(dataset_of(checkpoint, about, model.config, data, console.note, "judging"))
+    return LabelledData(dataset_of(checkpoint, about, model.config.inputs, data, console.note, "judging"))
 
 
 def _measured(
@@ -126,7 +128,7 @@ def _measured(
     unmeasured = manifest_of({name: {"passed": False} for name in graphs})
     if unmeasured.precision == "int8":
         # Its bound is what this measures: until then as wide as scores are.
-        widest = {"passed": False, "atol": unmeasured.label_range[1] - unmeasured.label_range[0], "rtol": 0.0}
+        widest = {"passed": False, "atol": _label_width(unmeasured.inputs), "rtol": 0.0}
         unmeasured = manifest_of(dict.fromkeys(graphs, widest))
     write_manifest(folder, unmeasured)
     parity = {}
@@ -139,7 +141,7 @@ def _measured(
 
 def _judged(
     folder: Path,
-    model: HCMEN,
+    model: Any,
     graphs: Mapping[Variant, ModelProto],
     reduced: Reduced,
     labelled: LabelledData,
@@ -210,19 +212,23 @@ def _validation_scores(device: Any, variant: Variant, labelled: LabelledData) ->
     return np.concatenate([device.run(variant.name, inputs)["score"] for inputs in labelled.validation(variant)])
 
 
-def _bound(report: dict[str, Any], model: HCMEN) -> None:
+def _label_width(inputs: Inputs) -> float:
+    return inputs.label_max - inputs.label_min
+
+
+def _bound(report: dict[str, Any], model: Any) -> None:
     """Gives an int8 record the bound that devices are held to: twice the largest difference that was seen here."""
     seen = [report["metric"]["max_abs"], *(o["max_abs"] for o in report["outputs"].values())]
-    widest = model.config.label_max - model.config.label_min
+    widest = _label_width(model.config.inputs)
     wanted = math.inf if None in seen else 2 * max(seen) + INT8_SLACK
     report |= {"passed": report["passed"] and wanted <= widest, "atol": min(wanted, widest), "rtol": 0.0}
 
 
-def _recorded_clips(checkpoint: Path, model: HCMEN) -> list[Clip]:
+def _recorded_clips(checkpoint: Path, model: Any) -> list[Clip]:
     """The validation clips that training left beside the checkpoint; none is fine."""
     from hcmen.base.clip import read_clip
 
-    return [read_clip(path, model.config) for path in sorted((checkpoint / "clips").glob("*.npz"))]
+    return [read_clip(path, model.config.inputs) for path in sorted((checkpoint / "clips").glob("*.npz"))]
 
 
 def _copy_tokenizer(checkpoint: Path, folder: Path, console: Console) -> None:
@@ -239,7 +245,7 @@ def _copy_tokenizer(checkpoint: Path, folder: Path, console: Console) -> None:
     (folder / "tokenizer.json").write_bytes(content)
 
 
-def _write_golden(model: HCMEN, variant: Variant, clips: Sequence[Clip], folder: Path) -> None:
+def _write_golden(model: Any, variant: Variant, clips: Sequence[Clip], folder: Path) -> None:
     import numpy as np
 
     from hcmen.export.parity import golden_cases
@@ -272,7 +278,7 @@ def _measure(folder: Path, clips: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _manifest(
-    model: HCMEN,
+    model: Any,
     about: Mapping[str, Any],
     checkpoint: Path,
     folder: Path,
@@ -284,17 +290,17 @@ def _manifest(
     import torch
 
     from hcmen.base.bundle import file_record
-    from hcmen.base.manifest import Manifest, VariantRecord, expected_inputs, expected_outputs
+    from hcmen.base.manifest import Manifest, ModelRecord, VariantRecord
     from hcmen.mamba.graph import IR_VERSION, OPSET
 
     content = (checkpoint / "checkpoint.safetensors").read_bytes()
-    tokenizer = folder / "tokenizer.json"
+    tokenizer, inputs = folder / "tokenizer.json", model.config.inputs
     return Manifest(
-        model=model.config,
-        label_range=(model.config.label_min, model.config.label_max),
+        inputs=inputs,
+        model=ModelRecord(model.config.kind, model.config.to_json()),
+        scores=scores_of(checkpoint, about),
         normalisation={
-            m: {key: tuple(getattr(encoder, key).tolist()) for key in ("mean", "std")}
-            for m, encoder in model.encoders.items()
+            m: {key: tuple(values) for key, values in found.items()} for m, found in model.normalisation().items()
         },
         weights=file_record(folder / "weights.bin", folder),
         precision=precision,
@@ -302,8 +308,8 @@ def _manifest(
             name: VariantRecord(
                 graph=file_record(folder / f"{name}.onnx", folder),
                 golden=file_record(folder / "golden" / f"{name}.npz", folder),
-                inputs=expected_inputs(model.config, name),
-                outputs=expected_outputs(),
+                inputs=inputs.of_variant(name),
+                outputs=inputs.outputs,
                 parity=report,
             )
             for name, report in parity.items()

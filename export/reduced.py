@@ -21,7 +21,6 @@ from hcmen.base.modalities import Variant
 from hcmen.data import MultimodalDataset, Split
 from hcmen.export.float16 import half_weights
 from hcmen.export.int8 import activation_ranges, linear_layers, quantised, weight_key, with_layers_of
-from hcmen.models.hcmen.model import HCMEN
 from hcmen.runtime.backends import Ort
 from hcmen.runtime.backends.ort import OrtBackend, OrtSession
 
@@ -129,7 +128,7 @@ class Reduced:
 
     def __init__(
         self,
-        model: HCMEN,
+        model: Any,
         graphs: Mapping[Variant, ModelProto],
         precision: str,
         data: LabelledData,
@@ -184,7 +183,7 @@ class Reduced:
         return sorted(keys, key=lambda key: -change[key])
 
 
-def _layer_names(model: HCMEN) -> dict[str, str]:
+def _layer_names(model: Any) -> dict[str, str]:
     """{weight_key: name} of the model's weights in the forms that a graph has them in.
 
     Matrices as they are and transposed, as a product takes them; halved, as the model takes `out_proj`; and the two

@@ -384,7 +384,7 @@ def _time_sizes(bundle: Bundle, record: VariantRecord) -> dict[str, tuple[int, i
     for tensor in record.inputs:
         for n in tensor.shape:
             if isinstance(n, str) and n != "batch":
-                most = bundle.manifest.model.modality(n.removesuffix("_time")).max_steps
+                most = bundle.manifest.inputs.modality(n.removesuffix("_time")).max_steps
                 sizes[n] = (1, max(1, most // 2), most)
     return sizes
 

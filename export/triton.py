@@ -26,8 +26,9 @@ from typing import Any
 import hcmen
 from hcmen.base.bundle import Bundle, file_record, writing_folder
 from hcmen.base.errors import CorruptFileError, InputError
+from hcmen.base.inputs import TensorSpec
 from hcmen.base.library import LIBRARY_NAME, library_path
-from hcmen.base.manifest import TensorSpec, parse_json
+from hcmen.base.manifest import parse_json
 from hcmen.export.weights import embedded_model
 
 __all__ = ["SERVER_ROOT", "model_config", "write_repository"]

@@ -105,7 +105,7 @@ class Predictor:
         chosen = backend_options(backend, options)
         self._options: dict[str, Any] = {"backend": chosen, "clean": clean}
         self.bundle = bundle
-        self.config = bundle.manifest.model
+        self.inputs = bundle.manifest.inputs
         self.clean = clean
         self.backend: OrtBackend | TrtBackend
         self._open: Callable[[str], OrtSession | TrtSession]
@@ -199,10 +199,10 @@ class Predictor:
             CorruptFileError: the bundle's tokenizer is damaged.
         """
         record = self.bundle.manifest.tokenizer
-        if self.config.text_encoder is None:
+        if self.inputs.text_tokens is None:
             raise InputError(
                 f"{self.bundle.path}: has no text encoder and takes no words, expected text features [time, "
-                f"{self.config.text.features}]: give a clip, or export a model trained with --text-encoder"
+                f"{self.inputs.text.features}]: give a clip, or export a model trained with --text-encoder"
             )
         if record is None:
             raise InputError(
@@ -214,7 +214,7 @@ class Predictor:
                 raise self._unusable
             if self._tokenizer is None:
                 content = self.bundle.read(record).tobytes()
-                self._tokenizer = Tokenizer(content, self.config, str(self.bundle.path / record.file))
+                self._tokenizer = Tokenizer(content, self.inputs, str(self.bundle.path / record.file))
         return self._tokenizer(text)
 
     def stream(
@@ -392,14 +392,14 @@ class Predictor:
 
     def _clip(self, item: ClipLike) -> Clip:
         if isinstance(item, (str, os.PathLike)):
-            return read_clip(item, self.config, self.clean)
+            return read_clip(item, self.inputs, self.clean)
         if isinstance(item, Clip):
-            checked = clip_from_arrays(item.name, item.arrays, self.config, self.clean)
+            checked = clip_from_arrays(item.name, item.arrays, self.inputs, self.clean)
             return dataclasses.replace(checked, cleaned=checked.cleaned or item.cleaned, ignored=item.ignored)
         if isinstance(item, Mapping):
             if isinstance(item.get("text"), str):
                 item = {**{k: x for k, x in item.items() if k != "text"}, TEXT_TOKENS: self.encode(item["text"]).tokens}
-            return clip_from_arrays("clip", item, self.config, self.clean)
+            return clip_from_arrays("clip", item, self.inputs, self.clean)
         raise InputError(f"a clip is {type(item).__name__}, expected a path, a Clip or a dict of arrays per modality")
 
     def _variant(self, clip: Clip, chosen: Variant | None) -> str:

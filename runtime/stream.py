@@ -31,8 +31,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hcmen.base.clip import TEXT_TOKENS, Clip, clip_from_arrays
-from hcmen.base.config import FeatureConfig, ModelConfig
 from hcmen.base.errors import HcmenError, InputError
+from hcmen.base.inputs import FeatureConfig, Inputs
 from hcmen.base.modalities import MODALITIES, variant_named
 from hcmen.runtime.stream_buffers import Frames, Number, Said, Text, exact
 
@@ -124,7 +124,7 @@ class Stream:
         length, step = exact(window, "window"), exact(hop, "hop")
         wait = exact(delay, "delay", zero=True)
         lag = length if patience is None else exact(patience, "patience")
-        per_second = _checked_rates(rates, needed, model.config, length, step)
+        per_second = _checked_rates(rates, needed, model.inputs, length, step)
         self.variant, self.live = variant, live
         self._model, self._needed = model, needed
 
@@ -136,7 +136,7 @@ class Stream:
         self._frames: dict[str, Frames] = {}
         for m, rate in per_second.items():
             capacity = math.ceil(held * rate) + 2
-            features = model.config.modality(m).features
+            features = model.inputs.modality(m).features
             if 8 * capacity * features > _MOST_BUFFER_BYTES:
                 raise InputError(
                     f"stream: {float(held):g} s of {m} would have to be kept, {8 * capacity * features} bytes, "
@@ -144,7 +144,7 @@ class Stream:
                 )
             self._frames[m] = Frames(int(self._ticks / rate), features, capacity)
         self._text = Text(model, wanted=needed is None or "text" in needed)
-        self._free = _without_limits(model.config)
+        self._free = _without_limits(model.inputs)
 
         self._lock = threading.Lock()  # over all that follows; held for no longer than a copy takes
         self._scoring = threading.RLock()  # one window at a time
@@ -588,7 +588,7 @@ class _Chunk:
 
 
 def _checked_rates(
-    rates: Mapping[str, Number], needed: Sequence[str] | None, config: ModelConfig, window: Fraction, hop: Fraction
+    rates: Mapping[str, Number], needed: Sequence[str] | None, inputs: Inputs, window: Fraction, hop: Fraction
 ) -> dict[str, Fraction]:
     """modality -> frames per second of those that the variant uses."""
     clocked = MODALITIES[1:]
@@ -601,9 +601,9 @@ def _checked_rates(
         if m in clocked and m not in rates:
             raise InputError(f"stream: no rate of {m} was given, and the variant needs it: rates={{'{m}': per second}}")
     checked = {m: exact(rates[m], f"the rate of {m}") for m in clocked if m in rates and m in (needed or clocked)}
-    longest = min((config.modality(m).max_steps / r for m, r in checked.items()), default=window)
+    longest = min((inputs.modality(m).max_steps / r for m, r in checked.items()), default=window)
     for m, r in checked.items():
-        most, frames = config.modality(m).max_steps, math.ceil(window * r)
+        most, frames = inputs.modality(m).max_steps, math.ceil(window * r)
         if frames > most:
             raise InputError(
                 f"stream: a window of {float(window):g} s holds {frames} frames of {m}, expected at most {most}: the "
@@ -627,13 +627,7 @@ def _rounded_down(value: Fraction) -> str:
     return f"{math.floor(value * 1_000_000) / 1_000_000:.6f}".rstrip("0").rstrip(".")
 
 
-def _without_limits(config: ModelConfig) -> ModelConfig:
+def _without_limits(inputs: Inputs) -> Inputs:
     """The same sizes, for chunks of any length: the window bounds what the model gets."""
-    encoder = config.text_encoder
-    return dataclasses.replace(
-        config,
-        text=FeatureConfig(config.text.features, _MOST_STEPS),
-        audio=FeatureConfig(config.audio.features, _MOST_STEPS),
-        vision=FeatureConfig(config.vision.features, _MOST_STEPS),
-        text_encoder=encoder and dataclasses.replace(encoder, positions=_MOST_STEPS),
-    )
+    sizes: dict[str, Any] = {m: FeatureConfig(inputs.modality(m).features, _MOST_STEPS) for m in MODALITIES}
+    return dataclasses.replace(inputs, **sizes)

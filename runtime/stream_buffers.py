@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hcmen.base.clip import TEXT_TOKENS, clip_from_arrays
-from hcmen.base.config import ModelConfig
 from hcmen.base.errors import InputError
+from hcmen.base.inputs import Inputs
 
 if TYPE_CHECKING:
     from hcmen.runtime.predictor import Predictor
@@ -104,9 +104,7 @@ class Text:
         self._cut = 0  # tokens of `_whole` that did not fit
         self._timed: deque[tuple[int, Any]] = deque()
 
-    def checked(
-        self, text: str | Sequence[str] | ArrayLike, times: Any, free: ModelConfig, ticks_per_second: int
-    ) -> Said:
+    def checked(self, text: str | Sequence[str] | ArrayLike, times: Any, free: Inputs, ticks_per_second: int) -> Said:
         """`text` as it can be added; raises InputError."""
         model = self._model
         if isinstance(text, str):
@@ -127,7 +125,7 @@ class Text:
         key = TEXT_TOKENS if array.dtype.kind in "iu" else "text"
         if array.size == 0:
             return Said(key, whole=array) if times is None else Said(key, timed=[])
-        clip = clip_from_arrays("stream", {key: array}, model.config if times is None else free, model.clean)
+        clip = clip_from_arrays("stream", {key: array}, model.inputs if times is None else free, model.clean)
         values: NDArray[Any] = array.astype(np.float32 if key == "text" else np.int64)
         if times is None:
             return Said(key, whole=values)
@@ -173,7 +171,7 @@ class Text:
         tokens = [token for tick, token in self._timed if start <= tick < end]
         if self._kind == _WORDS or not tokens:
             return {}, tokens, 0
-        most = self._model.config.text.max_steps
+        most = self._model.inputs.text.max_steps
         array = np.stack(tokens[-most:], axis=0 if self._kind == "text" else 1)
         return {self._kind: array}, (), max(0, len(tokens) - most)
 

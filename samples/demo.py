@@ -64,7 +64,7 @@ def score_every_variant(clip: Path, train: Path, bundle: Path) -> list[dict[str,
 def latency_ms(clip: Path, bundle: Path, variant: str) -> float:
     """Median milliseconds of one graph run, after one run to warm up."""
     model = load(bundle)
-    inputs = batch_clips([read_clip(clip, model.config)], variant_named(variant).present)
+    inputs = batch_clips([read_clip(clip, model.inputs)], variant_named(variant).present)
     seconds = []
     for _ in range(TIMED_RUNS + 1):
         started = time.perf_counter()

@@ -17,7 +17,7 @@ INDEX = 7
 
 def main() -> None:
     """Writes the clip and says what it is."""
-    test = make_synthetic(preset_named("tiny").model, SAMPLES["tiny"], seed=0)["test"]
+    test = make_synthetic(preset_named("tiny").model.inputs, SAMPLES["tiny"], seed=0)["test"]
     features = {"text": test["text"][INDEX, : int(test["text_bert"][INDEX, 1].sum())]}
     for m in ("audio", "vision"):
         features[m] = test[m][INDEX, : test[f"{m}_lengths"][INDEX]]

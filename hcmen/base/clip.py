@@ -6,8 +6,8 @@ float32 or float64; computed in float32). For a model with a text encoder the te
 aside, by name. Any other key is refused, since a misspelt `vison` would otherwise silently become a missing modality.
 
 Member names, count, declared sizes, dtypes and shapes are checked before anything is decompressed beyond the first
-few kilobytes of a member, and a member's declared size must be what its shape needs. The model's configuration bounds
-the shape, so memory is bounded too, whatever the compression ratio.
+few kilobytes of a member, and a member's declared size must be what its shape needs. What the model takes bounds the
+shape, so memory is bounded too, whatever the compression ratio.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hcmen.base.config import ModelConfig
 from hcmen.base.errors import CorruptFileError, InputError
+from hcmen.base.inputs import Inputs
 from hcmen.base.modalities import MODALITIES, Variant, variant_for
 
 __all__ = ["TEXT_TOKENS", "Clip", "batch_clips", "clip_from_arrays", "graph_inputs", "read_clip", "write_clip"]
@@ -89,12 +89,12 @@ class Clip:
         return variant_for(self.present)
 
 
-def read_clip(path: str | os.PathLike[str], model: ModelConfig, clean: bool = False) -> Clip:
-    """Reads and checks the clip file `path` for a model of configuration `model`.
+def read_clip(path: str | os.PathLike[str], inputs: Inputs, clean: bool = False) -> Clip:
+    """Reads and checks the clip file `path` for a model that takes `inputs`.
 
     Args:
         path: an .npz file; links are followed.
-        model: bounds every modality's feature count and length.
+        inputs: of the model, bounds every modality's feature count and length.
         clean: set NaN and infinity to zero and count them, instead of refusing them.
 
     Raises:
@@ -111,43 +111,43 @@ def read_clip(path: str | os.PathLike[str], model: ModelConfig, clean: bool = Fa
             raise InputError(f"{name}: a single .npy array, expected an .npz with text, audio, vision: use numpy.savez")
         if not start.startswith(b"PK"):
             raise InputError(f"{name}: not an .npz file, expected a clip with text, audio, vision: use numpy.savez")
-        most = 4 * sum(_most_bytes(model, m) for m in _KEYS) + (1 << 20)
+        most = 4 * sum(_most_bytes(inputs, m) for m in _KEYS) + (1 << 20)
         if size > most:
             raise InputError(f"{name}: the file has {size} bytes, expected at most {most} for this model: cut the clip")
         try:
             with zipfile.ZipFile(file) as archive:
-                arrays, ignored = _read_members(name, archive, model)
+                arrays, ignored = _read_members(name, archive, inputs)
         except _ZIP_ERRORS as error:
             raise CorruptFileError(f"{name}: damaged .npz ({_reason(error)}): write or copy it again") from error
-    clip = clip_from_arrays(name, arrays, model, clean)
+    clip = clip_from_arrays(name, arrays, inputs, clean)
     return dataclasses.replace(clip, ignored=ignored)
 
 
-def clip_from_arrays(name: str, arrays: Mapping[str, Any], model: ModelConfig, clean: bool = False) -> Clip:
+def clip_from_arrays(name: str, arrays: Mapping[str, Any], inputs: Inputs, clean: bool = False) -> Clip:
     """A checked clip from arrays in memory; the arrays given are never changed.
 
     Args:
         name: what to call the clip in results and messages.
         arrays: modality -> float array [time, features], `text_tokens` -> integers [3, time].
-        model: bounds every modality's feature count and length.
+        inputs: of the model, bounds every modality's feature count and length.
         clean: set NaN and infinity to zero and count them, instead of refusing them.
 
     Raises:
         InputError: a key, rank, dtype, feature count, length or value that does not fit the model.
     """
-    _check_keys(name, arrays, model)
+    _check_keys(name, arrays, inputs)
     features: dict[str, NDArray[np.float32]] = {}
     cleaned: dict[str, int] = {}
     tokens = None
-    for m in (m for m in _wanted(model) if m in arrays):
+    for m in (m for m in _wanted(inputs) if m in arrays):
         try:
             array = np.asarray(arrays[m])
         except ValueError as error:
             shape = "integers [3, time]" if m == TEXT_TOKENS else "float [time, features]"
             raise InputError(f"{name}: {m} is no array ({_reason(error)}), expected {shape}: make it one") from None
-        _check_array(name, m, array.dtype, array.shape, model)
+        _check_array(name, m, array.dtype, array.shape, inputs)
         if m == TEXT_TOKENS:
-            tokens = _checked_tokens(name, array, model)
+            tokens = _checked_tokens(name, array, inputs)
             continue
         with np.errstate(over="ignore"):
             values = np.ascontiguousarray(array, dtype=np.float32)
@@ -163,8 +163,8 @@ def clip_from_arrays(name: str, arrays: Mapping[str, Any], model: ModelConfig, c
             cleaned[m] = bad
         features[m] = values
     if not features and tokens is None:
-        raise InputError(f"{name}: no modality is present, expected at least one of {', '.join(_wanted(model))}")
-    return Clip(name, features, cleaned, tuple(k for k in arrays if k not in _wanted(model)), tokens)
+        raise InputError(f"{name}: no modality is present, expected at least one of {', '.join(_wanted(inputs))}")
+    return Clip(name, features, cleaned, tuple(k for k in arrays if k not in _wanted(inputs)), tokens)
 
 
 def batch_clips(clips: Sequence[Clip], modalities: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
@@ -271,29 +271,29 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _most_bytes(model: ModelConfig, modality: str) -> int:
+def _most_bytes(inputs: Inputs, modality: str) -> int:
     if modality == TEXT_TOKENS:
-        return 3 * model.text.max_steps * 8
-    sizes = model.modality(modality)
+        return 3 * inputs.text.max_steps * 8
+    sizes = inputs.modality(modality)
     return sizes.features * sizes.max_steps * 8
 
 
-def _wanted(model: ModelConfig) -> tuple[str, ...]:
-    """The keys that `model` takes, in axis order."""
-    return (TEXT_TOKENS, *MODALITIES[1:]) if model.text_encoder else MODALITIES
+def _wanted(inputs: Inputs) -> tuple[str, ...]:
+    """The keys that `inputs` takes, in axis order."""
+    return (TEXT_TOKENS, *MODALITIES[1:]) if inputs.text_tokens else MODALITIES
 
 
-def _check_keys(name: str, keys: Iterable[str], model: ModelConfig | None = None) -> None:
+def _check_keys(name: str, keys: Iterable[str], inputs: Inputs | None = None) -> None:
     present = list(keys)
     for key in present:
         if key not in _KEYS:
             near = difflib.get_close_matches(str(key), _KEYS, n=1)
             hint = f"did you mean '{near[0]}'? " if near else ""
-            held = ", ".join(_wanted(model) if model else _KEYS)
+            held = ", ".join(_wanted(inputs) if inputs else _KEYS)
             raise InputError(f"{name}: unknown key {key!r}: {hint}a clip holds {held}: remove others")
-    if model is None or not present or any(k in present for k in _wanted(model)):
+    if inputs is None or not present or any(k in present for k in _wanted(inputs)):
         return
-    if model.text_encoder:
+    if inputs.text_tokens:
         raise InputError(
             f"{name}: only text features are present, and this model makes its own from tokens: give {TEXT_TOKENS} "
             "[3, time], or words with hcmen-run --text"
@@ -304,10 +304,10 @@ def _check_keys(name: str, keys: Iterable[str], model: ModelConfig | None = None
     )
 
 
-def _checked_tokens(name: str, array: NDArray[Any], model: ModelConfig) -> NDArray[np.int64]:
-    encoder = model.text_encoder
-    assert encoder is not None
-    for row, what, limit in ((0, "token id", encoder.vocabulary), (2, "token type", encoder.token_types)):
+def _checked_tokens(name: str, array: NDArray[Any], inputs: Inputs) -> NDArray[np.int64]:
+    tokens = inputs.text_tokens
+    assert tokens is not None
+    for row, what, limit in ((0, "token id", tokens.vocabulary), (2, "token type", tokens.token_types)):
         wrong = np.flatnonzero((array[row] < 0) | (array[row] >= limit))
         if wrong.size:
             raise InputError(
@@ -321,9 +321,9 @@ def _checked_tokens(name: str, array: NDArray[Any], model: ModelConfig) -> NDArr
     return np.ascontiguousarray(array, dtype=np.int64)
 
 
-def _check_array(name: str, modality: str, dtype: np.dtype[Any], shape: tuple[int, ...], model: ModelConfig) -> None:
+def _check_array(name: str, modality: str, dtype: np.dtype[Any], shape: tuple[int, ...], inputs: Inputs) -> None:
     tokens = modality == TEXT_TOKENS
-    sizes = model.text if tokens else model.modality(modality)
+    sizes = inputs.text if tokens else inputs.modality(modality)
     expected = "int64 [3, time]" if tokens else f"float32 [time, {sizes.features}]"
     if dtype.hasobject:
         raise CorruptFileError(f"{name}: {modality} holds Python objects, expected {expected}: never unpickled")
@@ -356,7 +356,7 @@ def _check_array(name: str, modality: str, dtype: np.dtype[Any], shape: tuple[in
 
 
 def _read_members(
-    name: str, archive: zipfile.ZipFile, model: ModelConfig
+    name: str, archive: zipfile.ZipFile, inputs: Inputs
 ) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
     members = archive.infolist()
     if len(members) > _MAX_MEMBERS:
@@ -367,17 +367,17 @@ def _read_members(
             raise InputError(f"{name}: member {member.filename!r} is no .npy array: write the clip with numpy.savez")
         if keys.count(key) > 1:
             raise CorruptFileError(f"{name}: {key!r} is there twice, expected once: write the clip with numpy.savez")
-    _check_keys(name, keys, model)
-    wanted = {k: m for k, m in zip(keys, members, strict=True) if k in _wanted(model)}
+    _check_keys(name, keys, inputs)
+    wanted = {k: m for k, m in zip(keys, members, strict=True) if k in _wanted(inputs)}
     if not wanted:
-        raise InputError(f"{name}: no modality is present, expected at least one of {', '.join(_wanted(model))}")
-    headers = {key: _read_header(name, key, archive, member, model) for key, member in wanted.items()}
+        raise InputError(f"{name}: no modality is present, expected at least one of {', '.join(_wanted(inputs))}")
+    headers = {key: _read_header(name, key, archive, member, inputs) for key, member in wanted.items()}
     arrays = {key: _read_array(archive, wanted[key], *header) for key, header in headers.items()}
     return arrays, tuple(k for k in keys if k not in wanted)
 
 
 def _read_header(
-    name: str, key: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo, model: ModelConfig
+    name: str, key: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo, inputs: Inputs
 ) -> tuple[int, tuple[int, ...], bool, np.dtype[Any]]:
     """(header bytes, shape, Fortran order, dtype), checked, from the first kilobytes of the member."""
     if member.flag_bits & 0x1:
@@ -400,7 +400,7 @@ def _read_header(
                 f"{name}: {key} has no valid .npy header ({reason}): write the clip again"
             ) from error
         header_bytes = stream.tell()
-    _check_array(name, key, dtype, shape, model)
+    _check_array(name, key, dtype, shape, inputs)
     needed = header_bytes + math.prod(shape) * dtype.itemsize
     if member.file_size != needed:
         raise CorruptFileError(

@@ -1,6 +1,7 @@
 """The manifest of a bundle: what manifest.json says, and how it is read without being trusted.
 
 It is read with every key, type and value checked (`Manifest.from_json`), out of JSON without its traps (`parse_json`).
+Schema 2 is written. Schema 1, which held the configuration of one model, is read as what it means in schema 2.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from hcmen.base.config import ModelConfig
 from hcmen.base.errors import BackendError, CorruptFileError, InputError
-from hcmen.base.modalities import MODALITIES, VARIANTS, variant_named
+from hcmen.base.inputs import Inputs, TensorSpec
+from hcmen.base.modalities import MODALITIES, VARIANTS
+from hcmen.base.schema1 import as_schema_2
 
 __all__ = [
     "MANIFEST_FILE",
@@ -27,17 +29,17 @@ __all__ = [
     "PRECISIONS",
     "SCHEMA_VERSION",
     "FileRecord",
+    "FrontEnd",
     "JsonObject",
     "Manifest",
-    "TensorSpec",
+    "ModelRecord",
+    "Score",
     "VariantRecord",
     "check_file_name",
-    "expected_inputs",
-    "expected_outputs",
     "parse_json",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 OP_DOMAIN = "hcmen"
 OP_VERSION = 1
 NAME = "hcmen"
@@ -64,15 +66,6 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
-class TensorSpec:
-    """A graph input or output. shape: an int for a fixed size, a name for a dynamic one."""
-
-    name: str
-    dtype: str
-    shape: tuple[str | int, ...]
-
-
-@dataclass(frozen=True)
 class VariantRecord:
     """One exported graph. parity: what the exporter measured against the eager model, as it reported it."""
 
@@ -84,17 +77,50 @@ class VariantRecord:
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """manifest.json. normalisation: modality -> {"mean": [features], "std": [features]} of the training features.
+class ModelRecord:
+    """Which model it was: its kind and its configuration, for whoever wants to build it again. Nobody runs by it."""
 
-    versions: tool -> version at export. source: where the weights came from. label_range: (lowest, highest) label.
+    kind: str
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the checkpoint reached: each measure, of one variant, on one split of one data set.
+
+    protocol: what was hidden, such as "variants" (the absent modalities of a variant, of every sample).
+    """
+
+    data: str
+    split: str
+    protocol: str
+    variant: str
+    measures: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class FrontEnd:
+    """What made the features of a modality: an extractor, its settings, and the sha256 of its weights (None: none)."""
+
+    extractor: str
+    settings: Mapping[str, Any]
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json. inputs: what the model takes and gives; in the file its outputs are a key of their own.
+
+    model: carried and not read. normalisation: modality -> {"mean": [features], "std": [features]} of the training
+    features. versions: tool -> version at export. source: where the weights came from. scores: may be empty.
+    front_ends: by modality, those that are known.
     precision: one of PRECISIONS, of all graphs; the outputs of an int8 graph are within the `atol` and `rtol` of its
     parity record of the eager model's, those of the others within fixed bounds (docs/parity.md).
     tokenizer: for the text encoder, if there is one and its tokenizer came with the checkpoint.
     """
 
-    model: ModelConfig
-    label_range: tuple[float, float]
+    inputs: Inputs
+    model: ModelRecord
     normalisation: Mapping[str, Mapping[str, tuple[float, ...]]]
     weights: FileRecord
     variants: Mapping[str, VariantRecord]
@@ -109,9 +135,13 @@ class Manifest:
     op_version: int = OP_VERSION
     schema_version: int = SCHEMA_VERSION
     tokenizer: FileRecord | None = None
+    scores: tuple[Score, ...] = ()
+    front_ends: Mapping[str, FrontEnd] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The content of manifest.json, which `from_json` reads back to an equal manifest."""
+        inputs = self.inputs.to_json()
+        outputs = inputs.pop("outputs")
         return {
             "schema_version": self.schema_version,
             "name": self.name,
@@ -121,8 +151,11 @@ class Manifest:
             "opset": self.opset,
             "ir_version": self.ir_version,
             "precision": self.precision,
-            "model": self.model.to_json(),
-            "label_range": list(self.label_range),
+            "inputs": inputs,
+            "outputs": outputs,
+            "model": {"kind": self.model.kind, "config": dict(self.model.config)},
+            "scores": [{**vars(score), "measures": dict(score.measures)} for score in self.scores],
+            "front_ends": {m: {**vars(e), "settings": dict(e.settings)} for m, e in self.front_ends.items()},
             "normalisation": {
                 m: {key: list(values) for key, values in statistics.items()}
                 for m, statistics in self.normalisation.items()
@@ -144,11 +177,14 @@ class Manifest:
         """
         top = JsonObject("", data)
         schema = top.integer("schema_version", 1)
-        if schema != SCHEMA_VERSION:
+        if schema not in (1, SCHEMA_VERSION):
             raise InputError(
-                f"manifest schema_version is {schema}, expected {SCHEMA_VERSION}: "
-                f"{'upgrade hcmen' if schema > SCHEMA_VERSION else 'export the bundle again'}"
+                f"manifest schema_version is {schema}, expected 1 or {SCHEMA_VERSION}: upgrade hcmen, or export the "
+                "bundle again"
             )
+        if schema == 1:
+            top = JsonObject("", as_schema_2(top))
+            schema = top.integer("schema_version", 2)
         op = top.object("op")
         domain, version = op.string("domain"), op.integer("version", 1)
         op.finish()
@@ -158,13 +194,7 @@ class Manifest:
                 f"this package has '{OP_DOMAIN}' version {OP_VERSION}: "
                 f"{'upgrade hcmen' if version > OP_VERSION else 'export the bundle again'}"
             )
-        try:
-            model = ModelConfig.from_json(top.value("model", dict))
-        except InputError as error:
-            raise CorruptFileError(f"manifest: 'model': {error}") from error
-        low, high = top.numbers("label_range", 2)
-        if low >= high:
-            raise CorruptFileError(f"manifest: 'label_range' is [{low}, {high}], expected two numbers in rising order")
+        inputs = _inputs_from_json(top)
         precision = top.one_of("precision", PRECISIONS)
         manifest = cls(
             schema_version=schema,
@@ -176,39 +206,18 @@ class Manifest:
             opset=top.integer("opset", 1),
             ir_version=top.integer("ir_version", 1),
             precision=precision,
-            model=model,
-            label_range=(low, high),
-            normalisation=_normalisation_from_json(top.object("normalisation"), model),
+            inputs=inputs,
+            model=_model_from_json(top.object("model")),
+            scores=_scores_from_json(top.value("scores", list)),
+            front_ends=_front_ends_from_json(top.object("front_ends")),
+            normalisation=_normalisation_from_json(top.object("normalisation"), inputs),
             source=top.value("source", dict),
             weights=_record_from_json(top.object("weights")),
-            variants=_variants_from_json(top.object("variants"), model, high - low if precision == "int8" else None),
+            variants=_variants_from_json(top.object("variants"), inputs, precision),
             tokenizer=_record_from_json(top.object("tokenizer")) if "tokenizer" in top.data else None,
         )
         top.finish()
         return manifest
-
-
-def expected_inputs(model: ModelConfig, variant: str) -> tuple[TensorSpec, ...]:
-    """The inputs of the graph of `variant`: features and valid length per present modality, in axis order.
-
-    The text of a model with a text encoder is `text_tokens` alone, whose attention mask says how long it is.
-    """
-    inputs: list[TensorSpec] = []
-    for m in variant_named(variant).present:
-        if m == "text" and model.text_encoder:
-            inputs.append(TensorSpec("text_tokens", "int64", ("batch", 3, "text_time")))
-            continue
-        inputs.append(TensorSpec(m, "float32", ("batch", f"{m}_time", model.modality(m).features)))
-        inputs.append(TensorSpec(f"{m}_length", "int64", ("batch",)))
-    return tuple(inputs)
-
-
-def expected_outputs() -> tuple[TensorSpec, ...]:
-    """The outputs of every graph."""
-    return (
-        TensorSpec("score", "float32", ("batch",)),
-        TensorSpec("modality_weights", "float32", ("batch", len(MODALITIES))),
-    )
 
 
 class JsonObject:
@@ -345,9 +354,13 @@ def _record_from_json(data: JsonObject) -> FileRecord:
 def _take_record(data: JsonObject) -> FileRecord:
     record = FileRecord(data.string("file"), data.string("sha256"), data.integer("bytes", 1, _MAX_FILE_BYTES))
     check_file_name(record.file)
-    if not _SHA256.match(record.sha256):
-        raise CorruptFileError(f"manifest: '{data.where}.sha256' is no sha256 of 64 lower-case hexadecimal digits")
+    _check_digest(data)
     return record
+
+
+def _check_digest(data: JsonObject) -> None:
+    if not _SHA256.match(data.string("sha256")):
+        raise CorruptFileError(f"manifest: '{data.where}.sha256' is no sha256 of 64 lower-case hexadecimal digits")
 
 
 def check_file_name(name: str) -> None:
@@ -359,30 +372,72 @@ def check_file_name(name: str) -> None:
         )
 
 
-def _tensors_from_json(data: list[Any], where: str) -> tuple[TensorSpec, ...]:
-    specs = []
+def _inputs_from_json(top: JsonObject) -> Inputs:
+    values, outputs = top.value("inputs", dict), top.value("outputs", list)
+    if "outputs" in values:
+        raise CorruptFileError("manifest: unknown key 'inputs.outputs': copy or export the bundle again")
+    try:
+        return Inputs.from_json({**values, "outputs": outputs})
+    except InputError as error:
+        raise CorruptFileError(f"manifest: 'inputs': {error}") from error
+
+
+def _model_from_json(data: JsonObject) -> ModelRecord:
+    record = ModelRecord(data.string("kind"), MappingProxyType(data.value("config", dict)))
+    data.finish()
+    return record
+
+
+def _scores_from_json(data: list[Any]) -> tuple[Score, ...]:
+    scores = []
     for i, item in enumerate(data):
-        entry = JsonObject(f"{where}[{i}]", item)
-        shape = entry.value("shape", list)
-        if not all(isinstance(s, (str, int)) and not isinstance(s, bool) for s in shape):
-            raise CorruptFileError(f"manifest: '{where}[{i}].shape' is {shape}, expected names and integers")
-        specs.append(TensorSpec(entry.string("name"), entry.string("dtype"), tuple(shape)))
+        entry = JsonObject(f"scores[{i}]", item)
+        measures = entry.object("measures")
+        score = Score(
+            data=entry.string("data"),
+            split=entry.string("split"),
+            protocol=entry.string("protocol"),
+            variant=entry.string("variant"),
+            measures={key: measures.number(key, -1e38, 1e38) for key in measures.data},
+        )
+        scores.append(score)
         entry.finish()
-    return tuple(specs)
+    return tuple(scores)
 
 
-def _variants_from_json(data: JsonObject, model: ModelConfig, most_atol: float | None) -> dict[str, VariantRecord]:
+def _front_ends_from_json(data: JsonObject) -> dict[str, FrontEnd]:
+    made = {}
+    for m in MODALITIES:
+        if m not in data.data:
+            continue
+        entry = data.object(m)
+        digest = entry.value("sha256", object)
+        if digest is not None:
+            _check_digest(entry)
+        made[m] = FrontEnd(entry.string("extractor"), MappingProxyType(entry.value("settings", dict)), digest)
+        entry.finish()
+    data.finish()
+    return made
+
+
+def _tensors_from_json(data: list[Any], where: str) -> tuple[TensorSpec, ...]:
+    try:
+        return tuple(TensorSpec.from_json(item, f"{where}[{i}]") for i, item in enumerate(data))
+    except InputError as error:
+        raise CorruptFileError(f"manifest: {error}") from error
+
+
+def _variants_from_json(data: JsonObject, inputs: Inputs, precision: str) -> dict[str, VariantRecord]:
     names = [v.name for v in VARIANTS]
     for name in data.data:
         if name not in names:
             raise CorruptFileError(f"manifest: unknown variant {name!r}, expected {', '.join(names)}")
     if not data.data:
         raise CorruptFileError("manifest: 'variants' is empty, expected at least one")
-    return {name: _variant_from_json(data.object(name), name, model, most_atol) for name in names if name in data.data}
+    return {name: _variant_from_json(data.object(name), name, inputs, precision) for name in names if name in data.data}
 
 
-def _variant_from_json(data: JsonObject, name: str, model: ModelConfig, most_atol: float | None) -> VariantRecord:
-    """A variant's record. most_atol: the largest bound that its parity may state, None where it states none."""
+def _variant_from_json(data: JsonObject, name: str, inputs: Inputs, precision: str) -> VariantRecord:
     record = VariantRecord(
         graph=_take_record(data),
         golden=_record_from_json(data.object("golden")),
@@ -392,8 +447,8 @@ def _variant_from_json(data: JsonObject, name: str, model: ModelConfig, most_ato
     )
     data.finish()
     for what, got, expected in (
-        ("inputs", record.inputs, expected_inputs(model, name)),
-        ("outputs", record.outputs, expected_outputs()),
+        ("inputs", record.inputs, inputs.of_variant(name)),
+        ("outputs", record.outputs, inputs.outputs),
     ):
         if sorted(got, key=lambda t: t.name) != sorted(expected, key=lambda t: t.name):
             raise CorruptFileError(
@@ -401,9 +456,9 @@ def _variant_from_json(data: JsonObject, name: str, model: ModelConfig, most_ato
             )
     parity = JsonObject(f"{data.where}.parity", data.data["parity"])
     parity.value("passed", bool)
-    if most_atol is not None:
+    if precision == "int8":
         # A device judges itself by these two, so a bound that nothing could fail is refused.
-        parity.number("atol", 0.0, most_atol)
+        parity.number("atol", 0.0, inputs.label_max - inputs.label_min)
         parity.number("rtol", 0.0, 1.0)
     return record
 
@@ -412,11 +467,11 @@ def _signature(specs: tuple[TensorSpec, ...]) -> str:
     return "; ".join(f"{t.name} {t.dtype} {list(t.shape)}" for t in specs)[:300] or "none"
 
 
-def _normalisation_from_json(data: JsonObject, model: ModelConfig) -> dict[str, dict[str, tuple[float, ...]]]:
+def _normalisation_from_json(data: JsonObject, inputs: Inputs) -> dict[str, dict[str, tuple[float, ...]]]:
     made = {}
     for m in MODALITIES:
         entry = data.object(m)
-        count = model.modality(m).features
+        count = inputs.modality(m).features
         made[m] = {key: entry.numbers(key, count) for key in ("mean", "std")}
         entry.finish()
         if min(made[m]["std"]) <= 0:
@@ -428,8 +483,8 @@ def _normalisation_from_json(data: JsonObject, model: ModelConfig) -> dict[str, 
 def _variant_to_json(variant: VariantRecord) -> dict[str, Any]:
     return {
         **dataclasses.asdict(variant.graph),
-        "inputs": [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in variant.inputs],
-        "outputs": [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in variant.outputs],
+        "inputs": [t.to_json() for t in variant.inputs],
+        "outputs": [t.to_json() for t in variant.outputs],
         "golden": dataclasses.asdict(variant.golden),
         "parity": dict(variant.parity),
     }

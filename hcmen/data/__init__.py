@@ -10,7 +10,7 @@ trained_on.py the set that a checkpoint was trained on, found again
 missing.py    which steps and modalities of a sample are dropped in an epoch
 protocols.py  which are dropped when a model is judged
 published.py  what others scored under these protocols
-baseline.py   the linear model that HCMEN has to beat
+baseline.py   the linear model that a model has to beat
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The linear model that HCMEN has to beat: ridge regression on the mean frame of each modality."""
+"""The linear model that a trained one has to beat: ridge regression on the mean frame of each modality."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hcmen.base.config import ModelConfig, TextEncoderConfig
 from hcmen.base.errors import InputError
+from hcmen.base.inputs import Inputs, TokenConfig
 from hcmen.base.modalities import MODALITIES
 from hcmen.data import SPLITS, FloatArray, IntArray, Split, TextTokens
 
@@ -42,46 +42,46 @@ RawArray = npt.NDArray[Any]
 _PIECE_BYTES = 1 << 23
 
 
-def open_split(data: Any, split: str, name: str, config: ModelConfig | None = None) -> RawSplit:
+def open_split(data: Any, split: str, name: str, inputs: Inputs | None = None) -> RawSplit:
     """The split `split` of `data`, a dict of MMSA's layout; `name` is what error messages call it.
 
     Args:
         data: {"train", "valid", "test"}, see the top of this file.
         split: which one; the others are not looked at.
         name: what error messages call the data.
-        config: the sizes and label range to hold the split against; any will do if None.
+        inputs: the sizes and label range to hold the split against; any will do if None.
 
     Raises:
-        InputError: the split or one of its keys is missing, its arrays do not fit each other, or do not fit `config`.
+        InputError: the split or one of its keys is missing, its arrays do not fit each other, or do not fit `inputs`.
     """
     if not isinstance(data, Mapping):
         raise InputError(f"{name}: holds a {type(data).__name__}, expected a dict with the splits {', '.join(SPLITS)}")
     members, where = _member(data, split, Mapping, name), f"{name}: {split}"
-    labels = _labels(_member(members, "regression_labels", object, where), where, config)
-    raw = {m: _features(_member(members, m, object, where), where, m, config, len(labels)) for m in MODALITIES}
+    labels = _labels(_member(members, "regression_labels", object, where), where, inputs)
+    raw = {m: _features(_member(members, m, object, where), where, m, inputs, len(labels)) for m in MODALITIES}
     given = {m: n for m in MODALITIES if (n := _given_lengths(members, where, m, raw[m])) is not None}
     tokens = _text_bert(members, where, raw["text"])
     return RawSplit(labels, _ids(members.get("id", list(range(len(labels)))), where, len(labels)), raw, given, tokens)
 
 
-def with_tokens(split: Split, raw: RawSplit, encoder: TextEncoderConfig | None, where: str) -> Split:
-    """`split` with its text tokens, if there is an `encoder` to take them.
+def with_tokens(split: Split, raw: RawSplit, limits: TokenConfig | None, where: str) -> Split:
+    """`split` with its text tokens, if the model takes them.
 
     Raises:
-        InputError: the data has no tokens, or not those of this encoder; `where` is what the message calls it.
+        InputError: the data has no tokens, or not within these `limits`; `where` is what the message calls it.
     """
-    if encoder is None:
+    if limits is None:
         return split
     if raw.text_bert is None:
         raise InputError(
             f"{where}: lacks 'text_bert', expected [N, 3, T] token ids for the text encoder: take another file "
             "(a folder: convert again), or train without --text-encoder"
         )
-    tokens = checked_tokens(raw.text_bert, encoder, where)
+    tokens = checked_tokens(raw.text_bert, limits, where)
     return dataclasses.replace(
         split,
         lengths={**split.lengths, "text": tokens[:, 1].sum(axis=1)},
-        text_tokens=TextTokens(tokens, encoder.unknown_token),
+        text_tokens=TextTokens(tokens, limits.unknown_token),
     )
 
 
@@ -94,10 +94,10 @@ def whole_numbers(stored: RawArray, where: str) -> IntArray:
     return tokens
 
 
-def checked_tokens(stored: RawArray, encoder: TextEncoderConfig | None, where: str) -> IntArray:
+def checked_tokens(stored: RawArray, limits: TokenConfig | None, where: str) -> IntArray:
     """Stored token ids, masks and types [N, 3, T] as int64, zero beyond each mask.
 
-    A text without any token keeps its first one. Without an encoder no id is too large.
+    A text without any token keeps its first one. Without `limits` no id is too large.
 
     Raises:
         InputError: numbers that are not whole, a mask that is not ones followed by zeros, ids or types out of range.
@@ -114,8 +114,8 @@ def checked_tokens(stored: RawArray, encoder: TextEncoderConfig | None, where: s
             "token ids, attention mask, token types in 'text_bert'"
         )
     tokens *= prefix[:, None]
-    limits = (encoder.vocabulary, encoder.token_types) if encoder else (np.iinfo(np.int64).max,) * 2
-    for row, what, limit in ((0, "token", limits[0]), (2, "token type", limits[1])):
+    most = (limits.vocabulary, limits.token_types) if limits else (np.iinfo(np.int64).max,) * 2
+    for row, what, limit in ((0, "token", most[0]), (2, "token type", most[1])):
         values = tokens[:, row]
         outside = np.argwhere((values < 0) | (values >= limit))
         if outside.size:
@@ -253,9 +253,9 @@ def _array(value: Any, where: str, key: str, rank: int) -> np.ndarray[Any, np.dt
     return array
 
 
-def _features(value: Any, where: str, m: str, config: ModelConfig | None, samples: int) -> RawArray:
+def _features(value: Any, where: str, m: str, inputs: Inputs | None, samples: int) -> RawArray:
     raw = _array(value, where, m, 3)
-    expected = config.modality(m) if config else None
+    expected = inputs.modality(m) if inputs else None
     if expected and raw.shape[2] != expected.features:
         raise InputError(
             f"{where}: {m} has {raw.shape[2]} features per step, expected {expected.features}: "
@@ -308,22 +308,22 @@ def _last(real: np.ndarray[Any, np.dtype[np.bool_]]) -> IntArray:
     return np.maximum((real * steps).max(axis=1), 1).astype(np.int64)
 
 
-def _labels(value: Any, where: str, config: ModelConfig | None) -> FloatArray:
+def _labels(value: Any, where: str, inputs: Inputs | None) -> FloatArray:
     with np.errstate(over="ignore"):
         labels = _array(value, where, "regression_labels", 1).astype(np.float32)
     if not labels.size:
         raise InputError(f"{where}: holds no samples, expected at least 1")
-    if config is None:
+    if inputs is None:
         wrong = np.flatnonzero(~np.isfinite(labels))
         if wrong.size:
             raise InputError(f"{where}: the label of sample {wrong[0]} is {labels[wrong[0]]:g}, expected a number")
         return labels
     # Labels are averages of several annotators, stored as they came out: allow the last bits.
     slack = 1e-4
-    wrong = np.flatnonzero(~((labels >= config.label_min - slack) & (labels <= config.label_max + slack)))
+    wrong = np.flatnonzero(~((labels >= inputs.label_min - slack) & (labels <= inputs.label_max + slack)))
     if wrong.size:
         raise InputError(
             f"{where}: the label of sample {wrong[0]} is {labels[wrong[0]]:g}, expected "
-            f"{config.label_min:g} to {config.label_max:g}: the file is of another data set than the preset"
+            f"{inputs.label_min:g} to {inputs.label_max:g}: the file is of another data set than the preset"
         )
     return labels

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hcmen.base.config import ModelConfig
+from hcmen.base.inputs import Inputs
 from hcmen.base.modalities import MODALITIES
 from hcmen.data import SPLITS, FloatArray, IntArray, MultimodalDataset, Split
 from hcmen.data.folder import read_folder
@@ -20,23 +20,23 @@ from hcmen.data.unpickle import load_pickle
 __all__ = ["dataset_from_mmsa", "read_mmsa"]
 
 
-def read_mmsa(path: str | Path, config: ModelConfig) -> MultimodalDataset:
-    """The data set in the MMSA file `path`, checked against the sizes and label range of `config`.
+def read_mmsa(path: str | Path, inputs: Inputs) -> MultimodalDataset:
+    """The data set in the MMSA file `path`, checked against the sizes and label range of `inputs`.
 
     `path` may also be a folder that hcmen-convert wrote. The numbers are the same; those of the folder stay on disk,
     as read-only maps.
 
     Raises:
-        InputError: no such file; a split or key is missing; the set is not the one `config` is for.
+        InputError: no such file; a split or key is missing; the set is not the one `inputs` is for.
         CorruptFileError: the file is damaged, or holds anything but arrays, strings and numbers.
     """
     path = Path(path)
     if path.is_dir():
-        return read_folder(path, config)
-    return dataset_from_mmsa(load_pickle(path), str(path), config)
+        return read_folder(path, inputs)
+    return dataset_from_mmsa(load_pickle(path), str(path), inputs)
 
 
-def dataset_from_mmsa(data: Any, name: str, config: ModelConfig) -> MultimodalDataset:
+def dataset_from_mmsa(data: Any, name: str, inputs: Inputs) -> MultimodalDataset:
     """The data set in `data`, a dict of MMSA's layout; `name` is what error messages call it.
 
     Raises:
@@ -45,10 +45,10 @@ def dataset_from_mmsa(data: Any, name: str, config: ModelConfig) -> MultimodalDa
     cleaned = dict.fromkeys(MODALITIES, 0)
     splits = {}
     for s in SPLITS:
-        raw = open_split(data, s, name, config)
+        raw = open_split(data, s, name, inputs)
         split = _converted(raw, cleaned)
-        splits[s] = with_tokens(split, raw, config.text_encoder, f"{name}: {s}")
-    return MultimodalDataset(name, splits, config.label_min, config.label_max, cleaned)
+        splits[s] = with_tokens(split, raw, inputs.text_tokens, f"{name}: {s}")
+    return MultimodalDataset(name, splits, inputs.label_min, inputs.label_max, cleaned)
 
 
 def _converted(split: RawSplit, cleaned: dict[str, int]) -> Split:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from hcmen.base.config import ModelConfig
+    from hcmen.base.inputs import Inputs
     from hcmen.data import MultimodalDataset, Split
     from hcmen.data.protocols import Masks, Protocol
 
@@ -273,7 +273,7 @@ def _checkpoints(
                     f"{folder}: holds the same weights as {before.about['path']}: give each checkpoint once, or the "
                     "deviation is too small"
                 )
-        dataset = _dataset(folder, config, model.config, data, sets, console)
+        dataset = _dataset(folder, config, model.config.inputs, data, sets, console)
         if judged and _kind(dataset) != _kind(judged[0].dataset):
             raise InputError(
                 f"{folder}: was trained on {dataset.name}, {judged[0].about['path']} on {judged[0].dataset.name}: give "
@@ -311,7 +311,7 @@ def _bundle(
     model = load(folder, threads=threads)
     manifest = model.bundle.manifest
     if data is not None:
-        dataset = read_mmsa(data, model.config)
+        dataset = read_mmsa(data, model.inputs)
         mention_cleaned(dataset, console.note)
     elif checkpoints:
         from hcmen.training.checkpoint import load_checkpoint
@@ -323,7 +323,7 @@ def _bundle(
                 f"{folder}: was exported from checkpoint {str(made_from)[:12]}..., {checkpoints[0]} is {here[:12]}...: "
                 "name the checkpoint it came from, or the data with --data"
             )
-        dataset = _dataset(checkpoints[0], config, model.config, None, {}, console)
+        dataset = _dataset(checkpoints[0], config, model.inputs, None, {}, console)
     else:
         raise InputError(
             f"{folder}: a bundle does not say what it was trained on: name the data with --data, or the checkpoint "
@@ -366,7 +366,7 @@ def _about(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 def _dataset(
     folder: Path,
     config: Mapping[str, Any],
-    model: ModelConfig,
+    inputs: Inputs,
     data: Path | None,
     sets: dict[str, MultimodalDataset],
     console: Console,
@@ -375,9 +375,9 @@ def _dataset(
     from hcmen.data.trained_on import dataset_of, trained_on
 
     name, source = (str(data), None) if data else trained_on(folder, config)
-    key = json.dumps([name, model.to_json(), source])
+    key = json.dumps([name, inputs.to_json(), source])
     if key not in sets:
-        sets[key] = dataset_of(folder, config, model, data, console.note, "judging")
+        sets[key] = dataset_of(folder, config, inputs, data, console.note, "judging")
     return sets[key]
 
 

@@ -78,6 +78,8 @@ def share_weights(models: Mapping[str, onnx.ModelProto], folder: Path, weights_n
                     offsets[key] = weights.tell()
                     weights.write(content)
                 _refer(tensor, weights_name, offsets[key], len(content))
+        if not offsets:
+            weights.write(b"\0" * ALIGNMENT_BYTES)  # all is in the graphs, and no file of a bundle is empty
     for name, proto in models.items():
         (folder / f"{name}.onnx").write_bytes(proto.SerializeToString(deterministic=True))
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hcmen.base.config import ModelConfig
 from hcmen.base.errors import BackendError, CorruptFileError, InputError
+from hcmen.base.inputs import Inputs
 
 __all__ = ["Encoded", "Tokenizer"]
 
@@ -30,15 +30,16 @@ class Tokenizer:
     """The tokenizer in the content of a tokenizer.json.
 
     Args:
-        content: the file. model: its text encoder bounds ids and length. where: what to call the file in messages.
+        content: the file. inputs: of a model whose text is tokens; it bounds ids and length. where: what to call the
+            file in messages.
 
     Raises:
         BackendError: `tokenizers` is not installed.
         CorruptFileError: the content is no tokenizer.
     """
 
-    def __init__(self, content: bytes, model: ModelConfig, where: str):
-        assert model.text_encoder is not None
+    def __init__(self, content: bytes, inputs: Inputs, where: str):
+        assert inputs.text_tokens is not None
         try:
             import tokenizers
         except ImportError as error:
@@ -52,8 +53,8 @@ class Tokenizer:
         except Exception as error:  # tokenizers raises plain Exception
             raise CorruptFileError(f"{where}: no tokenizer ({_reason(error)}): export the bundle again") from error
         self._where = where
-        self._steps = model.text.max_steps
-        self._vocabulary = model.text_encoder.vocabulary
+        self._steps = inputs.text.max_steps
+        self._vocabulary = inputs.text_tokens.vocabulary
 
     def __call__(self, text: str) -> Encoded:
         """The tokens of `text` between [CLS] and [SEP]; what is too long is cut before [SEP].

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hcmen.base.config import TextEncoderConfig
 from hcmen.base.errors import BackendError, CorruptFileError, InputError
-from hcmen.models.hcmen.layers import MASKED
+from hcmen.models.contract import MASKED
+from hcmen.models.text_encoder_config import TextEncoderConfig
 
 __all__ = ["TextEncoder", "load_weights", "read_sizes", "read_tokenizer"]
 

@@ -2,7 +2,7 @@
 
     checkpoint.safetensors   the model of the best epoch
     config.json              its configuration, feature statistics, validation scores, and the sha256 of the weights
-    last.safetensors         model, alignment loss and optimiser after the last whole epoch, with the history of the run
+    last.safetensors         model, objective and optimiser after the last whole epoch, with the history of the run
 
 No file here is a pickle. Each is written whole or not at all: to a temporary neighbour, flushed, then renamed.
 """
@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 import hcmen
-from hcmen.base.config import ModelConfig
 from hcmen.base.errors import CorruptFileError, InputError
 from hcmen.base.files import replace_file
-from hcmen.models.hcmen.model import HCMEN
+from hcmen.models import registry
+from hcmen.models.contract import Model
 from hcmen.training.config import TrainConfig
 
 __all__ = [
@@ -64,7 +64,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 def save_checkpoint(
     folder: Path,
-    model: HCMEN,
+    model: Model,
     train: TrainConfig,
     *,
     epoch: int,
@@ -79,11 +79,10 @@ def save_checkpoint(
     weights = safetensors.torch.save(_dense(model.state_dict()))
     config = {
         "schema_version": SCHEMA_VERSION,
+        "kind": model.config.kind,
         "model": model.config.to_json(),
         "train": train.to_json(),
-        "normalisation": {
-            m: {"mean": encoder.mean.tolist(), "std": encoder.std.tolist()} for m, encoder in model.encoders.items()
-        },
+        "normalisation": model.normalisation(),
         "validation": dict(validation),
         "epoch": epoch,
         "dataset": dict(dataset),
@@ -94,15 +93,19 @@ def save_checkpoint(
     write_json(folder / CONFIG, config)
 
 
-def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[HCMEN, dict[str, Any]]:
+def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
     """The model in `folder`, in eval mode, and what config.json says.
 
     Raises:
-        InputError: there is no checkpoint, or its files cannot be read.
+        InputError: there is no checkpoint, its files cannot be read, or its kind of model is not known here.
         CorruptFileError: a file is truncated or altered, or the two do not belong together.
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
+    try:
+        kind = registry.named(str(config.get("kind", registry.DEFAULT)))
+    except InputError as error:
+        raise InputError(f"{folder / CONFIG}: {error}") from error
     path = folder / CHECKPOINT
     content = _read(path)
     digest = hashlib.sha256(content).hexdigest()
@@ -113,7 +116,7 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[HCMEN, dict[str, An
                 f"{path}: sha256 {digest[:12]}..., {CONFIG} says {str(expected)[:12]}...: altered, truncated, or half "
                 "of a write that was killed; train again, or go on with hcmen-train --resume"
             )
-        model = HCMEN(ModelConfig.from_json(config["model"]))
+        model = kind.module(kind.config.from_json(config["model"]))
         model.load_state_dict(safetensors.torch.load(content))
     except (KeyError, TypeError, ValueError, RuntimeError, InputError, safetensors.SafetensorError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hcmen.base.config import ModelConfig
 from hcmen.base.console import Choice, Console, command
 from hcmen.base.errors import InputError
 from hcmen.training.config import AUXILIARIES, MIXES, PRECISIONS, TrainConfig, train_setting
@@ -24,8 +23,9 @@ from hcmen.training.presets import PRESETS, preset_named
 from hcmen.training.report import draw_curves, scores_text, test_scores
 
 if TYPE_CHECKING:
+    from hcmen.base.inputs import Inputs
     from hcmen.data import MultimodalDataset, Split
-    from hcmen.models.hcmen.model import HCMEN
+    from hcmen.models.contract import Config
 
 __all__ = ["load_checkpoint", "main"]
 
@@ -40,7 +40,7 @@ _OPTIONS = (
 _OUTPUTS = ("checkpoint.safetensors", "config.json", "last.safetensors", "log.jsonl", CURVES, REPORT, TOKENIZER)
 
 
-def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[HCMEN, dict[str, Any]]:
+def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
     """The model that hcmen-train wrote to `folder`, in eval mode, and the contents of its config.json.
 
     Raises:
@@ -126,7 +126,7 @@ def main(
     precision: str | None,
     threads: int | None,
 ) -> None:
-    """Train HCMEN, and compare it with the majority floor and a linear model on the test split.
+    """Train a model, and compare it with the majority floor and a linear model on the test split.
 
     Writes to --out: checkpoint.safetensors and config.json (the epoch with the lowest validation MAE, averaged over
     the seven missing-modality variants), last.safetensors (for --resume), log.jsonl, curves.png, clips/ (validation
@@ -186,7 +186,7 @@ def main(
             }
             if text_encoder is not None:
                 model_config, tokenizer = _with_text_encoder(model_config, text_encoder, chosen.name)
-        dataset = _load_data(source, model_config, train_config.seed, console)
+        dataset = _load_data(source, model_config.inputs, train_config.seed, console)
         if ranks.first:
             out.mkdir(parents=True, exist_ok=True)
             _sweep(out)
@@ -215,13 +215,13 @@ def main(
     }
     plain = _without_nan(report)
     write_json(out / REPORT, {"schema_version": 1, **plain})
-    console.emit(plain, scores_text(report))
+    console.emit(plain, scores_text(report, model.config.kind))
 
 
 # --- settings and data ----------------------------------------------------------------------------------------------
 
 
-def _with_text_encoder(config: ModelConfig, folder: Path, preset: str) -> tuple[ModelConfig, bytes]:
+def _with_text_encoder(config: Any, folder: Path, preset: str) -> tuple[Config, bytes]:
     """`config` with the BERT in `folder` for its text, and the content of its tokenizer.json."""
     from hcmen.models.text_encoder import read_sizes, read_tokenizer
 
@@ -249,8 +249,9 @@ def _given(changes: Sequence[str], **options: Any) -> dict[str, Any]:
 
 def _resumed_settings(
     out: Path, preset: str | None, given: Mapping[str, Any], data: Path | None, text_encoder: Path | None
-) -> tuple[ModelConfig, TrainConfig, dict[str, Any]]:
+) -> tuple[Config, TrainConfig, dict[str, Any]]:
     """The settings of the run in `out`; options that were given must agree with them."""
+    from hcmen.models import registry
     from hcmen.training.checkpoint import load_state
 
     _, state = load_state(out)
@@ -264,7 +265,8 @@ def _resumed_settings(
                 f"{option} is {value}, the run in {out} has {before.get(name)}: leave the option out "
                 "to resume, or start over with --force"
             )
-    return ModelConfig.from_json(state["model"]), TrainConfig.from_json(state["train"]), state["run"]
+    kind = registry.named(state.get("kind", registry.DEFAULT))
+    return kind.config.from_json(state["model"]), TrainConfig.from_json(state["train"]), state["run"]
 
 
 def _check_free(out: Path, force: bool) -> None:
@@ -296,14 +298,14 @@ def _sweep(out: Path) -> None:
         left.unlink(missing_ok=True)
 
 
-def _load_data(source: Mapping[str, Any], config: ModelConfig, seed: int, console: Console) -> MultimodalDataset:
+def _load_data(source: Mapping[str, Any], inputs: Inputs, seed: int, console: Console) -> MultimodalDataset:
     from hcmen.data.mmsa import dataset_from_mmsa, read_mmsa
     from hcmen.data.synthetic import SAMPLES, make_synthetic
 
     if source["data"] is None:
         console.note(f"no --data: training on the synthetic set of preset {source['preset']}")
-        return dataset_from_mmsa(make_synthetic(config, SAMPLES[source["preset"]], seed), "synthetic", config)
-    dataset = read_mmsa(source["data"], config)
+        return dataset_from_mmsa(make_synthetic(inputs, SAMPLES[source["preset"]], seed), "synthetic", inputs)
+    dataset = read_mmsa(source["data"], inputs)
     for m, count in dataset.cleaned.items():
         if count:
             console.note(f"{m}: {count} stored values were NaN or infinite and count as 0")

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hcmen.base.config import checked, require
 from hcmen.base.errors import InputError
-from hcmen.models.hcmen.config import MixingConfig
+from hcmen.base.settings import checked, require
+from hcmen.models.contract import MixingConfig
 
 if TYPE_CHECKING:
     from hcmen.data.missing import CorruptionConfig
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["AUXILIARIES", "MIXES", "PRECISIONS", "TrainConfig", "train_setting"]
 
 MIXES = ("none", "mixup", "manifold", "ms-mix", "powmix")
-"""Ways of mixing training samples; hcmen/models/hcmen/mixing.py says what each does."""
+"""Ways of mixing training samples; hcmen/models/mixing.py says what each does."""
 
 AUXILIARIES = ("none", "polarity")
-"""Heads that take part in training only; see hcmen/models/hcmen/losses.py."""
+"""Heads that take part in training only, of the kinds of models that have them."""
 
 PRECISIONS = ("fp32", "bf16")
 """What the model's matrix products are computed in while it trains; training/trainer.py says what stays float32."""
@@ -31,7 +31,7 @@ PRECISIONS = ("fp32", "bf16")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run.
+    """One training run. Which of the loss terms below there are is for the model's objective to say.
 
     batch_size: samples per optimiser step, over all micro-batches and processes.
     micro_batches: pieces that a batch is computed in, one after the other, for less memory. Terms of single samples
@@ -43,7 +43,7 @@ class TrainConfig:
 
     alignment_weight: factor of the alignment loss (nats); 0 computes none.
 
-    mix: one of MIXES. Samples are mixed as hcmen/models/hcmen/mixing.py says, with draws from (seed, epoch, step).
+    mix: one of MIXES. Samples are mixed as hcmen/models/mixing.py says, with draws from (seed, epoch, step).
     mix_weight: factor of the mixtures' squared error (label units squared) beside that of the samples themselves.
     mix_alpha: concentration of the Beta and Dirichlet distributions that weights are drawn from; 1 is uniform, large
     numbers are even mixtures.

@@ -6,6 +6,7 @@ The model may be on any device; scores come back as NumPy arrays.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,6 @@ from torch import Tensor
 from hcmen.base.modalities import VARIANTS, Variant
 from hcmen.data import Split
 from hcmen.data.protocols import Masks, batches
-from hcmen.models.hcmen.model import HCMEN
 from hcmen.training.device import device_of, moved
 
 __all__ = ["predict", "predict_masked", "predict_variants"]
@@ -23,7 +23,7 @@ __all__ = ["predict", "predict_masked", "predict_variants"]
 Array = npt.NDArray[np.float64]
 
 
-def predict(model: HCMEN, split: Split, variant: Variant, batch_size: int = 256) -> Array:
+def predict(model: Any, split: Split, variant: Variant, batch_size: int = 256) -> Array:
     """Scores [samples] of `split` in label units, from the modalities of `variant` alone; the others are not run.
 
     The model is left in the mode (training or evaluation) it came in.
@@ -38,13 +38,13 @@ def predict(model: HCMEN, split: Split, variant: Variant, batch_size: int = 256)
     return torch.cat(scores).double().cpu().numpy() if scores else np.empty(0)
 
 
-def predict_variants(model: HCMEN, split: Split, batch_size: int = 256) -> dict[str, Array]:
+def predict_variants(model: Any, split: Split, batch_size: int = 256) -> dict[str, Array]:
     """`predict` for every variant, by name."""
     return {v.name: predict(model, split, v, batch_size) for v in VARIANTS}
 
 
 def predict_masked(
-    model: HCMEN,
+    model: Any,
     split: Split,
     masks: Masks,
     batch_size: int = 256,

@@ -1,19 +1,25 @@
-"""The sizes of each data set, with settings to train on it.
-
-Where a size comes from is said in the README under "reconstruction".
-"""
+"""What there is to train on: each data set with a model's sizes for it, and settings to train it with."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from dataclasses import dataclass, field
 
-from hcmen.base.config import FeatureConfig, ModelConfig
 from hcmen.base.errors import InputError
+from hcmen.models import registry
+from hcmen.models.contract import Config
 from hcmen.training.config import TrainConfig
 
 __all__ = ["PRESETS", "Preset", "preset_named"]
+
+_SIBLINGS = TrainConfig(epochs=200, learning_rate=1e-4)
+_RUNS = {
+    "mosi": ("CMU-MOSI, unaligned_50", _SIBLINGS),
+    "mosei": ("CMU-MOSEI, unaligned_50", _SIBLINGS),
+    "sims": ("CH-SIMS, unaligned_39", _SIBLINGS),
+    "simsv2": ("CH-SIMS v2(s)", _SIBLINGS),
+    "tiny": ("the synthetic demo: seconds per epoch on two cores", TrainConfig(epochs=24, learning_rate=2e-3)),
+}
 
 
 @dataclass(frozen=True)
@@ -22,68 +28,12 @@ class Preset:
 
     name: str
     about: str
-    model: ModelConfig
+    model: Config
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def _presets() -> dict[str, Preset]:
-    sibling_training = TrainConfig(epochs=200, learning_rate=1e-4)
-    mosi = ModelConfig(
-        FeatureConfig(768, 50), FeatureConfig(5, 375), FeatureConfig(20, 500), states=12, expand=4, dropout=0.1
-    )
-    mosei = ModelConfig(
-        FeatureConfig(768, 50),
-        FeatureConfig(74, 500),
-        FeatureConfig(35, 500),
-        states=16,
-        expand=4,
-        backbone_depth=2,
-        dropout=0.2,
-    )
-    sims = ModelConfig(
-        FeatureConfig(768, 39),
-        FeatureConfig(33, 400),
-        FeatureConfig(709, 55),
-        tokens=39,
-        states=16,
-        expand=2,
-        backbone_depth=2,
-        dropout=0.2,
-        label_min=-1.0,
-        label_max=1.0,
-    )
-    simsv2 = dataclasses.replace(
-        sims, text=FeatureConfig(768, 50), audio=FeatureConfig(25, 925), vision=FeatureConfig(177, 232), tokens=50
-    )
-    tiny = ModelConfig(
-        FeatureConfig(32, 20),
-        FeatureConfig(5, 40),
-        FeatureConfig(20, 32),
-        width=32,
-        tokens=8,
-        states=8,
-        expand=2,
-        alignment_tokens=4,
-        dropout=0.1,
-    )
-    return {
-        p.name: p
-        for p in (
-            Preset("mosi", "CMU-MOSI, unaligned_50", mosi, sibling_training),
-            Preset("mosei", "CMU-MOSEI, unaligned_50", mosei, sibling_training),
-            Preset("sims", "CH-SIMS, unaligned_39", sims, sibling_training),
-            Preset("simsv2", "CH-SIMS v2(s)", simsv2, sibling_training),
-            Preset(
-                "tiny",
-                "the synthetic demo: seconds per epoch on two cores",
-                tiny,
-                TrainConfig(epochs=24, learning_rate=2e-3),
-            ),
-        )
-    }
-
-
-PRESETS: dict[str, Preset] = _presets()
+_MODELS = registry.named(registry.DEFAULT).presets
+PRESETS: dict[str, Preset] = {name: Preset(name, about, _MODELS[name], run) for name, (about, run) in _RUNS.items()}
 
 
 def preset_named(name: str) -> Preset:

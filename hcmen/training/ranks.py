@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 from hcmen.base.console import describe_error, end_at_once
 from hcmen.base.errors import BackendError, InputError
-from hcmen.models.hcmen.model import Outputs
 from hcmen.training.device import choose_device
 
 __all__ = ["Ranks", "gather_outputs", "joined", "launched"]
@@ -162,8 +161,8 @@ class _Gather(torch.autograd.Function):
         return total[ctx.ranks.share(ctx.count)], None, None
 
 
-def gather_outputs(ranks: Ranks, views: Sequence[Outputs], count: int) -> tuple[Outputs, ...]:
-    """Each of `views`, of all `count` rows of a batch, from those of this rank's share of them.
+def gather_outputs(ranks: Ranks, views: Sequence[Any], count: int) -> tuple[Any, ...]:
+    """Each of `views`, a model's outputs, of all `count` rows of a batch, from those of this rank's share of them.
 
     One message for all, float32. Rows beyond the share (of a rank that has none) are dropped.
     """
@@ -177,13 +176,16 @@ def gather_outputs(ranks: Ranks, views: Sequence[Outputs], count: int) -> tuple[
         (column > 0.5 if x.dtype == torch.bool else column.to(x.dtype)).reshape(count, *x.shape[1:])
         for x, column in zip(tensors, columns, strict=True)
     )
-    return tuple(
-        Outputs(*({m: next(whole) for m in field} if isinstance(field, dict) else next(whole) for field in view))
-        for view in views
-    )
+    return tuple(each_tensor(view, lambda _: next(whole)) for view in views)
 
 
-def _tensors(outputs: Outputs) -> Iterator[Tensor]:
+def each_tensor(outputs: Any, of: Callable[[Tensor], Tensor]) -> Any:
+    """`of` every tensor of a model's outputs, in the order of `_tensors`."""
+    fields = ({m: of(x) for m, x in f.items()} if isinstance(f, dict) else of(f) for f in outputs)
+    return type(outputs)(*fields)
+
+
+def _tensors(outputs: Any) -> Iterator[Tensor]:
     for field in outputs:
         if isinstance(field, dict):
             yield from field.values()

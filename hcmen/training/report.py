@@ -10,7 +10,7 @@ from hcmen.base.modalities import VARIANTS
 
 if TYPE_CHECKING:
     from hcmen.data import MultimodalDataset
-    from hcmen.models.hcmen.model import HCMEN
+    from hcmen.models.contract import Model
 
 __all__ = ["draw_curves", "scores_text", "test_scores"]
 
@@ -27,7 +27,8 @@ _TERMS = {
 
 def _drawn_terms(history: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """The loss terms that were on, over the epochs, by what they are called in the picture."""
-    terms = {label: [float(r.get(name, 0.0)) for r in history] for name, label in _TERMS.items()}
+    names = dict.fromkeys(name for record in history for name in record if name.endswith("_loss"))
+    terms = {_TERMS.get(name, name): [float(r.get(name, 0.0)) for r in history] for name in names}
     return {label: values for label, values in terms.items() if any(values)}
 
 
@@ -65,8 +66,8 @@ def draw_curves(path: Path, history: list[dict[str, Any]]) -> None:
     write_whole(path, picture.getvalue())
 
 
-def test_scores(model: HCMEN, dataset: MultimodalDataset) -> dict[str, dict[str, dict[str, float]]]:
-    """{variant: {"hcmen", "floor", "linear": measures}} on the test split."""
+def test_scores(model: Model, dataset: MultimodalDataset) -> dict[str, dict[str, dict[str, float]]]:
+    """{variant: {the model's kind, "floor", "linear": measures}} on the test split."""
     from hcmen.base import metrics
     from hcmen.data.baseline import linear_baseline
     from hcmen.training.evaluate import predict
@@ -75,7 +76,7 @@ def test_scores(model: HCMEN, dataset: MultimodalDataset) -> dict[str, dict[str,
     floor = metrics.floor(truth, dataset.splits["train"].labels, family)
     return {
         v.name: {
-            "hcmen": metrics.scores(truth, predict(model, dataset.splits["test"], v), family),
+            model.config.kind: metrics.scores(truth, predict(model, dataset.splits["test"], v), family),
             "floor": floor,
             "linear": metrics.scores(truth, linear_baseline(dataset, v), family),
         }
@@ -83,14 +84,17 @@ def test_scores(model: HCMEN, dataset: MultimodalDataset) -> dict[str, dict[str,
     }
 
 
-def scores_text(report: Mapping[str, Any]) -> str:
-    """The table of the test split, with what it says underneath."""
+def scores_text(report: Mapping[str, Any], kind: str) -> str:
+    """The table of the test split of a model of the kind `kind`, with what it says underneath."""
     from hcmen.base import metrics
+    from hcmen.models import registry
+
+    title = registry.named(kind).title
 
     dataset, test = report["dataset"], report["test"]
     accuracy = metrics.HEADLINE_ACC2[metrics.family_for(dataset["label_min"], dataset["label_max"])]
     measures = (("MAE", "mae", ".3f"), ("Corr", "corr", ".3f"), ("Acc-2", accuracy, ".1%"))
-    models = (("HCMEN", "hcmen"), ("floor", "floor"), ("linear", "linear"))
+    models = ((title, kind), ("floor", "floor"), ("linear", "linear"))
     width = max(len(v.name) for v in VARIANTS)
     lines = [
         f"test split, {dataset['samples']['test']} samples, epoch {report['epoch']} "
@@ -107,7 +111,7 @@ def scores_text(report: Mapping[str, Any]) -> str:
         key: [
             name
             for name, s in test.items()
-            if s["hcmen"]["mae"] >= s[key]["mae"] or not s["hcmen"][accuracy] > s[key][accuracy]
+            if s[kind]["mae"] >= s[key]["mae"] or not s[kind][accuracy] > s[key][accuracy]
         ]
         for key in ("floor", "linear")
     }
@@ -115,7 +119,7 @@ def scores_text(report: Mapping[str, Any]) -> str:
         "",
         "floor: the mean training label (MAE), the commonest class (Acc-2); "
         "linear: ridge regression on mean frames, one per variant",
-        *(f"HCMEN beats {_NAMES[key]} in MAE and Acc-2 in {_all_but(names)}" for key, names in behind.items()),
+        *(f"{title} beats {_NAMES[key]} in MAE and Acc-2 in {_all_but(names)}" for key, names in behind.items()),
         f"checkpoint: {report['checkpoint']}",
     ]
     return "\n".join(lines)

@@ -1,13 +1,8 @@
 """The training loop.
 
-Two views of every sample: as it is, and corrupted (hcmen/data/missing.py). Both give a squared error; the alignment
-loss compares the corrupted view's tokens with the clean view's. Mixing (hcmen/models/hcmen/mixing.py), where it is on,
-adds mixtures of the corrupted view, so that these have modalities missing as well. The loss is
-
-    task + alignment_weight * alignment + mix_weight * mix + intensity_weight * intensity
-         + polarity_weight * (polarity + mix_weight * polarity_mix)
-
-with the weights of TrainConfig; log.jsonl has every term, before weighting, as a mean over the epoch's samples.
+Two views of every sample: as it is, and corrupted (hcmen/data/missing.py). The model's objective (hcmen/models) makes
+the loss of both; log.jsonl has every term of it, before weighting, as a mean over the epoch's samples. Mixing, where it
+is on, adds mixtures of the corrupted view, so that these have modalities missing as well.
 
 A batch may be computed in micro-batches, one after the other; their gradients add up, weighted by samples. Terms that
 compare the samples of a batch (alignment, intensity, mixing) see one micro-batch, so they are others with more of them.
@@ -35,7 +30,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,23 +38,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hcmen.base import metrics
-from hcmen.base.config import ModelConfig
 from hcmen.base.errors import CheckFailed, InputError
 from hcmen.base.modalities import MODALITIES
 from hcmen.data import IntArray, MultimodalDataset, Split
 from hcmen.data.missing import corruption
-from hcmen.models.hcmen.losses import AlignmentLoss, PolarityLoss, polarity, task_loss
-from hcmen.models.hcmen.mixing import Mixture, Plan, Samples, make_mixing
-from hcmen.models.hcmen.model import HCMEN, Outputs
+from hcmen.models import registry
+from hcmen.models.contract import Config, Step
 from hcmen.models.text_encoder import load_weights
 from hcmen.training import checkpoint
 from hcmen.training.config import TrainConfig
 from hcmen.training.device import moved
 from hcmen.training.evaluate import predict_variants
-from hcmen.training.ranks import Ranks, gather_outputs
+from hcmen.training.ranks import Ranks, each_tensor, gather_outputs
 
 __all__ = ["Progress", "Trainer", "feature_statistics", "learning_rate_at"]
 
@@ -70,8 +62,6 @@ _ORDER, _DROPOUT, _MIXING = 2, 3, 4
 
 # How the names of the text encoder's parameters begin.
 _TEXT_ENCODER = "model/text_encoder."
-
-_TERMS = ("loss", "task_loss", "alignment_loss", "mix_loss", "intensity_loss", "polarity_loss", "polarity_mix_loss")
 
 
 class Progress(NamedTuple):
@@ -88,12 +78,13 @@ class Trainer:
 
     Attributes:
         model: the model as it stands after the last step, not the best one (that is on disk).
+        objective: what it is trained with.
         history: one record per whole epoch, as in log.jsonl.
     """
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: Config,
         train: TrainConfig,
         dataset: MultimodalDataset,
         out: Path,
@@ -117,9 +108,10 @@ class Trainer:
         self.train_config, self.dataset, self.out, self.run_info = train, dataset, out, dict(run or {})
         self.ranks = ranks or Ranks()
         torch.manual_seed(train.seed)
-        self.model = HCMEN(config)
+        kind = registry.named(config.kind)
+        self.model = kind.module(config)
         statistics = feature_statistics(dataset.splits["train"])
-        if self.model.text_encoder is not None:
+        if config.inputs.text_tokens is not None:
             # What BERT says is normalised already, and changes as it learns.
             del statistics["text"]
             if text_encoder is not None:
@@ -127,16 +119,13 @@ class Trainer:
             if train.text_encoder_learning_rate == 0:
                 self.model.text_encoder.freeze()
         self.model.set_normalisation(statistics)
-        self.alignment = AlignmentLoss(config)
-        self.mixing = make_mixing(config, train.mixing)
-        self.polarity = PolarityLoss(config) if train.aux == "polarity" else None
+        self.objective = kind.objective(config, train)
         self.history: list[dict[str, Any]] = []
         self._fingerprint = _fingerprint(dataset)
-        parts = {"model": self.model, "alignment": self.alignment, "mixing": self.mixing, "polarity": self.polarity}
+        parts = {"model": self.model, **dict(sorted(self.objective.named_children()))}
         self._parameters = {
             f"{part}/{name}": p
             for part, module in parts.items()
-            if module is not None
             for name, p in module.to(self.ranks.device).named_parameters()
         }
         self._optimiser = _optimiser(self._parameters, train)
@@ -193,9 +182,16 @@ class Trainer:
         """
         tensors, state = checkpoint.load_state(self.out)
         # Settings that the state does not know yet were at their defaults.
-        state["model"] = ModelConfig.from_json(state["model"]).to_json()
+        state["kind"] = state.get("kind", registry.DEFAULT)
+        if state["kind"] == self.model.config.kind:
+            state["model"] = type(self.model.config).from_json(state["model"]).to_json()
         state["train"] = TrainConfig.from_json(state["train"]).to_json()
-        mine = {"model": self.model.config.to_json(), "train": self.train_config.to_json(), "data": self._fingerprint}
+        mine = {
+            "kind": self.model.config.kind,
+            "model": self.model.config.to_json(),
+            "train": self.train_config.to_json(),
+            "data": self._fingerprint,
+        }
         for part, value in mine.items():
             if state.get(part) != value:
                 raise InputError(
@@ -223,7 +219,7 @@ class Trainer:
         order = np.random.default_rng((_ORDER, config.seed, epoch)).permutation(len(split))
         batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
         total = len(batches) * config.epochs
-        sums = dict.fromkeys((*_TERMS, "gradient_norm"), 0.0)
+        sums = dict.fromkeys(("loss", *self.objective.weights, "gradient_norm"), 0.0)
         self.model.train()
         for step, indices in enumerate(batches):
             rate = learning_rate_at(config, (epoch - 1) * len(batches) + step, total)
@@ -264,72 +260,44 @@ class Trainer:
         return found
 
     def _losses(
-        self,
-        epoch: int,
-        step: int,
-        split: Split,
-        indices: IntArray,
-        clean: Outputs,
-        corrupted: Outputs,
-        micro_batch: int = 0,
+        self, epoch: int, step: int, split: Split, indices: IntArray, clean: Any, corrupted: Any, micro_batch: int = 0
     ) -> dict[str, Tensor]:
-        """The terms of the loss, before weighting; 0 for those that are off or have nothing to go by."""
-        config, labels = self.train_config, moved(torch.from_numpy(split.labels[indices]), self.ranks.device)
-        task = task_loss(clean, corrupted, labels)
-        terms = {**dict.fromkeys(_TERMS, task.new_zeros(())), "task_loss": task}
-        if config.alignment_weight:
-            terms["alignment_loss"] = self.alignment(clean, corrupted)
-        if self.polarity is not None:
-            terms["polarity_loss"] = self.polarity(clean, corrupted, labels)
-        if self.mixing is not None:
-            place = (step, micro_batch) if micro_batch else (step,)
-            generator = np.random.default_rng((_MIXING, config.seed, epoch, *place))
-            samples = Samples(corrupted.tokens, corrupted.present, labels)
-            if self.mixing.of_features:
-                features, lengths, _ = self._corrupted(epoch, split, indices)
-                samples = Samples(self.model.embed(features), corrupted.present, labels, lengths)
-            if config.intensity_weight:
-                terms["intensity_loss"] = self.mixing.teach(samples)
-            mixture = self.mixing(samples, generator, self._agreed)
-            if mixture is not None:
-                mixed = self._mixed(mixture)
-                terms["mix_loss"] = F.mse_loss(mixed.score, mixture.labels)
-                if self.polarity is not None:
-                    classes = F.one_hot(polarity(labels), 3).to(mixture.label_shares.dtype)
-                    shares = (mixture.label_shares[..., None] * classes[mixture.rows]).sum(dim=1)
-                    terms["polarity_mix_loss"] = self.polarity.mixed(mixed, shares, config.decoupled_weight)
-        weights = {
-            "task_loss": 1.0,
-            "alignment_loss": config.alignment_weight,
-            "mix_loss": config.mix_weight,
-            "intensity_loss": config.intensity_weight,
-            "polarity_loss": config.polarity_weight,
-            "polarity_mix_loss": config.polarity_weight * config.mix_weight,
-        }
-        terms["loss"] = sum(weight * terms[name] for name, weight in weights.items())
-        return terms
+        """The terms of the loss before weighting, and "loss"."""
+        place = (step, micro_batch) if micro_batch else (step,)
+        labels = moved(torch.from_numpy(split.labels[indices]), self.ranks.device)
+        found: dict[str, Tensor] = self.objective(
+            Step(
+                self.model,
+                clean,
+                corrupted,
+                labels,
+                lambda: np.random.default_rng((_MIXING, self.train_config.seed, epoch, *place)),
+                lambda: self._corrupted(epoch, split, indices)[:2],
+                self._outputs,
+                self._agreed,
+            )
+        )
+        return found
 
-    def _agreed(self, plan: Plan | None) -> Plan | None:
-        """The plan of the first process: similarities that differ in their last bits may pair other samples."""
+    def _agreed(self, tensors: Sequence[Tensor] | None) -> Sequence[Tensor] | None:
+        """The first process's tensors."""
         if self.ranks.world == 1:
-            return plan
-        found = self.ranks.agreed(None if plan is None else [x.cpu() for x in plan])
-        return None if found is None else Plan(*(x.to(self.ranks.device) for x in found))
+            return tensors
+        found = self.ranks.agreed(None if tensors is None else [x.cpu() for x in tensors])
+        return None if found is None else [x.to(self.ranks.device) for x in found]
 
-    def _mixed(self, mixture: Mixture) -> Outputs:
-        """The model's outputs for mixtures, of features or of tokens; each process computes some of them."""
-        count = len(mixture.labels)
+    def _outputs(self, values: Mapping[str, Tensor], lengths: Mapping[str, Tensor] | None, present: Tensor) -> Any:
+        """The model's outputs for other values, features or tokens; each process computes some of them."""
+        count = len(present)
         own = self._own(count)
-        values, present = {m: x[own] for m, x in mixture.values.items()}, mixture.present[own]
+        values, present = {m: x[own] for m, x in values.items()}, present[own]
         with self._autocast():
-            if mixture.lengths is None:
-                outputs = self.model.fuse(values, present)
-            else:
-                lengths = {m: n[own] for m, n in mixture.lengths.items()}
-                outputs = self.model.training_step_outputs(values, lengths, present)
+            if lengths is not None:
+                values = self.model.encode(values, {m: n[own] for m, n in lengths.items()})
+            outputs = self.model.fuse(values, present)
         return gather_outputs(self.ranks, [_float32(outputs)], count)[0]
 
-    def _views(self, epoch: int, split: Split, indices: IntArray) -> tuple[Outputs, Outputs]:
+    def _views(self, epoch: int, split: Split, indices: IntArray) -> tuple[Any, Any]:
         """The model's outputs for the clean and the corrupted view, computed as one batch.
 
         Each process computes some of the samples, and has the outputs of all.
@@ -341,11 +309,11 @@ class Trainer:
             for m in features
         }
         with self._autocast():
-            both = self.model.training_step_outputs(
+            tokens = self.model.encode(
                 {m: torch.cat([clean[m], x]) for m, x in features.items()},
                 {m: n.repeat(2) for m, n in lengths.items()},
-                torch.cat([torch.ones_like(present), present]),
             )
+            both = self.model.fuse(tokens, torch.cat([torch.ones_like(present), present]))
         both = _float32(both)
         views = _rows(both, slice(None, len(own))), _rows(both, slice(len(own), None))
         first, second = gather_outputs(self.ranks, views, len(indices))
@@ -420,6 +388,7 @@ class Trainer:
             tensors,
             {
                 "schema_version": checkpoint.SCHEMA_VERSION,
+                "kind": self.model.config.kind,
                 "model": self.model.config.to_json(),
                 "train": self.train_config.to_json(),
                 "data": self._fingerprint,
@@ -475,24 +444,13 @@ def _optimiser(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> t
     return torch.optim.AdamW(groups, lr=config.learning_rate)
 
 
-def _rows(outputs: Outputs, rows: slice) -> Outputs:
-    return Outputs(
-        outputs.score[rows],
-        outputs.modality_weights[rows],
-        {m: x[rows] for m, x in outputs.tokens.items()},
-        {m: x[rows] for m, x in outputs.proxies.items()},
-        outputs.present[rows],
-        outputs.pooled[rows],
-    )
+def _rows(outputs: Any, rows: slice) -> Any:
+    return each_tensor(outputs, lambda x: x[rows])
 
 
-def _float32(outputs: Outputs) -> Outputs:
+def _float32(outputs: Any) -> Any:
     """`outputs` for the losses, which know no other precision."""
-
-    def wide(x: Tensor) -> Tensor:
-        return x if x.dtype == torch.bool else x.float()
-
-    return Outputs(*({m: wide(x) for m, x in f.items()} if isinstance(f, dict) else wide(f) for f in outputs))
+    return each_tensor(outputs, lambda x: x if x.dtype == torch.bool else x.float())
 
 
 def _seen(batches: list[IntArray], step: int) -> int:
@@ -519,7 +477,7 @@ def _fingerprint(dataset: MultimodalDataset) -> str:
 
 def _difference(part: str, before: Any, now: Any) -> str:
     if not isinstance(before, dict) or not isinstance(now, dict):
-        return "other data"
+        return f"model kind {before}, not {now}" if part == "kind" else "other data"
     name = next(key for key in {**before, **now} if before.get(key) != now.get(key))
     return f"{part}.{name} {before.get(name)}, not {now.get(name)}"
 

@@ -27,12 +27,12 @@ import click
 
 from hcmen.base.console import JSON_SCHEMA_VERSION, Console, command, one_line
 from hcmen.base.errors import CorruptFileError, HcmenError, InputError
+from hcmen.base.inputs import FeatureConfig, Inputs
 from hcmen.base.modalities import MODALITIES, variant_named
 from hcmen.runtime.commands.model import model_options, opened_model
 
 if TYPE_CHECKING:
     from hcmen.base.clip import Clip
-    from hcmen.base.config import ModelConfig
     from hcmen.runtime.predictor import Predictor
     from hcmen.runtime.stream import Stream, Update
 
@@ -124,7 +124,7 @@ class _Follower:
     ):
         self.console, self.model, self.stream = console, model, stream
         self.live, self.gaps, self.partial, self.idle_timeout = live, gaps, partial, idle_timeout
-        self.config = _chunk_limits(model.config)
+        self.inputs = _chunk_limits(model.inputs)
         self.exit_code = 0
         self.latencies: deque[float] = deque(maxlen=_MOST_LATENCIES)
         self.slowest = 0.0
@@ -182,7 +182,7 @@ class _Follower:
         before, told = (-1, -1), False
         while True:
             try:
-                return read_clip(path, self.config, self.model.clean)
+                return read_clip(path, self.inputs, self.model.clean)
             except HcmenError as error:
                 growing = isinstance(error, CorruptFileError) or "not an .npz file" in str(error)
                 now = time.monotonic()
@@ -369,12 +369,10 @@ def _rates(typed: Sequence[str]) -> dict[str, str]:
     return rates
 
 
-def _chunk_limits(config: ModelConfig) -> ModelConfig:
+def _chunk_limits(inputs: Inputs) -> Inputs:
     """Chunks may be longer than what the model takes at once, as the windows are not; but not without end."""
-    from hcmen.base.config import FeatureConfig
-
-    return dataclasses.replace(
-        config,
-        audio=FeatureConfig(config.audio.features, max(config.audio.max_steps, _MOST_CHUNK_FRAMES)),
-        vision=FeatureConfig(config.vision.features, max(config.vision.max_steps, _MOST_CHUNK_FRAMES)),
-    )
+    longer: dict[str, Any] = {}
+    for m in MODALITIES[1:]:
+        sizes = inputs.modality(m)
+        longer[m] = FeatureConfig(sizes.features, max(sizes.max_steps, _MOST_CHUNK_FRAMES))
+    return dataclasses.replace(inputs, **longer)

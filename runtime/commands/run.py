@@ -155,7 +155,7 @@ def _with_words(console: Console, model: Predictor, words: str, paths: Sequence[
         console.note(f"note: the text is {dropped} tokens too long for the model, its end was cut")
     if not paths:
         return Clip("--text", {}, text_tokens=tokens)
-    clip = read_clip(paths[0], model.config, model.clean)
+    clip = read_clip(paths[0], model.inputs, model.clean)
     if clip.text_tokens is not None:
         console.note(f"note: {paths[0]}: its own text is replaced by that of --text")
     ignored = tuple(key for key in clip.ignored if key != "text")

@@ -16,18 +16,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.small_bundle import CONFIG, make_bundle, manifest
+from helpers.small_bundle import INPUTS, make_bundle, manifest
 
 import hcmen.base.bundle
 from hcmen.base.bundle import file_record, read_bundle, write_manifest, writing_bundle
 from hcmen.base.errors import BackendError, CorruptFileError, HcmenError, InputError
-from hcmen.base.manifest import FileRecord, Manifest
+from hcmen.base.manifest import FileRecord, Manifest, ModelRecord
 from hcmen.base.modalities import VARIANTS
 
 
 @pytest.fixture(scope="module")
 def document(shared_bundle) -> dict:
-    return json.loads((shared_bundle / "manifest.json").read_text())
+    """A manifest in which everything is there that may be."""
+    document = json.loads((shared_bundle / "manifest.json").read_text())
+    document["inputs"]["text_tokens"] = None
+    score = {"data": "mosi", "split": "test", "protocol": "variants", "variant": "full", "measures": {"mae": 0.7}}
+    end = {"extractor": "covarep", "settings": {"rate": 100}, "sha256": "0" * 64}
+    return {**document, "scores": [score], "front_ends": {"audio": end, "vision": {**end, "sha256": None}}}
 
 
 def paths_of(data, prefix=()):
@@ -53,16 +58,25 @@ def changed(document, path, value):
 
 def free(path) -> bool:
     """Whether a manifest may hold anything at `path`: what only people read."""
-    return path[0] in ("source", "created") or (path[0] == "versions" and len(path) > 1) or "parity" in path[:-1]
+    return (
+        path[0] in ("source", "created")
+        or (path[0] == "versions" and len(path) > 1)
+        or "parity" in path[:-1]
+        or path[:2] == ("model", "config")
+        or (path[0] == "scores" and path[-1] in ("data", "split", "protocol", "variant"))
+        or (path[0] == "front_ends" and ("settings" in path[:-1] or path[-1] == "extractor"))
+    )
 
 
 def test_the_manifest_survives_a_round_trip(document, shared_bundle):
     made = Manifest.from_json(document)
     assert made.to_json() == document
     assert Manifest.from_json(json.loads(json.dumps(made.to_json()))) == made
-    assert made.model == CONFIG
+    assert made.inputs == INPUTS
+    assert (made.model.kind, dict(made.model.config)) == ("by hand", {"bias": 0.25})
     assert list(made.variants) == [v.name for v in VARIANTS]
-    assert made == manifest(shared_bundle, tuple(made.variants))
+    bare = dataclasses.replace(made, scores=(), front_ends={})
+    assert bare == manifest(shared_bundle, tuple(made.variants)) == read_bundle(shared_bundle).manifest
 
 
 def test_every_key_is_needed(document):
@@ -70,14 +84,40 @@ def test_every_key_is_needed(document):
     for path in paths_of(document):
         if isinstance(path[-1], int) or path in (("variants", v.name) for v in VARIANTS):
             continue
-        if path[:1] == ("model",) and path[-1] not in ("text", "audio", "vision", "features", "max_steps"):
-            continue  # has a default
         if (path[0] in ("source", "versions") and len(path) > 1) or ("parity" in path[:-1] and path[-1] != "passed"):
+            continue
+        if path in (("front_ends", "audio"), ("front_ends", "vision")) or {"config", "settings", "measures"} & {
+            *path[:-1]
+        }:
             continue
         with pytest.raises(CorruptFileError):
             Manifest.from_json(changed(document, path, ...))
         tried += 1
     assert tried > 100
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "why"),
+    [
+        (("inputs", "label_max"), -3, r"'inputs': label range is \[-3.0, -3\], expected two finite numbers in rising"),
+        (("inputs", "label_max"), 10**400, "expected two finite numbers"),
+        (("inputs", "audio", "features"), 0, "'inputs': features is 0, expected at least 1"),
+        (("inputs", "audoi"), {}, "unknown config key 'audoi', did you mean 'audio'"),
+        (("inputs", "outputs"), [], r"unknown key 'inputs\.outputs'"),
+        (("inputs", "label_min_means"), "two\nlines", "expected 1 to 40 printable characters"),
+        (("inputs", "text_tokens"), {"vocabulary": 5, "token_types": 2, "unknown_token": 5}, "an id below 5"),
+        (("outputs", 0, "shape"), ["batch", 2], r"expected score float32 \['batch'\] among them"),
+        (("outputs", 1, "dtype"), "float16", "expected modality_weights float32"),
+        (("outputs", 1, "name"), "score", "expected each name once"),
+        (("front_ends", "audio", "sha256"), "0" * 63, r"'front_ends\.audio\.sha256' is no sha256"),
+        (("scores", 0, "measures", "mae"), "low", r"'scores\[0\]\.measures\.mae' is a string, expected a number"),
+    ],
+    ids=lambda x: ".".join(map(str, x)) if isinstance(x, tuple) else "",
+)
+def test_what_a_model_takes_and_gives_is_checked(document, path, value, why):
+    with pytest.raises(CorruptFileError, match=why) as caught:
+        Manifest.from_json(changed(document, path, value))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [None, True, -1, 1.5, "x", "", [], {}, [1], {"a": 1}, 10**30], ids=repr)
@@ -94,15 +134,20 @@ def test_no_value_of_another_type_passes(document, value):
             if not free(path):
                 taken.add(path)
         assert "\n" not in message
-    numbers = {p for p in paths_of(document) if p[0] in ("normalisation", "label_range", "model")}
+    numbers = {p for p in paths_of(document) if p[0] in ("normalisation", "inputs") or "measures" in p}
+    ends = {("inputs", "label_min_means"), ("inputs", "label_max_means")}
+    objects = {("versions",), ("front_ends",), ("scores", 0, "measures"), ("model", "config")}
+    settings = {("front_ends", m, "settings") for m in ("audio", "vision")}
     lawful = {
         "1.5": numbers,
         "-1": {p for p in numbers if "std" not in p},
-        "True": {("model", switch) for switch in ("proxies", "cnn", "mamba")},
         repr(10**30): numbers,
-        "{}": {("versions",)},
-        "None": {("model", "text_encoder")},
-        "'x'": {p for p in paths_of(document) if p[-1] == "file"},
+        "[]": {("scores",)},
+        "{}": objects | settings,
+        "{'a': 1}": objects - {("front_ends",)} | settings,
+        "None": {("inputs", "text_tokens"), *(("front_ends", m, "sha256") for m in ("audio", "vision"))},
+        "'x'": {p for p in paths_of(document) if p[-1] in ("file", "kind")} | ends,
+        "''": {("model", "kind")},
     }
     assert taken <= lawful.get(repr(value), set())
 
@@ -112,7 +157,8 @@ def test_unknown_keys_are_refused_at_every_level(document):
         place = document
         for key in path:
             place = place[key]
-        if not isinstance(place, dict) or path[:1] in (("source",), ("versions",)) or "parity" in path:
+        free_form = {"parity", "config", "settings", "measures"} & {*path}
+        if not isinstance(place, dict) or path[:1] in (("source",), ("versions",)) or free_form:
             continue
         with pytest.raises(CorruptFileError, match="unknown"):
             Manifest.from_json(changed(document, (*path, "surprise"), 1))
@@ -152,8 +198,8 @@ def test_only_sha256_digests_are_taken(document, digest):
 
 
 def test_versions_of_another_age_say_what_to_do(document):
-    with pytest.raises(InputError, match="schema_version is 2, expected 1: upgrade hcmen"):
-        Manifest.from_json(changed(document, ("schema_version",), 2))
+    with pytest.raises(InputError, match="schema_version is 3, expected 1 or 2: upgrade hcmen"):
+        Manifest.from_json(changed(document, ("schema_version",), 3))
     with pytest.raises(BackendError, match="'hcmen' version 2, this package has 'hcmen' version 1: upgrade hcmen"):
         Manifest.from_json(changed(document, ("op", "version"), 2))
     with pytest.raises(BackendError, match="'other' version 1"):
@@ -348,9 +394,9 @@ def test_a_variant_that_was_not_exported_is_named(tmp_path):
 def test_write_manifest_refuses_what_read_bundle_would(shared_bundle, tmp_path):
     good = manifest(shared_bundle, ("full",))
     for bad in (
-        dataclasses.replace(good, schema_version=2),
+        dataclasses.replace(good, schema_version=3),
         dataclasses.replace(good, weights=FileRecord("../x", "0" * 64, 1)),
-        dataclasses.replace(good, label_range=(1.0, 1.0)),
+        dataclasses.replace(good, model=ModelRecord("k" * 1001, {})),
     ):
         with pytest.raises(HcmenError):
             write_manifest(tmp_path, bad)

@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
-from helpers.small_bundle import CONFIG, clip_arrays
+from helpers.small_bundle import INPUTS, clip_arrays
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +23,7 @@ from hcmen.base.modalities import MODALITIES, VARIANTS
 def test_a_written_clip_is_read_back(tmp_path, variant):
     arrays = clip_arrays(1, variant.present)
     write_clip(tmp_path / "c.npz", arrays)
-    clip = read_clip(tmp_path / "c.npz", CONFIG)
+    clip = read_clip(tmp_path / "c.npz", INPUTS)
     assert clip.variant == variant
     assert clip.name == str(tmp_path / "c.npz")
     assert list(clip.features) == list(variant.present)
@@ -38,7 +38,7 @@ def test_a_written_clip_is_read_back(tmp_path, variant):
 def test_floats_of_every_width_and_layout_are_read(tmp_path, dtype, order, save):
     text = np.asarray(clip_arrays(2, ("text",), text=5)["text"], dtype, order=order)
     save(tmp_path / "c.npz", text=text)
-    got = read_clip(tmp_path / "c.npz", CONFIG).features["text"]
+    got = read_clip(tmp_path / "c.npz", INPUTS).features["text"]
     assert got.dtype == np.float32
     assert got.flags.c_contiguous
     np.testing.assert_array_equal(got, text.astype(np.float32))
@@ -47,13 +47,13 @@ def test_floats_of_every_width_and_layout_are_read(tmp_path, dtype, order, save)
 @pytest.mark.parametrize("steps", [1, 2, 11, 12])
 def test_lengths_from_one_to_the_maximum_are_read(tmp_path, steps):
     write_clip(tmp_path / "c.npz", clip_arrays(0, ("text",), text=steps))
-    assert read_clip(tmp_path / "c.npz", CONFIG).features["text"].shape == (steps, 6)
+    assert read_clip(tmp_path / "c.npz", INPUTS).features["text"].shape == (steps, 6)
 
 
 def test_a_link_to_a_clip_is_followed(tmp_path):
     write_clip(tmp_path / "c.npz", clip_arrays())
     (tmp_path / "link.npz").symlink_to(tmp_path / "c.npz")
-    assert read_clip(tmp_path / "link.npz", CONFIG).variant.name == "full"
+    assert read_clip(tmp_path / "link.npz", INPUTS).variant.name == "full"
 
 
 def test_clean_zeroes_and_counts_what_is_not_finite(tmp_path):
@@ -61,8 +61,8 @@ def test_clean_zeroes_and_counts_what_is_not_finite(tmp_path):
     arrays["audio"][0, 0], arrays["audio"][-1, 2], arrays["vision"][0, 1] = np.nan, np.inf, -np.inf
     write_clip(tmp_path / "c.npz", arrays)
     with pytest.raises(InputError, match=r"audio has 2 NaN or infinite values among \d+.*--clean"):
-        read_clip(tmp_path / "c.npz", CONFIG)
-    clip = read_clip(tmp_path / "c.npz", CONFIG, clean=True)
+        read_clip(tmp_path / "c.npz", INPUTS)
+    clip = read_clip(tmp_path / "c.npz", INPUTS, clean=True)
     assert clip.cleaned == {"audio": 2, "vision": 1}
     for m in MODALITIES:
         np.testing.assert_array_equal(clip.features[m], np.where(np.isfinite(arrays[m]), arrays[m], 0))
@@ -73,24 +73,24 @@ def test_a_float64_beyond_float32_is_infinite_and_refused(tmp_path):
     text[1, 1] = 1e300
     np.savez(tmp_path / "c.npz", text=text)
     with pytest.raises(InputError, match="1 NaN or infinite"):
-        read_clip(tmp_path / "c.npz", CONFIG)
+        read_clip(tmp_path / "c.npz", INPUTS)
 
 
 def test_arrays_in_memory_are_checked_and_left_alone():
     arrays = clip_arrays(4)
     arrays["text"][0, 0] = np.nan
     before = {m: x.copy() for m, x in arrays.items()}
-    clip = clip_from_arrays("mine", arrays, CONFIG, clean=True)
+    clip = clip_from_arrays("mine", arrays, INPUTS, clean=True)
     assert clip.features["text"][0, 0] == 0
     for m in MODALITIES:
         np.testing.assert_array_equal(arrays[m], before[m])
     with pytest.raises(InputError, match="mine: audio is no array"):
-        clip_from_arrays("mine", {"audio": [[1.0], [1.0, 2.0]]}, CONFIG)
+        clip_from_arrays("mine", {"audio": [[1.0], [1.0, 2.0]]}, INPUTS)
 
 
 def test_text_tokens_beside_a_modality_are_set_aside_by_name(tmp_path):
     np.savez(tmp_path / "c.npz", text_tokens=np.zeros((3, 4), np.int64), **clip_arrays(5, ("audio",)))
-    clip = read_clip(tmp_path / "c.npz", CONFIG)
+    clip = read_clip(tmp_path / "c.npz", INPUTS)
     assert (clip.variant.name, clip.ignored) == ("audio_only", ("text_tokens",))
 
 
@@ -154,7 +154,7 @@ def test_a_zip_bomb_is_refused_without_inflating_it(tmp_path):
     tracemalloc.start()
     try:
         with pytest.raises(InputError, match="11184810 steps, expected at most 12"):
-            read_clip(path, CONFIG)
+            read_clip(path, INPUTS)
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
@@ -170,7 +170,7 @@ def test_a_bomb_behind_a_harmless_header_is_refused_too(tmp_path):
         tracemalloc.start()
         try:
             with pytest.raises(CorruptFileError):
-                read_clip(path, CONFIG)
+                read_clip(path, INPUTS)
             assert tracemalloc.get_traced_memory()[1] < 8 << 20
         finally:
             tracemalloc.stop()
@@ -203,7 +203,7 @@ def test_the_raw_zip_writer_of_this_test_makes_readable_clips(tmp_path):
     central = data.index(b"PK\x01\x02")
     data[14:18] = data[central + 16 : central + 20] = crc
     path.write_bytes(data)
-    assert read_clip(path, CONFIG).features["text"].tolist() == [[0.0] * 6]
+    assert read_clip(path, INPUTS).features["text"].tolist() == [[0.0] * 6]
 
 
 @pytest.fixture(scope="module")
@@ -232,14 +232,14 @@ def test_any_damage_is_refused_or_harmless(sound, tmp_path, data):
     path = tmp_path / "c.npz"
     path.write_bytes(content)
     try:
-        clip = read_clip(path, CONFIG)
+        clip = read_clip(path, INPUTS)
     except HcmenError as error:
         message = str(error)
     else:
         message = ""
         for m, x in clip.features.items():
-            assert x.shape[1] == CONFIG.modality(m).features
-            assert 1 <= len(x) <= CONFIG.modality(m).max_steps
+            assert x.shape[1] == INPUTS.modality(m).features
+            assert 1 <= len(x) <= INPUTS.modality(m).max_steps
             assert np.isfinite(x).all()
     assert "\n" not in message
 
@@ -265,19 +265,19 @@ def test_any_damage_is_refused_or_harmless(sound, tmp_path, data):
 def test_hostile_headers_are_refused(tmp_path, member):
     npz(tmp_path / "c.npz", {"text.npy": member})
     with pytest.raises(HcmenError):
-        read_clip(tmp_path / "c.npz", CONFIG)
+        read_clip(tmp_path / "c.npz", INPUTS)
 
 
 def test_the_header_writer_of_this_test_makes_readable_clips(tmp_path):
     npz(tmp_path / "c.npz", {"text.npy": npy("(1, 6)", body=bytes(24))})
-    assert read_clip(tmp_path / "c.npz", CONFIG).features["text"].shape == (1, 6)
+    assert read_clip(tmp_path / "c.npz", INPUTS).features["text"].shape == (1, 6)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_other_compression_is_refused(tmp_path, method):
     npz(tmp_path / "c.npz", {"text.npy": npy("(1, 6)", body=bytes(24))}, method)
     with pytest.raises(InputError, match="compressed by method"):
-        read_clip(tmp_path / "c.npz", CONFIG)
+        read_clip(tmp_path / "c.npz", INPUTS)
 
 
 def test_members_that_are_doubled_many_or_no_arrays_are_refused(tmp_path):
@@ -289,13 +289,13 @@ def test_members_that_are_doubled_many_or_no_arrays_are_refused(tmp_path):
             archive.writestr("text.npy", good)
     (tmp_path / "twice.npz").write_bytes(buffer.getvalue())
     with pytest.raises(CorruptFileError, match="'text' is there twice"):
-        read_clip(tmp_path / "twice.npz", CONFIG)
+        read_clip(tmp_path / "twice.npz", INPUTS)
     npz(tmp_path / "many.npz", {f"a{i}.npy": good for i in range(17)})
     with pytest.raises(InputError, match="17 arrays, expected at most 3"):
-        read_clip(tmp_path / "many.npz", CONFIG)
+        read_clip(tmp_path / "many.npz", INPUTS)
     npz(tmp_path / "other.npz", {"../text.npy": good})
     with pytest.raises(InputError, match=r"unknown key '\.\./text'"):
-        read_clip(tmp_path / "other.npz", CONFIG)
+        read_clip(tmp_path / "other.npz", INPUTS)
     npz(tmp_path / "readme.npz", {"text.npy": good, "README": b"hello"})
     with pytest.raises(InputError, match=r"'README' is no \.npy array"):
-        read_clip(tmp_path / "readme.npz", CONFIG)
+        read_clip(tmp_path / "readme.npz", INPUTS)

@@ -90,7 +90,7 @@ def test_pieces_of_any_size_give_the_same(
         s: {k: np.asarray(v, order=order) if k in MODALITIES else v for k, v in x.items()} for s, x in data.items()
     }
     convert(written(tmp_path / "set.pkl", stored), tmp_path / "set")
-    for s, split in read_mmsa(tmp_path / "set", FILE.config).splits.items():
+    for s, split in read_mmsa(tmp_path / "set", FILE.config.inputs).splits.items():
         for m in MODALITIES:
             for i, frames in enumerate(expected(data[s], m)):
                 assert split.lengths[m][i] == len(frames)
@@ -99,7 +99,7 @@ def test_pieces_of_any_size_give_the_same(
 
 def test_features_stay_on_disk(tmp_path: Path, source: Path) -> None:
     convert(source, tmp_path / "set")
-    for split in read_mmsa(tmp_path / "set", FILE.config).splits.values():
+    for split in read_mmsa(tmp_path / "set", FILE.config.inputs).splits.values():
         for m, x in split.features.items():
             assert type(x) is np.ndarray
             assert isinstance(x.base, np.memmap)
@@ -124,7 +124,7 @@ def test_training_on_the_folder_is_training_on_the_pickle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
     monkeypatch.setattr(train, "preset_named", lambda name: Preset("tiny", "for tests", MICRO, TRAIN))
-    data = make_synthetic(MICRO, (24, 12, 16))
+    data = make_synthetic(MICRO.inputs, (24, 12, 16))
     data["train"]["audio"] = data["train"]["audio"].astype(np.float64)
     data["train"]["audio"][2, 0, 0], data["valid"]["vision"][1, 1, 1] = -np.inf, np.nan
     write_synthetic(tmp_path / "set.pkl", data)
@@ -155,9 +155,9 @@ def test_training_on_the_folder_is_training_on_the_pickle(
 
 def test_the_digest_of_the_data_is_the_same(tmp_path: Path) -> None:
     """So a run on the one is known to be of the same data as a run on the other, and one changed number is not."""
-    write_synthetic(tmp_path / "set.pkl", make_synthetic(MICRO, (130, 12, 16)))
+    write_synthetic(tmp_path / "set.pkl", make_synthetic(MICRO.inputs, (130, 12, 16)))
     convert(tmp_path / "set.pkl", tmp_path / "set")
-    sets = [read_mmsa(tmp_path / name, MICRO) for name in ("set.pkl", "set", "set.pkl")]
+    sets = [read_mmsa(tmp_path / name, MICRO.inputs) for name in ("set.pkl", "set", "set.pkl")]
     sets[2].splits["train"].features["audio"][129, 0, 0] += 1.0
     digests = [Trainer(MICRO, TRAIN, d, tmp_path)._fingerprint for d in sets]
     assert digests[0] == digests[1] != digests[2]
@@ -261,7 +261,7 @@ def test_a_killed_conversion_leaves_nothing_half_written(
     assert out.exists() == before
     if before:
         assert (out / "dataset.json").read_bytes() == index
-        read_mmsa(out, FILE.config)
+        read_mmsa(out, FILE.config.inputs)
     # What a process could not remove itself, the next one does.
     assert run(source, out, "--force", "-q") == 0
     assert names(tmp_path) == ["set", "set.pkl"]
@@ -499,6 +499,6 @@ def test_a_damaged_folder_is_refused(tmp_path: Path, source: Path, case: str) ->
     convert(source, tmp_path / "set")
     damage(tmp_path / "set")
     with pytest.raises(kind, match=message) as error:
-        read_mmsa(tmp_path / "set", FILE.config)
+        read_mmsa(tmp_path / "set", FILE.config.inputs)
     assert "\n" not in str(error.value)
     assert str(tmp_path) in str(error.value)

@@ -42,7 +42,7 @@ def source(request: pytest.FixtureRequest, data: Any, tmp_path_factory: pytest.T
 
 
 def assert_is(path: Path, data: Any, split: str, index: int, modalities: tuple[str, ...] = MODALITIES) -> None:
-    clip = read_clip(path, FILE.config)  # refuses what is not finite
+    clip = read_clip(path, FILE.config.inputs)  # refuses what is not finite
     assert set(clip.features) == set(modalities)
     for m in modalities:
         np.testing.assert_array_equal(clip.features[m], expected(data[split], m)[index])
@@ -92,7 +92,7 @@ def test_modalities_are_left_out(source: Path, data: Any, tmp_path: Path, kept: 
     out = tmp_path / "clip.npz"
     assert run(source, "--index", 0, "--modalities", ", ".join(kept), "-o", out) == 0
     assert_is(out, data, "test", 0, kept)
-    assert read_clip(out, FILE.config).variant.present == tuple(m for m in MODALITIES if m in kept)
+    assert read_clip(out, FILE.config.inputs).variant.present == tuple(m for m in MODALITIES if m in kept)
 
 
 REFUSED = {

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hcmen.base.config import FeatureConfig, ModelConfig
 from hcmen.base.errors import CorruptFileError, InputError
+from hcmen.base.inputs import FeatureConfig
 from hcmen.data import Split
 from hcmen.data.mmsa import dataset_from_mmsa, read_mmsa
 from hcmen.data.unpickle import load_pickle
+from hcmen.models.hcmen.config import ModelConfig
 
 CONFIG = ModelConfig(FeatureConfig(4, 6), FeatureConfig(3, 9), FeatureConfig(5, 8), width=8, tokens=4)
 COUNTS = {"train": 5, "valid": 3, "test": 4}
@@ -72,7 +73,7 @@ def written(tmp_path: Path, data: Any, protocol: int = 4) -> Path:
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_reads_the_layout_in_every_protocol(tmp_path: Path, protocol: int) -> None:
     data = layout()
-    found = read_mmsa(written(tmp_path, data, protocol), CONFIG)
+    found = read_mmsa(written(tmp_path, data, protocol), CONFIG.inputs)
     assert (found.label_min, found.label_max) == (-3.0, 3.0)
     assert found.cleaned == {"text": 0, "audio": 0, "vision": 0}
     for name, split in found.splits.items():
@@ -95,10 +96,10 @@ def test_the_module_path_of_old_numpy(tmp_path: Path) -> None:
     path = written(tmp_path, layout(), 2)
     content = path.read_bytes()
     assert b"numpy._core.multiarray" in content or b"numpy.core.multiarray" in content
-    expected = read_mmsa(path, CONFIG)
+    expected = read_mmsa(path, CONFIG.inputs)
     for old, new in ((b"cnumpy._core.", b"cnumpy.core."), (b"cnumpy.core.", b"cnumpy._core.")):
         path.write_bytes(content.replace(old, new))
-        _assert_equal(read_mmsa(path, CONFIG).splits["test"], expected.splits["test"])
+        _assert_equal(read_mmsa(path, CONFIG.inputs).splits["test"], expected.splits["test"])
 
 
 def test_arrays_of_every_kind_survive(tmp_path: Path) -> None:
@@ -137,7 +138,7 @@ def test_arrays_of_every_kind_survive(tmp_path: Path) -> None:
 
 def test_aligned_files_have_no_lengths(tmp_path: Path) -> None:
     data = layout(aligned=True)
-    found = read_mmsa(written(tmp_path, data), CONFIG).splits["train"]
+    found = read_mmsa(written(tmp_path, data), CONFIG.inputs).splits["train"]
     for m in ("audio", "vision"):
         np.testing.assert_array_equal(found.lengths[m], found.lengths["text"])
 
@@ -147,17 +148,17 @@ def test_without_a_mask_text_ends_at_its_last_step(tmp_path: Path) -> None:
     for split in data.values():
         del split["text_bert"]
         split["text"][0, 4:] = 0.0
-    found = read_mmsa(written(tmp_path, data), CONFIG).splits["train"]
+    found = read_mmsa(written(tmp_path, data), CONFIG.inputs).splits["train"]
     assert found.lengths["text"].tolist() == [4, 6, 6, 6, 6]
 
 
 def test_a_sample_of_nothing_but_zeros_has_one_step(tmp_path: Path) -> None:
     data = layout(aligned=True)
     data["train"]["audio"][0] = 0.0
-    assert read_mmsa(written(tmp_path, data), CONFIG).splits["train"].lengths["audio"][0] == 1
+    assert read_mmsa(written(tmp_path, data), CONFIG.inputs).splits["train"].lengths["audio"][0] == 1
     data = layout()
     data["train"]["audio_lengths"][0] = 0
-    assert read_mmsa(written(tmp_path, data), CONFIG).splits["train"].lengths["audio"][0] == 1
+    assert read_mmsa(written(tmp_path, data), CONFIG.inputs).splits["train"].lengths["audio"][0] == 1
 
 
 def test_keys_of_sims_are_let_be(tmp_path: Path) -> None:
@@ -167,7 +168,7 @@ def test_keys_of_sims_are_let_be(tmp_path: Path) -> None:
             split[f"regression_labels_{m}"] = split["regression_labels"]
             split[f"classification_labels_{m}"] = split["classification_labels"]
     data["train_mix"] = {"mask": np.ones(3)}
-    assert len(read_mmsa(written(tmp_path, data), CONFIG).splits["train"]) == 5
+    assert len(read_mmsa(written(tmp_path, data), CONFIG.inputs).splits["train"]) == 5
 
 
 def test_numbers_that_are_none_become_zero_and_are_counted(tmp_path: Path) -> None:
@@ -179,7 +180,7 @@ def test_numbers_that_are_none_become_zero_and_are_counted(tmp_path: Path) -> No
     data["test"]["vision"][1, 1, 1] = np.nan
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = read_mmsa(written(tmp_path, data), CONFIG)
+        found = read_mmsa(written(tmp_path, data), CONFIG.inputs)
     assert found.cleaned == {"text": 0, "audio": 5, "vision": 1}
     assert found.splits["train"].features["audio"][1, :2, 0].tolist() == [0.0, 0.0]
     for split in found.splits.values():
@@ -250,7 +251,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, case: str) -> None:
     data = layout()
     change(data)
     with pytest.raises(InputError, match=message) as error:
-        read_mmsa(written(tmp_path, data), CONFIG)
+        read_mmsa(written(tmp_path, data), CONFIG.inputs)
     assert "\n" not in str(error.value)
     assert "set.pkl" in str(error.value)
 
@@ -258,20 +259,20 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize("data", [[1, 2], "text", 3, None, np.zeros(3)])
 def test_the_top_must_be_a_dict(tmp_path: Path, data: Any) -> None:
     with pytest.raises(InputError, match="expected a dict with the splits train, valid, test"):
-        read_mmsa(written(tmp_path, data), CONFIG)
+        read_mmsa(written(tmp_path, data), CONFIG.inputs)
 
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
-        read_mmsa(tmp_path / "nothing.pkl", CONFIG)
+        read_mmsa(tmp_path / "nothing.pkl", CONFIG.inputs)
     with pytest.raises(InputError, match="is a directory"):
-        read_mmsa(tmp_path, CONFIG)
+        read_mmsa(tmp_path, CONFIG.inputs)
 
 
 def test_the_given_data_is_left_alone() -> None:
     data = layout()
     before = copy.deepcopy(data)
-    dataset_from_mmsa(data, "here", CONFIG)
+    dataset_from_mmsa(data, "here", CONFIG.inputs)
     for split in data:
         for key, value in data[split].items():
             np.testing.assert_array_equal(value, before[split][key])
@@ -347,7 +348,7 @@ def test_a_pickle_that_calls_is_refused_by_name(tmp_path: Path, case: str) -> No
     path = tmp_path / "set.pkl"
     path.write_bytes(content)
     with pytest.raises(CorruptFileError, match=f"the pickle asks for .*{name}") as error:
-        read_mmsa(path, CONFIG)
+        read_mmsa(path, CONFIG.inputs)
     assert "\n" not in str(error.value)
 
 
@@ -375,7 +376,7 @@ def test_damaged_files(tmp_path: Path, case: str) -> None:
     path = tmp_path / "set.pkl"
     path.write_bytes(DAMAGED[case])
     with pytest.raises(CorruptFileError, match="truncated, damaged or not a pickle") as error:
-        read_mmsa(path, CONFIG)
+        read_mmsa(path, CONFIG.inputs)
     assert "\n" not in str(error.value)
 
 
@@ -383,7 +384,7 @@ def test_an_archive_is_called_one(tmp_path: Path) -> None:
     """A .npz, or what torch.save writes: read as a pickle, its first letter would be an opcode."""
     np.savez(tmp_path / "set.npz", x=np.zeros(3))
     with pytest.raises(CorruptFileError, match="a zip archive, expected a pickle"):
-        read_mmsa(tmp_path / "set.npz", CONFIG)
+        read_mmsa(tmp_path / "set.npz", CONFIG.inputs)
 
 
 def test_truncated_anywhere(tmp_path: Path) -> None:
@@ -392,7 +393,7 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
     for end in range(0, len(content) - 1, 37):
         path.write_bytes(content[:end])
         with pytest.raises(CorruptFileError):
-            read_mmsa(path, CONFIG)
+            read_mmsa(path, CONFIG.inputs)
 
 
 def test_flipped_bytes_never_do_worse_than_an_error(tmp_path: Path) -> None:
@@ -405,7 +406,7 @@ def test_flipped_bytes_never_do_worse_than_an_error(tmp_path: Path) -> None:
         path.write_bytes(content)
         # Most places are numbers of the arrays, where any byte will do; no other exception may come through.
         with contextlib.suppress(CorruptFileError, InputError):
-            read_mmsa(path, CONFIG)
+            read_mmsa(path, CONFIG.inputs)
         content[place] = before
 
 
@@ -424,7 +425,8 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from hcmen.base.config import FeatureConfig, ModelConfig
+from hcmen.base.inputs import FeatureConfig
+from hcmen.models.hcmen.config import ModelConfig
 from hcmen.data.mmsa import read_mmsa
 from hcmen.base.errors import HcmenError
 
@@ -433,7 +435,7 @@ resource.setrlimit(resource.RLIMIT_AS, (used + 200_000_000,) * 2)
 config = ModelConfig(FeatureConfig(4, 6), FeatureConfig(3, 9), FeatureConfig(5, 8), width=8, tokens=4)
 for path in sys.argv[1:]:
     try:
-        read_mmsa(path, config)
+        read_mmsa(path, config.inputs)
         print(path, "was read")
     except HcmenError as error:
         pass
@@ -476,7 +478,7 @@ def test_the_oracle_of_hostility_is_hostile(tmp_path: Path) -> None:
     path = tmp_path / "set.pkl"
     path.write_bytes(content)
     with pytest.raises(CorruptFileError):
-        read_mmsa(path, CONFIG)
+        read_mmsa(path, CONFIG.inputs)
     assert not marker.exists()
     pickle.loads(content)
     assert marker.exists()

@@ -25,7 +25,7 @@ def read(tmp_path: Path, data: Any, file: File, form: str, protocol: int = 4) ->
     if form == "folder":
         convert(path, tmp_path / "set")
         path = tmp_path / "set"
-    return read_mmsa(path, file.config)
+    return read_mmsa(path, file.config.inputs)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -111,7 +111,7 @@ def test_a_file_fits_its_own_preset_alone(tmp_path: Path, name: str, form: str) 
     for preset in PRESETS.values():
         if preset.name != file.preset:
             with pytest.raises(InputError, match=r"train: .*: the file is of another data set than the preset"):
-                read_mmsa(tmp_path / ("set" if form == "folder" else "set.pkl"), preset.model)
+                read_mmsa(tmp_path / ("set" if form == "folder" else "set.pkl"), preset.model.inputs)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -121,7 +121,7 @@ def test_every_protocol_order_and_width_is_converted(tmp_path: Path, protocol: i
     file = FILES["mosi unaligned"]
     data = make(file)
     cleaned = soil(data)
-    plain = read_mmsa(written(tmp_path / "plain.pkl", data), file.config)
+    plain = read_mmsa(written(tmp_path / "plain.pkl", data), file.config.inputs)
     train = data["train"]
     train["audio"] = np.asfortranarray(train["audio"])
     train["vision"] = np.repeat(train["vision"], 2, axis=1)[:, ::2]
@@ -139,7 +139,7 @@ def test_every_protocol_order_and_width_is_converted(tmp_path: Path, protocol: i
     assert path.encode() in content
     index = convert(source, tmp_path / "set")
     assert index["cleaned"] == cleaned
-    for found in (read_mmsa(source, file.config), read_mmsa(tmp_path / "set", file.config)):
+    for found in (read_mmsa(source, file.config.inputs), read_mmsa(tmp_path / "set", file.config.inputs)):
         for s, split in found.splits.items():
             for m in MODALITIES:
                 np.testing.assert_array_equal(split.features[m], plain.splits[s].features[m])

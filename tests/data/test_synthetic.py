@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from hcmen.base import metrics
-from hcmen.base.config import FeatureConfig, ModelConfig
 from hcmen.base.errors import InputError
+from hcmen.base.inputs import FeatureConfig
 from hcmen.base.modalities import MODALITIES, VARIANTS, variant_named
 from hcmen.data.baseline import linear_baseline
 from hcmen.data.mmsa import dataset_from_mmsa, read_mmsa
 from hcmen.data.synthetic import SAMPLES, make_synthetic, write_synthetic
+from hcmen.models.hcmen.config import ModelConfig
 from hcmen.training.presets import PRESETS
 
 TINY = PRESETS["tiny"].model
@@ -26,7 +27,7 @@ SMALL = (600, 100, 300)
 @pytest.mark.parametrize("preset", ["mosi", "sims", "tiny"])
 def test_layout(preset: str) -> None:
     config = PRESETS[preset].model
-    data = make_synthetic(config, (7, 3, 5))
+    data = make_synthetic(config.inputs, (7, 3, 5))
     assert list(data) == ["train", "valid", "test"]
     for split, count in zip(data.values(), (7, 3, 5), strict=True):
         for m in MODALITIES:
@@ -51,7 +52,7 @@ def test_layout(preset: str) -> None:
 
 def test_sizes_are_those_of_mosi() -> None:
     assert SAMPLES["mosi"] == (1284, 229, 686)
-    split = make_synthetic(PRESETS["mosi"].model, samples=(2, 1, 1))["train"]
+    split = make_synthetic(PRESETS["mosi"].model.inputs, samples=(2, 1, 1))["train"]
     assert (split["text"].shape, split["audio"].shape, split["vision"].shape) == (
         (2, 50, 768),
         (2, 375, 5),
@@ -60,7 +61,7 @@ def test_sizes_are_those_of_mosi() -> None:
 
 
 def test_text_and_its_tokens_say_the_same() -> None:
-    for split in make_synthetic(TINY, (40, 3, 3)).values():
+    for split in make_synthetic(TINY.inputs, (40, 3, 3)).values():
         ids, mask, types = split["text_bert"].transpose(1, 0, 2)
         assert not types.any()
         for sentence, row, real, vectors in zip(split["raw_text"], ids, mask, split["text"], strict=True):
@@ -74,7 +75,7 @@ def test_text_and_its_tokens_say_the_same() -> None:
 
 
 def test_the_seed_decides() -> None:
-    first, again, other = (make_synthetic(TINY, (20, 5, 5), seed) for seed in (0, 0, 1))
+    first, again, other = (make_synthetic(TINY.inputs, (20, 5, 5), seed) for seed in (0, 0, 1))
     for split in first:
         for key in first[split]:
             np.testing.assert_array_equal(first[split][key], again[split][key])
@@ -83,11 +84,11 @@ def test_the_seed_decides() -> None:
 
 
 def test_goes_through_the_reader(tmp_path: Path) -> None:
-    data = make_synthetic(TINY, (20, 5, 6), 2)
+    data = make_synthetic(TINY.inputs, (20, 5, 6), 2)
     path = tmp_path / "synthetic.pkl"
     write_synthetic(path, data)
     assert [p.name for p in tmp_path.iterdir()] == ["synthetic.pkl"]
-    found, direct = read_mmsa(path, TINY), dataset_from_mmsa(data, "synthetic", TINY)
+    found, direct = read_mmsa(path, TINY.inputs), dataset_from_mmsa(data, "synthetic", TINY.inputs)
     assert found.cleaned == dict.fromkeys(MODALITIES, 0)
     for name, split in found.splits.items():
         np.testing.assert_array_equal(split.labels, direct.splits[name].labels)
@@ -114,18 +115,18 @@ def test_writing_where_nothing_can_be_written(tmp_path: Path) -> None:
 )
 def test_too_little_room(change: dict[str, FeatureConfig], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        make_synthetic(dataclasses.replace(TINY, **change), (2, 2, 2))
+        make_synthetic(dataclasses.replace(TINY, **change).inputs, (2, 2, 2))
 
 
 def test_no_samples() -> None:
     with pytest.raises(InputError, match="expected three numbers of at least 1"):
-        make_synthetic(TINY, (2, 0, 2))
+        make_synthetic(TINY.inputs, (2, 0, 2))
 
 
 @pytest.mark.parametrize("steps", [10, 11, 16, 17, 39])
 def test_awkward_sizes(steps: int) -> None:
     config = ModelConfig(FeatureConfig(1, steps), FeatureConfig(3, max(16, steps)), FeatureConfig(3, max(16, steps)))
-    dataset_from_mmsa(make_synthetic(config, (50, 1, 1)), "small", config)
+    dataset_from_mmsa(make_synthetic(config.inputs, (50, 1, 1)), "small", config.inputs)
 
 
 # --- where the sentiment is -----------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def reading(sentence: str) -> float:
 
 
 def test_sentiment_lies_in_order_and_far_context() -> None:
-    split = make_synthetic(TINY, (3000, 1, 1))["train"]
+    split = make_synthetic(TINY.inputs, (3000, 1, 1))["train"]
     truth = split["regression_labels"]
     sentences = split["raw_text"].tolist()
     right = metrics.pearson(truth, [reading(s) for s in sentences])
@@ -155,7 +156,7 @@ def test_sentiment_lies_in_order_and_far_context() -> None:
 
 def test_sarcasm_misleads_the_text_of_negative_samples_only() -> None:
     """Who reads the text well takes some negative samples for positive ones; audio and vision can tell."""
-    split = make_synthetic(TINY, (3000, 1, 1))["train"]
+    split = make_synthetic(TINY.inputs, (3000, 1, 1))["train"]
     truth = split["regression_labels"]
     said = np.array([reading(s) for s in split["raw_text"]])
     misled = (np.abs(truth) > 1.0) & (np.sign(said) != np.sign(truth))
@@ -164,7 +165,7 @@ def test_sarcasm_misleads_the_text_of_negative_samples_only() -> None:
 
 
 def test_a_linear_model_sees_little() -> None:
-    dataset = dataset_from_mmsa(make_synthetic(TINY, SMALL), "synthetic", TINY)
+    dataset = dataset_from_mmsa(make_synthetic(TINY.inputs, SMALL), "synthetic", TINY.inputs)
     truth = dataset.splits["test"].labels
     floor = metrics.floor(truth, dataset.splits["train"].labels)
     found = {v.name: metrics.scores(truth, linear_baseline(dataset, v)) for v in VARIANTS}
@@ -175,12 +176,12 @@ def test_a_linear_model_sees_little() -> None:
 
 def test_the_linear_model_is_the_best_of_its_kind() -> None:
     """On sentiment that does lie in the means, ridge regression finds it: the baseline is no straw man."""
-    data = make_synthetic(TINY, SMALL)
+    data = make_synthetic(TINY.inputs, SMALL)
     for split in data.values():
         for m in MODALITIES:
             real = split[m].any(axis=2)
             split[m][..., 0] += np.where(real, split["regression_labels"][:, None] * 5.0, 0.0)
-    dataset = dataset_from_mmsa(data, "linear", TINY)
+    dataset = dataset_from_mmsa(data, "linear", TINY.inputs)
     for name in ("full", "vision_only"):
         found = metrics.scores(dataset.splits["test"].labels, linear_baseline(dataset, variant_named(name)))
         assert found["corr"] > 0.95

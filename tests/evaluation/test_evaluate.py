@@ -20,7 +20,6 @@ from helpers.processes import loaded_after
 
 import hcmen.evaluation.command
 from hcmen.base import metrics
-from hcmen.base.config import ModelConfig
 from hcmen.base.errors import CheckFailed, InputError
 from hcmen.base.modalities import MODALITIES, VARIANTS, variant_named
 from hcmen.data import MultimodalDataset, Split
@@ -30,6 +29,7 @@ from hcmen.data.published import published_for
 from hcmen.data.synthetic import make_synthetic, write_synthetic
 from hcmen.evaluation.command import main, write_together
 from hcmen.evaluation.robustness import Run, csv_text, markdown, published_rows, run_scores, spread, summarise, text
+from hcmen.models.hcmen.config import ModelConfig
 from hcmen.models.hcmen.model import HCMEN
 from hcmen.training.checkpoint import save_checkpoint
 from hcmen.training.config import TrainConfig
@@ -50,7 +50,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def dataset() -> MultimodalDataset:
-    return dataset_from_mmsa(make_synthetic(MICRO, SAMPLES), "synthetic", MICRO)
+    return dataset_from_mmsa(make_synthetic(MICRO.inputs, SAMPLES), "synthetic", MICRO.inputs)
 
 
 def make_model(seed: int, config: ModelConfig = MICRO) -> HCMEN:
@@ -80,7 +80,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "micro.pkl"
-    write_synthetic(path, make_synthetic(MICRO, SAMPLES, seed=7))
+    write_synthetic(path, make_synthetic(MICRO.inputs, SAMPLES, seed=7))
     return path
 
 
@@ -92,7 +92,7 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, count in (("train", 4), ("valid", 3), ("test", 13)):
         data[name] = {"regression_labels": rng.uniform(-3, 3, count).astype(np.float32)}
         for m in MODALITIES:
-            sizes = small_bundle.CONFIG.modality(m)
+            sizes = small_bundle.INPUTS.modality(m)
             data[name][m] = rng.normal(size=(count, sizes.max_steps, sizes.features)).astype(np.float32)
             data[name][f"{m}_lengths"] = rng.integers(1, sizes.max_steps + 1, count)
     path = tmp_path_factory.mktemp("small") / "data.pkl"
@@ -192,7 +192,7 @@ def test_every_sample_goes_to_the_graph_of_its_own_variant(
     """All seven graphs, all protocols, through the command, against the hand-made bundle's meaning in NumPy."""
     done = evaluated("--bundle", shared_bundle, "--data", small_data, "--batch-size", 4, "--out", tmp_path)
     assert done.code == 0, done.err
-    split = read_mmsa(small_data, small_bundle.CONFIG).splits["test"]
+    split = read_mmsa(small_data, small_bundle.INPUTS).splits["test"]
     report = report_of(tmp_path)
     found = settings_of(report)
     for protocol in PROTOCOLS.values():
@@ -309,7 +309,7 @@ def test_everything_is_written(checkpoints: list[Path], tmp_path: Path) -> None:
     assert {"hcmen", "numpy", "torch"} <= report["versions"].keys()
     assert report["source"]["runs"][0]["training_seed"] == 0
     assert report["published"] == []
-    test = dataset_from_mmsa(make_synthetic(MICRO, SAMPLES), "synthetic", MICRO).splits["test"]
+    test = dataset_from_mmsa(make_synthetic(MICRO.inputs, SAMPLES), "synthetic", MICRO.inputs).splits["test"]
     for name, protocol in PROTOCOLS.items():
         masks = protocol.apply(test, 0)
         for setting in report["protocols"][name]["settings"]:
@@ -337,7 +337,7 @@ def test_several_seeds(checkpoints: list[Path], data_file: Path, tmp_path: Path)
     arguments = [x for c in checkpoints for x in ("--checkpoint", c)]
     done = evaluated(*arguments, "--data", data_file, "--protocol", "fixed", "--out", tmp_path, "--seed", 5)
     assert done.code == 0, done.err
-    split = read_mmsa(data_file, MICRO).splits["test"]
+    split = read_mmsa(data_file, MICRO.inputs).splits["test"]
     by_hand = [
         float(np.mean(np.abs(predict(make_model(seed), split, variant_named("audio_only")) - split.labels)))
         for seed in range(3)
@@ -444,7 +444,7 @@ def test_bad_input_is_one_line(
 
 
 def test_data_of_another_preset(checkpoints: list[Path], tmp_path: Path) -> None:
-    write_synthetic(tmp_path / "tiny.pkl", make_synthetic(preset_named("tiny").model, (2, 2, 2)))
+    write_synthetic(tmp_path / "tiny.pkl", make_synthetic(preset_named("tiny").model.inputs, (2, 2, 2)))
     done = evaluated("--checkpoint", checkpoints[0], "--data", tmp_path / "tiny.pkl", "--out", tmp_path / "out")
     refused(done, 2, "text has 32 features per step, expected 6", "another data set")
 

@@ -21,13 +21,14 @@ import torch
 import hcmen.export.parity as parity
 from hcmen.base.bundle import read_bundle
 from hcmen.base.clip import Clip, batch_clips, write_clip
-from hcmen.base.config import FeatureConfig, ModelConfig
 from hcmen.base.errors import CheckFailed, InputError
+from hcmen.base.inputs import FeatureConfig
 from hcmen.base.modalities import MODALITIES, VARIANTS, variant_named
 from hcmen.export.bundle import export_bundle
 from hcmen.export.report import table
 from hcmen.export.variants import export_variant
 from hcmen.mamba.graph import share_weights
+from hcmen.models.hcmen.config import ModelConfig
 from hcmen.models.hcmen.model import HCMEN
 from hcmen.runtime import load
 from hcmen.training.checkpoint import save_checkpoint
@@ -263,7 +264,7 @@ def test_manifest_and_golden_set_hold_what_was_measured(exported):
 
 def test_golden_outputs_are_checked_against_float64(model, monkeypatch):
     variant = variant_named("audio_only")
-    clips = parity.parity_clips(CONFIG)
+    clips = parity.parity_clips(CONFIG.inputs)
     monkeypatch.setattr(parity, "SCORE_ATOL", 1e-12)
     monkeypatch.setattr(parity, "SCORE_RTOL", 0.0)
     with pytest.raises(CheckFailed, match="from float64 on score of 'audio_only'"):
@@ -272,7 +273,7 @@ def test_golden_outputs_are_checked_against_float64(model, monkeypatch):
 
 def test_recorded_clips_are_used_and_fitted():
     recorded = [random_clip(1), random_clip(2)]
-    clips = parity.parity_clips(CONFIG, recorded)
+    clips = parity.parity_clips(CONFIG.inputs, recorded)
     assert len(clips) >= 16
     for i, clip in enumerate(clips):
         for m in MODALITIES:

@@ -26,8 +26,8 @@ import hcmen.export.commands.export as command
 import hcmen.export.reduced as reduced
 import hcmen.export.variants as variants
 from hcmen.base.bundle import Bundle, read_bundle
-from hcmen.base.config import FeatureConfig, ModelConfig, TextEncoderConfig
 from hcmen.base.errors import CheckFailed, CorruptFileError, InputError
+from hcmen.base.inputs import FeatureConfig
 from hcmen.base.manifest import Manifest
 from hcmen.base.modalities import variant_named
 from hcmen.base.selfcheck import operators_run
@@ -42,7 +42,9 @@ from hcmen.export.reduced import LabelledData, moved
 from hcmen.export.triton import write_repository
 from hcmen.export.weights import embedded_model
 from hcmen.mamba.graph import ALIGNMENT_BYTES, share_weights
+from hcmen.models.hcmen.config import ModelConfig
 from hcmen.models.hcmen.model import HCMEN
+from hcmen.models.text_encoder_config import TextEncoderConfig
 from hcmen.runtime import load
 from hcmen.runtime.backends import Ort
 from hcmen.runtime.backends.ort import OrtBackend, OrtSession
@@ -411,7 +413,7 @@ def test_an_int8_export_from_end_to_end(train, tmp_path):
     assert 0 < abs(metric["change"]) <= 0.01
 
     # The same numbers by hand: the labels of the synthetic set, the eager model's scores, the bundle's scores.
-    data = LabelledData(dataset_from_mmsa(make_synthetic(MICRO, (40, 24, 4), 0), "synthetic", MICRO))
+    data = LabelledData(dataset_from_mmsa(make_synthetic(MICRO.inputs, (40, 24, 4), 0), "synthetic", MICRO.inputs))
     device = load(bundle.path)
     got = np.concatenate([device.run("text_only", b)["score"] for b in data.validation(TEXT_ONLY)])
     assert metric["got"] == pytest.approx(np.abs(got - data.valid.labels).mean(), rel=1e-6)
@@ -568,7 +570,7 @@ def test_what_moved_says():
 
 
 def test_calibration_sees_whole_clips_and_short_ones():
-    data = LabelledData(dataset_from_mmsa(make_synthetic(MICRO, (40, 24, 4), 0), "synthetic", MICRO))
+    data = LabelledData(dataset_from_mmsa(make_synthetic(MICRO.inputs, (40, 24, 4), 0), "synthetic", MICRO.inputs))
     batches = list(data.calibration(TEXT_ONLY))
     whole, cut = (np.concatenate([b["text_length"] for b in half]) for half in (batches[:3], batches[3:]))
     assert len(whole) == len(cut) == 40
@@ -590,7 +592,7 @@ def test_a_text_encoder_is_int8_too(tmp_path):
     torch.manual_seed(0)
     model = HCMEN(config).eval()
     graph = variants.export_variant(model, TEXT_ONLY)
-    clips = parity_clips(config)
+    clips = parity_clips(config.inputs)
     pairs = golden_cases(model, TEXT_ONLY, clips)
     made, keys = quantised(graph, activation_ranges(graph, [inputs for inputs, _ in pairs]))
     onnx.checker.check_model(made, full_check=True)

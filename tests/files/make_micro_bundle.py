@@ -41,7 +41,7 @@ def main() -> None:
             parameter.add_(0.1 * torch.randn_like(parameter))
         model.head.weight.mul_(6.0)  # scores of the size that sentiment has, or an absolute bound would prove little
     rng = np.random.default_rng(0)
-    sizes = {m: MICRO.modality(m).features for m in MODALITIES}
+    sizes = {m: MICRO.inputs.modality(m).features for m in MODALITIES}
     model.set_normalisation({m: (rng.normal(size=n), rng.uniform(0.5, 2, n)) for m, n in sizes.items()})
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

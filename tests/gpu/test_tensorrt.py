@@ -69,7 +69,7 @@ def test_sizes_in_any_order_and_cuda_graphs(ready):
     for batch, steps in [(1, 3), (2, 5), (7, 4), (1, 10), (4, 1)] * 4:
         feeds: dict[str, np.ndarray] = {}
         for m in ("text", "audio", "vision"):
-            feeds[m] = rng.normal(size=(batch, steps, model.config.modality(m).features)).astype(np.float32)
+            feeds[m] = rng.normal(size=(batch, steps, model.inputs.modality(m).features)).astype(np.float32)
             feeds[f"{m}_length"] = rng.integers(1, steps + 1, batch)
         got, expected = model.run("full", feeds), reference.run("full", feeds)
         for name in expected:

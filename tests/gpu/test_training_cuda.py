@@ -31,7 +31,7 @@ needs_mamba = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def dataset():
-    return dataset_from_mmsa(make_synthetic(MICRO, SAMPLES), "synthetic", MICRO)
+    return dataset_from_mmsa(make_synthetic(MICRO.inputs, SAMPLES), "synthetic", MICRO.inputs)
 
 
 def trained(folder: Path, dataset, device: str, config: TrainConfig = TRAIN) -> Trainer:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
-from hcmen.base.config import FeatureConfig, ModelConfig
+from hcmen.base.inputs import FeatureConfig
+from hcmen.models.hcmen.config import ModelConfig
 
 MICRO = ModelConfig(
     FeatureConfig(6, 10),

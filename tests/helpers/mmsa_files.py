@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hcmen.base.config import ModelConfig
+from hcmen.models.hcmen.config import ModelConfig
 from hcmen.training.presets import preset_named
 
 COUNTS = {"train": 5, "valid": 3, "test": 4}

@@ -25,7 +25,7 @@ from hcmen.data.synthetic import make_synthetic  # noqa: E402
 from hcmen.training.presets import preset_named  # noqa: E402
 
 TINY = preset_named("tiny").model
-DATA = make_synthetic(TINY, (40, 9, 17), 3)
+DATA = make_synthetic(TINY.inputs, (40, 9, 17), 3)
 
 
 def test_dropped_words_become_unknown_and_nothing_else_changes() -> None:
@@ -42,7 +42,7 @@ def test_dropped_words_become_unknown_and_nothing_else_changes() -> None:
 
 @pytest.mark.parametrize("rate", ["r=0.0", "r=0.5", "r=0.9"])
 def test_ids_are_hidden_where_the_protocol_hides_steps(rate: str) -> None:
-    split = dataset_from_mmsa(DATA, "synthetic", TINY).splits["test"]
+    split = dataset_from_mmsa(DATA, "synthetic", TINY.inputs).splits["test"]
     mask = PROTOCOLS["intra"].apply(split, 0)[rate]
     stored = DATA["test"]["text_bert"]
     got = peer_lnln.masked_ids(stored, mask.keep["text"])
@@ -166,7 +166,7 @@ class Drifting:
 
 
 def test_the_epoch_is_the_one_that_validation_chooses() -> None:
-    dataset = dataset_from_mmsa(DATA, "synthetic", TINY)
+    dataset = dataset_from_mmsa(DATA, "synthetic", TINY.inputs)
     intra = PROTOCOLS["intra"]
     validation = {k: v for k, v in intra.apply(dataset.splits["valid"], 1).items() if k in peer_lnln.CHOOSING}
     test = intra.apply(dataset.splits["test"], 0)

@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from hcmen.base.config import FeatureConfig, ModelConfig
+from hcmen.base.inputs import FeatureConfig
+from hcmen.models.hcmen.config import ModelConfig
 from hcmen.models.hcmen.losses import (
     TEMPERATURE,
     AlignmentLoss,
     PolarityLoss,
     decoupled_cross_entropy,
     polarity,
-    task_loss,
     token_info_nce,
 )
 from hcmen.models.hcmen.model import Outputs
+from hcmen.models.objective import task_loss
 
 CONFIG = ModelConfig(
     FeatureConfig(4, 8),

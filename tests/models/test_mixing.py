@@ -20,8 +20,8 @@ from hcmen.data import MultimodalDataset
 from hcmen.data.mmsa import dataset_from_mmsa
 from hcmen.data.synthetic import make_synthetic
 from hcmen.export.variants import export_variant
-from hcmen.models.hcmen.mixing import Manifold, Mixture, Mixup, MSMix, Plan, Samples, make_mixing, mix
 from hcmen.models.hcmen.model import HCMEN
+from hcmen.models.mixing import Manifold, Mixture, Mixup, MSMix, Plan, Samples, make_mixing, mix
 from hcmen.training.command import load_checkpoint
 from hcmen.training.config import MIXES, TrainConfig
 from hcmen.training.trainer import Trainer
@@ -40,7 +40,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def dataset() -> MultimodalDataset:
-    return dataset_from_mmsa(make_synthetic(MICRO, (24, 12, 12)), "synthetic", MICRO)
+    return dataset_from_mmsa(make_synthetic(MICRO.inputs, (24, 12, 12)), "synthetic", MICRO.inputs)
 
 
 def tokens(batch: int, seed: int = 0, absent: float = 0.0) -> Samples:

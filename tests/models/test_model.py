@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hcmen.base.config import FeatureConfig, ModelConfig
 from hcmen.base.errors import InputError
+from hcmen.base.inputs import FeatureConfig
 from hcmen.base.modalities import MODALITIES, VARIANTS, variant_for, variant_named
 from hcmen.mamba.scan import causal_conv1d_ref, selective_scan_ref
+from hcmen.models.hcmen.config import ModelConfig
 from hcmen.models.hcmen.layers import AttentionPooling, BiMamba, BiMambaBlock, CNNBlock
 from hcmen.models.hcmen.model import HCMEN
 from hcmen.training.config import TrainConfig

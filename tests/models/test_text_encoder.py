@@ -21,11 +21,10 @@ from helpers.command import run
 from helpers.micro import MICRO
 from helpers.tiny_bert import FIRST_WORD, vocabulary, write_bert
 
-import hcmen.base.config
 from hcmen.base.bundle import read_bundle
 from hcmen.base.clip import Clip, batch_clips, clip_from_arrays, read_clip, write_clip
-from hcmen.base.config import FeatureConfig, ModelConfig, TextEncoderConfig
 from hcmen.base.errors import BackendError, CorruptFileError, HcmenError, InputError
+from hcmen.base.inputs import FeatureConfig
 from hcmen.base.library import library_path
 from hcmen.base.modalities import VARIANTS, variant_named
 from hcmen.data import Split, TextTokens, cut
@@ -38,8 +37,10 @@ from hcmen.export.bundle import export_bundle
 from hcmen.export.commands.export import main as export
 from hcmen.export.float16 import to_float16
 from hcmen.export.weights import embedded_model
+from hcmen.models.hcmen.config import ModelConfig
 from hcmen.models.hcmen.model import HCMEN
 from hcmen.models.text_encoder import TextEncoder, load_weights, read_sizes, read_tokenizer
+from hcmen.models.text_encoder_config import TextEncoderConfig
 from hcmen.runtime import load
 from hcmen.runtime.backends.tensorrt import TOLERANCES
 from hcmen.runtime.commands.run import main as hcmen_run
@@ -47,7 +48,7 @@ from hcmen.runtime.golden import golden_test
 from hcmen.training.command import main as hcmen_train
 from hcmen.training.config import TrainConfig
 from hcmen.training.evaluate import predict, predict_masked
-from hcmen.training.presets import Preset
+from hcmen.training.presets import PRESETS, Preset
 from hcmen.training.trainer import Trainer
 
 HIDDEN = 8
@@ -69,12 +70,12 @@ def config(bert: Path) -> ModelConfig:
 
 @pytest.fixture(scope="module")
 def raw(config: ModelConfig) -> dict:
-    return make_synthetic(config, SAMPLES, 0)
+    return make_synthetic(config.inputs, SAMPLES, 0)
 
 
 @pytest.fixture(scope="module")
 def dataset(config: ModelConfig, raw: dict):
-    return dataset_from_mmsa(raw, "synthetic", config)
+    return dataset_from_mmsa(raw, "synthetic", config.inputs)
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +324,8 @@ def test_the_tokens_of_the_file_are_the_input(config: ModelConfig, raw: dict, da
         assert split.text_tokens.unknown == 100
         assert np.array_equal(split.lengths["text"], stored[:, 1].sum(axis=1))
     assert (
-        dataset_from_mmsa(raw, "x", dataclasses.replace(config, text_encoder=None)).splits["test"].text_tokens is None
+        dataset_from_mmsa(raw, "x", dataclasses.replace(config, text_encoder=None).inputs).splits["test"].text_tokens
+        is None
     )
 
 
@@ -381,19 +383,19 @@ BAD_TOKENS = {
 @pytest.mark.parametrize("name", BAD_TOKENS)
 def test_tokens_of_another_kind_are_refused(config: ModelConfig, name: str):
     change, words = BAD_TOKENS[name]
-    data = make_synthetic(config, SAMPLES, 0)
+    data = make_synthetic(config.inputs, SAMPLES, 0)
     change(data)
     with pytest.raises(InputError, match=words) as caught:
-        dataset_from_mmsa(data, "file", config)
+        dataset_from_mmsa(data, "file", config.inputs)
     assert "valid" in str(caught.value)
 
 
 def test_tokens_stored_as_floats_and_an_empty_text_are_read(config: ModelConfig, raw: dict):
-    data = make_synthetic(config, SAMPLES, 0)
+    data = make_synthetic(config.inputs, SAMPLES, 0)
     tokens = data["test"]["text_bert"].astype(np.float32)
     tokens[4] = 0
     data["test"]["text_bert"] = tokens
-    split = dataset_from_mmsa(data, "file", config).splits["test"]
+    split = dataset_from_mmsa(data, "file", config.inputs).splits["test"]
     others = [i for i in range(SAMPLES[2]) if i != 4]
     assert np.array_equal(split.text_tokens.ids[others], raw["test"]["text_bert"][others])
     assert split.text_tokens.ids[4, 1].tolist() == [1] + [0] * 11
@@ -403,24 +405,24 @@ def test_tokens_stored_as_floats_and_an_empty_text_are_read(config: ModelConfig,
 def test_a_converted_folder_keeps_the_tokens(config: ModelConfig, raw: dict, tmp_path: Path):
     write_synthetic(tmp_path / "data.pkl", raw)
     assert run(convert, tmp_path / "data.pkl", tmp_path / "folder").code == 0
-    there = read_mmsa(tmp_path / "folder", config)
-    for name, split in read_mmsa(tmp_path / "data.pkl", config).splits.items():
+    there = read_mmsa(tmp_path / "folder", config.inputs)
+    for name, split in read_mmsa(tmp_path / "data.pkl", config.inputs).splits.items():
         assert np.array_equal(there.splits[name].text_tokens.ids, split.text_tokens.ids)
         assert np.array_equal(there.splits[name].lengths["text"], split.lengths["text"])
     (tmp_path / "folder/test/text_bert.npy").unlink()
     with pytest.raises(CorruptFileError, match=r"text_bert\.npy"):
-        read_mmsa(tmp_path / "folder", config)
+        read_mmsa(tmp_path / "folder", config.inputs)
 
 
 def test_a_file_without_tokens_still_converts_and_is_refused_for_an_encoder(config: ModelConfig, tmp_path: Path):
-    data = make_synthetic(config, SAMPLES, 0)
+    data = make_synthetic(config.inputs, SAMPLES, 0)
     for split in data.values():
         split.pop("text_bert")
     write_synthetic(tmp_path / "data.pkl", data)
     assert run(convert, tmp_path / "data.pkl", tmp_path / "folder").code == 0
-    read_mmsa(tmp_path / "folder", dataclasses.replace(config, text_encoder=None))
+    read_mmsa(tmp_path / "folder", dataclasses.replace(config, text_encoder=None).inputs)
     with pytest.raises(InputError, match="lacks 'text_bert'"):
-        read_mmsa(tmp_path / "folder", config)
+        read_mmsa(tmp_path / "folder", config.inputs)
 
 
 # --- clips ----------------------------------------------------------------------------------------------------------
@@ -445,17 +447,17 @@ BAD_CLIPS = {
 def test_a_clip_with_bad_tokens_is_refused_from_memory_and_from_a_file(config: ModelConfig, tmp_path: Path, name: str):
     tokens, words = BAD_CLIPS[name]
     with pytest.raises(InputError, match=words):
-        clip_from_arrays("clip", {"text_tokens": tokens}, config)
+        clip_from_arrays("clip", {"text_tokens": tokens}, config.inputs)
     np.savez(tmp_path / "clip.npz", text_tokens=tokens)
     with pytest.raises(InputError, match=words):
-        read_clip(tmp_path / "clip.npz", config)
+        read_clip(tmp_path / "clip.npz", config.inputs)
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8, ">i4"])
 def test_a_clip_of_tokens_is_read(config: ModelConfig, tmp_path: Path, dtype):
     tokens = np.minimum(GOOD, 200)
     np.savez(tmp_path / "clip.npz", text_tokens=tokens.astype(dtype), audio=np.ones((2, 3)))
-    clip = read_clip(tmp_path / "clip.npz", config)
+    clip = read_clip(tmp_path / "clip.npz", config.inputs)
     assert clip.text_tokens.dtype == np.int64
     assert np.array_equal(clip.text_tokens, tokens)
     assert clip.variant.name == "vision_missing"
@@ -464,11 +466,11 @@ def test_a_clip_of_tokens_is_read(config: ModelConfig, tmp_path: Path, dtype):
 def test_of_two_texts_the_model_takes_its_own(config: ModelConfig, tmp_path: Path):
     arrays = {"text": np.ones((3, HIDDEN), np.float32), "text_tokens": GOOD}
     write_clip(tmp_path / "clip.npz", arrays)
-    assert read_clip(tmp_path / "clip.npz", config).ignored == ("text",)
+    assert read_clip(tmp_path / "clip.npz", config.inputs).ignored == ("text",)
     plain = dataclasses.replace(config, text_encoder=None)
-    assert read_clip(tmp_path / "clip.npz", plain).ignored == ("text_tokens",)
+    assert read_clip(tmp_path / "clip.npz", plain.inputs).ignored == ("text_tokens",)
     with pytest.raises(InputError, match="only text features are present"):
-        clip_from_arrays("clip", {"text": arrays["text"]}, config)
+        clip_from_arrays("clip", {"text": arrays["text"]}, config.inputs)
 
 
 def test_tokens_are_batched_with_their_mask():
@@ -485,7 +487,7 @@ def test_clips_of_tokens_are_cut_from_a_file(config: ModelConfig, raw: dict, tmp
     out = tmp_path / "clip.npz"
     outcome = run(cut.main, tmp_path / "data.pkl", "--index", 5, "--text", "tokens", "-o", out)
     assert outcome.code == 0, outcome.err
-    clip = read_clip(out, config)
+    clip = read_clip(out, config.inputs)
     n = int(raw["test"]["text_bert"][5, 1].sum())
     assert np.array_equal(clip.text_tokens, raw["test"]["text_bert"][5, :, :n])
     assert set(clip.features) == {"audio", "vision"}
@@ -786,7 +788,7 @@ def test_unlisted_errors_are_ours(config: ModelConfig):
 
 
 def test_presets_have_no_encoder():
-    assert all(p.model.text_encoder is None for p in hcmen.training.presets.PRESETS.values())
+    assert all(p.model.text_encoder is None for p in PRESETS.values())
 
 
 @pytest.mark.parametrize("change", [{"micro_batches": 3}, {"precision": "bf16"}])

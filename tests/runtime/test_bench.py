@@ -169,10 +169,10 @@ def test_golden_inputs_are_those_of_the_bundle(shared_bundle, tmp_path):
 
 def test_clips_are_of_full_length_or_the_ones_given(shared_bundle, tmp_path):
     bundle = read_bundle(shared_bundle)
-    config = bundle.manifest.model
+    takes = bundle.manifest.inputs
     work = make_work(bundle, "text_missing", 3, tmp_path)
     for m in ("audio", "vision"):
-        assert work.feeds[0][m].shape == (3, config.modality(m).max_steps, config.modality(m).features)
+        assert work.feeds[0][m].shape == (3, takes.modality(m).max_steps, takes.modality(m).features)
     assert "text" not in work.feeds[0]
     assert not np.array_equal(work.feeds[0]["audio"][0], work.feeds[0]["audio"][1])
     write_clip(tmp_path / "clip.npz", clip_arrays(3))

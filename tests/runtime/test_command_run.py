@@ -260,8 +260,9 @@ def test_check_against_the_real_eager_model(tmp_path):
     """From a checkpoint to a checked score, on the real model and its real graphs; then with other weights."""
     import torch
 
-    from hcmen.base.config import FeatureConfig, ModelConfig
+    from hcmen.base.inputs import FeatureConfig
     from hcmen.export.bundle import export_bundle
+    from hcmen.models.hcmen.config import ModelConfig
     from hcmen.models.hcmen.model import HCMEN
     from hcmen.training.checkpoint import save_checkpoint
     from hcmen.training.config import TrainConfig

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.command import Outcome, run
-from helpers.small_bundle import CONFIG, clip_arrays
+from helpers.small_bundle import INPUTS, clip_arrays
 
 from hcmen.base.clip import write_clip
 from hcmen.runtime import load
@@ -32,7 +32,7 @@ def chunks(count: int = 6, seed: int = 0) -> list[dict[str, np.ndarray]]:
     rng = np.random.default_rng(seed)
     sizes = {"audio": 15, "vision": 10}
     return [
-        {m: rng.normal(size=(n, CONFIG.modality(m).features)).astype(np.float32) for m, n in sizes.items()}
+        {m: rng.normal(size=(n, INPUTS.modality(m).features)).astype(np.float32) for m, n in sizes.items()}
         for _ in range(count)
     ]
 
@@ -287,7 +287,7 @@ def test_hidden_files_folders_and_others_are_no_chunks(shared_bundle, ended):
 def test_a_chunk_may_be_longer_than_the_model(shared_bundle, folder):
     parts = chunks(40)
     whole = {m: np.concatenate([p[m] for p in parts]) for m in parts[0]}
-    assert len(whole["audio"]) > 10 * CONFIG.audio.max_steps
+    assert len(whole["audio"]) > 10 * INPUTS.audio.max_steps
     write_clip(folder / "0.npz", whole)
     (folder / "end").touch()
     done = follow(shared_bundle, folder, "--format", "json")

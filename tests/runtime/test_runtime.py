@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from helpers.small_bundle import CONFIG, clip_arrays, expected, graph, make_bundle, weights
+from helpers.small_bundle import INPUTS, clip_arrays, expected, graph, make_bundle, weights
 from onnx import TensorProto, helper, numpy_helper
 
 import hcmen.runtime.backends.ort as ort
@@ -615,6 +615,6 @@ def test_the_numpy_twin_of_this_test_masks_nothing_by_accident(model):
         alone = model(arrays)
         assert together.batch_size == 3
         assert together.score == pytest.approx(alone.score, abs=1e-6)
-    assert {m: w.shape for m, w in weights().items()} == {m: (CONFIG.modality(m).features,) for m in MODALITIES}
+    assert {m: w.shape for m, w in weights().items()} == {m: (INPUTS.modality(m).features,) for m in MODALITIES}
     assert variant_named("audio_missing").present == ("text", "vision")
     assert read_bundle(model.bundle.path).manifest == model.bundle.manifest

@@ -30,9 +30,9 @@ import hcmen.runtime.backends.flavour
 import hcmen.runtime.commands.doctor_tensorrt
 from hcmen.base.bundle import read_bundle
 from hcmen.base.clip import write_clip
-from hcmen.base.config import ModelConfig
 from hcmen.base.engines import read_engines
 from hcmen.base.errors import BackendError, CorruptFileError, InputError
+from hcmen.base.inputs import Inputs
 from hcmen.export.tensorrt import Compiler, Options, profile_shapes
 from hcmen.runtime import load
 from hcmen.runtime.backends import TensorRT
@@ -54,10 +54,10 @@ def trt(monkeypatch, tmp_path, cuda) -> Any:
     return machine(monkeypatch, tmp_path, "10.3.0", cuda)
 
 
-def clip_file(folder: Path, config: ModelConfig, seed: int = 0, **steps: int) -> Path:
+def clip_file(folder: Path, inputs: Inputs, seed: int = 0, **steps: int) -> Path:
     rng = np.random.default_rng(seed)
     arrays = {
-        m: rng.normal(size=(steps.get(m, 5), config.modality(m).features)).astype(np.float32)
+        m: rng.normal(size=(steps.get(m, 5), inputs.modality(m).features)).astype(np.float32)
         for m in ("text", "audio", "vision")
     }
     write_clip(folder / f"clip{seed}.npz", arrays)
@@ -101,7 +101,7 @@ def test_compile_then_run(micro_bundle, monkeypatch, tmp_path, cuda, version, pr
 
     model = load(micro_bundle, backend="tensorrt")
     reference = load(micro_bundle)
-    clip = clip_file(tmp_path, bundle.manifest.model)
+    clip = clip_file(tmp_path, bundle.manifest.inputs)
     got, expected = model(str(clip)), reference(str(clip))
     assert (got.backend, got.kernels) == ("tensorrt", "native" if plugin == "library" else "functions")
     assert abs(got.score - expected.score) <= atol + rtol * abs(expected.score)
@@ -400,7 +400,7 @@ def scored(bundle: Path, clip: Path, *arguments: object):
 
 
 def test_hcmen_run(ready, tmp_path):
-    clip = clip_file(tmp_path, read_bundle(ready).manifest.model)
+    clip = clip_file(tmp_path, read_bundle(ready).manifest.inputs)
     done = scored(ready, clip, "--self-test", "--variant", "full", "--format", "json")
     assert done.code == 0, done.err
     data = json.loads(done.out)
@@ -413,7 +413,7 @@ def test_hcmen_run(ready, tmp_path):
 def test_batches_graphs_and_large_batches(ready, cuda):
     """Sizes in any order, again and again, in more kinds than graphs are kept, and batches beyond the engine's."""
     model, reference = load(ready, backend="tensorrt"), load(ready)
-    config = model.config
+    config = model.inputs
     rng = np.random.default_rng(0)
 
     def inputs(batch: int, steps: int) -> dict[str, np.ndarray]:
@@ -450,7 +450,7 @@ def test_where_nothing_can_be_captured(ready, trt, cuda):
 
 def test_threads_take_turns(ready, tmp_path):
     model = load(ready, backend="tensorrt")
-    clips = [str(clip_file(tmp_path, model.config, seed, text=seed % 4 + 1)) for seed in range(8)]
+    clips = [str(clip_file(tmp_path, model.inputs, seed, text=seed % 4 + 1)) for seed in range(8)]
     expected = [load(ready)(c).score for c in clips]
     got: dict[int, list[float]] = {}
 
@@ -477,7 +477,7 @@ def test_memory_is_given_back_with_the_model(ready, cuda):
 
 def test_sizes_beyond_the_engine(ready):
     model = load(ready, backend="tensorrt")
-    config = model.config
+    config = model.inputs
     feeds: dict[str, np.ndarray] = {}
     for m in ("text", "audio", "vision"):
         feeds[m] = np.zeros((1, config.modality(m).max_steps + 1, config.modality(m).features), np.float32)
@@ -494,7 +494,7 @@ def test_sizes_beyond_the_engine(ready):
 
 
 def test_precision_is_chosen(ready, trt, tmp_path):
-    clip = clip_file(tmp_path, read_bundle(ready).manifest.model)
+    clip = clip_file(tmp_path, read_bundle(ready).manifest.inputs)
     done = scored(ready, clip, "--precision", "fp16")
     assert done.code == 3
     assert "no fp16 engine for variant 'full': run hcmen-compile" in done.lines[-1]
@@ -515,11 +515,11 @@ def said(bundle: Path, clip: Path, code: int) -> str:
 
 @pytest.fixture
 def clip(ready, tmp_path) -> Path:
-    return clip_file(tmp_path, read_bundle(ready).manifest.model)
+    return clip_file(tmp_path, read_bundle(ready).manifest.inputs)
 
 
 def test_no_engine(micro_bundle, trt, tmp_path):
-    clip = clip_file(tmp_path, read_bundle(micro_bundle).manifest.model)
+    clip = clip_file(tmp_path, read_bundle(micro_bundle).manifest.inputs)
     line = said(micro_bundle, clip, 3)
     assert f"no engine for variant 'full': run hcmen-compile {micro_bundle} --variant full on this device" in line
 

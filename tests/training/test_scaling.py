@@ -28,6 +28,7 @@ from hcmen.data.synthetic import make_synthetic
 from hcmen.evaluation.command import main as evaluate_main
 from hcmen.mamba import native, scan
 from hcmen.mamba.scan import causal_conv1d, causal_conv1d_ref, selective_scan, selective_scan_ref
+from hcmen.models.hcmen.losses import AlignmentLoss
 from hcmen.training import command as train
 from hcmen.training import report
 from hcmen.training import trainer as training
@@ -61,7 +62,7 @@ def micro(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def dataset():
-    return dataset_from_mmsa(make_synthetic(MICRO, SAMPLES), "synthetic", MICRO)
+    return dataset_from_mmsa(make_synthetic(MICRO.inputs, SAMPLES), "synthetic", MICRO.inputs)
 
 
 def command(*arguments: Any) -> int:
@@ -85,7 +86,7 @@ def test_micro_batches_make_the_run_of_the_whole_batch(pieces: int, tmp_path: Pa
     whole = trained(tmp_path / "whole", dataset, config)
     parts = trained(tmp_path / "parts", dataset, dataclasses.replace(config, micro_batches=pieces))
     for one, other in zip(whole.history, parts.history, strict=True):
-        for name in (*training._TERMS, "validation_mae"):
+        for name in ("loss", *whole.objective.weights, "validation_mae"):
             assert one[name] == pytest.approx(other[name], abs=1e-6, rel=1e-6), name
         assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-5)
     for name, p in whole._parameters.items():
@@ -115,19 +116,19 @@ def test_micro_batches_weigh_by_samples(tmp_path: Path, dataset, monkeypatch: py
 
 def test_terms_over_a_batch_see_a_micro_batch(tmp_path: Path, dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    align = training.AlignmentLoss.forward
+    align = AlignmentLoss.forward
 
     def watched(self: Any, clean: Any, corrupted: Any) -> Any:
         seen.append(len(clean.score))
         return align(self, clean, corrupted)
 
-    monkeypatch.setattr(training.AlignmentLoss, "forward", watched)
+    monkeypatch.setattr(AlignmentLoss, "forward", watched)
     config = dataclasses.replace(TRAIN, epochs=1, micro_batches=3, mix="powmix", powmix_probability=1.0)
     trainer = Trainer(STILL, config, dataset, tmp_path)
     drawn: list[Any] = []
-    plan = trainer.mixing.plan
+    plan = trainer.objective.mixing.plan
     monkeypatch.setattr(
-        trainer.mixing, "plan", lambda samples, generator: drawn.append(plan(samples, generator)) or drawn[-1]
+        trainer.objective.mixing, "plan", lambda samples, generator: drawn.append(plan(samples, generator)) or drawn[-1]
     )
     trainer.run()
     assert seen == [4, 3, 3, 4, 3, 3, 2, 1, 1]
@@ -229,7 +230,8 @@ def test_operations_take_bfloat16_and_compute_in_float32(reverse: bool, monkeypa
 # are before and after every step, flush and rename. Moment 0 never comes.
 KILLED = f"""
 import json, os, signal, sys
-from hcmen.base.config import FeatureConfig, ModelConfig
+from hcmen.base.inputs import FeatureConfig
+from hcmen.models.hcmen.config import ModelConfig
 from hcmen.training.presets import Preset
 from hcmen.training.config import TrainConfig
 from hcmen.data import synthetic

@@ -24,14 +24,14 @@ from helpers.micro import MICRO
 import hcmen.data.synthetic
 from hcmen.base import metrics
 from hcmen.base.clip import read_clip
-from hcmen.base.config import ModelConfig
 from hcmen.base.errors import CheckFailed, CorruptFileError, HcmenError, InputError
 from hcmen.base.modalities import VARIANTS, variant_named
 from hcmen.data import MultimodalDataset
 from hcmen.data.mmsa import dataset_from_mmsa
 from hcmen.data.synthetic import make_synthetic, write_synthetic
+from hcmen.models.hcmen.config import ModelConfig
+from hcmen.models.hcmen.losses import AlignmentLoss
 from hcmen.training import command as train
-from hcmen.training import trainer as training
 from hcmen.training.checkpoint import load_state, save_state
 from hcmen.training.command import load_checkpoint
 from hcmen.training.config import TrainConfig
@@ -55,8 +55,9 @@ OUTPUTS = {
 # A process that runs the command on the micro model, with one thing about it changed.
 PROGRAM = f"""
 import os, signal, sys
-import hcmen.base.config, hcmen.training.command
-from hcmen.base.config import FeatureConfig, ModelConfig
+import hcmen.training.command
+from hcmen.base.inputs import FeatureConfig
+from hcmen.models.hcmen.config import ModelConfig
 from hcmen.training.presets import Preset
 from hcmen.training.config import TrainConfig
 from hcmen.data import synthetic
@@ -87,7 +88,7 @@ def micro(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def dataset():
-    return dataset_from_mmsa(make_synthetic(MICRO, SAMPLES), "synthetic", MICRO)
+    return dataset_from_mmsa(make_synthetic(MICRO.inputs, SAMPLES), "synthetic", MICRO.inputs)
 
 
 def command(*arguments: Any) -> int:
@@ -143,7 +144,7 @@ def test_two_runs_are_identical(reference: Path, tmp_path: Path) -> None:
 def test_validation_clips_lie_beside_the_checkpoint(reference: Path, dataset: MultimodalDataset) -> None:
     """They are what the model was validated on, in the form that hcmen-run and hcmen-export read."""
     model, _ = load_checkpoint(reference)
-    clips = [read_clip(path, model.config) for path in sorted((reference / "clips").iterdir())]
+    clips = [read_clip(path, model.config.inputs) for path in sorted((reference / "clips").iterdir())]
     split = dataset.splits["valid"]
     assert len(clips) == min(20, len(split))
     for i, clip in enumerate(clips):
@@ -294,9 +295,9 @@ def test_a_run_of_a_version_with_fewer_settings_goes_on(reference: Path, tmp_pat
 
 def test_resuming_on_other_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "set.pkl"
-    write_synthetic(path, make_synthetic(MICRO, SAMPLES, 1))
+    write_synthetic(path, make_synthetic(MICRO.inputs, SAMPLES, 1))
     assert command("--out", tmp_path / "train", "--data", path, "-q") == 0
-    write_synthetic(path, make_synthetic(MICRO, SAMPLES, 2))
+    write_synthetic(path, make_synthetic(MICRO.inputs, SAMPLES, 2))
     assert command("--out", tmp_path / "train", "--resume") == 2
     assert "was trained with other data" in capsys.readouterr().err
 
@@ -434,7 +435,7 @@ def test_it_learns(tmp_path: Path, dataset) -> None:
 
 
 def test_without_alignment_nothing_is_computed_for_it(tmp_path: Path, dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.AlignmentLoss, "forward", lambda *_: pytest.fail("the alignment loss was computed"))
+    monkeypatch.setattr(AlignmentLoss, "forward", lambda *_: pytest.fail("the alignment loss was computed"))
     trainer = Trainer(MICRO, dataclasses.replace(TRAIN, epochs=1, alignment_weight=0.0), dataset, tmp_path)
     trainer.run()
     assert trainer.history[0]["alignment_loss"] == 0.0
@@ -591,7 +592,7 @@ def test_data_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = make_synthetic(MICRO, SAMPLES)
+    data = make_synthetic(MICRO.inputs, SAMPLES)
     data["train"]["audio"][0, 0, 0] = -np.inf
     write_synthetic(tmp_path / "set.pkl", data)
     assert command("--data", tmp_path / "set.pkl", "--out", tmp_path / "out", "--threads", 1) == 0

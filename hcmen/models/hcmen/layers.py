@@ -25,11 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hcmen.mamba.scan import causal_conv1d, selective_scan
+from hcmen.models.contract import MASKED
 
 __all__ = ["AttentionPooling", "BiMamba", "BiMambaBlock", "CNNBlock", "Skip", "widened", "without_autocast"]
-
-# Far below any real logit, yet inside float16: exp of it is exactly zero in both formats.
-MASKED = -1e4
 
 
 def widened(x: Tensor) -> Tensor:

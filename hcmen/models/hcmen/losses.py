@@ -1,4 +1,4 @@
-"""The training losses: squared error of the score, alignment of tokens across modalities, polarity as a second task.
+"""HCMEN's own training losses: alignment of tokens across modalities, polarity as a second task.
 
 Glossary (batch b, tokens n, width d)
     X   [b, n, d]   source tokens, which learn
@@ -19,18 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hcmen.base.config import ModelConfig
 from hcmen.base.modalities import MODALITIES
+from hcmen.models.hcmen.config import ModelConfig
 from hcmen.models.hcmen.model import Outputs
 
-__all__ = ["AlignmentLoss", "PolarityLoss", "decoupled_cross_entropy", "polarity", "task_loss", "token_info_nce"]
+__all__ = ["AlignmentLoss", "PolarityLoss", "decoupled_cross_entropy", "polarity", "token_info_nce"]
 
 TEMPERATURE = 0.07
-
-
-def task_loss(clean: Outputs, corrupted: Outputs, labels: Tensor) -> Tensor:
-    """Mean squared error of the score, averaged over the clean and the corrupted view of each sample."""
-    return 0.5 * (F.mse_loss(clean.score, labels) + F.mse_loss(corrupted.score, labels))
 
 
 class AlignmentLoss(nn.Module):

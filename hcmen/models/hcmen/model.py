@@ -8,7 +8,7 @@ from where. `HCMEN.forward` reads like the paper's three parts:
     3. multimodal mix-up fusion          E -> score        gated sum, CNN-Mamba backbone, head
 
 `encode` is part 1 and `fuse` parts 2 and 3, so that training can put other tokens in between
-(hcmen/models/hcmen/mixing.py).
+(hcmen/models/mixing.py).
 
 Glossary (batch b, L tokens, width d)
     H_m   [b, L, d]   tokens of modality m
@@ -32,31 +32,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hcmen.base.config import FeatureConfig, ModelConfig
 from hcmen.base.errors import InputError
+from hcmen.base.inputs import FeatureConfig
 from hcmen.base.modalities import MODALITIES
-from hcmen.models.hcmen.layers import MASKED, AttentionPooling, BiMambaBlock, CNNBlock, Skip, widened, without_autocast
+from hcmen.models.contract import MASKED, Prediction
+from hcmen.models.hcmen.config import ModelConfig
+from hcmen.models.hcmen.layers import AttentionPooling, BiMambaBlock, CNNBlock, Skip, widened, without_autocast
 from hcmen.models.text_encoder import TextEncoder
 
-__all__ = ["HCMEN", "Outputs", "Prediction"]
+__all__ = ["HCMEN", "Outputs"]
 
 Presence = bool | Tensor
-
-
-class Prediction(NamedTuple):
-    """score [batch] in label units; modality_weights [batch, 3], the fusion gate in the order of MODALITIES.
-
-    The weight of an absent modality is that of its proxy, which is made from the modalities that are there.
-    """
-
-    score: Tensor
-    modality_weights: Tensor
 
 
 class Outputs(NamedTuple):
     """A prediction and what the training losses look at; proxies exist where some other modality is in the features.
 
-    pooled [batch, d] is what the head scores.
+    modality_weights are the fusion gate; that of an absent modality is its proxy's, which is made from those that are
+    there. pooled [batch, d] is what the head scores.
     """
 
     score: Tensor
@@ -92,7 +85,7 @@ class ModalityEncoder(nn.Module):
 
 
 class HCMEN(nn.Module):
-    """The model. `config` fixes every size; see hcmen/base/config.py for the presets."""
+    """The model. `config` fixes every size; see presets.py for those of each data set."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -134,18 +127,16 @@ class HCMEN(nn.Module):
         Raises:
             InputError: no modality, an unknown one, or a shape that does not fit the configuration.
         """
-        outputs = self.training_step_outputs(features, lengths, present)
+        outputs = self.fuse(self.encode(features, lengths), present)
         return Prediction(outputs.score, outputs.modality_weights)
 
-    def training_step_outputs(
-        self, features: Mapping[str, Tensor], lengths: Mapping[str, Tensor], present: Tensor | None = None
-    ) -> Outputs:
-        """As `forward`, with what the training losses look at."""
-        self._check(features, lengths, present)
-        return self.fuse(self.encode(features, lengths), present)
-
     def encode(self, features: Mapping[str, Tensor], lengths: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Part 1, hierarchical unimodal modelling: H_m [batch, L, d] of every modality in `features`."""
+        """Part 1, hierarchical unimodal modelling: H_m [batch, L, d] of every modality in `features`.
+
+        Raises:
+            InputError: no modality, an unknown one, or a shape that does not fit the configuration.
+        """
+        self._check(features, lengths)
         features = self.embed(features)
         return {m: self.encoders[m](features[m], lengths[m]) for m in MODALITIES if m in features}
 
@@ -160,7 +151,15 @@ class HCMEN(nn.Module):
         """Parts 2 and 3, from the tokens H_m [batch, L, d] of one modality or more.
 
         A modality that is not among the keys is absent for the whole batch, and `present` is as in `forward`.
+
+        Raises:
+            InputError: `present` is not bool [batch, 3].
         """
+        batch = next(iter(tokens.values())).shape[0]
+        if present is not None and (present.dtype != torch.bool or present.shape != (batch, len(MODALITIES))):
+            raise InputError(
+                f"present is {present.dtype} {list(present.shape)}, expected torch.bool [{batch}, {len(MODALITIES)}]"
+            )
         presence: dict[str, Presence] = {
             m: (True if present is None else present[:, i]) if m in tokens else False for i, m in enumerate(MODALITIES)
         }
@@ -198,6 +197,10 @@ class HCMEN(nn.Module):
                         + (", none negative" if name == "std" else "")
                     )
                 getattr(encoder, name).copy_(torch.from_numpy(np.asarray(values, dtype=np.float32)))
+
+    def normalisation(self) -> dict[str, dict[str, list[float]]]:
+        """{m: {"mean", "std"}} as `set_normalisation` stored them, 0 and 1 before."""
+        return {m: {key: getattr(e, key).tolist() for key in ("mean", "std")} for m, e in self.encoders.items()}
 
     # --- part 2 -----------------------------------------------------------------------------------------------------
 
@@ -274,7 +277,7 @@ class HCMEN(nn.Module):
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
-    def _check(self, features: Mapping[str, Tensor], lengths: Mapping[str, Tensor], present: Tensor | None) -> None:
+    def _check(self, features: Mapping[str, Tensor], lengths: Mapping[str, Tensor]) -> None:
         if not features:
             raise InputError(f"no modality is present: at least one of {', '.join(MODALITIES)} is needed")
         batch = None
@@ -296,10 +299,6 @@ class HCMEN(nn.Module):
                 raise InputError(
                     f"{m} has batch {x.shape[0]} and lengths {list(lengths[m].shape)}, expected batch {batch}"
                 )
-        if present is not None and (present.dtype != torch.bool or present.shape != (batch, len(MODALITIES))):
-            raise InputError(
-                f"present is {present.dtype} {list(present.shape)}, expected torch.bool [{batch}, {len(MODALITIES)}]"
-            )
 
     @staticmethod
     def _presence_tensor(presence: Mapping[str, Presence], like: Tensor) -> Tensor:

@@ -34,9 +34,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hcmen.base.config import ModelConfig
 from hcmen.base.modalities import MODALITIES
-from hcmen.models.hcmen.config import MixingConfig
+from hcmen.models.contract import Config, MixingConfig
 
 __all__ = [
     "IntensityPredictor",
@@ -121,7 +120,7 @@ class Mixing(nn.Module, ABC):
         return samples.labels.new_zeros(())
 
 
-def make_mixing(model: ModelConfig, train: MixingConfig) -> Mixing | None:
+def make_mixing(model: Config, train: MixingConfig) -> Mixing | None:
     """The method that `train.mix` names, None for none."""
     if train.mix == "none":
         return None
@@ -218,10 +217,10 @@ class MSMix(Mixing):
     Everything looks at tokens pooled to their mean [b, d]: an intensity never sees another sample.
     """
 
-    def __init__(self, model: ModelConfig, train: MixingConfig) -> None:
+    def __init__(self, model: Config, train: MixingConfig) -> None:
         super().__init__()
         self.alpha, self.threshold, self.same_sign = train.mix_alpha, train.mix_similarity, train.mix_same_sign
-        self.limit = max(abs(model.label_min), abs(model.label_max))
+        self.limit = max(abs(model.inputs.label_min), abs(model.inputs.label_max))
         self.predictors = nn.ModuleDict({m: IntensityPredictor(model.width, self.limit) for m in MODALITIES})
 
     def plan(self, samples: Samples, generator: np.random.Generator) -> Plan | None:
