@@ -61,7 +61,9 @@ class OrtCudaBackend(OrtBackend):
         self.library, self.library_problem = self._library_path(), None
         self._options(self.library)
         # TF32 is the default there. It keeps 10 bits of a product's factors: scores miss the float32 bound.
-        provider = {"device_id": str(device), "use_tf32": "0", **({"enable_cuda_graph": "1"} if self.cuda_graph else {})}
+        provider = {"device_id": str(device), "use_tf32": "0"}
+        if self.cuda_graph:
+            provider["enable_cuda_graph"] = "1"
         self._providers = ((PROVIDER, provider), "CPUExecutionProvider")
 
     def _library_path(self) -> Path:

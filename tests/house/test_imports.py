@@ -191,16 +191,16 @@ def test_a_data_set_is_made_converted_and_cut_without_torch(tmp_path):
         """
         import sys
         from pathlib import Path
-        from hcmen.base.config import FeatureConfig, ModelConfig
+        from hcmen.base.inputs import FeatureConfig, Inputs
         from hcmen.data.convert import convert
         from hcmen.data.cut import main
         from hcmen.data.mmsa import read_mmsa
         from hcmen.data.synthetic import make_synthetic, write_synthetic
         folder = Path(sys.argv[1])
-        config = ModelConfig(FeatureConfig(8, 10), FeatureConfig(5, 16), FeatureConfig(4, 16))
-        write_synthetic(folder / "set.pkl", make_synthetic(config, (6, 2, 2)))
+        inputs = Inputs(FeatureConfig(8, 10), FeatureConfig(5, 16), FeatureConfig(4, 16))
+        write_synthetic(folder / "set.pkl", make_synthetic(inputs, (6, 2, 2)))
         convert(folder / "set.pkl", folder / "set")
-        assert len(read_mmsa(folder / "set", config).splits["train"]) == 6
+        assert len(read_mmsa(folder / "set", inputs).splits["train"]) == 6
         main([str(folder / "set"), "--all", "--out", str(folder / "clips")])
         """,
         str(tmp_path),

@@ -31,7 +31,6 @@ from hcmen.mamba.scan import causal_conv1d, causal_conv1d_ref, selective_scan, s
 from hcmen.models.hcmen.losses import AlignmentLoss
 from hcmen.training import command as train
 from hcmen.training import report
-from hcmen.training import trainer as training
 from hcmen.training.checkpoint import load_checkpoint, load_state
 from hcmen.training.config import TrainConfig, train_setting
 from hcmen.training.device import choose_device
