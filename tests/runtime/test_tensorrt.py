@@ -713,7 +713,6 @@ def test_compile_and_run_without_torch(micro_bundle, tmp_path):
         from helpers import fake_tensorrt
         from helpers.command import run
         from helpers.fake_cuda import FakeCuda
-from helpers.fake_tensorrt import compiled, machine
 
         cuda = FakeCuda()
         trt = sys.modules["tensorrt"] = fake_tensorrt.make("10.3.0", cuda)
