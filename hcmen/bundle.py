@@ -2,4 +2,4 @@
 
 from hcmen.base.moved import moved
 
-__getattr__ = moved(__name__, "hcmen.base.manifest", "hcmen.base.bundle")
+__getattr__ = moved(__name__, "hcmen.base.manifest", "hcmen.base.bundle", "hcmen.base.inputs")

@@ -8,7 +8,6 @@ ROOT = Path(__file__).resolve().parents[2]
 MOST_LINES = 500
 SUFFIXES = {".py", ".h", ".cc", ".cu", ".cmake"}
 LARGE = {
-    "hcmen/training/trainer.py": "one class, the loop; what is HCMEN's own in it goes to the model's folder",
     "runtime/backends/tensorrt.py": "one backend; what differs between flavours of TensorRT leaves it",
     "runtime/csrc/ort_operators.h": "names, order and types of both operators leave it for one table",
     "runtime/csrc/selective_scan.cu": "split only after a GPU has run it",

@@ -197,10 +197,10 @@ def test_a_data_set_is_made_converted_and_cut_without_torch(tmp_path):
         from hcmen.data.mmsa import read_mmsa
         from hcmen.data.synthetic import make_synthetic, write_synthetic
         folder = Path(sys.argv[1])
-        inputs = Inputs(FeatureConfig(8, 10), FeatureConfig(5, 16), FeatureConfig(4, 16))
-        write_synthetic(folder / "set.pkl", make_synthetic(inputs, (6, 2, 2)))
+        takes = Inputs(FeatureConfig(8, 10), FeatureConfig(5, 16), FeatureConfig(4, 16))
+        write_synthetic(folder / "set.pkl", make_synthetic(takes, (6, 2, 2)))
         convert(folder / "set.pkl", folder / "set")
-        assert len(read_mmsa(folder / "set", inputs).splits["train"]) == 6
+        assert len(read_mmsa(folder / "set", takes).splits["train"]) == 6
         main([str(folder / "set"), "--all", "--out", str(folder / "clips")])
         """,
         str(tmp_path),
