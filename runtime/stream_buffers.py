@@ -56,6 +56,7 @@ class Frames:
         self._first = self._last = 0
 
     def append(self, values: NDArray[np.float32]) -> None:
+        """Adds the newest frames, [time, features]."""
         total, count = len(values), min(len(values), self.capacity)
         if self._last + count > 2 * self.capacity:
             live = min(self._last - self._first, self.capacity)

@@ -93,10 +93,9 @@ def mamba_scan(
         delta_softplus=delta_softplus,
         return_last_state=return_last_state,
     )
-    y, last_state = found if return_last_state else (found, None)
-    y = y.transpose(1, 2)
+    y: Tensor = (found[0] if return_last_state else found).transpose(1, 2)
     y = y.flip(1) if reverse else y
-    return (y, last_state) if return_last_state else y
+    return (y, found[1]) if return_last_state else y
 
 
 def conv_limit(weight: Tensor) -> str | None:

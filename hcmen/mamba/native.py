@@ -115,7 +115,7 @@ def scan_by(
     assert A is not None
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     last_state = torch.empty(u.shape[0], u.shape[2], A.shape[1], dtype=torch.float32, device=u.device)
-    run(_scan_arguments(*dense, delta_softplus, reverse, y, last_state))  # type: ignore[arg-type]
+    run(_scan_arguments(*dense, delta_softplus, reverse, y, last_state))  # type: ignore[arg-type,call-arg]
     return y, last_state
 
 
@@ -135,7 +135,7 @@ def scan_gradients_by(
     names = ("du", "ddelta", "dA", "dB", "dC", "dD", "ddelta_bias", "dz", "dinitial_state")
     pointers = {name: pointer(g) for name, g in zip(names, grads, strict=True)}
     run(
-        _scan_arguments(*wide, delta_softplus, reverse, None, None),  # type: ignore[arg-type]
+        _scan_arguments(*wide, delta_softplus, reverse, None, None),  # type: ignore[arg-type,call-arg]
         ScanGradients(dy=pointer(dy), dlast_state=pointer(dlast_state), **pointers),
     )
     return [dy.new_empty(0) if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, originals, strict=True)]

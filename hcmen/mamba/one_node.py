@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from onnx import ModelProto, TensorProto, helper
 
@@ -18,6 +19,7 @@ __all__ = ["conv_model", "one_node_model", "scan_model", "selfcheck_conv_model",
 OPSET = 19
 IR_VERSION = 9
 Size = int | str
+Tensors = dict[str, tuple[str, Sequence[Size] | None]]
 _ELEMENT = {
     name: TensorProto.DataType.Value(name.upper().replace("FLOAT32", "FLOAT").replace("FLOAT64", "DOUBLE"))
     for name in ("float32", "float16", "float64", "bfloat16", "int32", "int64", "uint8", "bool", "string")
@@ -47,7 +49,7 @@ def scan_model(
     """
     series: list[Size] = [batch, time, channel]
     projection: list[Size] = [batch, time, state] if group is None else [batch, time, group, state]
-    inputs = {
+    inputs: Tensors = {
         "u": (dtype, series),
         "delta": (dtype, series),
         "A": ("float32", [channel, state]),
@@ -57,7 +59,7 @@ def scan_model(
         "delta_bias": ("float32", [channel]),
     }
     assert tuple(inputs) == SCAN_INPUTS
-    outputs: dict[str, tuple[str, list[Size]]] = {"y": (dtype, series)}
+    outputs: Tensors = {"y": (dtype, series)}
     if gated:
         inputs["z"] = (dtype, series)
     if stateful:
@@ -85,7 +87,7 @@ def conv_model(
     functions: bool = True,
 ) -> ModelProto:
     """One CausalConv1d node; arguments as in `scan_model`."""
-    inputs = {
+    inputs: Tensors = {
         "x": (dtype, [batch, time, channel]),
         "weight": ("float32", [channel, width]),
         "bias": ("float32", [channel]),
@@ -104,7 +106,7 @@ def one_node_model(
     op_type: str,
     inputs: Mapping[str, tuple[str, Sequence[Size] | None]],
     outputs: Mapping[str, tuple[str, Sequence[Size] | None]],
-    attributes: Mapping[str, object],
+    attributes: Mapping[str, Any],
     *,
     functions: bool = True,
 ) -> ModelProto:
@@ -114,13 +116,13 @@ def one_node_model(
         inputs, outputs: name -> (dtype, shape), in the order of the node; None for a shape: unknown, rank included.
         attributes: those that both operators have in common are added.
     """
-    plugin = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
+    plugin: dict[str, Any] = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
     node = helper.make_node(op_type, list(inputs), list(outputs), name="node", domain=DOMAIN, **plugin, **attributes)
-    values = [
+    given, made = (
         [helper.make_tensor_value_info(name, _ELEMENT[dtype], shape) for name, (dtype, shape) in side.items()]
         for side in (inputs, outputs)
-    ]
-    graph = helper.make_graph([node], op_type, *values)
+    )
+    graph = helper.make_graph([node], op_type, given, made)
     model = helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],

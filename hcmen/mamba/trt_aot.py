@@ -131,7 +131,7 @@ def _kernel(kind: str, switches: ScanSwitches | ConvSwitches, sizes: dict[str, i
     macros = {**flags, **{key: int(value) for key, value in sizes.items()}}
     # Two modules of an engine may not show the same name for different code.
     name = "_".join(["hcmen_aot", kind, *(f"{key.lower()}{value}" for key, value in macros.items())])
-    pairs = {"KERNEL": name, "THREADS": THREADS, **macros}
+    pairs: dict[str, int | str] = {"KERNEL": name, "THREADS": THREADS, **macros}
     return Kernel(name, tuple((f"HCMEN_{key}", value) for key, value in pairs.items()), rows)
 
 

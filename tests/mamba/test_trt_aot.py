@@ -154,7 +154,7 @@ def emulate(kernel: Kernel, blocks: int, tensors: list[np.ndarray], batch: int, 
     if emulated.compiler() is None:
         pytest.skip("there is no C++ compiler")
     library = folder / f"{kernel.name}.so"
-    flags = ["-O1", "-shared", "-fPIC", "-I", str(ROOT / "export"), *kernel.options]
+    flags = ["-O1", "-shared", "-fPIC", "-I", str(ROOT / "hcmen" / "mamba"), *kernel.options]
     made = emulated.build(library, flags, [emulated.EMULATION / "trt_aot_driver.cc"])
     assert made.returncode == 0, made.stderr[-3000:]
     launch = ctypes.CDLL(str(library)).launch_aot

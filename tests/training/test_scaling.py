@@ -29,6 +29,7 @@ from hcmen.evaluation.command import main as evaluate_main
 from hcmen.mamba import native, scan
 from hcmen.mamba.scan import causal_conv1d, causal_conv1d_ref, selective_scan, selective_scan_ref
 from hcmen.training import command as train
+from hcmen.training import report
 from hcmen.training import trainer as training
 from hcmen.training.checkpoint import load_checkpoint, load_state
 from hcmen.training.config import TrainConfig, train_setting
@@ -421,10 +422,10 @@ def test_curves_show_the_terms_that_are_on(tmp_path: Path, dataset) -> None:
         ),
     ):
         history = trained(tmp_path, dataset, dataclasses.replace(TRAIN, epochs=2, **changes)).history
-        drawn = train._drawn_terms(history)
+        drawn = report._drawn_terms(history)
         assert set(drawn) == {"task: squared error", "alignment: nats", *extra}
         assert drawn["task: squared error"] == [r["task_loss"] for r in history]
-    assert set(train._drawn_terms(trained(tmp_path, dataset, SINGLE).history)) == {"task: squared error"}
+    assert set(report._drawn_terms(trained(tmp_path, dataset, SINGLE).history)) == {"task: squared error"}
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------
