@@ -22,6 +22,7 @@ from helpers import emulated
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "runtime" / "csrc"
+PLUGINS = [SOURCES / name for name in ("trt_plugin.cc", "trt_fields.cc", "trt_log.cc")]
 INCLUDES = [Path(p) for p in os.environ.get("TENSORRT_INCLUDE_DIR", "").split(":") if p]
 LEANS = [p for p in os.environ.get("TENSORRT_LEAN_DIR", "").split(":") if p]
 pytestmark = pytest.mark.skipif(not INCLUDES, reason="TENSORRT_INCLUDE_DIR names no folder of TensorRT headers")
@@ -138,7 +139,7 @@ def test_the_cuda_kernels_give_the_reference_numbers(built: Build, tmp_path: Pat
         pytest.skip("the kernels do not depend on the version of TensorRT: once is enough")
     library = tmp_path / "libhcmen_trt_emulated.so"
     flags = ["-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wno-error", "-ldl", *built.system_includes]
-    made = emulated.build(library, flags, [*emulated.KERNELS, SOURCES / "trt_plugin.cc"])
+    made = emulated.build(library, flags, [*emulated.KERNELS, *PLUGINS])
     assert made.returncode == 0, made.stderr[-3000:]
     assert built.check(library, "enqueue-emulated").stderr == ""
 
