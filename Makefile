@@ -19,7 +19,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	mkdir -p build/typing/hcmen
-	ln -sfn $(CURDIR)/hcmen/*.py $(CURDIR)/hcmen/data $(CURDIR)/export $(CURDIR)/runtime build/typing/hcmen/
+	ln -sfn $(CURDIR)/hcmen/*.py $(CURDIR)/hcmen/base $(CURDIR)/hcmen/data $(CURDIR)/export $(CURDIR)/runtime build/typing/hcmen/
 	$(BIN)/mypy
 
 bench: $(VENV)/installed

@@ -474,8 +474,8 @@ def _manifest(
     import onnx
     import torch
 
+    from hcmen.base.op import IR_VERSION, OPSET
     from hcmen.bundle import Manifest, VariantRecord, expected_inputs, expected_outputs, file_record
-    from hcmen.export.to_onnx import IR_VERSION, OPSET
 
     content = (checkpoint / "checkpoint.safetensors").read_bytes()
     tokenizer = folder / "tokenizer.json"

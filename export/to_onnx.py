@@ -22,17 +22,14 @@ import torch
 from onnxscript import ir
 from torch import Tensor, nn
 
+from hcmen.base.op import IR_VERSION, OPSET
 from hcmen.clip import TEXT_TOKENS
 from hcmen.errors import BackendError
 from hcmen.export.scan_function import add_functions
 from hcmen.modalities import Variant
 from hcmen.model import HCMEN
 
-__all__ = ["IR_VERSION", "OPSET", "export_variant", "share_weights"]
-
-# The newest that ONNX Runtime 1.17 reads, the oldest runtime that is supported.
-OPSET = 19
-IR_VERSION = 9
+__all__ = ["export_variant", "share_weights"]
 
 _FOLD_ANY_SIZE = 1 << 40
 

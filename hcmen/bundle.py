@@ -36,6 +36,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hcmen.base.op import DOMAIN as OP_DOMAIN
+from hcmen.base.op import IR_VERSION, OPSET
+from hcmen.base.op import VERSION as OP_VERSION
 from hcmen.config import ModelConfig
 from hcmen.errors import BackendError, CorruptFileError, HcmenError, InputError
 from hcmen.modalities import MODALITIES, VARIANTS, variant_named
@@ -64,8 +67,6 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-OP_DOMAIN = "hcmen"
-OP_VERSION = 1
 NAME = "hcmen"
 MANIFEST_FILE = "manifest.json"
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -125,8 +126,8 @@ class Manifest:
     versions: Mapping[str, str]
     source: Mapping[str, Any]
     created: str
-    opset: int = 19
-    ir_version: int = 9
+    opset: int = OPSET
+    ir_version: int = IR_VERSION
     precision: str = "fp32"
     name: str = NAME
     op_domain: str = OP_DOMAIN

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import hcmen.runtime
+from hcmen.base.op import OPERATORS
 from hcmen.bundle import OP_DOMAIN, OP_VERSION, Bundle, VariantRecord
 from hcmen.engines import EngineRecord, read_engines
 from hcmen.errors import BackendError, CorruptFileError, InputError
@@ -47,7 +48,7 @@ __all__ = [
 
 OLDEST_TENSORRT = (10, 3)
 PLUGIN_LIBRARY = "libhcmen_trt.so"
-PLUGINS = ("SelectiveScan", "CausalConv1d")
+PLUGINS = tuple(OPERATORS)
 TOLERANCES = {"fp32": (1e-4, 1e-4), "fp16": (2e-2, 1e-2)}
 """precision -> (atol, rtol) of an engine against the eager model."""
 KERNELS = {"library": NATIVE, "aot": NATIVE, "function": FUNCTIONS, "none": STANDARD}

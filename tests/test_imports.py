@@ -17,7 +17,7 @@ from helpers.small_bundle import clip_arrays
 from hcmen.clip import write_clip
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = {"__init__", "modalities", "config", "clip", "bundle", "engines", "metrics", "errors", "files"}
+BASE = {"__init__", "base", "modalities", "config", "clip", "bundle", "engines", "metrics", "errors", "files"}
 FOLDERS = {"hcmen": ROOT / "hcmen", "hcmen.runtime": ROOT / "runtime", "hcmen.export": ROOT / "export"}
 HEAVY = ("torch", "onnxruntime", "onnx", "onnxscript", "tensorrt", "matplotlib", "rich", "safetensors", "transformers")
 

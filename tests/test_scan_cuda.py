@@ -52,7 +52,7 @@ class Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Any, ...]:
         tensors = ctx.saved_tensors
-        grads = scan_cuda._scan_backward(dy, dlast, *tensors, ctx.delta_softplus, ctx.reverse)
+        grads = scan_cuda._scan_backward(dy, dlast, *tensors, *ctx.switches)
         return (*(None if x is None else g for g, x in zip(grads, tensors, strict=True)), None, None)
 
 
@@ -64,7 +64,7 @@ class Conv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return (*scan_cuda._conv_backward(dy, *ctx.saved_tensors, ctx.silu, ctx.reverse), None, None)
+        return (*scan_cuda._conv_backward(dy, *ctx.saved_tensors, *ctx.switches), None, None)
 
 
 def scan_inputs(dtype: torch.dtype, gated: bool, stateful: bool) -> list[Tensor | None]:

@@ -1,0 +1,1 @@
+"""What everything else stands on: needs NumPy and click alone, and imports nothing else of hcmen."""
