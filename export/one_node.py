@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from onnx import ModelProto, TensorProto, helper
 
@@ -37,13 +38,10 @@ def scan_model(
     *,
     group: int | None = None,
     dtype: str = "float32",
-    delta_softplus: bool = False,
-    reverse: bool = False,
-    gated: bool = False,
-    stateful: bool = False,
     batch: Size = "batch",
     time: Size = "time",
     functions: bool = True,
+    **switches: bool,
 ) -> ModelProto:
     """One SelectiveScan node whose inputs and outputs are the graph's, under the names of docs/op.md.
 
@@ -51,18 +49,14 @@ def scan_model(
         group: None gives B and C rank 3, a number gives them rank 4.
         batch, time: a number, or the name of a dynamic size.
         functions: carry the model-local function.
+        switches: attributes of docs/op.md; those that are left out have their default.
     """
     sizes: dict[str, Size] = {"batch": batch, "time": time, "channel": channel, "state": state}
     if group is not None:
         sizes["group"] = group
-    attributes = {
-        "delta_softplus": int(delta_softplus),
-        "reverse": int(reverse),
-        "gated": int(gated),
-        "stateful": int(stateful),
-        "scan_input_directions": [int(reverse)] * 4,
-        "scan_output_directions": [int(reverse)],
-    }
+    attributes: dict[str, Any] = {**SELECTIVE_SCAN.defaults, **{name: int(on) for name, on in switches.items()}}
+    reverse = attributes["reverse"]
+    attributes |= {"scan_input_directions": [reverse] * 4, "scan_output_directions": [reverse]}
     return _model(SELECTIVE_SCAN, sizes, dtype, attributes, functions)
 
 

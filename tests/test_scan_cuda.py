@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from helpers import emulated
-from helpers.emulated import EMULATION, KERNELS
 from torch import Tensor
 
 from hcmen import scan, scan_cuda
@@ -21,13 +20,10 @@ from hcmen.scan import causal_conv1d_ref, selective_scan_ref
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def library() -> Any:
     if emulated.compiler() is None:
         pytest.skip("there is no C++ compiler")
-    path = tmp_path_factory.mktemp("emulated") / "libemulated.so"
-    built = emulated.build(path, ["-O1", "-shared", "-fPIC"], [*KERNELS, EMULATION / "control.cc"])
-    assert built.returncode == 0, built.stderr
-    return emulated.load(path)
+    return emulated.kernels_library()
 
 
 @pytest.fixture(autouse=True)

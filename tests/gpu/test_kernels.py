@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers.kernel_cases import ScanCase, scan_arrays
+from helpers.op_cases import ScanCase, scan_arrays
 from test_cuda_kernels import (  # noqa: F401
     one_thread,
     test_addresses_that_are_no_multiple_of_four_elements,
