@@ -109,10 +109,10 @@ def _scans() -> list[ScanCase]:
 def _convs() -> list[ConvCase]:
     switches = list(itertools.product(("float32", "float16"), (False, True), (False, True)))
     cases = [ConvCase(2, 9, 5, width, *on) for width in (1, 2, 3, 4, 5, 7, 9) for on in switches]
-    sizes = itertools.product((1, 2, 3, 4, 7), (1, 15, 16, 17, 131, 512), ((1, 3), (2, 1), (7, 3), (500, 1)))
+    sizes = list(itertools.product((1, 2, 3, 4, 7), (1, 15, 16, 17, 131, 512), ((1, 3), (2, 1), (7, 3), (500, 1))))
+    drawn = np.random.default_rng(0).integers(len(switches), size=len(sizes))
     for index, (width, channel, (time, batch)) in enumerate(sizes):
-        for on in (switches[index % 8], switches[(index + 5) % 8]):
-            cases.append(ConvCase(batch, time, channel, width, *on, seed=index))
+        cases.append(ConvCase(batch, time, channel, width, *switches[drawn[index]], seed=index))
     return cases
 
 
