@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard runtime/csrc/*)
 
-.PHONY: demo test lint bench exhaustive arm cuda-architectures clean
+.PHONY: demo test lint types bench exhaustive arm cuda-architectures clean
 
 demo: $(VENV)/installed
 	$(BIN)/python samples/demo.py
@@ -15,11 +15,14 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-lint: $(VENV)/installed
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p build/typing/hcmen
-	ln -sfn $(CURDIR)/hcmen/*.py $(CURDIR)/hcmen/base $(CURDIR)/hcmen/data $(CURDIR)/export $(CURDIR)/runtime build/typing/hcmen/
+
+# mypy over the three folders as the one package they are installed as; an editor may look there as well.
+types: $(VENV)/installed
+	rm -rf build/typing && mkdir -p build/typing/hcmen
+	ln -s $(CURDIR)/hcmen/* $(CURDIR)/export $(CURDIR)/runtime build/typing/hcmen/
 	$(BIN)/mypy
 
 bench: $(VENV)/installed

@@ -25,15 +25,15 @@ from typing import Any
 import numpy as np
 from machine import describe
 
-from hcmen.bundle import read_bundle
-from hcmen.clip import write_clip
-from hcmen.modalities import MODALITIES
+from hcmen.base.bundle import read_bundle
+from hcmen.base.clip import write_clip
+from hcmen.base.modalities import MODALITIES
 
 EAGER = """
 import sys
 from pathlib import Path
 import numpy as np, torch
-from hcmen.checkpoint import load_checkpoint
+from hcmen.training.checkpoint import load_checkpoint
 model, _ = load_checkpoint(Path(sys.argv[1]))
 clip = np.load(sys.argv[2])
 features = {m: torch.from_numpy(clip[m])[None] for m in ("text", "audio", "vision")}
@@ -57,7 +57,7 @@ mark("import numpy")
 import onnxruntime
 mark("import onnxruntime")
 base = proportional()
-import hcmen.runtime.predictor, hcmen.runtime.ort
+import hcmen.runtime.predictor, hcmen.runtime.backends.ort
 mark("import hcmen.runtime")
 model = hcmen.runtime.predictor.load(sys.argv[1])
 mark("read the manifest")
@@ -79,9 +79,9 @@ print(json.dumps({"steps": dict(marks), "memory": [base, one, full]}))
 
 def full_length(bundle: Path) -> dict[str, np.ndarray]:
     """A random clip of the longest that the bundle takes."""
-    config, rng = read_bundle(bundle).manifest.model, np.random.default_rng(0)
+    takes, rng = read_bundle(bundle).manifest.inputs, np.random.default_rng(0)
     return {
-        m: rng.standard_normal((config.modality(m).max_steps, config.modality(m).features)).astype(np.float32)
+        m: rng.standard_normal((takes.modality(m).max_steps, takes.modality(m).features)).astype(np.float32)
         for m in MODALITIES
     }
 
@@ -132,7 +132,7 @@ def main() -> None:
     commands = {
         "import numpy and onnxruntime": [sys.executable, "-c", "import numpy, onnxruntime"],
         "import hcmen.runtime as well": [
-            *(sys.executable, "-c", "import numpy, onnxruntime, hcmen.runtime.predictor, hcmen.runtime.ort"),
+            *(sys.executable, "-c", "import numpy, onnxruntime, hcmen.runtime.predictor, hcmen.runtime.backends.ort"),
         ],
         "hcmen-run": [str(Path(sys.executable).parent / "hcmen-run"), str(a.clip), "--bundle", str(a.bundle)],
         "eager PyTorch": [sys.executable, "-c", EAGER, str(a.train), str(a.clip)],

@@ -33,16 +33,17 @@ from machine import describe
 from onnx import TensorProto, helper, numpy_helper
 from torch.utils.flop_counter import FlopCounterMode
 
-import hcmen.layers
-from hcmen.checkpoint import save_checkpoint, write_json
-from hcmen.config import TrainConfig, preset_named
-from hcmen.export.command import export_bundle
-from hcmen.modalities import MODALITIES, VARIANTS
-from hcmen.model import HCMEN
+import hcmen.models.hcmen.layers
+from hcmen.base.console import Console
+from hcmen.base.library import library_path, load_library
+from hcmen.base.modalities import MODALITIES, VARIANTS
+from hcmen.export.bundle import export_bundle
+from hcmen.mamba.scan import implementation
+from hcmen.models.hcmen.model import HCMEN
 from hcmen.runtime import load
-from hcmen.runtime.cli import Console
-from hcmen.runtime.library import library_path, load_library
-from hcmen.scan import implementation
+from hcmen.training.checkpoint import save_checkpoint, write_json
+from hcmen.training.config import TrainConfig
+from hcmen.training.presets import preset_named
 
 Run = Callable[[], Any]
 PAUSE_S = 0.03
@@ -138,18 +139,18 @@ def arithmetic(model: HCMEN, feed: dict[str, np.ndarray]) -> dict[str, int]:
     exponentials = 0
 
     def counting(
-        u: Any, delta: Any, A: Any, *rest: Any, real: Any = hcmen.layers.selective_scan, **options: Any
+        u: Any, delta: Any, A: Any, *rest: Any, real: Any = hcmen.models.hcmen.layers.selective_scan, **options: Any
     ) -> Any:
         nonlocal exponentials
         exponentials += u.numel() * A.shape[1]
         return real(u, delta, A, *rest, **options)
 
-    kept, hcmen.layers.selective_scan = hcmen.layers.selective_scan, counting
+    kept, hcmen.models.hcmen.layers.selective_scan = hcmen.models.hcmen.layers.selective_scan, counting
     try:
         with FlopCounterMode(display=False) as counter:
             eager(model, feed, 1, "native")()
     finally:
-        hcmen.layers.selective_scan = kept
+        hcmen.models.hcmen.layers.selective_scan = kept
     return {"flop": counter.get_total_flops(), "scan_exponentials": exponentials}
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from hcmen.runtime.library import ConvArguments, ScanArguments, library_isa, load_library
+from hcmen.base.library import ConvArguments, ScanArguments, library_isa, load_library
 
 __all__ = ["keep_apart", "main", "plot_linear"]
 
@@ -243,8 +243,8 @@ def shorts(rounds: int) -> list[dict[str, Any]]:
     """Two threads on little work: through the C interface's pool and ONNX Runtime's, in a row and after a rest."""
     import onnxruntime
 
-    from hcmen.export.one_node import scan_model
-    from hcmen.runtime.library import library_path
+    from hcmen.base.library import library_path
+    from hcmen.mamba.one_node import scan_model
 
     results = []
     for channels, steps in SHORT:

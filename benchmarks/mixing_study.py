@@ -29,14 +29,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from machine import describe
 
-from hcmen import metrics
-from hcmen.checkpoint import load_checkpoint, write_json, write_whole
-from hcmen.config import MIXES, TrainConfig, preset_named
+from hcmen.base import metrics
 from hcmen.data import MultimodalDataset, Split
 from hcmen.data.mmsa import dataset_from_mmsa
 from hcmen.data.synthetic import SAMPLES, make_synthetic
-from hcmen.evaluate import predict_variants
-from hcmen.training import Trainer
+from hcmen.training.checkpoint import load_checkpoint, write_json, write_whole
+from hcmen.training.config import MIXES, TrainConfig
+from hcmen.training.evaluate import predict_variants
+from hcmen.training.presets import preset_named
+from hcmen.training.trainer import Trainer
 
 # What each arm changes: of the model, of the training.
 Arm = tuple[Mapping[str, Any], Mapping[str, Any]]
@@ -163,7 +164,9 @@ def main() -> None:
     done = {(r["arm"], r["samples"], r["seed"]) for r in results["runs"]}
 
     preset = preset_named("tiny")
-    dataset = dataset_from_mmsa(make_synthetic(preset.model, tuple(settings["set"]), 0), "synthetic", preset.model)
+    dataset = dataset_from_mmsa(
+        make_synthetic(preset.model.inputs, tuple(settings["set"]), 0), "synthetic", preset.model.inputs
+    )
     a.out.parent.mkdir(parents=True, exist_ok=True)
     # Seeds outermost: a study that is stopped early has every arm.
     for seed in a.seeds:

@@ -49,13 +49,14 @@ import numpy.typing as npt
 import torch
 from machine import describe
 
-from hcmen import metrics
-from hcmen.checkpoint import write_json, write_whole
-from hcmen.config import FeatureConfig, preset_named
+from hcmen.base import metrics
+from hcmen.base.inputs import FeatureConfig
 from hcmen.data import MultimodalDataset
 from hcmen.data.mmsa import dataset_from_mmsa
 from hcmen.data.protocols import PROTOCOLS, Masks
 from hcmen.data.synthetic import make_synthetic, write_synthetic
+from hcmen.training.checkpoint import write_json, write_whole
+from hcmen.training.presets import preset_named
 
 Array = npt.NDArray[Any]
 
@@ -152,7 +153,7 @@ def prepare(samples: tuple[int, int, int], folder: Path) -> Material:
     folder.mkdir(parents=True, exist_ok=True)
     config = preset_named("tiny").model
     config = dataclasses.replace(config, text=FeatureConfig(BERT["hidden"], config.text.max_steps))
-    raw = make_synthetic(config, samples, 0)
+    raw = make_synthetic(config.inputs, samples, 0)
     sets = {"raw": raw, "standardised": standardised(raw)}
     files = {}
     for name, data in sets.items():
@@ -161,7 +162,7 @@ def prepare(samples: tuple[int, int, int], folder: Path) -> Material:
         write_synthetic(files[name], data)
     bert = folder / f"bert.{os.getpid()}"
     write_bert(bert)
-    dataset = dataset_from_mmsa(raw, "synthetic", config)
+    dataset = dataset_from_mmsa(raw, "synthetic", config.inputs)
     intra = PROTOCOLS["intra"]
     validation = {k: v for k, v in intra.apply(dataset.splits["valid"], 1).items() if k in CHOOSING}
     return Material(sets, dataset, validation, intra.apply(dataset.splits["test"], 0), files, bert)
@@ -196,8 +197,8 @@ class Ours:
     """HCMEN: the preset `tiny` with the small BERT inside, trained as hcmen-train does."""
 
     def __init__(self, material: Material, learning_rate: float, seed: int, sizes: Sizes, folder: Path) -> None:
-        from hcmen.text_encoder import read_sizes
-        from hcmen.training import Trainer
+        from hcmen.models.text_encoder import read_sizes
+        from hcmen.training.trainer import Trainer
 
         preset = preset_named("tiny")
         encoder, hidden = read_sizes(material.bert)
@@ -212,7 +213,7 @@ class Ours:
             learning_rate=learning_rate,
             text_encoder_learning_rate=learning_rate,
         )
-        self._dataset = dataset_from_mmsa(material.raw["raw"], "synthetic", config)
+        self._dataset = dataset_from_mmsa(material.raw["raw"], "synthetic", config.inputs)
         self._trainer = Trainer(config, train, self._dataset, folder, text_encoder=material.bert)
         self.model: torch.nn.Module = self._trainer.model
         self.text_encoder: torch.nn.Module = self._trainer.model.text_encoder
@@ -231,7 +232,7 @@ class Ours:
         self._trainer.run(step, epoch)
 
     def predict(self, split: str, masks: Masks) -> Array:
-        from hcmen.evaluate import predict_masked
+        from hcmen.training.evaluate import predict_masked
 
         return predict_masked(self._trainer.model, self._dataset.splits[split], masks)
 

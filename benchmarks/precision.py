@@ -34,22 +34,23 @@ from machine import describe
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from text_encoder import BERT_BASE
 
-from hcmen.checkpoint import load_checkpoint, write_json, write_whole
-from hcmen.config import ModelConfig, preset_named
+from hcmen.base.console import Console
+from hcmen.base.modalities import Variant, variant_named
 from hcmen.data.mmsa import dataset_from_mmsa
 from hcmen.data.synthetic import make_synthetic
 from hcmen.data.trained_on import dataset_of
-from hcmen.evaluate import predict
-from hcmen.export.command import export_bundle
+from hcmen.export.bundle import export_bundle
+from hcmen.export.float16 import half_weights, to_float16
+from hcmen.export.int8 import activation_ranges, linear_layers, quantised
 from hcmen.export.parity import golden_cases, parity_clips
-from hcmen.export.precision import half_weights, to_float16
-from hcmen.export.quantize import activation_ranges, linear_layers, quantised
 from hcmen.export.reduced import LabelledData, moved, side_by_side
-from hcmen.export.to_onnx import export_variant
-from hcmen.modalities import Variant, variant_named
-from hcmen.model import HCMEN
-from hcmen.runtime.cli import Console
-from hcmen.runtime.ort import OrtBackend
+from hcmen.export.variants import export_variant
+from hcmen.models.hcmen.config import ModelConfig
+from hcmen.models.hcmen.model import HCMEN
+from hcmen.runtime.backends.ort import OrtBackend
+from hcmen.training.checkpoint import load_checkpoint, write_json, write_whole
+from hcmen.training.evaluate import predict
+from hcmen.training.presets import preset_named
 
 Making = Callable[[ModelProto], ModelProto]
 
@@ -123,7 +124,7 @@ def trained(checkpoint: Path, say: Console) -> dict[str, Any]:
 def alternatives(checkpoint: Path, rounds: int, say: Console) -> dict[str, Any]:
     """Ways of fewer bits, on the graph of all modalities."""
     model, about = load_checkpoint(checkpoint)
-    data = LabelledData(dataset_of(checkpoint, about, model.config, None, say.note, "judging"))
+    data = LabelledData(dataset_of(checkpoint, about, model.config.inputs, None, say.note, "judging"))
     variant = variant_named("full")
     graph = export_variant(model, variant)
     ranges = activation_ranges(graph, data.calibration(variant))
@@ -135,7 +136,7 @@ def alternatives(checkpoint: Path, rounds: int, say: Console) -> dict[str, Any]:
         "int8, ranges of each input, 7-bit weights": dynamic,
     }
     eager = predict(model, data.valid, variant)
-    clip = parity_clips(model.config)[1]
+    clip = parity_clips(model.config.inputs)[1]
     found = {}
     for name, make in ways.items():
         made = make(graph)
@@ -159,8 +160,8 @@ def random_weights(config: ModelConfig, names: list[str], rounds: int, say: Cons
     """Sizes, times and differences of a model of random weights."""
     torch.manual_seed(0)
     model = HCMEN(config).eval()
-    data = LabelledData(dataset_from_mmsa(make_synthetic(config, (32, 8, 8), 0), "synthetic", config))
-    clips = parity_clips(config, seed=1)
+    data = LabelledData(dataset_from_mmsa(make_synthetic(config.inputs, (32, 8, 8), 0), "synthetic", config.inputs))
+    clips = parity_clips(config.inputs, seed=1)
     found: dict[str, Any] = {}
     for name in names:
         variant = variant_named(name)

@@ -55,7 +55,7 @@ def scan(data: dict[str, Any]) -> str:
         "channels x steps x states",
         "our kernel",
         "standard ONNX `Scan`",
-        "`hcmen.scan.selective_scan_ref`",
+        "`hcmen.mamba.scan.selective_scan_ref`",
         "`mamba_ssm`'s `selective_scan_ref`",
         "share of exp rate",
         "2 threads over 1",

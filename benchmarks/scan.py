@@ -6,7 +6,7 @@ All methods run in one process on the same float32 data (batch 1, with softplus,
 a load that comes and goes falls on all of them alike. Reported are medians with the number of runs. The methods:
 
     native        our kernels through the C interface
-    torch_op      the same through hcmen.scan.selective_scan, without gradients
+    torch_op      the same through hcmen.mamba.scan.selective_scan, without gradients
     ort_op        the same as an ONNX Runtime operator, a model of one node
     onnx_scan     the standard ONNX Scan in ONNX Runtime, written by hand as lean as we know how: the honest opponent
     onnx_function the model-local function our models carry, in ONNX Runtime without our library
@@ -41,9 +41,9 @@ from kernels import keep_apart, plot_linear
 from machine import describe
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from hcmen.export.one_node import scan_model
-from hcmen.runtime.library import ScanArguments, library_isa, library_path, load_library
-from hcmen.scan import implementation, selective_scan, selective_scan_ref
+from hcmen.base.library import ScanArguments, library_isa, library_path, load_library
+from hcmen.mamba.one_node import scan_model
+from hcmen.mamba.scan import implementation, selective_scan, selective_scan_ref
 
 # channels, steps, states; the first is the one that targets are stated for.
 CASES = [(512, 500, 16)] + [

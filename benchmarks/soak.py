@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hcmen.modalities import variant_named
+from hcmen.base.modalities import variant_named
 from hcmen.runtime import Predictor, load
 
 BOUNDS = {"heap_bytes": 2.0, "python_blocks": 0.02, "resident_bytes": 8.0}
@@ -72,7 +72,7 @@ def clips_of(model: Predictor, variant: str, rng: np.random.Generator, *, longes
     for _ in range(4 if longest else int(rng.integers(1, 5))):
         clip = {}
         for m in variant_named(variant).present:
-            sizes = model.config.modality(m)
+            sizes = model.inputs.modality(m)
             steps = sizes.max_steps if longest else int(rng.integers(1, sizes.max_steps + 1))
             clip[m] = rng.standard_normal((steps, sizes.features), np.float32)
         clips.append(clip)

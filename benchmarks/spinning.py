@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from machine import describe
 
-from hcmen.modalities import MODALITIES
+from hcmen.base.modalities import MODALITIES
 from hcmen.runtime import Predictor, load
 
 
@@ -44,9 +44,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
     models = {(s, t): [load(a.bundle, threads=t, spin=s) for _ in range(2)] for s in (True, False) for t in a.threads}
-    config = next(iter(models.values()))[0].config
+    takes = next(iter(models.values()))[0].inputs
     rng = np.random.default_rng(0)
-    sizes = {m: config.modality(m) for m in MODALITIES}
+    sizes = {m: takes.modality(m) for m in MODALITIES}
     clip = {m: rng.standard_normal((s.max_steps, s.features), np.float32) for m, s in sizes.items()}
     for pair in models.values():
         for model in pair:

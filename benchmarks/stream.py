@@ -38,12 +38,13 @@ def bundle_of(preset: str, folder: Path) -> Path:
     if not path.exists():
         import torch
 
-        from hcmen.checkpoint import save_checkpoint
-        from hcmen.config import TrainConfig, preset_named
-        from hcmen.export.command import export_bundle
-        from hcmen.modalities import variant_named
-        from hcmen.model import HCMEN
-        from hcmen.runtime.cli import Console
+        from hcmen.base.console import Console
+        from hcmen.base.modalities import variant_named
+        from hcmen.export.bundle import export_bundle
+        from hcmen.models.hcmen.model import HCMEN
+        from hcmen.training.checkpoint import save_checkpoint
+        from hcmen.training.config import TrainConfig
+        from hcmen.training.presets import preset_named
 
         torch.manual_seed(0)
         model = HCMEN(preset_named(preset).model).eval()
@@ -56,11 +57,11 @@ def bundle_of(preset: str, folder: Path) -> Path:
 def measure(path: Path, seconds: Fraction, windows: int, threads: int) -> dict[str, Any]:
     """One stream of `windows` windows."""
     model = load(path, threads=threads)
-    rates = {m: Fraction(model.config.modality(m).max_steps) / seconds for m in ("audio", "vision")}
+    rates = {m: Fraction(model.inputs.modality(m).max_steps) / seconds for m in ("audio", "vision")}
     hop = seconds / HOPS
     stream = model.stream("text_missing", window=seconds, hop=hop, rates=rates)
     rng = np.random.default_rng(0)
-    source = {m: rng.standard_normal((1 << 16, model.config.modality(m).features), np.float32) for m in rates}
+    source = {m: rng.standard_normal((1 << 16, model.inputs.modality(m).features), np.float32) for m in rates}
     sent = dict.fromkeys(rates, 0)
     latency, run = np.zeros(windows), np.zeros(windows)
     held: list[dict[str, int]] = []
@@ -90,7 +91,7 @@ def measure(path: Path, seconds: Fraction, windows: int, threads: int) -> dict[s
         "threads": threads,
         "window_seconds": float(seconds),
         "hop_seconds": float(hop),
-        "frames_per_window": {m: model.config.modality(m).max_steps for m in rates},
+        "frames_per_window": {m: model.inputs.modality(m).max_steps for m in rates},
         "stream_seconds": float(step * hop / 10),
         "n": windows,
         "latency_ms": milliseconds(latency),

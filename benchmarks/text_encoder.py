@@ -25,13 +25,15 @@ import numpy as np
 import torch
 from machine import describe
 
-from hcmen.checkpoint import save_checkpoint, write_json
-from hcmen.config import TextEncoderConfig, TrainConfig, preset_named
-from hcmen.export.command import export_bundle
-from hcmen.modalities import VARIANTS, variant_named
-from hcmen.model import HCMEN
+from hcmen.base.console import Console
+from hcmen.base.modalities import VARIANTS, variant_named
+from hcmen.export.bundle import export_bundle
+from hcmen.models.hcmen.model import HCMEN
+from hcmen.models.text_encoder_config import TextEncoderConfig
 from hcmen.runtime import load
-from hcmen.runtime.cli import Console
+from hcmen.training.checkpoint import save_checkpoint, write_json
+from hcmen.training.config import TrainConfig
+from hcmen.training.presets import preset_named
 
 BERT_BASE = TextEncoderConfig(vocabulary=30522, layers=12, heads=12, intermediate=3072, positions=512)
 

@@ -39,14 +39,14 @@ import torch
 from machine import describe
 from torch.profiler import ProfilerActivity, profile
 
-import hcmen.layers
-from hcmen.config import preset_named
+import hcmen.models.hcmen.layers
+from hcmen.base.library import library_isa
 from hcmen.data import MultimodalDataset
 from hcmen.data.mmsa import dataset_from_mmsa
 from hcmen.data.synthetic import SAMPLES, make_synthetic
-from hcmen.runtime.library import library_isa
-from hcmen.scan import implementation, selective_scan_ref
-from hcmen.training import Trainer
+from hcmen.mamba.scan import implementation, selective_scan_ref
+from hcmen.training.presets import preset_named
+from hcmen.training.trainer import Trainer
 
 TARGET = 10.0
 # Of an operation's name, the first that fits.
@@ -79,12 +79,12 @@ def quartiles(seconds: Sequence[float]) -> dict[str, Any]:
 @contextmanager
 def reference_scan() -> Iterator[None]:
     """Within the block the model's scans are `selective_scan_ref`, its convolutions what they were."""
-    before = hcmen.layers.selective_scan
-    hcmen.layers.selective_scan = selective_scan_ref  # type: ignore[assignment]
+    before = hcmen.models.hcmen.layers.selective_scan
+    hcmen.models.hcmen.layers.selective_scan = selective_scan_ref  # type: ignore[assignment]
     try:
         yield
     finally:
-        hcmen.layers.selective_scan = before
+        hcmen.models.hcmen.layers.selective_scan = before
 
 
 class Bench:
@@ -195,7 +195,7 @@ def main() -> None:
     machine = describe()
     say("making the synthetic set")
     chosen = preset_named("mosi")
-    dataset = dataset_from_mmsa(make_synthetic(chosen.model, SAMPLES["mosi"]), "synthetic", chosen.model)
+    dataset = dataset_from_mmsa(make_synthetic(chosen.model.inputs, SAMPLES["mosi"]), "synthetic", chosen.model.inputs)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(dataset, Path(folder))
         seconds: list[float] = []

@@ -30,13 +30,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from hcmen.checkpoint import load_checkpoint
-from hcmen.clip import TEXT_TOKENS
-from hcmen.errors import BackendError, InputError
-from hcmen.modalities import variant_named
-from hcmen.model import HCMEN
-from hcmen.runtime.cli import describe_error, one_line
-from hcmen.scan import implementation
+from hcmen.base.clip import TEXT_TOKENS
+from hcmen.base.console import describe_error, one_line
+from hcmen.base.errors import BackendError, InputError
+from hcmen.base.modalities import variant_named
+from hcmen.mamba.scan import implementation
+from hcmen.training.checkpoint import load_checkpoint
 
 __all__ = ["ENGINES", "Engines", "main"]
 
@@ -53,11 +52,11 @@ class Engines:
     """
 
     def __init__(self, checkpoint: str):
-        self.model: HCMEN = load_checkpoint(checkpoint)[0].eval()
+        self.model = load_checkpoint(checkpoint)[0].eval()
         self._compiled: dict[tuple[str, str], Callable[..., Any]] = {}
 
     def outputs(self, engine: str, variant: str, feed: Mapping[str, np.ndarray]) -> Arrays:
-        """score [batch] and modality_weights [batch, 3] for graph inputs as `hcmen.clip.batch_clips` makes them.
+        """Every output, score [batch] among them, for graph inputs as `hcmen.base.clip.batch_clips` makes them.
 
         Raises:
             InputError: no such engine. BackendError: torch.compile could not.
@@ -79,7 +78,7 @@ class Engines:
                 if not engine.startswith("compile"):
                     raise
                 raise BackendError(f"torch.compile failed: {one_line(error)[:300]}") from error
-            return {"score": prediction.score.numpy(), "modality_weights": prediction.modality_weights.numpy()}
+            return {t.name: getattr(prediction, t.name).numpy() for t in self.model.config.inputs.outputs}
 
     def _forward(self, engine: str, variant: str) -> Callable[..., Any]:
         if not engine.startswith("compile"):

@@ -10,18 +10,18 @@ import copy
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from hcmen.checkpoint import CHECKPOINT, load_checkpoint
-from hcmen.clip import TEXT_TOKENS, Clip, batch_clips
-from hcmen.config import ModelConfig, TextEncoderConfig
-from hcmen.errors import CheckFailed
-from hcmen.modalities import MODALITIES, Variant, variant_named
-from hcmen.model import HCMEN
+from hcmen.base.clip import TEXT_TOKENS, Clip, batch_clips
+from hcmen.base.errors import CheckFailed
+from hcmen.base.inputs import Inputs, TokenConfig
+from hcmen.base.modalities import MODALITIES, Variant, variant_named
+from hcmen.mamba.scan import implementation
 from hcmen.runtime.compare import SCORE_ATOL, SCORE_RTOL, compare
-from hcmen.scan import implementation
+from hcmen.training.checkpoint import CHECKPOINT, load_checkpoint
 
 __all__ = [
     "PARITY_CLIPS",
@@ -37,7 +37,7 @@ _BATCHES = ((0,), (1,), (2,), (3, 4), (5, 6, 7), (0, 8, 9, 1, 10), tuple(range(1
 Arrays = dict[str, np.ndarray]
 
 
-def parity_clips(config: ModelConfig, recorded: Sequence[Clip] = (), seed: int = 0) -> list[Clip]:
+def parity_clips(inputs: Inputs, recorded: Sequence[Clip] = (), seed: int = 0) -> list[Clip]:
     """`PARITY_CLIPS` clips with all modalities and of different lengths, 1 and the maximum among them.
 
     `recorded` are real clips (the validation clips beside a checkpoint); they are cut, or repeated, to the lengths
@@ -49,11 +49,11 @@ def parity_clips(config: ModelConfig, recorded: Sequence[Clip] = (), seed: int =
         clip = recorded[index % len(recorded)] if recorded else Clip("", {})
         source, features, tokens = clip.features, {}, None
         for m in MODALITIES:
-            sizes = config.modality(m)
+            sizes = inputs.modality(m)
             # The first clip is as short as can be, the second as long; the others are ragged, each on its own.
             length = {0: 1, 1: sizes.max_steps}.get(index, int(generator.integers(1, sizes.max_steps + 1)))
-            if m == "text" and config.text_encoder:
-                tokens = _resized(clip.text_tokens, length, config.text_encoder, generator)
+            if m == "text" and inputs.text_tokens:
+                tokens = _resized(clip.text_tokens, length, inputs.text_tokens, generator)
                 continue
             series = source.get(m)
             if series is None:
@@ -63,13 +63,11 @@ def parity_clips(config: ModelConfig, recorded: Sequence[Clip] = (), seed: int =
     return clips
 
 
-def _resized(
-    tokens: np.ndarray | None, length: int, encoder: TextEncoderConfig, generator: np.random.Generator
-) -> np.ndarray:
+def _resized(tokens: np.ndarray | None, length: int, limits: TokenConfig, generator: np.random.Generator) -> np.ndarray:
     """`tokens` [3, time] cut or repeated to [3, length]; random ids where there are none."""
     if tokens is None:
         tokens = np.ones((3, length), np.int64)
-        tokens[0] = generator.integers(encoder.vocabulary, size=length)
+        tokens[0] = generator.integers(limits.vocabulary, size=length)
         tokens[2] = 0
     return np.stack([np.resize(row, length) for row in tokens])
 
@@ -83,8 +81,8 @@ def _smooth(generator: np.random.Generator, steps: int, features: int) -> np.nda
     return series
 
 
-def _run(model: HCMEN, variant: Variant, inputs: Mapping[str, np.ndarray]) -> Arrays:
-    work = next(model.head.parameters()).dtype
+def _run(model: Any, variant: Variant, inputs: Mapping[str, np.ndarray]) -> Arrays:
+    work = next(model.parameters()).dtype
     features, lengths = {}, {}
     for m in variant.present:
         if m == "text" and TEXT_TOKENS in inputs:
@@ -95,14 +93,14 @@ def _run(model: HCMEN, variant: Variant, inputs: Mapping[str, np.ndarray]) -> Ar
         lengths[m] = torch.from_numpy(np.ascontiguousarray(inputs[f"{m}_length"]))
     with torch.inference_mode():
         prediction = model.eval()(features, lengths)
-    return {"score": prediction.score.numpy(), "modality_weights": prediction.modality_weights.numpy()}
+    return {t.name: getattr(prediction, t.name).numpy() for t in model.config.inputs.outputs}
 
 
-def _double(model: HCMEN) -> HCMEN:
+def _double(model: Any) -> Any:
     return copy.deepcopy(model).double().eval()
 
 
-def golden_cases(model: HCMEN, variant: Variant, clips: Sequence[Clip]) -> list[tuple[Arrays, Arrays]]:
+def golden_cases(model: Any, variant: Variant, clips: Sequence[Clip]) -> list[tuple[Arrays, Arrays]]:
     """Batches of inputs with the eager model's float32 outputs.
 
     Raises:
@@ -156,7 +154,7 @@ def eager_outputs(checkpoint: Path, variant_name: str, inputs: Mapping[str, np.n
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(checkpoint: Path, stamp: int) -> tuple[HCMEN, HCMEN]:
+def _loaded(checkpoint: Path, stamp: int) -> tuple[Any, Any]:
     """The model of a checkpoint folder and its float64 twin; `stamp` changes when the folder is trained anew."""
     model, _ = load_checkpoint(checkpoint)
     return model, _double(model)

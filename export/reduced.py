@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 
-from hcmen.clip import Clip, batch_clips, graph_inputs
+from hcmen.base.clip import Clip, batch_clips, graph_inputs
+from hcmen.base.console import Console
+from hcmen.base.modalities import Variant
 from hcmen.data import MultimodalDataset, Split
-from hcmen.export.precision import half_weights
-from hcmen.export.quantize import activation_ranges, linear_layers, quantised, weight_key, with_layers_of
-from hcmen.modalities import Variant
-from hcmen.model import HCMEN
-from hcmen.runtime.cli import Console
-from hcmen.runtime.ort import OrtBackend, OrtSession
+from hcmen.export.float16 import half_weights
+from hcmen.export.int8 import activation_ranges, linear_layers, quantised, weight_key, with_layers_of
+from hcmen.runtime.backends import Ort
+from hcmen.runtime.backends.ort import OrtBackend, OrtSession
 
 __all__ = [
     "CALIBRATION_CLIPS",
@@ -128,7 +128,7 @@ class Reduced:
 
     def __init__(
         self,
-        model: HCMEN,
+        model: Any,
         graphs: Mapping[Variant, ModelProto],
         precision: str,
         data: LabelledData,
@@ -169,7 +169,7 @@ class Reduced:
 
         Each is measured alone: the root mean square change of the calibration clips' scores when only it is int8.
         """
-        graph, backend = self._float[variant], OrtBackend(prepack=True)
+        graph, backend = self._float[variant], OrtBackend(Ort(prepack=True))
         expected = _scores(_session(backend, graph), self._data.calibration(variant))
         weights = {t.name: t for t in graph.graph.initializer}
         keys = [weight_key(numpy_helper.to_array(weights[w])) for w in dict.fromkeys(linear_layers(graph).values())]
@@ -183,7 +183,7 @@ class Reduced:
         return sorted(keys, key=lambda key: -change[key])
 
 
-def _layer_names(model: HCMEN) -> dict[str, str]:
+def _layer_names(model: Any) -> dict[str, str]:
     """{weight_key: name} of the model's weights in the forms that a graph has them in.
 
     Matrices as they are and transposed, as a product takes them; halved, as the model takes `out_proj`; and the two
@@ -240,7 +240,7 @@ def side_by_side(
     runs twice, in the order a b b a, since whoever comes first in all turns is a few percent slower than itself.
     """
     # Packed, both: so int8 runs on a device, and float32 at its best.
-    backend = OrtBackend(1, prepack=True)
+    backend = OrtBackend(Ort(threads=1, prepack=True))
     sessions = [_session(backend, model) for model in (graph, other)]
     inputs = batch_clips([clip], variant.present)
     seconds = np.zeros((2, turns + _WARM_UP))

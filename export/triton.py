@@ -10,7 +10,7 @@ requests that shall share a batch are padded to one length by whoever sends them
 says how much of each is real; neither padding nor batch mates change a score. The lengths are [batch] in the graph, and
 [batch, 1] for Triton, which knows no tensor without a second axis: an empty `reshape` stands between the two.
 
-Needs onnx and NumPy alone. tests/test_triton.py reads every config.pbtxt with Triton's own protobuf schema.
+Needs onnx and NumPy alone. tests/export/test_triton.py reads every config.pbtxt with Triton's own protobuf schema.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import hcmen
-from hcmen.bundle import Bundle, TensorSpec, file_record, parse_json, writing_folder
-from hcmen.errors import CorruptFileError, InputError
+from hcmen.base.bundle import Bundle, file_record, writing_folder
+from hcmen.base.errors import CorruptFileError, InputError
+from hcmen.base.inputs import TensorSpec
+from hcmen.base.library import LIBRARY_NAME, library_path
+from hcmen.base.manifest import parse_json
 from hcmen.export.weights import embedded_model
-from hcmen.runtime.library import LIBRARY_NAME, library_path
 
 __all__ = ["SERVER_ROOT", "model_config", "write_repository"]
 

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
-from hcmen.bundle import Bundle
-from hcmen.errors import CorruptFileError, InputError
-from hcmen.runtime.graph import read_graph
+from hcmen.base.bundle import Bundle
+from hcmen.base.errors import CorruptFileError, InputError
+from hcmen.runtime.backends.graph import read_graph
 
 __all__ = ["embedded_model"]
 

@@ -14,19 +14,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hcmen.clip import Clip, read_clip
-    from hcmen.errors import HcmenError
+    from hcmen.base.clip import Clip, read_clip
+    from hcmen.base.errors import HcmenError
     from hcmen.runtime.predictor import Predictor, Result, load
 
 __all__ = ["Clip", "HcmenError", "Predictor", "Result", "load", "read_clip"]
 
 _HOMES = {
-    "Clip": "hcmen.clip",
-    "HcmenError": "hcmen.errors",
+    "Clip": "hcmen.base.clip",
+    "HcmenError": "hcmen.base.errors",
     "Predictor": "hcmen.runtime.predictor",
     "Result": "hcmen.runtime.predictor",
     "load": "hcmen.runtime.predictor",
-    "read_clip": "hcmen.clip",
+    "read_clip": "hcmen.base.clip",
 }
 
 

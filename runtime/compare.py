@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hcmen.errors import CheckFailed, InputError
+from hcmen.base.errors import CheckFailed, InputError
 
 __all__ = ["GRAPH_BOUNDS", "SCORE_ATOL", "SCORE_RTOL", "Comparison", "compare"]
 

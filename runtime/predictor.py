@@ -16,43 +16,41 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import threading
 import time
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hcmen.bundle import Bundle, SharedFile, read_bundle
-from hcmen.clip import TEXT_TOKENS, Clip, batch_clips, clip_from_arrays, read_clip
-from hcmen.errors import BackendError, CheckFailed, CorruptFileError, HcmenError, InputError
-from hcmen.modalities import MODALITIES, Variant, variant_named
-from hcmen.runtime import forks
-from hcmen.runtime.compare import GRAPH_BOUNDS, Comparison, compare
-from hcmen.runtime.words import Encoded, Tokenizer
+from hcmen.base.bundle import Bundle, SharedFile, read_bundle
+from hcmen.base.clip import TEXT_TOKENS, Clip, batch_clips, clip_from_arrays, read_clip
+from hcmen.base.errors import BackendError, CheckFailed, HcmenError, InputError
+from hcmen.base.modalities import MODALITIES, Variant, variant_named
+from hcmen.media.words import Encoded, Tokenizer
+from hcmen.runtime.backends import forks
+from hcmen.runtime.backends.options import Options, Ort, OrtCuda, TensorRT, backend_options
+from hcmen.runtime.compare import GRAPH_BOUNDS
+from hcmen.runtime.golden import SelfTest, golden_test
 
 if TYPE_CHECKING:
-    from hcmen.runtime.ort import OrtBackend, OrtSession
-    from hcmen.runtime.stream import Number, Stream
-    from hcmen.runtime.trt import TrtBackend, TrtSession
+    from hcmen.runtime.backends.ort import OrtBackend, OrtSession
+    from hcmen.runtime.backends.tensorrt import TrtBackend, TrtSession
+    from hcmen.runtime.stream import Stream
+    from hcmen.runtime.stream_buffers import Number
 
-__all__ = ["BACKENDS", "BATCH_CLIPS", "ClipLike", "Predictor", "Result", "SelfTest", "Session", "golden_test", "load"]
+__all__ = ["BATCH_CLIPS", "ClipLike", "Predictor", "Result", "load"]
 
-BACKENDS = ("auto", "ort", "ort-cuda", "tensorrt")
 BATCH_CLIPS = 32
 """Most clips in one run of a graph; more gain little and cost memory."""
 _GROUP_CLIPS = 256  # clips read ahead to find batch mates of the same variant
-_MAX_GOLDEN_BYTES = 1 << 29
-_MAX_GOLDEN_MEMBERS = 4096
 
 ClipLike = str | os.PathLike[str] | Clip | Mapping[str, Any]
 """A path of an .npz clip, a `Clip`, or a dict of arrays per modality; `text` there may be raw words (a str) where the
@@ -85,31 +83,6 @@ class Result:
     batch_size: int
 
 
-@dataclass(frozen=True)
-class SelfTest:
-    """A variant's outputs on its golden inputs against the eager model's, which came with the bundle."""
-
-    variant: str
-    cases: int
-    outputs: Mapping[str, Comparison]
-
-    @property
-    def passed(self) -> bool:
-        """Whether every output is within the bound."""
-        return all(c.passed for c in self.outputs.values())
-
-
-class Session(Protocol):
-    """A loaded variant, whatever runs it. kernels: as in `Result`. tolerance: (atol, rtol) of its parity."""
-
-    kernels: str
-    tolerance: tuple[float, float]
-
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-        """The outputs by name."""
-        ...
-
-
 class Predictor:
     """A loaded bundle; call it with a clip, or with a list of clips. Several threads may, and so may a forked child.
 
@@ -117,72 +90,35 @@ class Predictor:
 
     Args:
         bundle: from `read_bundle`; its manifest is checked, its files are verified as they are loaded.
-        backend: "ort" (ONNX Runtime on the CPU), "ort-cuda" (on a CUDA device), "tensorrt" (engines that hcmen-compile
-            made on this device), or "auto", which is "ort".
-        threads: worker threads per session, the physical cores by default; not for "tensorrt".
+        backend: how it is run: `Ort(...)` (ONNX Runtime on the CPU), `OrtCuda(...)` (on a CUDA device) or
+            `TensorRT(...)` (engines that hcmen-compile made on this device), from `hcmen.runtime.backends`; or a name,
+            "ort", "ort-cuda", "tensorrt", or "auto", which is "ort".
         clean: set NaN and infinity in clips to zero, and count them, instead of refusing them.
-        cuda_graph: with "ort-cuda", record each graph once per input shape and replay it.
-        precision: "fp32" or "fp16", which engines "tensorrt" takes; None for fp16 where it was compiled, else fp32.
-        prepack: with "ort", whether every session lays the weights out for its kernels (True: faster) or all share one
-            mapped copy (False: smaller). None packs where weights are large or not float32; see runtime/ort.py.
-        spin: with "ort", whether threads of a session that has nothing to do keep a core busy for a while before they
-            sleep (True, by default: faster where cores are idle); False where they have other work, as
-            docs/environment.md tells.
+        options: those of the backend, as keywords beside its name: threads, prepack, spin, cuda_graph, precision.
 
     Raises:
-        InputError: no such backend, a thread count below 1, or an option that the backend does not have.
+        InputError: no such backend, a value out of range, or an option that the backend does not have.
         BackendError: the backend is not installed or does not work.
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        *,
-        backend: str = "auto",
-        threads: int | None = None,
-        clean: bool = False,
-        cuda_graph: bool = False,
-        precision: str | None = None,
-        prepack: bool | None = None,
-        spin: bool | None = None,
-    ):
-        if backend not in BACKENDS:
-            raise InputError(f"unknown backend '{backend}': choose from {', '.join(BACKENDS)}")
-        if threads is not None and not 1 <= threads <= 1024:
-            raise InputError(f"threads is {threads}, expected 1 to 1024")
-        if cuda_graph and backend != "ort-cuda":
-            raise InputError(f"cuda_graph is an option of the backend 'ort-cuda', got backend '{backend}'")
-        if prepack is not None and backend not in ("auto", "ort"):
-            raise InputError(f"prepack is an option of the backend 'ort', got backend '{backend}': leave it out")
-        if spin is not None and backend not in ("auto", "ort"):
-            raise InputError(f"spin is an option of the backend 'ort', got backend '{backend}': leave it out")
-        self._options: dict[str, Any] = {
-            "backend": backend,
-            "threads": threads,
-            "clean": clean,
-            "cuda_graph": cuda_graph,
-            "precision": precision,
-            "prepack": prepack,
-            "spin": spin,
-        }
+    def __init__(self, bundle: Bundle, *, backend: str | Options = "auto", clean: bool = False, **options: Any):
+        chosen = backend_options(backend, options)
+        self._options: dict[str, Any] = {"backend": chosen, "clean": clean}
         self.bundle = bundle
-        self.config = bundle.manifest.model
+        self.inputs = bundle.manifest.inputs
         self.clean = clean
         self.backend: OrtBackend | TrtBackend
         self._open: Callable[[str], OrtSession | TrtSession]
-        if backend == "tensorrt":
-            if threads is not None:
-                raise InputError(f"threads is {threads}, and the backend 'tensorrt' has none: leave it out")
-            from hcmen.runtime.trt import TrtBackend
+        if isinstance(chosen, TensorRT):
+            from hcmen.runtime.backends.tensorrt import TrtBackend
 
-            self.backend = TrtBackend(precision)
+            self.backend = TrtBackend(chosen)
             self._open = partial(self.backend.open, bundle)
         else:
-            if precision is not None:
-                raise InputError(f"precision is '{precision}', and only the backend 'tensorrt' has one: leave it out")
-            if prepack is None and bundle.manifest.precision != "fp32":
-                prepack = True  # float16 is widened by every session anyway, and unpacked int8 is packed at every call
-            self.backend = _make_backend(backend, threads, cuda_graph, prepack, spin)
+            if isinstance(chosen, Ort) and chosen.prepack is None and bundle.manifest.precision != "fp32":
+                # float16 is widened by every session anyway, and unpacked int8 is packed at every call
+                chosen = dataclasses.replace(chosen, prepack=True)
+            self.backend = _ort_backend(chosen)
             self._open = partial(self._open_graph, self.backend)
         self._sessions: dict[str, OrtSession | TrtSession] = {}
         self._weights: SharedFile | NDArray[np.uint8] | None = None
@@ -263,10 +199,10 @@ class Predictor:
             CorruptFileError: the bundle's tokenizer is damaged.
         """
         record = self.bundle.manifest.tokenizer
-        if self.config.text_encoder is None:
+        if self.inputs.text_tokens is None:
             raise InputError(
                 f"{self.bundle.path}: has no text encoder and takes no words, expected text features [time, "
-                f"{self.config.text.features}]: give a clip, or export a model trained with --text-encoder"
+                f"{self.inputs.text.features}]: give a clip, or export a model trained with --text-encoder"
             )
         if record is None:
             raise InputError(
@@ -278,7 +214,7 @@ class Predictor:
                 raise self._unusable
             if self._tokenizer is None:
                 content = self.bundle.read(record).tobytes()
-                self._tokenizer = Tokenizer(content, self.config, str(self.bundle.path / record.file))
+                self._tokenizer = Tokenizer(content, self.inputs, str(self.bundle.path / record.file))
         return self._tokenizer(text)
 
     def stream(
@@ -456,14 +392,14 @@ class Predictor:
 
     def _clip(self, item: ClipLike) -> Clip:
         if isinstance(item, (str, os.PathLike)):
-            return read_clip(item, self.config, self.clean)
+            return read_clip(item, self.inputs, self.clean)
         if isinstance(item, Clip):
-            checked = clip_from_arrays(item.name, item.arrays, self.config, self.clean)
+            checked = clip_from_arrays(item.name, item.arrays, self.inputs, self.clean)
             return dataclasses.replace(checked, cleaned=checked.cleaned or item.cleaned, ignored=item.ignored)
         if isinstance(item, Mapping):
             if isinstance(item.get("text"), str):
                 item = {**{k: x for k, x in item.items() if k != "text"}, TEXT_TOKENS: self.encode(item["text"]).tokens}
-            return clip_from_arrays("clip", item, self.config, self.clean)
+            return clip_from_arrays("clip", item, self.inputs, self.clean)
         raise InputError(f"a clip is {type(item).__name__}, expected a path, a Clip or a dict of arrays per modality")
 
     def _variant(self, clip: Clip, chosen: Variant | None) -> str:
@@ -485,28 +421,18 @@ class Predictor:
         return chosen.name
 
 
-def _make_backend(
-    name: str, threads: int | None, cuda_graph: bool, prepack: bool | None, spin: bool | None
-) -> OrtBackend:
-    if name == "ort-cuda":
-        from hcmen.runtime.ort_cuda import OrtCudaBackend
+def _ort_backend(options: Ort | OrtCuda) -> OrtBackend:
+    if isinstance(options, OrtCuda):
+        from hcmen.runtime.backends.ort_cuda import OrtCudaBackend
 
-        return OrtCudaBackend(threads, cuda_graph=cuda_graph)
-    from hcmen.runtime.ort import OrtBackend
+        return OrtCudaBackend(options)
+    from hcmen.runtime.backends.ort import OrtBackend
 
-    return OrtBackend(threads, prepack=prepack, spin=spin is not False)
+    return OrtBackend(options)
 
 
 def load(
-    bundle: str | os.PathLike[str],
-    *,
-    backend: str = "auto",
-    threads: int | None = None,
-    clean: bool = False,
-    cuda_graph: bool = False,
-    precision: str | None = None,
-    prepack: bool | None = None,
-    spin: bool | None = None,
+    bundle: str | os.PathLike[str], *, backend: str | Options = "auto", clean: bool = False, **options: Any
 ) -> Predictor:
     """Opens the bundle in the folder `bundle`; graphs are loaded when they are first needed.
 
@@ -519,17 +445,7 @@ def load(
         BackendError: the backend is missing, or the bundle needs another version of the ops.
     """
     # Graphs are opened later, when the working directory may be another one.
-    opened = read_bundle(os.path.abspath(bundle))
-    return Predictor(
-        opened,
-        backend=backend,
-        threads=threads,
-        clean=clean,
-        cuda_graph=cuda_graph,
-        precision=precision,
-        prepack=prepack,
-        spin=spin,
-    )
+    return Predictor(read_bundle(os.path.abspath(bundle)), backend=backend, clean=clean, **options)
 
 
 def _trim() -> None:
@@ -551,58 +467,3 @@ def _reopened(path: str, digest: str, options: Mapping[str, Any]) -> Predictor:
     if _digest(bundle) != digest:
         raise InputError(f"{path}: another bundle than the one that the pickled model had: load the model again")
     return Predictor(bundle, **options)
-
-
-def golden_test(
-    bundle: Bundle, variant: str, session: Session, atol: float | None = None, rtol: float | None = None
-) -> SelfTest:
-    """Runs the golden inputs of `variant` in `session` and compares with the eager model's outputs.
-
-    Args:
-        bundle, variant: whose golden set. session: what runs. atol, rtol: the bound, by default the session's own.
-
-    Raises:
-        CorruptFileError: the golden file is damaged.
-        HcmenError: what the session raises.
-    """
-    record = bundle.variant(variant)
-    where = f"{bundle.path / record.golden.file}"
-    cases = _read_golden(bundle.read(record.golden), where)
-    got: dict[str, list[NDArray[Any]]] = {t.name: [] for t in record.outputs}
-    expected: dict[str, list[NDArray[Any]]] = {t.name: [] for t in record.outputs}
-    for arrays in cases:
-        missing = [t.name for t in (*record.inputs, *record.outputs) if t.name not in arrays]
-        if missing:
-            raise CorruptFileError(f"{where}: a case lacks {missing[0]!r}: export the bundle again")
-        outputs = session.run({t.name: arrays[t.name] for t in record.inputs})
-        for name in got:
-            if outputs[name].shape != arrays[name].shape:
-                compare(outputs[name], arrays[name])  # raises, naming both shapes
-            got[name].append(outputs[name])
-            expected[name].append(arrays[name])
-    bound = (session.tolerance[0] if atol is None else atol, session.tolerance[1] if rtol is None else rtol)
-    comparisons = {name: compare(np.concatenate(got[name]), np.concatenate(expected[name]), *bound) for name in got}
-    return SelfTest(variant, len(cases), comparisons)
-
-
-def _read_golden(content: NDArray[np.uint8], where: str) -> list[Arrays]:
-    """The cases of a golden file, in order: members "<case>/<tensor>"."""
-    cases: dict[str, Arrays] = {}
-    try:
-        with zipfile.ZipFile(io.BytesIO(content.tobytes())) as archive:
-            members = archive.infolist()
-            declared = sum(m.file_size for m in members)
-            if len(members) > _MAX_GOLDEN_MEMBERS or declared > _MAX_GOLDEN_BYTES:
-                raise CorruptFileError(f"{where}: {len(members)} arrays of {declared} bytes, expected far fewer")
-            for member in members:
-                case, _, name = member.filename.removesuffix(".npy").partition("/")
-                with archive.open(member) as stream:
-                    cases.setdefault(case, {})[name] = np.lib.format.read_array(stream, allow_pickle=False)
-    except CorruptFileError:
-        raise
-    except Exception as error:  # zipfile, zlib and numpy each raise errors of their own on damage
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CorruptFileError(f"{where}: damaged golden file ({reason}): export the bundle again") from error
-    if not cases:
-        raise CorruptFileError(f"{where}: no case in it, expected at least one: export the bundle again")
-    return [cases[key] for key in sorted(cases)]

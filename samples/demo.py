@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hcmen.clip import batch_clips, read_clip
-from hcmen.modalities import VARIANTS, variant_named
+from hcmen.base.clip import batch_clips, read_clip
+from hcmen.base.console import aligned
+from hcmen.base.modalities import VARIANTS, variant_named
 from hcmen.runtime import load
-from hcmen.runtime.cli import aligned
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = Path(sys.executable).parent
@@ -64,7 +64,7 @@ def score_every_variant(clip: Path, train: Path, bundle: Path) -> list[dict[str,
 def latency_ms(clip: Path, bundle: Path, variant: str) -> float:
     """Median milliseconds of one graph run, after one run to warm up."""
     model = load(bundle)
-    inputs = batch_clips([read_clip(clip, model.config)], variant_named(variant).present)
+    inputs = batch_clips([read_clip(clip, model.inputs)], variant_named(variant).present)
     seconds = []
     for _ in range(TIMED_RUNS + 1):
         started = time.perf_counter()

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hcmen.clip import write_clip
-from hcmen.config import preset_named
+from hcmen.base.clip import write_clip
 from hcmen.data.synthetic import SAMPLES, make_synthetic
+from hcmen.training.presets import preset_named
 
 CLIP = Path(__file__).resolve().parent / "clip.npz"
 INDEX = 7
@@ -17,7 +17,7 @@ INDEX = 7
 
 def main() -> None:
     """Writes the clip and says what it is."""
-    test = make_synthetic(preset_named("tiny").model, SAMPLES["tiny"], seed=0)["test"]
+    test = make_synthetic(preset_named("tiny").model.inputs, SAMPLES["tiny"], seed=0)["test"]
     features = {"text": test["text"][INDEX, : int(test["text_bert"][INDEX, 1].sum())]}
     for m in ("audio", "vision"):
         features[m] = test[m][INDEX, : test[f"{m}_lengths"][INDEX]]

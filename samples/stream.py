@@ -18,7 +18,7 @@ def main() -> None:
     """Pushes a tenth of a second at a time, then what is left of the last window."""
     arguments = sys.argv[1:]
     with load(arguments[0] if arguments else ROOT / "build" / "bundle") as model:
-        clip = read_clip(arguments[1] if len(arguments) > 1 else ROOT / "samples" / "clip.npz", model.config)
+        clip = read_clip(arguments[1] if len(arguments) > 1 else ROOT / "samples" / "clip.npz", model.inputs)
         frames = {m: x for m, x in clip.features.items() if m in RATES}
         stream = model.stream("auto", window=1, hop="0.25", rates={m: RATES[m] for m in frames})
         sent = dict.fromkeys(frames, 0)

@@ -1,3 +1,1 @@
-"""What everything else stands on: needs NumPy and click alone, and imports nothing else of hcmen."""
-
-__all__: list[str] = []
+"""What every other room stands on: errors, files, clips, bundles and the kernel library. NumPy and click alone."""

@@ -1,7 +1,7 @@
 """The operators of docs/op.md as tables: names, order, types, shapes, attributes, and what makes a tensor be there.
 
 Every face of an operator in Python reads them: PyTorch ops, ONNX nodes, function bodies, the C structures, AOT plugins,
-self-checks. runtime/csrc/op_table.h is the same in C++; tests/test_op_table.py holds the two and docs/op.md together.
+self-checks. runtime/csrc/op_table.h is the same in C++; tests/base/test_op_table.py holds both and docs/op.md together.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Data: sets in memory, their readers and makers, and the corruption of training samples. NumPy only, no torch.
 
-mmsa.py       the pickles of MMSA (MOSI, MOSEI, SIMS, SIMSv2), read safely
-folder.py     the same as a folder of arrays that stay on disk
+layout.py     MMSA's layout of a data set (MOSI, MOSEI, SIMS, SIMSv2), checked
+folder.py     a set as a folder of arrays that stay on disk
+mmsa.py       the set in a pickle, read safely, or in such a folder
 convert.py    hcmen-convert, from the one to the other
 cut.py        hcmen-clip, single samples as clips
 synthetic.py  a set of the same layout whose sentiment a linear model cannot read
@@ -9,7 +10,7 @@ trained_on.py the set that a checkpoint was trained on, found again
 missing.py    which steps and modalities of a sample are dropped in an epoch
 protocols.py  which are dropped when a model is judged
 published.py  what others scored under these protocols
-baseline.py   the linear model that HCMEN has to beat
+baseline.py   the linear model that a model has to beat
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""The linear model that HCMEN has to beat: ridge regression on the mean frame of each modality."""
+"""The linear model that a trained one has to beat: ridge regression on the mean frame of each modality."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
+from hcmen.base.modalities import Variant
 from hcmen.data import MultimodalDataset, Split
-from hcmen.modalities import Variant
 
 __all__ = ["linear_baseline"]
 

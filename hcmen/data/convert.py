@@ -17,8 +17,8 @@ from typing import Any
 
 import click
 
-from hcmen.errors import CorruptFileError, InputError
-from hcmen.runtime.cli import Console, Progress, command
+from hcmen.base.console import Console, Progress, command
+from hcmen.base.errors import CorruptFileError, InputError
 
 __all__ = ["convert", "main"]
 
@@ -51,7 +51,7 @@ def convert(
     """
     from hcmen.data import SPLITS
     from hcmen.data.folder import check_free, write_folder
-    from hcmen.data.mmsa import open_split
+    from hcmen.data.layout import open_split
     from hcmen.data.unpickle import MappedPickle
 
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):

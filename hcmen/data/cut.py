@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hcmen.base.console import Choice, Console, command
+from hcmen.base.errors import InputError
+from hcmen.base.modalities import MODALITIES
 from hcmen.data import SPLITS
-from hcmen.errors import InputError
-from hcmen.modalities import MODALITIES
-from hcmen.runtime.cli import Choice, Console, command
 
 if TYPE_CHECKING:
-    from hcmen.data.mmsa import RawSplit
+    from hcmen.data.layout import RawSplit
 
 __all__ = ["main"]
 
@@ -81,7 +81,7 @@ def main(
     if there is not None and not force:
         raise InputError(f"{there}: is there already: write over it with --force, or choose another --out")
 
-    from hcmen.clip import TEXT_TOKENS, write_clip
+    from hcmen.base.clip import TEXT_TOKENS, write_clip
 
     (out.parent if out.suffix == ".npz" else out).mkdir(parents=True, exist_ok=True)
     clips: list[dict[str, Any]] = []
@@ -135,7 +135,7 @@ def _modalities(value: str) -> set[str]:
 def _opened(path: Path, split: str) -> RawSplit:
     """The split, as it is stored: of a large file only what is cut out is converted."""
     from hcmen.data.folder import map_arrays
-    from hcmen.data.mmsa import open_split
+    from hcmen.data.layout import open_split
     from hcmen.data.unpickle import load_pickle
 
     return open_split(map_arrays(path, split) if path.is_dir() else load_pickle(path), split, str(path))

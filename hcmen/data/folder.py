@@ -28,11 +28,11 @@ from typing import Any
 import numpy as np
 
 import hcmen
-from hcmen.config import ModelConfig
+from hcmen.base.errors import CorruptFileError, InputError
+from hcmen.base.inputs import Inputs
+from hcmen.base.modalities import MODALITIES
 from hcmen.data import SPLITS, MultimodalDataset, Split
-from hcmen.data.mmsa import RawArray, RawSplit, open_split, whole_numbers, with_tokens
-from hcmen.errors import CorruptFileError, InputError
-from hcmen.modalities import MODALITIES
+from hcmen.data.layout import RawArray, RawSplit, open_split, whole_numbers, with_tokens
 
 __all__ = ["INDEX", "check_free", "map_arrays", "read_folder", "write_folder"]
 
@@ -49,21 +49,21 @@ _ARRAYS = {
 _OPTIONAL = {"text_bert.npy"}
 
 
-def read_folder(folder: Path, config: ModelConfig) -> MultimodalDataset:
-    """The data set in `folder`, checked against the sizes and label range of `config`; features stay on disk.
+def read_folder(folder: Path, inputs: Inputs) -> MultimodalDataset:
+    """The data set in `folder`, checked against the sizes and label range of `inputs`; features stay on disk.
 
     Raises:
-        InputError: `folder` holds no data set, or not the one `config` is for.
+        InputError: `folder` holds no data set, or not the one `inputs` is for.
         CorruptFileError: a file is missing, truncated or altered.
     """
     index = _read_index(folder)
     data = {name: _map_split(folder, name, index) for name in SPLITS}
     splits = {}
     for name in SPLITS:
-        raw = open_split(data, name, str(folder), config)
+        raw = open_split(data, name, str(folder), inputs)
         split = Split(dict(raw.raw), dict(raw.given), raw.labels, raw.ids)
-        splits[name] = with_tokens(split, raw, config.text_encoder, f"{folder}: {name}")
-    return MultimodalDataset(str(folder), splits, config.label_min, config.label_max, index["cleaned"])
+        splits[name] = with_tokens(split, raw, inputs.text_tokens, f"{folder}: {name}")
+    return MultimodalDataset(str(folder), splits, inputs.label_min, inputs.label_max, index["cleaned"])
 
 
 def map_arrays(folder: Path, split: str) -> dict[str, dict[str, Any]]:

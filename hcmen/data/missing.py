@@ -14,17 +14,26 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hcmen.config import TrainConfig
+from hcmen.base.modalities import MODALITIES, VARIANTS
 from hcmen.data import IntArray
-from hcmen.modalities import MODALITIES, VARIANTS
 
-__all__ = ["Corruption", "corruption"]
+__all__ = ["Corruption", "CorruptionConfig", "corruption"]
 
 BoolArray = npt.NDArray[np.bool_]
 
 # Names this use of (seed, epoch, index); the order of the samples has another number.
 _STREAM = 1
 _INCOMPLETE = np.array([v.mask for v in VARIANTS if v.absent])
+
+
+@dataclass(frozen=True)
+class CorruptionConfig:
+    """What a training run says of its corruptions; `corruption` says what each number does."""
+
+    seed: int
+    modality_drop_probability: float
+    step_drop_probability: float
+    max_step_drop_rate: float
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class Corruption:
 
 
 def corruption(
-    config: TrainConfig, epoch: int, indices: IntArray, lengths: Mapping[str, IntArray], steps: Mapping[str, int]
+    config: CorruptionConfig, epoch: int, indices: IntArray, lengths: Mapping[str, IntArray], steps: Mapping[str, int]
 ) -> Corruption:
     """The corruption of the samples `indices` in `epoch`.
 

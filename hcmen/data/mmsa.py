@@ -1,76 +1,42 @@
-"""The data files of MMSA: MOSI, MOSEI, SIMS and SIMSv2, aligned and unaligned.
+"""The data sets of MMSA: MOSI, MOSEI, SIMS and SIMSv2, aligned and unaligned, from a pickle or a converted folder.
 
-A file is a pickled dict {"train", "valid", "test"} of dicts with these keys (N samples, T steps, F features):
-
-    text [N, T, F]  audio [N, T, F]  vision [N, T, F]     features, padded at the end
-    text_bert [N, 3, T]                                   token ids, attention mask, token types: for a text encoder
-    audio_lengths, vision_lengths [N]                     valid prefix; not in aligned files
-    regression_labels [N]                                 sentiment; SIMS also has one per modality (_T, _A, _V)
-    id [N]                                                "video$_$clip"
-    raw_text, annotations, classification_labels          not used here
-
-What is put right on the way: -inf, NaN, +inf and float64 values that overflow float32 become 0 and are counted; steps
-beyond a sample's length become 0 (BERT writes something there); lengths that a file does not give are found from the
-data. What cannot be put right is refused.
-
-Axes go by their name, never by their order: the file's audio is read as audio whatever its place. `RawSplit` is a split
-that has been checked and not converted; its pieces are converted one after the other, so that a file larger than the
-memory can pass through.
+layout.py says what is in them and how it is checked.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from hcmen.config import ModelConfig, TextEncoderConfig
-from hcmen.data import SPLITS, FloatArray, IntArray, MultimodalDataset, Split, TextTokens
+from hcmen.base.inputs import Inputs
+from hcmen.base.modalities import MODALITIES
+from hcmen.data import SPLITS, FloatArray, IntArray, MultimodalDataset, Split
+from hcmen.data.folder import read_folder
+from hcmen.data.layout import RawSplit, open_split, with_tokens
 from hcmen.data.unpickle import load_pickle
-from hcmen.errors import InputError
-from hcmen.modalities import MODALITIES
 
-__all__ = [
-    "Piece",
-    "RawSplit",
-    "checked_tokens",
-    "dataset_from_mmsa",
-    "open_split",
-    "read_mmsa",
-    "whole_numbers",
-    "with_tokens",
-]
-
-RawArray = npt.NDArray[Any]
-
-# Stored bytes per piece. A piece passes through a handful of temporaries of its size.
-_PIECE_BYTES = 1 << 23
+__all__ = ["dataset_from_mmsa", "read_mmsa"]
 
 
-def read_mmsa(path: str | Path, config: ModelConfig) -> MultimodalDataset:
-    """The data set in the MMSA file `path`, checked against the sizes and label range of `config`.
+def read_mmsa(path: str | Path, inputs: Inputs) -> MultimodalDataset:
+    """The data set in the MMSA file `path`, checked against the sizes and label range of `inputs`.
 
     `path` may also be a folder that hcmen-convert wrote. The numbers are the same; those of the folder stay on disk,
     as read-only maps.
 
     Raises:
-        InputError: no such file; a split or key is missing; the set is not the one `config` is for.
+        InputError: no such file; a split or key is missing; the set is not the one `inputs` is for.
         CorruptFileError: the file is damaged, or holds anything but arrays, strings and numbers.
     """
     path = Path(path)
     if path.is_dir():
-        from hcmen.data.folder import read_folder
-
-        return read_folder(path, config)
-    return dataset_from_mmsa(load_pickle(path), str(path), config)
+        return read_folder(path, inputs)
+    return dataset_from_mmsa(load_pickle(path), str(path), inputs)
 
 
-def dataset_from_mmsa(data: Any, name: str, config: ModelConfig) -> MultimodalDataset:
+def dataset_from_mmsa(data: Any, name: str, inputs: Inputs) -> MultimodalDataset:
     """The data set in `data`, a dict of MMSA's layout; `name` is what error messages call it.
 
     Raises:
@@ -79,174 +45,10 @@ def dataset_from_mmsa(data: Any, name: str, config: ModelConfig) -> MultimodalDa
     cleaned = dict.fromkeys(MODALITIES, 0)
     splits = {}
     for s in SPLITS:
-        raw = open_split(data, s, name, config)
+        raw = open_split(data, s, name, inputs)
         split = _converted(raw, cleaned)
-        splits[s] = with_tokens(split, raw, config.text_encoder, f"{name}: {s}")
-    return MultimodalDataset(name, splits, config.label_min, config.label_max, cleaned)
-
-
-def open_split(data: Any, split: str, name: str, config: ModelConfig | None = None) -> RawSplit:
-    """The split `split` of `data`, a dict of MMSA's layout; `name` is what error messages call it.
-
-    Args:
-        data: {"train", "valid", "test"}, see the top of this file.
-        split: which one; the others are not looked at.
-        name: what error messages call the data.
-        config: the sizes and label range to hold the split against; any will do if None.
-
-    Raises:
-        InputError: the split or one of its keys is missing, its arrays do not fit each other, or do not fit `config`.
-    """
-    if not isinstance(data, Mapping):
-        raise InputError(f"{name}: holds a {type(data).__name__}, expected a dict with the splits {', '.join(SPLITS)}")
-    members, where = _member(data, split, Mapping, name), f"{name}: {split}"
-    labels = _labels(_member(members, "regression_labels", object, where), where, config)
-    raw = {m: _features(_member(members, m, object, where), where, m, config, len(labels)) for m in MODALITIES}
-    given = {m: n for m in MODALITIES if (n := _given_lengths(members, where, m, raw[m])) is not None}
-    tokens = _text_bert(members, where, raw["text"])
-    return RawSplit(labels, _ids(members.get("id", list(range(len(labels)))), where, len(labels)), raw, given, tokens)
-
-
-def with_tokens(split: Split, raw: RawSplit, encoder: TextEncoderConfig | None, where: str) -> Split:
-    """`split` with its text tokens, if there is an `encoder` to take them.
-
-    Raises:
-        InputError: the data has no tokens, or not those of this encoder; `where` is what the message calls it.
-    """
-    if encoder is None:
-        return split
-    if raw.text_bert is None:
-        raise InputError(
-            f"{where}: lacks 'text_bert', expected [N, 3, T] token ids for the text encoder: take another file "
-            "(a folder: convert again), or train without --text-encoder"
-        )
-    tokens = checked_tokens(raw.text_bert, encoder, where)
-    return dataclasses.replace(
-        split,
-        lengths={**split.lengths, "text": tokens[:, 1].sum(axis=1)},
-        text_tokens=TextTokens(tokens, encoder.unknown_token),
-    )
-
-
-def whole_numbers(stored: RawArray, where: str) -> IntArray:
-    """`stored` as int64, a copy; raises InputError if that changes a number."""
-    with np.errstate(invalid="ignore"):
-        tokens = np.array(stored).astype(np.int64)
-    if np.any(tokens != stored):
-        raise InputError(f"{where}: 'text_bert' holds numbers that are not whole, expected token ids")
-    return tokens
-
-
-def checked_tokens(stored: RawArray, encoder: TextEncoderConfig | None, where: str) -> IntArray:
-    """Stored token ids, masks and types [N, 3, T] as int64, zero beyond each mask.
-
-    A text without any token keeps its first one. Without an encoder no id is too large.
-
-    Raises:
-        InputError: numbers that are not whole, a mask that is not ones followed by zeros, ids or types out of range.
-    """
-    tokens = whole_numbers(stored, where)
-    mask = tokens[:, 1]
-    mask[~mask.any(axis=1), 0] = 1
-    lengths = mask.sum(axis=1)
-    prefix = np.arange(mask.shape[1]) < lengths[:, None]
-    wrong = np.flatnonzero(((mask != 0) != prefix).any(axis=1) | (mask > 1).any(axis=1) | (mask < 0).any(axis=1))
-    if wrong.size:
-        raise InputError(
-            f"{where}: the attention mask of sample {wrong[0]} is not ones followed by zeros, expected the rows "
-            "token ids, attention mask, token types in 'text_bert'"
-        )
-    tokens *= prefix[:, None]
-    limits = (encoder.vocabulary, encoder.token_types) if encoder else (np.iinfo(np.int64).max,) * 2
-    for row, what, limit in ((0, "token", limits[0]), (2, "token type", limits[1])):
-        values = tokens[:, row]
-        outside = np.argwhere((values < 0) | (values >= limit))
-        if outside.size:
-            sample, step = outside[0]
-            raise InputError(
-                f"{where}: {what} {values[sample, step]} of sample {sample} is not below {limit}: the file was made "
-                "with the vocabulary of another text encoder"
-            )
-    return tokens
-
-
-class Piece(NamedTuple):
-    """Some neighbouring samples of one modality: float32 features [n, T, F], zero beyond lengths int64 [n].
-
-    cleaned: how many stored values were NaN or infinite in float32.
-    """
-
-    features: FloatArray
-    lengths: IntArray
-    cleaned: int
-
-
-@dataclass(frozen=True)
-class RawSplit:
-    """A split whose shapes, labels and lengths are checked, and whose features are as they were stored.
-
-    labels: float32 [N]. ids: N names. raw: {m: [N, T_m, F_m]}, any number type and memory order.
-    given: {m: int64 [N]}, the lengths that the data gives. text_bert: [N, 3, T], token ids, attention mask and token
-    types, if there are any.
-    """
-
-    labels: FloatArray
-    ids: list[str]
-    raw: Mapping[str, RawArray]
-    given: Mapping[str, IntArray]
-    text_bert: RawArray | None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def pieces(
-        self, m: str, release: Callable[[], None] = lambda: None, samples: slice = slice(None)
-    ) -> Iterator[Piece]:
-        """Modality `m`, converted, a few megabytes at a time.
-
-        Args:
-            m: the modality.
-            release: called whenever some megabytes of the stored array have been touched.
-            samples: which neighbouring samples; all if not given.
-        """
-        raw = self.raw[m]
-        start, stop, _ = samples.indices(len(raw))
-        step = max(1, _PIECE_BYTES // (raw[0].size * max(4, raw.itemsize)))
-        for first in range(start, stop, step):
-            rows = slice(first, min(first + step, stop))
-            x = _as_float32(raw, rows, release)
-            bad = ~np.isfinite(x)
-            cleaned = int(np.count_nonzero(bad))
-            if cleaned:
-                x[bad] = 0.0
-            lengths = self._lengths(m, rows, x)
-            x[np.arange(x.shape[1]) >= lengths[:, None]] = 0.0
-            yield Piece(x, lengths, cleaned)
-            release()
-
-    def tokens(self, index: int) -> IntArray | None:
-        """Token ids, attention mask and token types [3, length] of sample `index`; None if the data has none.
-
-        Raises:
-            InputError: they are no tokens.
-        """
-        if self.text_bert is None:
-            return None
-        found = checked_tokens(self.text_bert[index : index + 1], None, f"sample {index}")[0]
-        return found[:, : found[1].sum()]
-
-    def sample(self, index: int) -> dict[str, FloatArray]:
-        """The valid steps [length, F] of sample `index`, per modality."""
-        pieces = {m: next(self.pieces(m, samples=slice(index, index + 1))) for m in MODALITIES}
-        return {m: x[0, : lengths[0]] for m, (x, lengths, _) in pieces.items()}
-
-    def _lengths(self, m: str, rows: slice, x: FloatArray) -> IntArray:
-        """Valid prefix of the samples `rows`, at least 1: given, or from the mask, or up to the last non-zero frame."""
-        if m in self.given:
-            return self.given[m][rows]
-        if m == "text" and self.text_bert is not None:
-            return _last(self.text_bert[rows, 1] != 0)
-        return _last(x.any(axis=2))
+        splits[s] = with_tokens(split, raw, inputs.text_tokens, f"{name}: {s}")
+    return MultimodalDataset(name, splits, inputs.label_min, inputs.label_max, cleaned)
 
 
 def _converted(split: RawSplit, cleaned: dict[str, int]) -> Split:
@@ -261,126 +63,3 @@ def _converted(split: RawSplit, cleaned: dict[str, int]) -> Split:
             features[m][rows], lengths[m][rows] = piece.features, piece.lengths
             cleaned[m] += piece.cleaned
     return Split(features, lengths, split.labels, split.ids)
-
-
-def _as_float32(raw: RawArray, rows: slice, release: Callable[[], None]) -> FloatArray:
-    """A copy of raw[rows] in C order; overflow becomes infinity, in silence."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        if raw.flags.c_contiguous or not raw.flags.f_contiguous:
-            return np.array(raw[rows], dtype=np.float32, order="C")
-        # In Fortran order the samples of a piece lie strewn over the whole array: gathered column by column, and let
-        # go of in between, or a map of the array would come into memory as a whole.
-        columns = raw.reshape(len(raw), -1, order="F")
-        x = np.empty((rows.stop - rows.start, columns.shape[1]), np.float32, order="F")
-        step = max(1, _PIECE_BYTES // (len(raw) * raw.itemsize))
-        for first in range(0, columns.shape[1], step):
-            x[:, first : first + step] = columns[rows, first : first + step]
-            release()
-        return np.ascontiguousarray(x.reshape(len(x), *raw.shape[1:], order="F"))
-
-
-def _ids(value: Any, where: str, samples: int) -> list[str]:
-    names = value.tolist() if isinstance(value, np.ndarray) else value
-    plain = isinstance(names, (list, tuple)) and all(isinstance(n, (str, int, float)) for n in names)
-    if not plain or len(names) != samples:
-        got = f"{len(names)} entries" if isinstance(names, (list, tuple)) else f"a {type(names).__name__}"
-        raise InputError(f"{where}: 'id' is {got}, expected {samples} names, one per label")
-    return [str(n) for n in names]
-
-
-def _member(data: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
-    if key not in data:
-        raise InputError(f"{where}: '{key}' is missing, found {', '.join(sorted(map(str, data)))[:200] or 'nothing'}")
-    if not isinstance(data[key], kind):
-        raise InputError(f"{where}: '{key}' is a {type(data[key]).__name__}, expected a dict")
-    return data[key]
-
-
-def _array(value: Any, where: str, key: str, rank: int) -> np.ndarray[Any, np.dtype[Any]]:
-    """`value` as an array of numbers with `rank` axes; a list will do for one axis."""
-    # No nested lists: a small file can hold one that unfolds into any number of elements.
-    is_list = isinstance(value, (list, tuple)) and all(isinstance(x, (int, float)) for x in value)
-    if not isinstance(value, np.ndarray) and not is_list:
-        raise InputError(f"{where}: '{key}' is a {type(value).__name__}, expected an array of numbers")
-    array = np.asarray(value)
-    if array.ndim != rank or array.dtype.kind not in "biuf":
-        raise InputError(
-            f"{where}: '{key}' is {array.dtype} of shape {list(array.shape)}, expected numbers with {rank} axes"
-        )
-    return array
-
-
-def _features(value: Any, where: str, m: str, config: ModelConfig | None, samples: int) -> RawArray:
-    raw = _array(value, where, m, 3)
-    expected = config.modality(m) if config else None
-    if expected and raw.shape[2] != expected.features:
-        raise InputError(
-            f"{where}: {m} has {raw.shape[2]} features per step, expected {expected.features}: "
-            "the file is of another data set than the preset"
-        )
-    if expected and not 1 <= raw.shape[1] <= expected.max_steps:
-        raise InputError(
-            f"{where}: {m} has {raw.shape[1]} steps, expected 1 to {expected.max_steps}: "
-            "the file is of another data set than the preset"
-        )
-    if raw.shape[0] != samples:
-        raise InputError(f"{where}: {m} has {raw.shape[0]} samples, expected {samples}, one per label")
-    if not raw.size:
-        raise InputError(f"{where}: {m} has shape {list(raw.shape)}, expected at least one step and one feature")
-    return raw
-
-
-def _given_lengths(data: Mapping[str, Any], where: str, m: str, x: RawArray) -> IntArray | None:
-    """The lengths that the data gives for modality `m`, raised to 1 where they are 0; None if it gives none."""
-    key = f"{m}_lengths"
-    if key not in data:
-        return None
-    given = _array(data[key], where, key, 1)
-    if len(given) != len(x) or np.any(given != np.floor(given)):
-        raise InputError(f"{where}: '{key}' has {len(given)} entries, expected {len(x)} whole numbers")
-    wrong = np.flatnonzero((given < 0) | (given > x.shape[1]))
-    if wrong.size:
-        raise InputError(
-            f"{where}: '{key}' of sample {wrong[0]} is {given[wrong[0]]:g}, expected 0 to {x.shape[1]}, "
-            f"the steps of {m}"
-        )
-    return np.maximum(given.astype(np.int64), 1)
-
-
-def _text_bert(data: Mapping[str, Any], where: str, x: RawArray) -> RawArray | None:
-    """'text_bert' [N, 3, T]; None if there is none."""
-    if "text_bert" not in data:
-        return None
-    tokens = _array(data["text_bert"], where, "text_bert", 3)
-    if tokens.shape != (len(x), 3, x.shape[1]):
-        raise InputError(
-            f"{where}: 'text_bert' has shape {list(tokens.shape)}, expected {[len(x), 3, x.shape[1]]}, as text has"
-        )
-    return tokens
-
-
-def _last(real: np.ndarray[Any, np.dtype[np.bool_]]) -> IntArray:
-    """One past the last true step per row of [N, T], at least 1. (argmin of a mask is 0 for a full row.)"""
-    steps = np.arange(1, real.shape[1] + 1)
-    return np.maximum((real * steps).max(axis=1), 1).astype(np.int64)
-
-
-def _labels(value: Any, where: str, config: ModelConfig | None) -> FloatArray:
-    with np.errstate(over="ignore"):
-        labels = _array(value, where, "regression_labels", 1).astype(np.float32)
-    if not labels.size:
-        raise InputError(f"{where}: holds no samples, expected at least 1")
-    if config is None:
-        wrong = np.flatnonzero(~np.isfinite(labels))
-        if wrong.size:
-            raise InputError(f"{where}: the label of sample {wrong[0]} is {labels[wrong[0]]:g}, expected a number")
-        return labels
-    # Labels are averages of several annotators, stored as they came out: allow the last bits.
-    slack = 1e-4
-    wrong = np.flatnonzero(~((labels >= config.label_min - slack) & (labels <= config.label_max + slack)))
-    if wrong.size:
-        raise InputError(
-            f"{where}: the label of sample {wrong[0]} is {labels[wrong[0]]:g}, expected "
-            f"{config.label_min:g} to {config.label_max:g}: the file is of another data set than the preset"
-        )
-    return labels

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hcmen.base.errors import InputError
+from hcmen.base.modalities import MODALITIES, VARIANTS, Variant
 from hcmen.data import IntArray, Split
-from hcmen.errors import InputError
-from hcmen.modalities import MODALITIES, VARIANTS, Variant
 
 __all__ = [
     "PROTOCOLS",
@@ -39,7 +39,7 @@ __all__ = [
 BoolArray = npt.NDArray[np.bool_]
 Noise = Mapping[str, npt.NDArray[np.float64]]
 
-# Names these uses of (seed, modality, index) and (seed, index); missing.py and training.py have 1 to 3.
+# Names these uses of (seed, modality, index) and (seed, index); missing.py and training/trainer.py have 1 to 3.
 _STEPS, _SETS, _SHARES = 4, 5, 6
 _COUNT = len(MODALITIES)
 

@@ -32,7 +32,7 @@ _TEST_SAMPLES = {"mosi": 686, "mosei": 4659, "sims": 457, "simsv2": 1034}
 class Published:
     """One row of a paper: the setting or average `point` of protocol `protocol` on `dataset`.
 
-    scores: measure -> value, named and scaled as in hcmen/metrics.py (accuracies and F1 are fractions).
+    scores: measure -> value, named and scaled as in hcmen/base/metrics.py (accuracies and F1 are fractions).
     selection: how the checkpoint was chosen. source: the table. features: what the model was given.
     """
 

@@ -12,7 +12,7 @@ what one lacks another can supply in part. How a copy z_m is written into a sequ
     across modalities    Sarcasm: in some negative samples the text says the opposite of what is meant. Only audio
                          and vision, by disagreeing with the text, tell.
     a linear trace       Filler words lean a little towards z_m, and the audio and vision level shifts with it, so that
-                         a linear model on mean frames does better than nothing, and clearly worse than HCMEN.
+                         a linear model on mean frames beats nothing, and is clearly worse than one that sees order.
 
 Lengths are ragged, padding is zero at the end, and the columns of audio and vision have scales and offsets of their
 own.
@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hcmen.config import ModelConfig, preset_named
+from hcmen.base.errors import InputError
+from hcmen.base.inputs import Inputs
+from hcmen.base.modalities import MODALITIES
 from hcmen.data import SPLITS
-from hcmen.errors import InputError
-from hcmen.modalities import MODALITIES
 
 __all__ = ["SAMPLES", "make_synthetic", "write_synthetic"]
 
@@ -79,12 +79,12 @@ class _World:
 
 
 def make_synthetic(
-    config: ModelConfig | None = None, samples: tuple[int, int, int] = SAMPLES["mosi"], seed: int = 0
+    inputs: Inputs, samples: tuple[int, int, int] = SAMPLES["mosi"], seed: int = 0
 ) -> dict[str, dict[str, Any]]:
     """A synthetic set in MMSA's layout: {"train", "valid", "test"} of dicts, see hcmen/data/mmsa.py.
 
     Args:
-        config: feature counts, steps and label range; those of the preset `mosi` if None.
+        inputs: feature counts, steps and label range.
         samples: how many samples train, valid and test have.
         seed: the same seed gives the same set.
 
@@ -92,9 +92,8 @@ def make_synthetic(
         InputError: a sequence is too short to hide anything in (text needs 10 steps, audio and vision 16), audio or
             vision has fewer than 3 features, or a split has no samples.
     """
-    config = config or preset_named("mosi").model
     for m in MODALITIES:
-        size, need = config.modality(m), (1, 10) if m == "text" else (3, 16)
+        size, need = inputs.modality(m), (1, 10) if m == "text" else (3, 16)
         if size.features < need[0] or size.max_steps < need[1]:
             raise InputError(
                 f"{m} has {size.features} features and {size.max_steps} steps, the synthetic set needs at least "
@@ -103,9 +102,9 @@ def make_synthetic(
     if min(samples) < 1:
         raise InputError(f"samples is {samples}, expected three numbers of at least 1")
     generator = np.random.default_rng(seed)
-    world = _make_world(config, generator)
+    world = _make_world(inputs, generator)
     return {
-        split: _make_split(config, world, split, count, generator) for split, count in zip(SPLITS, samples, strict=True)
+        split: _make_split(inputs, world, split, count, generator) for split, count in zip(SPLITS, samples, strict=True)
     }
 
 
@@ -125,14 +124,14 @@ def write_synthetic(path: str | Path, data: Mapping[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _make_world(config: ModelConfig, generator: np.random.Generator) -> _World:
+def _make_world(inputs: Inputs, generator: np.random.Generator) -> _World:
     # Vectors of unit variance per feature, whatever their number: noise on them then means the same everywhere.
-    word_vectors = generator.standard_normal((len(_WORDS) + 2, config.text.features))
+    word_vectors = generator.standard_normal((len(_WORDS) + 2, inputs.text.features))
     valence = np.zeros(len(_FILLERS))
     valence[generator.permutation(len(_FILLERS))[: len(_FILLERS) // 2]] = 1.0
     directions, scale, offset = {}, {}, {}
     for m in ("audio", "vision"):
-        features = config.modality(m).features
+        features = inputs.modality(m).features
         # Three orthogonal directions (of the motifs, of the cue, of the level) of unit variance per feature.
         directions[m] = np.linalg.qr(generator.standard_normal((features, 3)))[0].T * np.sqrt(features)
         scale[m] = np.exp(generator.standard_normal(features))
@@ -141,19 +140,19 @@ def _make_world(config: ModelConfig, generator: np.random.Generator) -> _World:
 
 
 def _make_split(
-    config: ModelConfig, world: _World, split: str, count: int, generator: np.random.Generator
+    inputs: Inputs, world: _World, split: str, count: int, generator: np.random.Generator
 ) -> dict[str, Any]:
     z = np.round(generator.uniform(-1.0, 1.0, count) * 15.0) / 15.0
     seen = {m: np.clip(z + noise * generator.standard_normal(count), -1.0, 1.0) for m, noise in _NOISE.items()}
     sarcastic = (z < -0.2) & (generator.random(count) < _SARCASM_PROBABILITY)
     seen["text"][sarcastic] = np.abs(seen["text"][sarcastic])
 
-    words, text_lengths = _make_words(config.text.max_steps, world, seen["text"], generator)
-    text = world.word_vectors[words] + 0.5 * generator.standard_normal((*words.shape, config.text.features))
-    audio, audio_lengths = _make_frames("audio", config, world, seen["audio"], generator)
-    vision, vision_lengths = _make_frames("vision", config, world, seen["vision"], generator)
+    words, text_lengths = _make_words(inputs.text.max_steps, world, seen["text"], generator)
+    text = world.word_vectors[words] + 0.5 * generator.standard_normal((*words.shape, inputs.text.features))
+    audio, audio_lengths = _make_frames("audio", inputs, world, seen["audio"], generator)
+    vision, vision_lengths = _make_frames("vision", inputs, world, seen["vision"], generator)
 
-    labels = np.float32(z * config.label_max)
+    labels = np.float32(z * inputs.label_max)
     real = np.arange(words.shape[1]) < text_lengths[:, None]
     data = {
         "raw_text": np.array(
@@ -170,7 +169,7 @@ def _make_split(
         "annotations": [("Negative", "Neutral", "Positive")[1 + int(s)] for s in np.sign(labels)],
         "id": [f"synthetic_{split}_{i // 10:04d}$_${i % 10}" for i in range(count)],
     }
-    if config.label_max == 1.0:  # SIMS labels each modality as well
+    if inputs.label_max == 1.0:  # SIMS labels each modality as well
         for m in MODALITIES:
             data[f"regression_labels_{m[0].upper()}"] = np.float32(seen[m])
     return data
@@ -238,10 +237,10 @@ def _make_words(steps: int, world: _World, seen: Array, generator: np.random.Gen
 
 
 def _make_frames(
-    m: str, config: ModelConfig, world: _World, seen: Array, generator: np.random.Generator
+    m: str, inputs: Inputs, world: _World, seen: Array, generator: np.random.Generator
 ) -> tuple[Array, Words]:
     """Audio or vision features [samples, steps, features] and lengths."""
-    steps, features, count = config.modality(m).max_steps, config.modality(m).features, len(seen)
+    steps, features, count = inputs.modality(m).max_steps, inputs.modality(m).features, len(seen)
     rows = np.arange(count)
     lengths = _ragged(steps, count, generator)
     x = 0.6 * generator.standard_normal((count, steps, features))

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hcmen.config import ModelConfig
+from hcmen.base.errors import CorruptFileError, InputError
+from hcmen.base.inputs import Inputs
 from hcmen.data import MultimodalDataset
-from hcmen.errors import CorruptFileError, InputError
 
 __all__ = ["dataset_of", "mention_cleaned", "trained_on"]
 
@@ -16,7 +16,7 @@ __all__ = ["dataset_of", "mention_cleaned", "trained_on"]
 def dataset_of(
     folder: Path,
     config: Mapping[str, Any],
-    model: ModelConfig,
+    inputs: Inputs,
     data: Path | None,
     note: Callable[[str], None],
     purpose: str,
@@ -37,12 +37,12 @@ def dataset_of(
     if made is not None:
         samples, seed = made
         note(f"no --data: {purpose} {folder} on the synthetic set it was trained on (seed {seed})")
-        return dataset_from_mmsa(make_synthetic(model, samples, seed), name, model)
+        return dataset_from_mmsa(make_synthetic(inputs, samples, seed), name, inputs)
     if data is None:
         if not Path(name).exists():
             raise InputError(f"{folder}: was trained on {name}, which is not there: name the data with --data")
         note(f"no --data: {purpose} {folder} on {name}, which it was trained on")
-    dataset = read_mmsa(name, model)
+    dataset = read_mmsa(name, inputs)
     mention_cleaned(dataset, note)
     return dataset
 

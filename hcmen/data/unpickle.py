@@ -37,7 +37,7 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
-from hcmen.errors import CorruptFileError, InputError
+from hcmen.base.errors import CorruptFileError, InputError
 
 __all__ = ["MappedPickle", "load_pickle"]
 

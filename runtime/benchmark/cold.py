@@ -23,9 +23,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hcmen.errors import BackendError
+from hcmen.base.console import one_line
+from hcmen.base.errors import BackendError
 from hcmen.runtime.benchmark.measure import round_orders
-from hcmen.runtime.cli import one_line
 
 __all__ = ["ALL_VARIANTS", "FLOOR", "STEPS", "Cold", "cold_kinds", "floor_kind", "measure_cold"]
 

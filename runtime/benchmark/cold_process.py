@@ -30,7 +30,7 @@ def main(started: int) -> None:
         steps: dict[str, Callable[..., list[int]]] = {"floor": _floor, "run": _run, "eager": _eager}
         stamps = steps[what](*words)
     except Exception as error:
-        from hcmen.runtime.cli import describe_error
+        from hcmen.base.console import describe_error
 
         line, code = describe_error(error)
         print(line, file=sys.stderr)

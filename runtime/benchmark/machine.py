@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hcmen.errors import HcmenError
+from hcmen.base.errors import HcmenError
 
 __all__ = ["CpuTime", "free_memory_mib", "machine", "machine_warnings", "same_machine", "versions", "waited_ns"]
 
@@ -35,7 +35,7 @@ def machine(packages: Sequence[str] = ()) -> dict[str, Any]:
     Args:
         packages: whose versions to give besides those the runtime uses.
     """
-    from hcmen.runtime.ort import physical_cores
+    from hcmen.runtime.backends.ort import physical_cores
 
     return {
         "cpu": _cpu(),
@@ -256,7 +256,7 @@ def _memory() -> dict[str, int | None]:
 
 
 def _isa() -> str | None:
-    from hcmen.runtime.library import library_isa
+    from hcmen.base.library import library_isa
 
     try:
         return library_isa()

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hcmen.errors import HcmenError
+from hcmen.base.errors import HcmenError
 from hcmen.runtime.benchmark.machine import waited_ns
 from hcmen.runtime.benchmark.rows import Measured, Runner, failed, judged
 from hcmen.runtime.benchmark.stats import settled

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hcmen.bundle import Bundle, file_record
-from hcmen.errors import BackendError, InputError
+from hcmen.base.bundle import Bundle, file_record
+from hcmen.base.console import one_line
+from hcmen.base.errors import BackendError, InputError
 from hcmen.runtime.benchmark.rows import Arrays, Measured, Work, check_golden, check_outputs
-from hcmen.runtime.cli import one_line
 from hcmen.runtime.compare import SCORE_ATOL, SCORE_RTOL, Comparison
 
 __all__ = ["CHILD", "PEERS", "PeerProcess", "PeerRunner", "check_checkpoint"]

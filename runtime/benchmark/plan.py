@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from hcmen.bundle import Bundle
-from hcmen.errors import InputError
+from hcmen.base.bundle import Bundle
+from hcmen.base.errors import InputError
 from hcmen.runtime.benchmark.cold import Cold, cold_kinds, floor_kind, measure_cold
 from hcmen.runtime.benchmark.measure import Probe, Settings, measure
 from hcmen.runtime.benchmark.peers import CHILD, PEERS, PeerProcess, PeerRunner, check_checkpoint
@@ -121,7 +121,7 @@ class Plan:
 
     @property
     def _threads(self) -> tuple[int, ...]:
-        from hcmen.runtime.ort import physical_cores
+        from hcmen.runtime.backends.ort import physical_cores
 
         return tuple(dict.fromkeys(self.threads)) or (physical_cores(),)
 

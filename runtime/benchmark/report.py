@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from hcmen.bundle import MANIFEST_FILE, Bundle, parse_json
-from hcmen.errors import CorruptFileError, HcmenError, InputError
+from hcmen.base.bundle import Bundle
+from hcmen.base.errors import CorruptFileError, HcmenError, InputError
+from hcmen.base.manifest import MANIFEST_FILE, parse_json
 from hcmen.runtime.benchmark.cold import STEPS, Cold
 from hcmen.runtime.benchmark.measure import Settings
 from hcmen.runtime.benchmark.rows import Measured

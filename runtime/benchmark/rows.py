@@ -23,17 +23,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hcmen.bundle import Bundle
-from hcmen.clip import Clip, batch_clips, read_clip, write_clip
-from hcmen.errors import CheckFailed, InputError
-from hcmen.modalities import variant_named
+from hcmen.base.bundle import Bundle
+from hcmen.base.clip import Clip, batch_clips, read_clip, write_clip
+from hcmen.base.console import describe_error, one_line
+from hcmen.base.errors import CheckFailed, InputError
+from hcmen.base.modalities import variant_named
 from hcmen.runtime.benchmark.machine import free_memory_mib
-from hcmen.runtime.cli import describe_error, one_line
 from hcmen.runtime.compare import Comparison, compare
-from hcmen.runtime.predictor import Predictor, golden_test
+from hcmen.runtime.golden import golden_test
+from hcmen.runtime.predictor import Predictor
 
 if TYPE_CHECKING:
-    from hcmen.config import ModelConfig
+    from hcmen.base.inputs import Inputs
 
 __all__ = [
     "FUNCTIONS",
@@ -311,12 +312,12 @@ def make_work(bundle: Bundle, variant: str, batch: int, folder: Path, clip: str 
     if batch == 0:
         feeds = golden_inputs(bundle, variant)
         return Work(feeds, [], sum(len(next(iter(f.values()))) for f in feeds), "golden inputs, ragged")
-    config, present = bundle.manifest.model, variant_named(variant).present
+    inputs, present = bundle.manifest.inputs, variant_named(variant).present
     if clip is not None:
-        read = read_clip(clip, config)
+        read = read_clip(clip, inputs)
         _check_memory(batch, sum(x.nbytes for x in read.arrays.values()))
         return Work([batch_clips([read] * batch, present)], [clip] * batch, batch, clip)
-    _check_memory(batch, sum(4 * config.modality(m).max_steps * config.modality(m).features for m in present))
+    _check_memory(batch, sum(4 * inputs.modality(m).max_steps * inputs.modality(m).features for m in present))
     rng = np.random.default_rng(seed)
     clips = [_full_length(bundle, present, rng) for _ in range(batch)]
     paths = []
@@ -340,13 +341,13 @@ def _check_memory(batch: int, clip_bytes: int) -> None:
 
 def _full_length(bundle: Bundle, present: Sequence[str], rng: np.random.Generator) -> Clip:
     """A clip of the longest length, its features of the mean and deviation that the training features had."""
-    config: ModelConfig = bundle.manifest.model
+    inputs: Inputs = bundle.manifest.inputs
     features, tokens = {}, None
     for m in present:
-        sizes = config.modality(m)
-        if m == "text" and config.text_encoder is not None:
+        sizes = inputs.modality(m)
+        if m == "text" and inputs.text_tokens is not None:
             tokens = np.ones((3, sizes.max_steps), np.int64)
-            tokens[0] = rng.integers(config.text_encoder.vocabulary, size=sizes.max_steps)
+            tokens[0] = rng.integers(inputs.text_tokens.vocabulary, size=sizes.max_steps)
             tokens[2] = 0
             continue
         statistics = bundle.manifest.normalisation[m]

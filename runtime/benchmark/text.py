@@ -6,8 +6,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hcmen.base.console import aligned
 from hcmen.runtime.benchmark.judge import Verdict
-from hcmen.runtime.cli import aligned
 
 __all__ = ["milliseconds", "tables"]
 

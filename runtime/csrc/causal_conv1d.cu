@@ -254,6 +254,15 @@ int backward(const ConvArguments& a, void* stream) {
 }
 
 }  // namespace
+
+int load_convolution_kernels() {
+  return load_kernels(conv_forward_kernel<float, 2>, conv_forward_kernel<float, 3>, conv_forward_kernel<float, 4>,
+                      conv_forward_any_kernel<float>, conv_forward_kernel<__half, 2>, conv_forward_kernel<__half, 3>,
+                      conv_forward_kernel<__half, 4>, conv_forward_any_kernel<__half>, conv_backward_kernel<2>,
+                      conv_backward_kernel<3>, conv_backward_kernel<4>, conv_slopes_any_kernel,
+                      conv_backward_any_kernel);
+}
+
 }  // namespace cuda
 }  // namespace hcmen
 

@@ -85,6 +85,14 @@ extern "C" {
 
 HCMEN_API int hcmen_cuda_ops_version(void) { return HCMEN_CUDA_OPS_VERSION; }
 
+HCMEN_API int hcmen_cuda_warm(void) {
+  using namespace hcmen::cuda;
+  for (const auto load : {load_forward_kernels, load_backward_kernels, load_convolution_kernels}) {
+    if (const int status = load()) return status;
+  }
+  return load_kernels(sum_parts_kernel, nothing_kernel);
+}
+
 HCMEN_API const char* hcmen_cuda_problem(void) { return hcmen::cuda::problem; }
 
 HCMEN_API int hcmen_cuda_nothing(const hcmen_cuda_launch* launch) {

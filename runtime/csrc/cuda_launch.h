@@ -55,6 +55,33 @@ int launch(void (*kernel)(Arguments), int64_t blocks, int threads, int64_t share
 }
 #endif
 
+// Loads a kernel, which its first launch would do else.
+template <class Arguments>
+int load_kernel(void (*kernel)(Arguments)) {
+#if defined(HCMEN_EMULATE)
+  return kernel ? HCMEN_OK : HCMEN_BAD_ARGUMENT;
+#else
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  return error == cudaSuccess ? HCMEN_OK : failed(error);
+#endif
+}
+
+template <class Arguments, class... Others>
+int load_kernels(void (*kernel)(Arguments), Others... others) {
+  const int status = load_kernel(kernel);
+  if constexpr (sizeof...(others) == 0) {
+    return status;
+  } else {
+    return status ? status : load_kernels(others...);
+  }
+}
+
+// The kernels of each file.
+int load_forward_kernels();
+int load_backward_kernels();
+int load_convolution_kernels();
+
 // A grid has at most this many blocks.
 constexpr int64_t kMostBlocks = INT32_MAX;
 

@@ -34,7 +34,9 @@ typedef struct hcmen_cuda_launch {
   // How a forward scan is shared out. 0 leaves it to a rule of the sizes alone; see hcmen_cuda_plan.
   int64_t steps_per_chunk;  // steps that one block scans; -1: all of them, which needs no workspace
   int32_t lanes_per_channel;  // 1, 2, 4, 8, 16 or 32 lanes share the states of a channel
-  int32_t time_warps;         // 1, 2, 4, 8 or 16 warps of a block share the steps of a tile
+  int32_t time_warps;         // 1 to 16 warps of a block lie one after the other in time, unless there are chunks
+  int32_t channel_warps;      // 1, 2 or 4 warps of a block lie side by side, where it has one in time
+  int32_t steps_per_warp;     // steps of a tile where a block has one warp in time: a multiple of 4, at most 64
 } hcmen_cuda_launch;
 
 // What a forward scan does, for tests and benchmarks.
@@ -59,8 +61,12 @@ HCMEN_API int hcmen_cuda_causal_conv1d_backward(const hcmen_conv* conv, const hc
                                                 const hcmen_cuda_launch* launch);
 
 // The version of this C interface.
-#define HCMEN_CUDA_OPS_VERSION 1
+#define HCMEN_CUDA_OPS_VERSION 2
 HCMEN_API int hcmen_cuda_ops_version(void);
+
+// Loads every kernel of this library onto the current device. Without it the first launch of each kernel loads it, which
+// fails while a stream is being recorded into a CUDA graph. HCMEN_OK, or HCMEN_CUDA_FAILED.
+HCMEN_API int hcmen_cuda_warm(void);
 
 // What CUDA said when a function of this library last returned HCMEN_CUDA_FAILED on this thread; empty before that.
 HCMEN_API const char* hcmen_cuda_problem(void);

@@ -1,5 +1,5 @@
 // The operators of docs/op.md as tables: names, order, types, shapes and attributes. Every host in C++ reads them, and
-// tests/test_op_table.py holds them to the table in Python (hcmen/base/op.py) and to docs/op.md.
+// tests/base/test_op_table.py holds them to the table in Python (hcmen/base/op.py) and to docs/op.md.
 #ifndef HCMEN_OP_TABLE_H_
 #define HCMEN_OP_TABLE_H_
 

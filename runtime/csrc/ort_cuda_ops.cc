@@ -91,5 +91,7 @@ class Cuda {
 // The entry point ONNX Runtime looks for in an operator library.
 extern "C" __attribute__((visibility("default"))) hcmen::ort::Status* RegisterCustomOps(
     hcmen::ort::SessionOptions* options, const hcmen::ort::ApiBase* base) {
+  // A session may record its first run into a CUDA graph. Where there is no device, its first run says so.
+  hcmen_cuda_warm();
   return hcmen::ort::register_operators<hcmen::ort::Cuda>(options, base);
 }

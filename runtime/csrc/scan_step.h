@@ -1,6 +1,6 @@
 // The arithmetic of the selective scan and of the causal convolution, once, for host and device: what happens in one
 // step of one channel, forward and backward, and how a long sequence is put together from chunks. The CUDA kernels
-// include it; tests/test_scan_step.py compiles it for the host and holds it to the reference in float64.
+// include it; tests/mamba/test_scan_step.py compiles it for the host and holds it to the reference in float64.
 //
 // Everything is float32. Decay rates are kept as A * log2(e), so that a decay is one power of two. Functions are
 // written so that what they lose is below the 1e-6 of the largest output that docs/op.md promises:
@@ -62,7 +62,12 @@ HCMEN_HD float quotient(float a, float b) {
 // exp(-|x|), in [0, 1]: the rounding of x * log2(e) is made good, which at x = -10 would cost five units in the last
 // place.
 HCMEN_HD float exp_of_minus_size(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float size;
+  asm("min.NaN.f32 %0, %1, 0f43160000;" : "=f"(size) : "f"(fabsf(x)));  // one instruction, where the other takes three
+#else
   const float size = fabsf(x) > 150.0f ? 150.0f : fabsf(x);  // written so that NaN stays NaN
+#endif
   const float power = -size * kLog2e;
   const float rest = fmaf(-size, kLog2e, -power) - size * kLog2eRest;
   const float value = power_of_two(power);
@@ -145,45 +150,42 @@ HCMEN_HD Chunk combine(Chunk first, Chunk second, float rate) {
 //   gradient of d = sum over states of g (A decay h_before + B u)
 //   du = D s + d * (sum over states of g B)
 
-// What the states of a channel add up to in one step.
-struct Sums {
-  float y;       // C h, the output without D u
-  float through; // g B
-  float decayed; // g decay h_before rate; times ln 2 it is the part of A in the gradient of d
+// The step size from what the model gives, and its slope by that.
+struct StepSize {
+  float size, slope;
 };
 
-// One state over one step, backward. `g` comes in as the gradient of `after` from later steps and goes out as that of
-// `before`.
-HCMEN_HD void retreat(float before, float after, float d, float u, float s, float rate, float B, float C, float& g,
-                      float& dA, float& dB, float& dC, Sums& sums) {
-  const float decay = power_of_two(d * rate);
-  g = fmaf(C, s, g);
-  dC = s * after;
-  dB = g * (d * u);
-  sums.y = fmaf(C, after, sums.y);
-  sums.through = fmaf(g, B, sums.through);
-  g *= decay;
-  const float kept = g * before;
-  sums.decayed = fmaf(kept, rate, sums.decayed);
-  dA = fmaf(d, kept, dA);
+HCMEN_HD StepSize step_size_and_slope(float delta, float bias, bool through_softplus) {
+  const float x = delta + bias;
+  if (!through_softplus) return {x, 1.0f};
+  const float e = exp_of_minus_size(x);
+  return {(x > 0.0f ? x : 0.0f) + log1p_of_unit(e), quotient(x < 0.0f ? e : 1.0f, 1.0f + e)};
 }
 
-// Gradients of the inputs of one step of a channel.
-struct InputGradients {
-  float du, ddelta, dz;
+// silu and its derivative.
+struct Gate {
+  float value, slope;
 };
 
-HCMEN_HD InputGradients input_gradients(Sums sums, float u, float delta, float bias, bool through_softplus, float D,
-                                        bool gated, float z, float dy) {
-  const float x = delta + bias;
-  const float d = through_softplus ? softplus(x) : x;
-  const float s = gated ? dy * silu(z) : dy;
-  const float gradient_of_d = fmaf(kLn2, sums.decayed, u * sums.through);
-  InputGradients out;
-  out.du = fmaf(D, s, d * sums.through);
-  out.ddelta = through_softplus ? gradient_of_d * sigmoid(x) : gradient_of_d;
-  out.dz = gated ? dy * fmaf(D, u, sums.y) * silu_slope(z) : 0.0f;
-  return out;
+HCMEN_HD Gate gate(float z) {
+  const float e = exp_of_minus_size(z), larger = quotient(1.0f, 1.0f + e), smaller = e * larger;
+  const bool negative = z < 0.0f;
+  const float sigmoid = negative ? smaller : larger;
+  return {z * sigmoid, sigmoid * fmaf(z, negative ? larger : smaller, 1.0f)};
+}
+
+// One state over one step, backward. `input` is d * u; `g` comes in as the gradient of the state after the step from
+// later steps and goes out as that of `before`. The rest is added to: dA; dB, a sum over channels; and sums over states
+// of g B and of g decay before rate, which times ln 2 is the part of A in the gradient of d.
+HCMEN_HD void retreat(float before, float d, float input, float s, float rate, float B, float C, float& g, float& dA,
+                      float& dB, float& through, float& decayed) {
+  g = fmaf(C, s, g);
+  dB = fmaf(g, input, dB);
+  through = fmaf(g, B, through);
+  g *= power_of_two(d * rate);
+  const float kept = g * before;
+  decayed = fmaf(kept, rate, decayed);
+  dA = fmaf(d, kept, dA);
 }
 
 // --- causal convolution ---------------------------------------------------------------------------------------------

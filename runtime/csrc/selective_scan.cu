@@ -1,528 +1,530 @@
-// The selective scan on a CUDA device. The arithmetic is in scan_step.h; here it is shared out.
+// The selective scan on a CUDA device. The arithmetic is in scan_step.h, how work is shared out in
+// selective_scan_plan.cu; here it is done.
 //
 // A warp is cut in two directions: `lanes` lanes share the states of one channel, 32 / lanes channels lie side by side,
-// so that neighbouring lanes read neighbouring channels. A lane keeps its states and their decay rates in registers. A
-// block has `channel_warps` such warps side by side over channels of one group, and `time_warps` of them one after the
-// other in time. It takes its steps in tiles:
+// so that neighbouring lanes read neighbouring channels. A lane keeps its states and their decay rates in registers.
 //
-//   stage    all threads read the tile's u and delta once, four channels at a time, turn delta into step sizes, and put
-//            both in shared memory, with the tile's B and C, which all channels of the block use
-//   scan     with time_warps > 1 each warp first finds what its steps make of a zero state; these chunks are put
-//            together (scan_step.h), so that each warp knows the states that its steps start from. Then, and with one
-//            time warp at once, the outputs: they take the place of the step sizes
-//   finish   all threads add D u, apply the gate, and write y, four channels at a time
+// A warp takes its steps in rounds of kRound. The lanes of a channel divide a round's steps among them: each reads u,
+// delta and z of its own steps, turns delta into a step size, tells the other lanes, and in the end adds up what all of
+// them made of these steps, adds D u, applies the gate and writes y. So each element is read, and its softplus computed,
+// once, and passes through no other memory. While a round is scanned, u and delta of the next one are on their way.
+//
+// B and C come through shared memory, since all warps of a block use the same ones. scan_forward_kernel has its warps
+// side by side over channels; while a tile is scanned, B and C of the next are on their way into a second buffer.
+// scan_split_kernel is for short sequences at small batches: its warps lie one after the other in time. Each finds what
+// a round makes of a zero state; these chunks are put together (scan_step.h), so that each knows the states that its
+// round starts from, and takes the round again, for the outputs.
 //
 // A long sequence at a small batch gives too few blocks. It is cut into chunks: a first launch finds what each chunk
 // but the last makes of a zero state, a second one walks over these and leaves the states that each chunk starts from,
 // a third one computes outputs, all chunks at once.
 //
-// The backward pass keeps the states at the start of every tile (a first launch), then takes the tiles from the last to
-// the first and recomputes their states in registers. Gradients of B and C are sums over channels: over the lanes of a
-// warp by exchanging halves, over the warps of a block in shared memory, over blocks, as those of A, D and delta_bias
-// over the batch, from partial sums in the workspace. Every sum has one order.
-//
-// What lies past an end (of time, channels, states) is staged as zeros: a step of size zero leaves every state as it
-// was, a state with B = C = 0 stays zero.
-#include "cuda_launch.h"
-#include "scan_step.h"
+// What lies past an end (of time, channels, states) counts as zero: a step of size zero leaves every state as it was, a
+// state with B = C = 0 stays zero. Lanes past the last channel work on the block's first one and write nothing.
+#include "selective_scan_cuda.h"
 
 namespace hcmen {
 namespace cuda {
 namespace {
 
-constexpr int kMostThreads = 512;
-// Steps whose outputs are held in registers before they are written to shared memory, so that reads of the next step
-// need not wait for writes.
-constexpr int kStepsAtOnce = 4;
-// Loads of a thread that are under way together.
-constexpr int kLoadsAtOnce = 4;
-
-// Floats between the states of neighbouring lanes in shared memory: lanes read four at a time, and these strides keep
-// them off each other's banks.
-__host__ __device__ constexpr int slice_stride(int states) { return states == 8 ? 12 : states == 16 ? 20 : states; }
-
-// --- plans ----------------------------------------------------------------------------------------------------------
-
-struct Layout {
-  int lanes_shift;          // log2 of the lanes that share a channel
-  int states;               // of a lane
-  int channel_warps_shift;  // log2
-  int time_warps;
-  int steps;                // of a warp in a tile
-  int64_t channel_blocks;   // of a group
-  int64_t chunk;            // steps
-  int64_t chunks;
-
-  HCMEN_HD int lanes() const { return 1 << lanes_shift; }
-  HCMEN_HD int warp_channels_shift() const { return 5 - lanes_shift; }
-  HCMEN_HD int block_channels_shift() const { return 5 - lanes_shift + channel_warps_shift; }
-  HCMEN_HD int block_channels() const { return 1 << block_channels_shift(); }
-  HCMEN_HD int warps() const { return time_warps << channel_warps_shift; }
-  HCMEN_HD int tile() const { return steps * time_warps; }
-  HCMEN_HD int row() const { return lanes() * slice_stride(states); }  // of B or C in shared memory
-
-  // Shared memory, in floats: step sizes and u; B and C; ends and decays of the time warps, and their sums of steps.
-  HCMEN_HD int series() const { return tile() << block_channels_shift(); }
-  HCMEN_HD int projections() const { return tile() * row(); }
-  HCMEN_HD int exchange() const { return time_warps == 1 ? 0 : warps() * 2 * states * kWarp; }
-  HCMEN_HD int sums() const { return time_warps == 1 ? 0 : time_warps << block_channels_shift(); }
-  int64_t shared_bytes() const {
-    return (int64_t)sizeof(float) * (2 * (int64_t)series() + 2 * (int64_t)projections() + exchange() + sums());
-  }
-};
-
-int log2_of(int64_t power) {
-  int shift = 0;
-  while ((int64_t)1 << shift < power) ++shift;
-  return shift;
-}
-
-// The least number of states per lane that kernels exist for.
-int states_per_lane(int64_t state, int lanes) {
-  const int64_t needed = ceil_div(state, lanes);
-  for (int states : {4, 8, 12, 16}) {
-    if (states >= needed) return states;
-  }
-  return 0;
-}
-
-int check_sizes(const hcmen_scan& s, int64_t most_states) {
-  if (!all_positive({s.batch, s.time, s.channel, s.state, s.group})) return HCMEN_BAD_ARGUMENT;
-  if (s.channel % s.group != 0 || s.state > most_states || s.channel > INT32_MAX) return HCMEN_BAD_ARGUMENT;
-  if (s.dtype != HCMEN_FLOAT32 && s.dtype != HCMEN_FLOAT16) return HCMEN_BAD_ARGUMENT;
-  // Every array, and every part of a workspace, holds fewer elements than one of these.
-  if (!addressable({s.batch, s.time, s.channel, s.state}) || !addressable({s.batch, s.time, s.channel, 2}) ||
-      !addressable({s.batch, s.channel, s.state + 2}) ||
-      !addressable({s.batch, s.time, s.group, s.state, s.channel / s.group, 2})) {
-    return HCMEN_BAD_ARGUMENT;
-  }
-  return HCMEN_OK;
-}
-
-// How a forward scan is shared out, by its sizes alone: the same on every device. The numbers aim at some ten warps on
-// each of a hundred multiprocessors; smaller devices get more than they need, which costs them the work done twice.
-// They are reasoned, not measured: benchmarks/scan_cuda.py --tune measures.
-constexpr int64_t kEnoughWarps = 1024;
-constexpr int64_t kEnoughBlocks = 256;
-constexpr int64_t kLeastChunk = 512;
-
-// Not const-correct wishes: `wish` may be null.
-int plan_forward(const hcmen_scan& s, const hcmen_cuda_launch* wish, Layout* plan) {
-  const int64_t group_channels = s.channel / s.group;
-  const int wished_lanes = wish ? wish->lanes_per_channel : 0;
-  const int wished_warps = wish ? wish->time_warps : 0;
-  const int64_t wished_chunk = wish ? wish->steps_per_chunk : 0;
-  if (wished_lanes < 0 || wished_lanes > kWarp || (wished_lanes & (wished_lanes - 1)) != 0) return HCMEN_BAD_ARGUMENT;
-  if (wished_warps < 0 || wished_warps > 16 || (wished_warps & (wished_warps - 1)) != 0) return HCMEN_BAD_ARGUMENT;
-  if (wished_chunk < -1) return HCMEN_BAD_ARGUMENT;
-
-  // Warps if every channel had `lanes` lanes, one warp in time.
-  const auto warps_with = [&](int lanes) { return s.batch * s.group * ceil_div(group_channels, kWarp / lanes); };
-  Layout p{};
-  int lanes = 1;
-  while (states_per_lane(s.state, lanes) == 0) lanes *= 2;
-  if (wished_lanes) {
-    lanes = wished_lanes;
-  } else {
-    // More lanes for a channel shorten every step, as long as each still has four states.
-    while (lanes < kWarp && warps_with(lanes) < kEnoughWarps && states_per_lane(s.state, lanes) > 4) lanes *= 2;
-  }
-  p.states = states_per_lane(s.state, lanes);
-  if (p.states == 0) return HCMEN_BAD_ARGUMENT;
-  p.lanes_shift = log2_of(lanes);
-
-  const int64_t warps = warps_with(lanes);
-  const bool few = warps < kEnoughWarps;
-  // Wide blocks share B and C among many channels; few channels of a block make many blocks. A row of eight channels
-  // is what memory hands out at least.
-  const int64_t channels = few ? 8 : lanes <= 4 ? 128 / lanes : 32;
-  int64_t channel_warps = channels * lanes / kWarp;
-  if (channel_warps < 1) channel_warps = 1;
-  if (channel_warps > 8) channel_warps = 8;
-  while (channel_warps > 1 && (channel_warps / 2) * (kWarp / lanes) >= group_channels) channel_warps /= 2;
-  p.channel_warps_shift = log2_of(channel_warps);
-  p.steps = 8;
-
-  p.time_warps = 1;
-  if (wished_warps) {
-    p.time_warps = wished_warps;
-  } else {
-    while (p.time_warps < 8 && warps * p.time_warps < kEnoughWarps && p.time_warps * p.steps < s.time) p.time_warps *= 2;
-  }
-  while (p.warps() * kWarp > kMostThreads && p.channel_warps_shift > 0) --p.channel_warps_shift;
-  while (p.time_warps > 1 && (p.warps() * kWarp > kMostThreads || p.shared_bytes() > kMostSharedBytes)) {
-    p.time_warps /= 2;
-  }
-  if (p.time_warps == 1) {
-    // Longer tiles have fewer barriers.
-    Layout longer = p;
-    longer.steps = 16;
-    if (longer.shared_bytes() <= kMostSharedBytes / 2) p = longer;
-  }
-  while (p.shared_bytes() > kMostSharedBytes && p.channel_warps_shift > 0) --p.channel_warps_shift;
-  while (p.shared_bytes() > kMostSharedBytes && p.steps > kStepsAtOnce) p.steps /= 2;
-  if (p.shared_bytes() > kMostSharedBytes) return HCMEN_BAD_ARGUMENT;
-  p.channel_blocks = ceil_div(group_channels, p.block_channels());
-
-  const int64_t blocks = s.batch * s.group * p.channel_blocks;
-  p.chunk = s.time;
-  if (wished_chunk > 0) {
-    p.chunk = wished_chunk < s.time ? wished_chunk : s.time;
-  } else if (wished_chunk == 0 && blocks < kEnoughBlocks && s.time >= 2 * kLeastChunk) {
-    int64_t chunks = ceil_div(kEnoughBlocks, blocks);
-    if (chunks > s.time / kLeastChunk) chunks = s.time / kLeastChunk;
-    p.chunk = ceil_div(ceil_div(s.time, chunks), p.tile()) * p.tile();
-  }
-  p.chunks = ceil_div(s.time, p.chunk);
-  // In doubles: the product may not fit.
-  if ((double)blocks * (double)p.chunks > (double)kMostBlocks) return HCMEN_BAD_ARGUMENT;
-  *plan = p;
-  return HCMEN_OK;
-}
-
-// --- forward --------------------------------------------------------------------------------------------------------
-
 enum Mode {
-  kOutputs,      // y, and the last state
-  kChunks,       // what a chunk makes of a zero state
-  kCheckpoints,  // the states at the start of every tile
+  kOutputs,  // y, and the last state
+  kChunks,   // what a chunk makes of a zero state
 };
 
-struct ForwardArguments {
-  hcmen_scan s;
-  Layout plan;
-  bool four;      // channels and addresses allow four at a time
-  float* ends;    // [batch, chunks - 1, state, channel]
-  float* sums;    // [batch, chunks - 1, channel]
-  float* starts;  // kCheckpoints: [batch, tiles, state, channel]
+// --- lanes ----------------------------------------------------------------------------------------------------------
+
+// A lane's place in its warp. kLanes lanes share a channel, where 4 stands for four or more; then only the first four
+// have steps of their own.
+template <int kLanes>
+struct Seat {
+  static constexpr int kOwn = kLanes == 1 ? kRound : kLanes == 2 ? kRound / 2 : 1;  // steps of a round
+  int shift;    // log2 of the channels of a warp
+  int slice;    // which of its channel's lanes this one is
+  int channel;  // which of the warp's channels
+
+  __device__ __forceinline__ explicit Seat(const Layout& plan) {
+    const int lane = threadIdx.x % kWarp;
+    shift = kLanes == 1 ? 5 : kLanes == 2 ? 4 : plan.warp_channels_shift();
+    slice = lane >> shift;
+    channel = lane & ((1 << shift) - 1);
+  }
+
+  // The q-th own step.
+  __device__ __forceinline__ int step(int q) const {
+    return kLanes == 1 ? q : kLanes == 2 ? 2 * q + slice : slice % kRound;
+  }
+  __device__ __forceinline__ bool writes() const { return kLanes < 4 || slice < kRound; }
+
+  // What the lane that owns step `j` of the round holds of it.
+  __device__ __forceinline__ float told(const float (&own)[kOwn], int j) const {
+    if constexpr (kLanes == 1) return own[j];
+    const int owner = kLanes == 2 ? j % 2 : j;
+    return __shfl_sync(kAllLanes, own[kLanes == 2 ? j / 2 : 0], (owner << shift) + channel);
+  }
+
+  // Of the own steps, the sums over the channel's lanes.
+  __device__ __forceinline__ void totals(const float (&parts)[kRound], float (&own)[kOwn]) const {
+    if constexpr (kLanes == 1) {
+#pragma unroll
+      for (int j = 0; j < kRound; ++j) own[j] = parts[j];
+    } else if constexpr (kLanes == 2) {
+#pragma unroll
+      for (int q = 0; q < kOwn; ++q) own[q] = halved(parts[2 * q], parts[2 * q + 1], slice == 1, 1);
+    } else {
+      const float even = halved(parts[0], parts[1], slice & 1, 1), odd = halved(parts[2], parts[3], slice & 1, 1);
+      float total = halved(even, odd, slice & 2, 2);
+      for (int apart = 4 << shift; apart < kWarp; apart <<= 1) total += __shfl_xor_sync(kAllLanes, total, apart);
+      own[0] = total;
+    }
+  }
+
+  // The sum over the channel's lanes of what each holds of its own steps.
+  __device__ __forceinline__ float total_of_own(const float (&own)[kOwn]) const {
+    float total = own[0];
+#pragma unroll
+    for (int q = 1; q < kOwn; ++q) total += own[q];
+    if constexpr (kLanes >= 2) total += __shfl_xor_sync(kAllLanes, total, 1 << shift);
+    if constexpr (kLanes >= 4) total += __shfl_xor_sync(kAllLanes, total, 2 << shift);
+    return total;
+  }
+
+ private:
+  // `first`, or in an upper lane `second`, of this lane and the one `slices` further.
+  __device__ __forceinline__ float halved(float first, float second, bool upper, int slices) const {
+    const float sent = upper ? first : second;
+    return (upper ? second : first) + __shfl_xor_sync(kAllLanes, sent, slices << shift);
+  }
 };
 
-// The place of a block in the arrays.
-struct Place {
-  int64_t batch, chunk, channel;  // the first channel of the block
-  int group, count;               // channels of the block that exist
+// --- u, delta, z and y ----------------------------------------------------------------------------------------------
+
+// A lane's own steps of one array, one after the other.
+template <class T, int kLanes>
+struct Series {
+  static constexpr int kOwn = Seat<kLanes>::kOwn;
+  T* at;           // of the next own step
+  int64_t stride;  // to the own step after it
+
+  // `array`: from the own step that is the first at `first` or after; it may be null if it is never read.
+  __device__ __forceinline__ Series(const hcmen_scan& s, const Place& place, const Seat<kLanes>& seat, int64_t first,
+                                    int within, const void* array)
+      : at(array == nullptr ? nullptr
+                            : const_cast<T*>(static_cast<const T*>(array)) +
+                                  series_offset(s, place, first + seat.step(0)) + within),
+        stride((s.reverse ? -1 : 1) * (kRound / kOwn) * s.channel) {}
+
+  // The own steps of the next round, unconverted, so that nothing waits for them yet. `left`: steps from its first on.
+  __device__ __forceinline__ void read(const Seat<kLanes>& seat, int left, T (&to)[kOwn]) {
+    if (left >= kRound) {
+#pragma unroll
+      for (int q = 0; q < kOwn; ++q) {
+        to[q] = *at;
+        at += stride;
+      }
+    } else {
+#pragma unroll
+      for (int q = 0; q < kOwn; ++q) to[q] = seat.step(q) < left ? at[q * stride] : T();
+    }
+  }
+
+  __device__ __forceinline__ void write(const Seat<kLanes>& seat, int left, const float (&from)[kOwn]) {
+    if (left >= kRound) {
+#pragma unroll
+      for (int q = 0; q < kOwn; ++q) {
+        narrow(from[q], at);
+        at += stride;
+      }
+    } else {
+#pragma unroll
+      for (int q = 0; q < kOwn; ++q) {
+        if (seat.step(q) < left) narrow(from[q], at + q * stride);
+      }
+    }
+  }
 };
 
-__device__ __forceinline__ Place block_place(const hcmen_scan& s, int64_t channel_blocks, int block_channels,
-                                             int64_t chunks) {
-  int64_t index = blockIdx.x;
-  Place p;
-  const int64_t first = index % channel_blocks * block_channels;
-  index /= channel_blocks;
-  const int64_t group_channels = s.channel / s.group;
-  p.group = (int)(index % s.group);
-  index /= s.group;
-  p.chunk = index % chunks;
-  p.batch = index / chunks;
-  p.channel = p.group * group_channels + first;
-  p.count = (int)(group_channels - first < block_channels ? group_channels - first : block_channels);
-  return p;
-}
+// What the own steps of a round are scanned with.
+template <int kOwn>
+struct Inputs {
+  float d[kOwn], input[kOwn];  // the step size, times u
+  float skip[kOwn];            // D u
+};
 
-// Where the block's first channel lies in u, delta, z and y, at the step scanned as number `index`.
-__device__ __forceinline__ int64_t series_offset(const hcmen_scan& s, const Place& at, int64_t index) {
-  return (at.batch * s.time + step::place(index, s.time, s.reverse)) * s.channel + at.channel;
-}
-
-// Where the group's states begin in B and C, at the step scanned as number `index`.
-__device__ __forceinline__ int64_t projection_offset(const hcmen_scan& s, const Place& at, int64_t index) {
-  return ((at.batch * s.time + step::place(index, s.time, s.reverse)) * s.group + at.group) * s.state;
-}
-
-// Step sizes and u of a tile into [tile][block_channels]. Thread and element belong together in the same way wherever a
-// loop runs over (step, channel) of a tile: what one thread staged, only that thread overwrites.
-template <int kCount, class T>
-__device__ __forceinline__ void stage_series(const hcmen_scan& s, const Place& at, int64_t first, int steps, int tile,
-                                             int row_shift, float* d_to, float* u_to) {
-  const T* const u = static_cast<const T*>(s.u);
-  const T* const delta = static_cast<const T*>(s.delta);
-  const int mask = (1 << row_shift) - 1;
-  const int size = tile << row_shift, stride = blockDim.x * kCount;
-  for (int start = threadIdx.x * kCount; start < size; start += kLoadsAtOnce * stride) {
-    float d4[kLoadsAtOnce][kCount], u4[kLoadsAtOnce][kCount];
+template <class T, int kLanes, int kOwn>
+__device__ __forceinline__ Inputs<kOwn> round_inputs(const hcmen_scan& s, const Seat<kLanes>& seat, int left, float bias,
+                                                     float D, const T (&u)[kOwn], const T (&delta)[kOwn]) {
+  Inputs<kOwn> in;
 #pragma unroll
-    for (int q = 0; q < kLoadsAtOnce; ++q) {
-      const int i = start + q * stride, k = i >> row_shift, c = i & mask;
+  for (int q = 0; q < kOwn; ++q) in.d[q] = widened(delta[q]) + bias;
+  if (s.delta_softplus) {
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) d4[q][j] = u4[q][j] = 0.0f;
-      if (k < steps && c < at.count) {
-        const int64_t offset = series_offset(s, at, first + k) + c;
-        load<kCount>(u + offset, u4[q]);
-        load<kCount>(delta + offset, d4[q]);
+    for (int q = 0; q < kOwn; ++q) in.d[q] = step::softplus(in.d[q]);
+  }
+  if (left < kRound) {
+#pragma unroll
+    for (int q = 0; q < kOwn; ++q) {
+      if (seat.step(q) >= left) in.d[q] = 0.0f;
+    }
+  }
+#pragma unroll
+  for (int q = 0; q < kOwn; ++q) {
+    in.input[q] = in.d[q] * widened(u[q]);
+    in.skip[q] = D * widened(u[q]);
+  }
+  return in;
+}
+
+// --- states ---------------------------------------------------------------------------------------------------------
+
+// [first, first + kStates) of `count` states that lie side by side, zeros past the end.
+template <int kStates>
+__device__ __forceinline__ void read_states(const float* from, int first, int count, bool four, float (&to)[kStates]) {
+#pragma unroll
+  for (int p = 0; p < kStates; p += 4) {
+    float some[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (four) {
+      if (first + p < count) load<4>(from + first + p, some);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (first + p + i < count) some[i] = from[first + p + i];
       }
     }
 #pragma unroll
-    for (int q = 0; q < kLoadsAtOnce; ++q) {
-      const int i = start + q * stride, k = i >> row_shift, c = i & mask;
-      if (i >= size) break;
-      if (k < steps && c < at.count) {
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-          d4[q][j] = step::step_size(d4[q][j], s.delta_bias[at.channel + c + j], s.delta_softplus);
-        }
-      }
-      store<kCount>(d4[q], d_to + i);
-      store<kCount>(u4[q], u_to + i);
-    }
+    for (int i = 0; i < 4; ++i) to[p + i] = some[i];
   }
 }
 
-// B or C of a tile into [tile][lanes][stride], zeros past the end of states and time.
-template <int kStates, class T>
-__device__ __forceinline__ void stage_projection(const hcmen_scan& s, const Place& at, const void* from, int64_t first,
-                                                 int steps, int tile, int lanes_shift, int stride, float* to) {
-  const int count = (tile << lanes_shift) * kStates, mask = (1 << lanes_shift) - 1;
-  for (int start = threadIdx.x; start < count; start += kLoadsAtOnce * blockDim.x) {
-    float value[kLoadsAtOnce];
-#pragma unroll
-    for (int q = 0; q < kLoadsAtOnce; ++q) {
-      const int i = start + q * blockDim.x, slice = i / kStates, p = i % kStates;
-      const int k = slice >> lanes_shift, n = (slice & mask) * kStates + p;
-      value[q] = 0.0f;
-      if (k < steps && n < s.state) {
-        value[q] = widened(static_cast<const T*>(from)[projection_offset(s, at, first + k) + n]);
-      }
-    }
-#pragma unroll
-    for (int q = 0; q < kLoadsAtOnce; ++q) {
-      const int i = start + q * blockDim.x;
-      if (i < count) to[i / kStates * stride + i % kStates] = value[q];
-    }
-  }
-}
-
-// y of a tile from the sums over states and u, both [tile][block_channels].
-template <int kCount, class T>
-__device__ __forceinline__ void finish_series(const hcmen_scan& s, const Place& at, int64_t first, int steps, int tile,
-                                              int row_shift, const float* sums, const float* u_from) {
-  const T* const z = static_cast<const T*>(s.z);
-  const int mask = (1 << row_shift) - 1;
-  const int size = tile << row_shift, stride = blockDim.x * kCount;
-  for (int start = threadIdx.x * kCount; start < size; start += kLoadsAtOnce * stride) {
-    float z4[kLoadsAtOnce][kCount];
-#pragma unroll
-    for (int q = 0; q < kLoadsAtOnce; ++q) {
-      const int i = start + q * stride, k = i >> row_shift, c = i & mask;
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) z4[q][j] = 0.0f;
-      if (z && k < steps && c < at.count) load<kCount>(z + series_offset(s, at, first + k) + c, z4[q]);
-    }
-#pragma unroll
-    for (int q = 0; q < kLoadsAtOnce; ++q) {
-      const int i = start + q * stride, k = i >> row_shift, c = i & mask;
-      if (k >= steps || c >= at.count) continue;
-      float y4[kCount], u4[kCount];
-      load<kCount>(sums + i, y4);
-      load<kCount>(u_from + i, u4);
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        y4[j] = step::output(y4[j], u4[j], s.D[at.channel + c + j], z != nullptr, z4[q][j]);
-      }
-      store<kCount>(y4, static_cast<T*>(s.y) + series_offset(s, at, first + k) + c);
-    }
-  }
-}
-
-// kCount consecutive floats of shared memory, four at a time.
-template <int kCount>
-__device__ __forceinline__ void load_slice(const float* from, float (&to)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; i += 4) {
-    float four[4];
-    load<4>(from + i, four);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) to[i + j] = four[j];
-  }
-}
-
-template <class T, int kStates, int kMode>
-__global__ void __launch_bounds__(kMostThreads, 1) scan_forward_kernel(const ForwardArguments a) {
-  constexpr int kStride = slice_stride(kStates);
-  const hcmen_scan& s = a.s;
-  const Layout& plan = a.plan;
-  float* const tile_d = shared_memory();
-  float* const tile_u = tile_d + plan.series();
-  float* const tile_B = tile_u + plan.series();
-  float* const tile_C = tile_B + plan.projections();
-  float* const exchange = tile_C + plan.projections();
-  float* const warp_sums = exchange + plan.exchange();
-
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int channel_warp = warp & ((1 << plan.channel_warps_shift) - 1);
-  const int time_warp = warp >> plan.channel_warps_shift;
-  const int slice = lane >> plan.warp_channels_shift();
-  const int within = (channel_warp << plan.warp_channels_shift()) + (lane & ((1 << plan.warp_channels_shift()) - 1));
-  const int row_shift = plan.block_channels_shift();
-  const int row = plan.row();
-  const bool split = plan.time_warps > 1;
-
-  const int64_t starts = plan.chunks - 1;  // chunks that another one follows
-  const Place at = block_place(s, plan.channel_blocks, plan.block_channels(), kMode == kChunks ? starts : plan.chunks);
-  const bool own = within < at.count;
-  const int64_t channel = at.channel + within;
-  const int64_t begin = at.chunk * plan.chunk;
-  const int64_t end = begin + plan.chunk < s.time ? begin + plan.chunk : s.time;
-
-  float rate[kStates], state[kStates], chunk_steps = 0.0f;
+template <int kStates>
+__device__ __forceinline__ void write_states(const float (&from)[kStates], int first, int count, float* to) {
 #pragma unroll
   for (int p = 0; p < kStates; ++p) {
-    const int n = slice * kStates + p;
-    rate[p] = state[p] = 0.0f;
-    if (own && n < s.state) {
-      rate[p] = s.A[channel * s.state + n] * step::kLog2e;
-      if (kMode != kChunks) {
-        if (at.chunk > 0) {
-          state[p] = a.ends[((at.batch * starts + at.chunk - 1) * s.state + n) * s.channel + channel];
-        } else if (s.initial_state) {
-          state[p] = s.initial_state[(at.batch * s.channel + channel) * s.state + n];
+    if (first + p < count) to[first + p] = from[p];
+  }
+}
+
+// --- B and C --------------------------------------------------------------------------------------------------------
+
+// B and C of a tile on their way into shared memory, where they lie as [step][B, C][lanes][slice_stride]. Of `threads`
+// threads each takes one vector of four states ahead; what that leaves is read when it is put there.
+template <class T, int kStates, int kLanes>
+struct Projections {
+  static constexpr int kStride = slice_stride(kStates), kVectors = kStates / 4;
+  int thread, threads, lanes_shift, tile;
+  // This thread's vector: its step in the tile, its place in shared memory, where it comes from in the next tile.
+  int k, to;
+  bool there;
+  const T* from;
+  int64_t advance;
+  Four<T> ahead;
+
+  // `first`: of the tile's steps in scanning order.
+  __device__ __forceinline__ Projections(const hcmen_scan& s, const Layout& plan, const Place& at, bool four,
+                                         int64_t first, int tile_steps, int my_thread, int thread_count)
+      : thread(my_thread), threads(thread_count), lanes_shift(kLanes == 4 ? plan.lanes_shift : kLanes / 2),
+        tile(tile_steps), ahead{} {
+    int n;
+    bool of_C;
+    place_of(thread, k, of_C, n, to);
+    there = four && k < tile && n < s.state;
+    from = static_cast<const T*>(of_C ? s.C : s.B) + projection_offset(s, at, first + k) + n;
+    advance = (s.reverse ? -1 : 1) * tile * s.group * s.state;
+  }
+
+  __device__ __forceinline__ int row() const { return kStride << lanes_shift; }
+
+  // Of vector number i: its step, its state, and where it goes.
+  __device__ __forceinline__ void place_of(int i, int& step, bool& of_C, int& n, int& place) const {
+    const int slice = i / kVectors, p = i % kVectors * 4, lane = slice & ((1 << lanes_shift) - 1);
+    const int line = slice >> lanes_shift;
+    step = line >> 1;
+    of_C = line & 1;
+    n = lane * kStates + p;
+    place = line * row() + lane * kStride + p;
+  }
+
+  // Asks for this thread's vector of the tile that has `steps` steps, and goes on to the next.
+  __device__ __forceinline__ void fetch(int steps) {
+    ahead = Four<T>{};
+    if (there && k < steps) ahead = *reinterpret_cast<const Four<T>*>(from);
+    from += advance;
+  }
+
+  // Puts the tile that begins at step `first` into `buffer`.
+  __device__ __forceinline__ void put(const hcmen_scan& s, const Place& at, bool four, int64_t first, int steps,
+                                      float* buffer) const {
+    const int count = (2 * tile * kVectors) << lanes_shift;
+    int i = thread;
+    if (four) {
+      if (i < count) place_vector(ahead, buffer + to);
+      i += threads;
+    }
+#pragma unroll 1
+    for (; i < count; i += threads) {
+      int step, n, place;
+      bool of_C;
+      place_of(i, step, of_C, n, place);
+      Four<T> x{};
+      if (step < steps) {
+        const T* const source = static_cast<const T*>(of_C ? s.C : s.B) + projection_offset(s, at, first + step) + n;
+        if (four) {
+          if (n < s.state) x = *reinterpret_cast<const Four<T>*>(source);
+        } else {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            if (n + e < s.state) x.at[e] = source[e];
+          }
         }
       }
+      place_vector(x, buffer + place);
     }
   }
 
-  const int tile = plan.tile();
-  for (int64_t first = begin; first < end; first += tile) {
-    const int steps = (int)(end - first < tile ? end - first : tile);
-    if (kMode == kCheckpoints) {
-      const int64_t number = first / tile, tiles = (s.time + tile - 1) / tile;
+ private:
+  static __device__ __forceinline__ void place_vector(const Four<T>& x, float* to) {
+    float wide[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) wide[e] = widened(x.at[e]);
+    store<4>(wide, to);
+  }
+};
+
+// --- a round --------------------------------------------------------------------------------------------------------
+
+// `my_B`: B of the round's first step, this lane's states; its C lies `row` floats further, the next step twice that.
+// With kY `parts` gets this lane's part of the outputs.
+template <int kStates, int kLanes, bool kY>
+__device__ __forceinline__ void scan_round(const Seat<kLanes>& seat, const Inputs<Seat<kLanes>::kOwn>& in,
+                                           const float* my_B, int row, const float (&rate)[kStates],
+                                           float (&h)[kStates], float (&parts)[kRound]) {
+#pragma unroll
+  for (int j = 0; j < kRound; ++j) {
+    const float d = seat.told(in.d, j), input = seat.told(in.input, j);
+    parts[j] = 0.0f;
+    if constexpr (kY && kLanes == 1) parts[j] = in.skip[j];
+#pragma unroll
+    for (int p = 0; p < kStates; p += 4) {
+      float B[4], C[4];
+      load<4>(my_B + 2 * j * row + p, B);
+      if constexpr (kY) load<4>(my_B + (2 * j + 1) * row + p, C);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        h[p + i] = step::advance(h[p + i], d, rate[p + i], input, B[i]);
+        if constexpr (kY) parts[j] = fmaf(C[i], h[p + i], parts[j]);
+      }
+    }
+  }
+}
+
+// Writes the outputs of the own steps.
+template <class T, int kLanes, int kOwn>
+__device__ __forceinline__ void finish_round(const hcmen_scan& s, const Seat<kLanes>& seat, Series<T, kLanes>& to,
+                                             int left, const Inputs<kOwn>& in, const float (&parts)[kRound],
+                                             const T (&z)[kOwn]) {
+  float y[kOwn];
+  seat.totals(parts, y);
+  if constexpr (kLanes > 1) {
+#pragma unroll
+    for (int q = 0; q < kOwn; ++q) y[q] += in.skip[q];
+  }
+  if (s.z) {
+#pragma unroll
+    for (int q = 0; q < kOwn; ++q) y[q] *= step::silu(widened(z[q]));
+  }
+  to.write(seat, left, y);
+}
+
+// --- kernels --------------------------------------------------------------------------------------------------------
+
+constexpr int kForwardThreads = kMostChannelWarps * kWarp;
+// Blocks of a multiprocessor at least, which leaves 128 registers; where that is too few, 168.
+constexpr int forward_blocks(int states, int lanes) { return states == 12 || (states == 16 && lanes == 4) ? 3 : 4; }
+
+template <class T, int kStates, int kLanes, int kMode>
+__global__ void __launch_bounds__(kForwardThreads, forward_blocks(kStates, kLanes)) scan_forward_kernel(const ForwardArguments a) {
+  constexpr int kOwn = Seat<kLanes>::kOwn;
+  const hcmen_scan& s = a.s;
+  const Layout& plan = a.plan;
+  const Seat<kLanes> seat(plan);
+  const int64_t starts = plan.chunks - 1;  // chunks that another one follows
+  const Place at = block_place(s, plan.channel_blocks, plan.block_channels(), kMode == kChunks ? starts : plan.chunks);
+  const int place = (threadIdx.x / kWarp << seat.shift) + seat.channel;
+  const bool own = place < at.count;
+  const int within = own ? place : 0;
+  const int64_t channel = at.channel + within;
+  const int64_t begin = at.chunk * plan.chunk;
+  const int count = (int)(s.time - begin < plan.chunk ? s.time - begin : plan.chunk);  // steps
+  const int tile = plan.steps, first_state = seat.slice * kStates;
+
+  Series<T, kLanes> from_u(s, at, seat, begin, within, s.u), from_delta(s, at, seat, begin, within, s.delta);
+  Series<T, kLanes> from_z(s, at, seat, begin, within, s.z), to_y(s, at, seat, begin, within, s.y);
+  T u[kOwn], delta[kOwn], z[kOwn];
+  from_u.read(seat, count, u);
+  from_delta.read(seat, count, delta);
+  Projections<T, kStates, kLanes> projections(s, plan, at, a.four, begin, tile, threadIdx.x, blockDim.x);
+  projections.fetch(count);
+
+  const float bias = s.delta_bias[channel];
+  const float D = kMode == kOutputs ? s.D[channel] : 0.0f;
+  float rate[kStates], h[kStates], chunk_steps = 0.0f;
+  read_states(s.A + channel * s.state, first_state, (int)s.state, a.four, rate);
+  if (kMode != kChunks && at.chunk > 0) {
+#pragma unroll
+    for (int p = 0; p < kStates; ++p) {
+      const int n = first_state + p;
+      h[p] = n < s.state ? a.ends[((at.batch * starts + at.chunk - 1) * s.state + n) * s.channel + channel] : 0.0f;
+    }
+  } else if (kMode != kChunks && s.initial_state) {
+    read_states(s.initial_state + (at.batch * s.channel + channel) * s.state, first_state, (int)s.state, a.four, h);
+  } else {
+#pragma unroll
+    for (int p = 0; p < kStates; ++p) h[p] = 0.0f;
+  }
+#pragma unroll
+  for (int p = 0; p < kStates; ++p) rate[p] *= step::kLog2e;
+
+  const int row = projections.row();
+  float* buffer = shared_memory();
+  float* other = buffer + 2 * tile * row;
+  projections.put(s, at, a.four, begin, count, buffer);
+  __syncthreads();
+
+  for (int done = 0; done < count; done += tile) {
+    const int remaining = count - done;
+    if (remaining > tile) projections.fetch(remaining - tile);
+    const int here = remaining < tile ? remaining : tile;
+    const float* my_B = buffer + seat.slice * Projections<T, kStates, kLanes>::kStride;
+    for (int k = 0; k < here; k += kRound) {
+      const int left = remaining - k;
+      float parts[kRound];
+      if (kMode == kOutputs && s.z) from_z.read(seat, left, z);
+      const Inputs<kOwn> in = round_inputs(s, seat, left, bias, D, u, delta);
+      if (left > kRound) {
+        from_u.read(seat, left - kRound, u);
+        from_delta.read(seat, left - kRound, delta);
+      }
+      scan_round<kStates, kLanes, kMode == kOutputs>(seat, in, my_B, row, rate, h, parts);
+      my_B += 2 * kRound * row;
+      if (kMode == kOutputs) {
+        finish_round(s, seat, to_y, own && seat.writes() ? left : 0, in, parts, z);
+      } else if (kMode == kChunks) {
+#pragma unroll
+        for (int q = 0; q < kOwn; ++q) chunk_steps += in.d[q];
+      }
+    }
+    if (remaining > tile) {
+      projections.put(s, at, a.four, begin + done + tile, remaining - tile, other);
+      float* const swap = buffer;
+      buffer = other;
+      other = swap;
+      __syncthreads();
+    }
+  }
+
+  if (kMode == kChunks) {
+    if constexpr (kLanes >= 2) chunk_steps += __shfl_xor_sync(kAllLanes, chunk_steps, 1 << seat.shift);
+    if constexpr (kLanes >= 4) chunk_steps += __shfl_xor_sync(kAllLanes, chunk_steps, 2 << seat.shift);
+    if (!own) return;
+#pragma unroll
+    for (int p = 0; p < kStates; ++p) {
+      const int n = first_state + p;
+      if (n < s.state) a.ends[((at.batch * starts + at.chunk) * s.state + n) * s.channel + channel] = h[p];
+    }
+    if (seat.slice == 0) a.sums[(at.batch * starts + at.chunk) * s.channel + channel] = chunk_steps;
+  }
+  if (kMode == kOutputs && s.last_state && own && at.chunk == starts) {
+    write_states(h, first_state, (int)s.state, s.last_state + (at.batch * s.channel + channel) * s.state);
+  }
+}
+
+template <class T, int kStates, int kLanes>
+__global__ void __launch_bounds__(kMostTimeWarps* kWarp) scan_split_kernel(const ForwardArguments a) {
+  constexpr int kOwn = Seat<kLanes>::kOwn;
+  const hcmen_scan& s = a.s;
+  const Layout& plan = a.plan;
+  const Seat<kLanes> seat(plan);
+  const Place at = block_place(s, plan.channel_blocks, plan.block_channels(), 1);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const bool own = seat.channel < at.count;
+  const int within = own ? seat.channel : 0;
+  const int64_t channel = at.channel + within;
+  const int first_state = seat.slice * kStates;
+  const int row = plan.row();
+  float* const my_projections = shared_memory() + warp * kRound * 2 * row;
+  float* const exchange = shared_memory() + plan.projections();
+
+  float rate[kStates], state[kStates];
+  for (int64_t first = 0; first < s.time; first += plan.tile()) {
+    // All steps of a warp may lie past the end.
+    const int64_t mine = first + warp * kRound;
+    const int left = (int)(s.time - mine < 0 ? 0 : s.time - mine < kRound ? s.time - mine : kRound);
+    const bool more = first + plan.tile() < s.time;
+    Series<T, kLanes> to_y(s, at, seat, mine, within, s.y);
+    T u[kOwn], delta[kOwn], z[kOwn];
+    Series<T, kLanes>(s, at, seat, mine, within, s.u).read(seat, left, u);
+    Series<T, kLanes>(s, at, seat, mine, within, s.delta).read(seat, left, delta);
+    if (s.z) Series<T, kLanes>(s, at, seat, mine, within, s.z).read(seat, left, z);
+    Projections<T, kStates, kLanes> projections(s, plan, at, a.four, mine, kRound, lane, kWarp);
+    projections.fetch(left);
+    const float bias = s.delta_bias[channel], D = s.D[channel];
+    if (first == 0) {
+      read_states(s.A + channel * s.state, first_state, (int)s.state, a.four, rate);
+      if (s.initial_state) {
+        read_states(s.initial_state + (at.batch * s.channel + channel) * s.state, first_state, (int)s.state, a.four,
+                    state);
+      } else {
+#pragma unroll
+        for (int p = 0; p < kStates; ++p) state[p] = 0.0f;
+      }
+#pragma unroll
+      for (int p = 0; p < kStates; ++p) rate[p] *= step::kLog2e;
+    }
+    projections.put(s, at, a.four, mine, left, my_projections);
+    __syncwarp();
+
+    float parts[kRound], h[kStates];
+    const Inputs<kOwn> in = round_inputs(s, seat, left, bias, D, u, delta);
+#pragma unroll
+    for (int p = 0; p < kStates; ++p) h[p] = 0.0f;
+    const float* const my_B = my_projections + seat.slice * Projections<T, kStates, kLanes>::kStride;
+    scan_round<kStates, kLanes, false>(seat, in, my_B, row, rate, h, parts);
+    const float sum = seat.total_of_own(in.d);
+    float* const my_exchange = exchange + warp * 2 * kStates * kWarp + lane;
+#pragma unroll
+    for (int p = 0; p < kStates; ++p) {
+      my_exchange[p * kWarp] = h[p];
+      my_exchange[(kStates + p) * kWarp] = step::power_of_two(rate[p] * sum);
+    }
+    __syncthreads();
+    const int upto = more ? plan.time_warps : warp;
+    for (int w = 0; w < upto; ++w) {
+      const float* const other = exchange + w * 2 * kStates * kWarp + lane;
 #pragma unroll
       for (int p = 0; p < kStates; ++p) {
-        const int n = slice * kStates + p;
-        if (own && n < s.state) {
-          a.starts[((at.batch * tiles + number) * s.state + n) * s.channel + channel] = state[p];
-        }
+        if (w == warp) h[p] = state[p];
+        state[p] = fmaf(other[(kStates + p) * kWarp], state[p], other[p * kWarp]);
       }
     }
-
-    if (a.four) {
-      stage_series<4, T>(s, at, first, steps, tile, row_shift, tile_d, tile_u);
-    } else {
-      stage_series<1, T>(s, at, first, steps, tile, row_shift, tile_d, tile_u);
+    if (!more) {
+#pragma unroll
+      for (int p = 0; p < kStates; ++p) h[p] = state[p];
     }
-    stage_projection<kStates, T>(s, at, s.B, first, steps, tile, plan.lanes_shift, kStride, tile_B);
-    if (kMode == kOutputs) {
-      stage_projection<kStates, T>(s, at, s.C, first, steps, tile, plan.lanes_shift, kStride, tile_C);
+    scan_round<kStates, kLanes, true>(seat, in, my_B, row, rate, h, parts);
+    finish_round(s, seat, to_y, own && seat.writes() ? left : 0, in, parts, z);
+    if (!more && s.last_state && own && warp == plan.time_warps - 1) {
+      write_states(h, first_state, (int)s.state, s.last_state + (at.batch * s.channel + channel) * s.state);
     }
-    __syncthreads();
-
-    const int mine = time_warp * plan.steps;  // this warp's first step in the tile
-    const float* const my_d = tile_d + (mine << row_shift) + within;
-    const float* const my_u = tile_u + (mine << row_shift) + within;
-    const float* const my_B = tile_B + mine * row + slice * kStride;
-    const float* const my_C = tile_C + mine * row + slice * kStride;
-
-    float h[kStates];
-    if (kMode != kOutputs || split) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int p = 0; p < kStates; ++p) h[p] = split ? 0.0f : state[p];
-      // All of a warp's steps may lie past the end.
-#pragma unroll 4
-      for (int k = 0; k < plan.steps; ++k) {
-        const float d = my_d[k << row_shift], input = d * my_u[k << row_shift];
-        float B[kStates];
-        load_slice(my_B + k * row, B);
-#pragma unroll
-        for (int p = 0; p < kStates; ++p) h[p] = step::advance(h[p], d, rate[p], input, B[p]);
-        sum += d;
-      }
-      if (split) {
-        float* const my_exchange = exchange + warp * 2 * kStates * kWarp + lane;
-#pragma unroll
-        for (int p = 0; p < kStates; ++p) {
-          my_exchange[p * kWarp] = h[p];
-          my_exchange[(kStates + p) * kWarp] = step::power_of_two(rate[p] * sum);
-        }
-        if (slice == 0) warp_sums[(time_warp << row_shift) + within] = sum;
-        __syncthreads();
-        for (int w = 0; w < plan.time_warps; ++w) {
-          const float* const other =
-              exchange + ((w << plan.channel_warps_shift) + channel_warp) * 2 * kStates * kWarp + lane;
-#pragma unroll
-          for (int p = 0; p < kStates; ++p) {
-            if (w == time_warp) h[p] = state[p];
-            state[p] = fmaf(other[(kStates + p) * kWarp], state[p], other[p * kWarp]);
-          }
-          chunk_steps += warp_sums[(w << row_shift) + within];
-        }
-      } else {
-#pragma unroll
-        for (int p = 0; p < kStates; ++p) state[p] = h[p];
-        chunk_steps += sum;
-      }
-    }
-
-    if (kMode == kOutputs) {
-      if (!split) {
-#pragma unroll
-        for (int p = 0; p < kStates; ++p) h[p] = state[p];
-      }
-      float* const my_y = tile_d + (mine << row_shift) + within;
-      for (int k = 0; k < plan.steps; k += kStepsAtOnce) {
-        float y[kStepsAtOnce];
-#pragma unroll
-        for (int j = 0; j < kStepsAtOnce; ++j) {
-          const float d = my_d[(k + j) << row_shift], input = d * my_u[(k + j) << row_shift];
-          float B[kStates], C[kStates];
-          load_slice(my_B + (k + j) * row, B);
-          load_slice(my_C + (k + j) * row, C);
-          y[j] = 0.0f;
-#pragma unroll
-          for (int p = 0; p < kStates; ++p) {
-            h[p] = step::advance(h[p], d, rate[p], input, B[p]);
-            y[j] = fmaf(C[p], h[p], y[j]);
-          }
-        }
-        for (int apart = 1 << plan.warp_channels_shift(); apart < kWarp; apart <<= 1) {
-#pragma unroll
-          for (int j = 0; j < kStepsAtOnce; ++j) y[j] += __shfl_xor_sync(kAllLanes, y[j], apart);
-        }
-        // The lanes of a channel have read its step sizes, which are overwritten now.
-        __syncwarp();
-        if (slice == 0) {
-#pragma unroll
-          for (int j = 0; j < kStepsAtOnce; ++j) my_y[(k + j) << row_shift] = y[j];
-        }
-      }
-      if (!split) {
-#pragma unroll
-        for (int p = 0; p < kStates; ++p) state[p] = h[p];
-      }
-    }
-
-    // B, C and the exchange are read no more, and the outputs are complete.
-    __syncthreads();
-    if (kMode == kOutputs) {
-      if (a.four) {
-        finish_series<4, T>(s, at, first, steps, tile, row_shift, tile_d, tile_u);
-      } else {
-        finish_series<1, T>(s, at, first, steps, tile, row_shift, tile_d, tile_u);
-      }
-    }
-  }
-
-  if (time_warp != 0) return;
-  if (kMode == kChunks) {
-#pragma unroll
-    for (int p = 0; p < kStates; ++p) {
-      const int n = slice * kStates + p;
-      if (own && n < s.state) {
-        a.ends[((at.batch * starts + at.chunk) * s.state + n) * s.channel + channel] = state[p];
-      }
-    }
-    if (own && slice == 0) a.sums[(at.batch * starts + at.chunk) * s.channel + channel] = chunk_steps;
-  }
-  if (kMode == kOutputs && s.last_state && at.chunk == plan.chunks - 1) {
-#pragma unroll
-    for (int p = 0; p < kStates; ++p) {
-      const int n = slice * kStates + p;
-      if (own && n < s.state) s.last_state[(at.batch * s.channel + channel) * s.state + n] = state[p];
-    }
+    // The exchange, and this warp's B and C, are written again.
+    if (more) __syncthreads();
   }
 }
 
 // Ends of chunks from a zero state -> states after the chunks. One thread for each (batch, state, channel).
-constexpr int kCarryThreads = 128;
+constexpr int kCarryThreads = 64;
+// Chunks whose ends are read before the first of them is used: a store may lie where the next load does, so that each
+// would wait for the one before it.
+constexpr int kCarriedAtOnce = 8;
 
 __global__ void __launch_bounds__(kCarryThreads) scan_carry_kernel(const ForwardArguments a) {
   const hcmen_scan& s = a.s;
@@ -531,40 +533,76 @@ __global__ void __launch_bounds__(kCarryThreads) scan_carry_kernel(const Forward
   const int64_t c = index % s.channel, n = index / s.channel % s.state, b = index / s.channel / s.state;
   const float rate = s.A[c * s.state + n] * step::kLog2e;
   float state = s.initial_state ? s.initial_state[(b * s.channel + c) * s.state + n] : 0.0f;
-  const int64_t starts = a.plan.chunks - 1;
-#pragma unroll 4
-  for (int64_t j = 0; j < starts; ++j) {
-    float& end = a.ends[((b * starts + j) * s.state + n) * s.channel + c];
-    state = step::after({a.sums[(b * starts + j) * s.channel + c], end}, rate, state);
-    end = state;
+  const int64_t starts = a.plan.chunks - 1, stride = s.state * s.channel;
+  float* ends = a.ends + (b * starts * s.state + n) * s.channel + c;
+  const float* sums = a.sums + b * starts * s.channel + c;
+  for (int64_t j = 0; j < starts; j += kCarriedAtOnce) {
+    step::Chunk chunk[kCarriedAtOnce];
+#pragma unroll
+    for (int q = 0; q < kCarriedAtOnce; ++q) {
+      if (j + q < starts) chunk[q] = {sums[q * s.channel], ends[q * stride]};
+    }
+#pragma unroll
+    for (int q = 0; q < kCarriedAtOnce; ++q) {
+      if (j + q >= starts) break;
+      state = step::after(chunk[q], rate, state);
+      ends[q * stride] = state;
+    }
+    ends += kCarriedAtOnce * stride;
+    sums += kCarriedAtOnce * s.channel;
   }
+}
+
+// --- launches -------------------------------------------------------------------------------------------------------
+
+using ForwardKernel = void (*)(ForwardArguments);
+
+// Null where states_per_lane gives no such kernel.
+template <class T, int kMode>
+ForwardKernel forward_kernel(int lanes, int states) {
+  switch (lanes < 4 ? lanes * 100 + states : 400 + states) {
+    case 104: return scan_forward_kernel<T, 4, 1, kMode>;
+    case 108: return scan_forward_kernel<T, 8, 1, kMode>;
+    case 112: return scan_forward_kernel<T, 12, 1, kMode>;
+    case 116: return scan_forward_kernel<T, 16, 1, kMode>;
+    case 208: return scan_forward_kernel<T, 8, 2, kMode>;
+    case 404: return scan_forward_kernel<T, 4, 4, kMode>;
+    case 408: return scan_forward_kernel<T, 8, 4, kMode>;
+    case 416: return scan_forward_kernel<T, 16, 4, kMode>;
+    default: return nullptr;
+  }
+}
+
+template <class T>
+ForwardKernel split_kernel(int lanes, int states) {
+  switch (lanes < 4 ? lanes * 100 + states : 400 + states) {
+    case 104: return scan_split_kernel<T, 4, 1>;
+    case 208: return scan_split_kernel<T, 8, 2>;
+    case 404: return scan_split_kernel<T, 4, 4>;
+    case 408: return scan_split_kernel<T, 8, 4>;
+    case 416: return scan_split_kernel<T, 16, 4>;
+    default: return nullptr;
+  }
+}
+
+int launch_scan(ForwardKernel kernel, const ForwardArguments& a, int64_t chunks, void* stream) {
+  const int64_t blocks = a.s.batch * a.s.group * a.plan.channel_blocks * chunks;
+  return launch(kernel, blocks, a.plan.warps() * kWarp, a.plan.shared_bytes(), stream, a);
 }
 
 template <class T, int kMode>
-int launch_forward(const ForwardArguments& a, int64_t chunks, void* stream) {
-  const int64_t blocks = a.s.batch * a.s.group * a.plan.channel_blocks * chunks;
-  const int threads = a.plan.warps() * kWarp;
-  const int64_t bytes = a.plan.shared_bytes();
-  switch (a.plan.states) {
-    case 4: return launch(scan_forward_kernel<T, 4, kMode>, blocks, threads, bytes, stream, a);
-    case 8: return launch(scan_forward_kernel<T, 8, kMode>, blocks, threads, bytes, stream, a);
-    case 12: return launch(scan_forward_kernel<T, 12, kMode>, blocks, threads, bytes, stream, a);
-    default: return launch(scan_forward_kernel<T, 16, kMode>, blocks, threads, bytes, stream, a);
+int launch_forward(const ForwardArguments& a, void* stream) {
+  const int lanes = a.plan.lanes(), states = a.plan.states;
+  if (a.plan.chunks > 1) {
+    if (const int status = launch_scan(forward_kernel<T, kChunks>(lanes, states), a, a.plan.chunks - 1, stream)) {
+      return status;
+    }
+    const int64_t blocks = ceil_div(a.s.batch * a.s.state * a.s.channel, kCarryThreads);
+    if (const int status = launch(scan_carry_kernel, blocks, kCarryThreads, 0, stream, a)) return status;
   }
-}
-
-// Floats of the workspace, rounded up so that the next array is aligned too.
-int64_t rounded(int64_t floats) { return ceil_div(floats, 4) * 4; }
-
-int64_t forward_floats(const hcmen_scan& s, const Layout& plan) {
-  return rounded(s.batch * (plan.chunks - 1) * s.state * s.channel) +
-         rounded(s.batch * (plan.chunks - 1) * s.channel);
-}
-
-bool four_at_once(const hcmen_scan& s, const Layout& plan) {
-  const int64_t bytes = 4 * (s.dtype == HCMEN_FLOAT16 ? 2 : 4);
-  return plan.block_channels() >= 4 && s.channel % 4 == 0 && s.channel / s.group % 4 == 0 && aligned(s.u, bytes) &&
-         aligned(s.delta, bytes) && aligned(s.z, bytes) && aligned(s.y, bytes);
+  const ForwardKernel kernel =
+      a.plan.time_warps > 1 ? split_kernel<T>(lanes, states) : forward_kernel<T, kMode>(lanes, states);
+  return launch_scan(kernel, a, a.plan.chunks, stream);
 }
 
 template <class T>
@@ -572,400 +610,38 @@ int forward(const hcmen_scan& s, const Layout& plan, const hcmen_cuda_launch& wi
   ForwardArguments a{};
   a.s = s;
   a.plan = plan;
-  a.four = four_at_once(s, plan);
-  if (plan.chunks > 1) {
-    a.ends = static_cast<float*>(with.workspace);
-    a.sums = a.ends + rounded(s.batch * (plan.chunks - 1) * s.state * s.channel);
-    if (const int status = launch_forward<T, kChunks>(a, plan.chunks - 1, with.stream)) return status;
-    const int64_t blocks = ceil_div(s.batch * s.state * s.channel, kCarryThreads);
-    if (const int status = launch(scan_carry_kernel, blocks, kCarryThreads, 0, with.stream, a)) return status;
-  }
-  return launch_forward<T, kOutputs>(a, plan.chunks, with.stream);
+  a.four = four_at_once(s);
+  a.ends = static_cast<float*>(with.workspace);
+  a.sums = a.ends + rounded(s.batch * (plan.chunks - 1) * s.state * s.channel);
+  return launch_forward<T, kOutputs>(a, with.stream);
 }
 
-// --- backward -------------------------------------------------------------------------------------------------------
-
-constexpr int kTile = 16;  // steps whose states are recomputed in registers
-
-struct BackwardArguments {
-  hcmen_scan s;
-  hcmen_scan_grad g;
-  int lanes_shift, warps;   // warps side by side over channels; a power of two
-  int64_t channel_blocks;   // of a group
-  const float* starts;      // [batch, tiles, state, channel]
-  float* parts_B;           // [channel_blocks, batch, time, group, state], or dB itself where there is one block
-  float* parts_C;
-  float* parts_parameters;  // [batch, state + 2, channel]: of A, of D, of delta_bias
-};
-
-struct BackwardPlan {
-  Layout checkpoints;
-  int states, lanes_shift, warps;
-  int64_t channel_blocks, tiles;
-
-  int block_channels_shift() const { return 5 - lanes_shift + log2_of(warps); }
-  int64_t shared_bytes() const {
-    const int64_t row = states << lanes_shift, series = (int64_t)kTile << block_channels_shift();
-    const int64_t gradients = warps > 1 ? (int64_t)warps * kTile * 2 * row : 0;
-    return (int64_t)sizeof(float) * (6 * series + 2 * kTile * row + gradients);
+template <class T>
+int load_kernels_of() {
+  for (int lanes : {1, 2, 4}) {
+    for (int states : {4, 8, 12, 16}) {
+      for (const ForwardKernel kernel : {forward_kernel<T, kOutputs>(lanes, states), split_kernel<T>(lanes, states),
+                                         forward_kernel<T, kChunks>(lanes, states)}) {
+        if (kernel == nullptr) continue;
+        if (const int status = load_kernel(kernel)) return status;
+      }
+    }
   }
-};
-
-int plan_backward(const hcmen_scan& s, BackwardPlan* plan) {
-  const int64_t group_channels = s.channel / s.group;
-  BackwardPlan p{};
-  p.states = s.state <= 4 * kWarp ? 4 : 8;
-  p.lanes_shift = log2_of(ceil_div(s.state, p.states));
-  const int warp_channels = kWarp >> p.lanes_shift;
-  p.warps = 4;
-  while (p.warps > 1 && (p.warps / 2 * warp_channels >= group_channels || p.shared_bytes() > kMostSharedBytes)) {
-    p.warps /= 2;
-  }
-  if (p.shared_bytes() > kMostSharedBytes) return HCMEN_BAD_ARGUMENT;
-  p.channel_blocks = ceil_div(group_channels, (int64_t)1 << p.block_channels_shift());
-  p.tiles = ceil_div(s.time, kTile);
-  // The checkpoints: one chunk, one warp in time, tiles of the same length. With 32 lanes of 8 states the strides in
-  // shared memory would not fit.
-  const hcmen_cuda_launch wish{nullptr, nullptr, 0, -1, s.state > 4 * kWarp ? 16 : 0, 1};
-  if (const int status = plan_forward(s, &wish, &p.checkpoints)) return status;
-  p.checkpoints.steps = kTile;
-  while (p.checkpoints.shared_bytes() > kMostSharedBytes && p.checkpoints.channel_warps_shift > 0) {
-    --p.checkpoints.channel_warps_shift;
-  }
-  if (p.checkpoints.shared_bytes() > kMostSharedBytes) return HCMEN_BAD_ARGUMENT;
-  p.checkpoints.channel_blocks = ceil_div(group_channels, p.checkpoints.block_channels());
-  const double blocks = (double)s.batch * (double)s.group;
-  if (blocks * (double)p.checkpoints.channel_blocks > (double)kMostBlocks ||
-      blocks * (double)p.channel_blocks > (double)kMostBlocks) {
-    return HCMEN_BAD_ARGUMENT;
-  }
-  *plan = p;
   return HCMEN_OK;
 }
 
-// The sums over the channels of a warp of kCount values per lane (a power of two), where the lanes of a channel's slice
-// lie 32 / lanes apart. Halves are exchanged, so that of kCount values over as many channels each lane ends up with
-// one. Afterwards this lane holds, in values[0 .. held), the totals of values number [first, first + held);
-// `speaks` tells the one lane among those that hold the same.
-struct Held {
-  int first, held;
-  bool speaks;
-};
-
-template <int kCount>
-__device__ __forceinline__ Held sum_over_channels(float (&values)[kCount], int channels, int channel) {
-  Held out{0, kCount, true};
-  int apart = channels >> 1;
-#pragma unroll
-  for (int half = kCount / 2; half >= 1; half /= 2) {
-    if (apart >= 1) {
-      const bool upper = (channel & apart) != 0;
-#pragma unroll
-      for (int i = 0; i < half; ++i) {
-        const float sent = upper ? values[i] : values[i + half];
-        const float kept = upper ? values[i + half] : values[i];
-        values[i] = kept + __shfl_xor_sync(kAllLanes, sent, apart);
-      }
-      out.held = half;
-      out.first += upper ? half : 0;
-      apart >>= 1;
-    }
-  }
-  out.speaks = apart < 1 || (channel & (2 * apart - 1)) == 0;
-  for (; apart >= 1; apart >>= 1) values[0] += __shfl_xor_sync(kAllLanes, values[0], apart);
-  return out;
-}
-
-template <int kStates>
-__global__ void __launch_bounds__(4 * kWarp, 2) scan_backward_kernel(const BackwardArguments a) {
-  const hcmen_scan& s = a.s;
-  const hcmen_scan_grad& g = a.g;
-  const float* const u_in = static_cast<const float*>(s.u);
-  const float* const delta_in = static_cast<const float*>(s.delta);
-  const float* const z_in = static_cast<const float*>(s.z);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int warp_shift = 5 - a.lanes_shift;
-  const int slice = lane >> warp_shift, in_warp = lane & ((1 << warp_shift) - 1);
-  const int within = (warp << warp_shift) + in_warp;
-  const int block_channels = a.warps << warp_shift;
-  const int row = kStates << a.lanes_shift;  // of B or C: padded states
-  const int series = kTile * block_channels;
-
-  float* const tile_d = shared_memory();
-  float* const tile_u = tile_d + series;
-  float* const tile_s = tile_u + series;
-  float* const sums_y = tile_s + series;
-  float* const sums_through = sums_y + series;
-  float* const sums_decayed = sums_through + series;
-  float* const tile_B = sums_decayed + series;
-  float* const tile_C = tile_B + kTile * row;
-  float* const warp_parts = tile_C + kTile * row;  // [warps][kTile][2][row]
-
-  const Place at = block_place(s, a.channel_blocks, block_channels, 1);
-  const int64_t part = (int64_t)(blockIdx.x % a.channel_blocks) * s.batch * s.time * s.group * s.state;
-  const bool own = within < at.count;
-  const int64_t channel = at.channel + within;
-  const int64_t tiles = (s.time + kTile - 1) / kTile;
-
-  float rate[kStates], gradient[kStates], dA[kStates];
-#pragma unroll
-  for (int p = 0; p < kStates; ++p) {
-    const int n = slice * kStates + p;
-    rate[p] = gradient[p] = dA[p] = 0.0f;
-    if (own && n < s.state) {
-      rate[p] = s.A[channel * s.state + n] * step::kLog2e;
-      if (g.dlast_state) gradient[p] = g.dlast_state[(at.batch * s.channel + channel) * s.state + n];
-    }
-  }
-  // Of channel threadIdx.x % block_channels, over the steps that this thread finishes.
-  float dD = 0.0f, dbias = 0.0f;
-  const int my_channel = threadIdx.x & (block_channels - 1);
-
-  for (int64_t tile = tiles - 1; tile >= 0; --tile) {
-    const int64_t first = tile * kTile;
-    const int steps = (int)(s.time - first < kTile ? s.time - first : kTile);
-    for (int i = threadIdx.x; i < series; i += blockDim.x) {
-      const int k = i / block_channels;
-      float d = 0.0f, u = 0.0f, out = 0.0f;
-      if (k < steps && my_channel < at.count) {
-        const int64_t offset = series_offset(s, at, first + k) + my_channel;
-        d = step::step_size(delta_in[offset], s.delta_bias[at.channel + my_channel], s.delta_softplus);
-        u = u_in[offset];
-        out = z_in ? g.dy[offset] * step::silu(z_in[offset]) : g.dy[offset];
-      }
-      tile_d[i] = d;
-      tile_u[i] = u;
-      tile_s[i] = out;
-    }
-    stage_projection<kStates, float>(s, at, s.B, first, steps, kTile, a.lanes_shift, kStates, tile_B);
-    stage_projection<kStates, float>(s, at, s.C, first, steps, kTile, a.lanes_shift, kStates, tile_C);
-    __syncthreads();
-
-    float h[kTile + 1][kStates];
-#pragma unroll
-    for (int p = 0; p < kStates; ++p) {
-      const int n = slice * kStates + p;
-      const bool there = own && n < s.state;
-      h[0][p] = there ? a.starts[((at.batch * tiles + tile) * s.state + n) * s.channel + channel] : 0.0f;
-    }
-#pragma unroll
-    for (int k = 0; k < kTile; ++k) {
-      const float d = tile_d[k * block_channels + within], input = d * tile_u[k * block_channels + within];
-      float B[kStates];
-      load_slice(tile_B + k * row + slice * kStates, B);
-#pragma unroll
-      for (int p = 0; p < kStates; ++p) h[k + 1][p] = step::advance(h[k][p], d, rate[p], input, B[p]);
-    }
-
-#pragma unroll
-    for (int k = kTile - 1; k >= 0; --k) {
-      const int element = k * block_channels + within;
-      const float d = tile_d[element], u = tile_u[element], out = tile_s[element];
-      float B[kStates], C[kStates], values[2 * kStates];
-      load_slice(tile_B + k * row + slice * kStates, B);
-      load_slice(tile_C + k * row + slice * kStates, C);
-      step::Sums sums{0.0f, 0.0f, 0.0f};
-#pragma unroll
-      for (int p = 0; p < kStates; ++p) {
-        step::retreat(h[k][p], h[k + 1][p], d, u, out, rate[p], B[p], C[p], gradient[p], dA[p], values[p],
-                      values[kStates + p], sums);
-      }
-      for (int apart = 1 << warp_shift; apart < kWarp; apart <<= 1) {
-        sums.y += __shfl_xor_sync(kAllLanes, sums.y, apart);
-        sums.through += __shfl_xor_sync(kAllLanes, sums.through, apart);
-        sums.decayed += __shfl_xor_sync(kAllLanes, sums.decayed, apart);
-      }
-      if (slice == 0) {
-        sums_y[element] = sums.y;
-        sums_through[element] = sums.through;
-        sums_decayed[element] = sums.decayed;
-      }
-      const Held held = sum_over_channels(values, 1 << warp_shift, in_warp);
-#pragma unroll
-      for (int i = 0; i < 2 * kStates; ++i) {
-        if (i >= held.held || !held.speaks) continue;
-        const int number = held.first + i;
-        const bool of_C = number >= kStates;
-        const int n = slice * kStates + (of_C ? number - kStates : number);
-        if (a.warps > 1) {
-          warp_parts[((warp * kTile + k) * 2 + of_C) * row + n] = values[i];
-        } else if (k < steps && n < s.state) {
-          const int64_t offset = part + projection_offset(s, at, first + k) + n;
-          (of_C ? a.parts_C : a.parts_B)[offset] = values[i];
-        }
-      }
-    }
-    __syncthreads();
-
-    for (int i = threadIdx.x; i < series; i += blockDim.x) {
-      const int k = i / block_channels;
-      if (k >= steps || my_channel >= at.count) continue;
-      const int64_t c = at.channel + my_channel;
-      const int64_t offset = series_offset(s, at, first + k) + my_channel;
-      const step::InputGradients in = step::input_gradients(
-          {sums_y[i], sums_through[i], sums_decayed[i]}, tile_u[i], delta_in[offset], s.delta_bias[c], s.delta_softplus,
-          s.D[c], z_in != nullptr, z_in ? z_in[offset] : 0.0f, g.dy[offset]);
-      g.du[offset] = in.du;
-      g.ddelta[offset] = in.ddelta;
-      if (g.dz) g.dz[offset] = in.dz;
-      dD = fmaf(tile_s[i], tile_u[i], dD);
-      dbias += in.ddelta;
-    }
-    if (a.warps > 1) {
-      const int count = 2 * kTile * row;
-      for (int i = threadIdx.x; i < count; i += blockDim.x) {
-        const int n = i % row, k = i / row / 2;
-        if (k >= steps || n >= s.state) continue;
-        float sum = 0.0f;
-        for (int w = 0; w < a.warps; ++w) sum += warp_parts[w * count + i];
-        const int64_t offset = part + projection_offset(s, at, first + k) + n;
-        (i / row % 2 ? a.parts_C : a.parts_B)[offset] = sum;
-      }
-    }
-  }
-
-  float* const parts = a.parts_parameters + at.batch * (s.state + 2) * s.channel;
-#pragma unroll
-  for (int p = 0; p < kStates; ++p) {
-    const int n = slice * kStates + p;
-    if (own && n < s.state) {
-      parts[n * s.channel + channel] = dA[p];
-      if (g.dinitial_state) g.dinitial_state[(at.batch * s.channel + channel) * s.state + n] = gradient[p];
-    }
-  }
-  // Threads of one channel lie block_channels apart; the first adds them up in order.
-  __syncthreads();
-  float* const thread_D = shared_memory();
-  float* const thread_bias = thread_D + blockDim.x;
-  thread_D[threadIdx.x] = dD;
-  thread_bias[threadIdx.x] = dbias;
-  __syncthreads();
-  if ((int)threadIdx.x < at.count) {
-    for (int i = threadIdx.x + block_channels; i < (int)blockDim.x; i += block_channels) {
-      dD += thread_D[i];
-      dbias += thread_bias[i];
-    }
-    parts[s.state * s.channel + at.channel + threadIdx.x] = dD;
-    parts[(s.state + 1) * s.channel + at.channel + threadIdx.x] = dbias;
-  }
-}
-
-int64_t backward_floats(const hcmen_scan& s, const BackwardPlan& plan) {
-  const int64_t projections = s.batch * s.time * s.group * s.state;
-  return rounded(s.batch * plan.tiles * s.state * s.channel) +
-         (plan.channel_blocks > 1 ? 2 * rounded(plan.channel_blocks * projections) : 0) +
-         rounded(s.batch * (s.state + 2) * s.channel);
-}
-
-int backward(const hcmen_scan& s, const hcmen_scan_grad& g, const BackwardPlan& plan, const hcmen_cuda_launch& with) {
-  const int64_t projections = s.batch * s.time * s.group * s.state;
-  float* const starts = static_cast<float*>(with.workspace);
-  float* next = starts + rounded(s.batch * plan.tiles * s.state * s.channel);
-  BackwardArguments a{};
-  a.s = s;
-  a.g = g;
-  a.lanes_shift = plan.lanes_shift;
-  a.warps = plan.warps;
-  a.channel_blocks = plan.channel_blocks;
-  a.starts = starts;
-  a.parts_B = g.dB;
-  a.parts_C = g.dC;
-  if (plan.channel_blocks > 1) {
-    a.parts_B = next;
-    a.parts_C = a.parts_B + rounded(plan.channel_blocks * projections);
-    next = a.parts_C + rounded(plan.channel_blocks * projections);
-  }
-  a.parts_parameters = next;
-
-  ForwardArguments checkpoints{};
-  checkpoints.s = s;
-  checkpoints.plan = plan.checkpoints;
-  checkpoints.s.z = nullptr;
-  checkpoints.s.y = nullptr;
-  checkpoints.four = four_at_once(checkpoints.s, plan.checkpoints);
-  checkpoints.starts = starts;
-  if (const int status = launch_forward<float, kCheckpoints>(checkpoints, 1, with.stream)) return status;
-
-  const int64_t blocks = s.batch * s.group * plan.channel_blocks;
-  const int threads = plan.warps * kWarp;
-  const auto kernel = plan.states == 4 ? scan_backward_kernel<4> : scan_backward_kernel<8>;
-  if (const int status = launch(kernel, blocks, threads, plan.shared_bytes(), with.stream, a)) return status;
-
-  if (plan.channel_blocks > 1) {
-    if (const int status = sum_parts({a.parts_B, plan.channel_blocks, projections, projections, 0, g.dB}, with.stream)) {
-      return status;
-    }
-    if (const int status = sum_parts({a.parts_C, plan.channel_blocks, projections, projections, 0, g.dC}, with.stream)) {
-      return status;
-    }
-  }
-  const int64_t stride = (s.state + 2) * s.channel;
-  const float* const parts = a.parts_parameters;
-  if (const int status = sum_parts({parts, s.batch, stride, s.state * s.channel, s.channel, g.dA}, with.stream)) {
-    return status;
-  }
-  if (const int status =
-          sum_parts({parts + s.state * s.channel, s.batch, stride, s.channel, 0, g.dD}, with.stream)) {
-    return status;
-  }
-  return sum_parts({parts + (s.state + 1) * s.channel, s.batch, stride, s.channel, 0, g.ddelta_bias}, with.stream);
-}
-
-int check_workspace(const hcmen_cuda_launch& with, int64_t floats) {
-  if (floats == 0) return HCMEN_OK;
-  if (with.workspace_bytes < floats * (int64_t)sizeof(float)) return HCMEN_SMALL_WORKSPACE;
-  return with.workspace && aligned(with.workspace, 16) ? HCMEN_OK : HCMEN_BAD_ARGUMENT;
-}
-
-int check_inputs(const hcmen_scan& s) {
-  return s.u && s.delta && s.A && s.B && s.C && s.D && s.delta_bias ? HCMEN_OK : HCMEN_BAD_ARGUMENT;
-}
-
 }  // namespace
+
+int load_forward_kernels() {
+  if (const int status = load_kernel(scan_carry_kernel)) return status;
+  if (const int status = load_kernels_of<float>()) return status;
+  return load_kernels_of<__half>();
+}
+
 }  // namespace cuda
 }  // namespace hcmen
 
 extern "C" {
-
-HCMEN_API int hcmen_cuda_selective_scan_workspace(const hcmen_scan* scan, const hcmen_cuda_launch* launch,
-                                                  int backward, int64_t* bytes) {
-  using namespace hcmen::cuda;
-  if (!scan || !bytes) return HCMEN_BAD_ARGUMENT;
-  if (const int status = check_sizes(*scan, backward ? HCMEN_CUDA_BACKWARD_STATES : HCMEN_CUDA_FORWARD_STATES)) {
-    return status;
-  }
-  int64_t floats = 0;
-  if (backward) {
-    BackwardPlan plan;
-    if (const int status = plan_backward(*scan, &plan)) return status;
-    floats = backward_floats(*scan, plan);
-  } else {
-    Layout plan;
-    if (const int status = plan_forward(*scan, launch, &plan)) return status;
-    floats = forward_floats(*scan, plan);
-  }
-  *bytes = floats * (int64_t)sizeof(float);
-  return HCMEN_OK;
-}
-
-HCMEN_API int hcmen_cuda_selective_scan_plan(const hcmen_scan* scan, const hcmen_cuda_launch* launch,
-                                             hcmen_cuda_plan* plan) {
-  using namespace hcmen::cuda;
-  if (!scan || !plan) return HCMEN_BAD_ARGUMENT;
-  if (const int status = check_sizes(*scan, HCMEN_CUDA_FORWARD_STATES)) return status;
-  Layout p;
-  if (const int status = plan_forward(*scan, launch, &p)) return status;
-  *plan = {p.chunk,
-           p.chunks,
-           scan->batch * scan->group * p.channel_blocks * p.chunks,
-           p.lanes(),
-           p.states,
-           p.time_warps,
-           1 << p.channel_warps_shift,
-           p.steps,
-           (int32_t)p.shared_bytes()};
-  return HCMEN_OK;
-}
 
 HCMEN_API int hcmen_cuda_selective_scan_forward(const hcmen_scan* scan, const hcmen_cuda_launch* launch) {
   using namespace hcmen::cuda;
@@ -977,22 +653,6 @@ HCMEN_API int hcmen_cuda_selective_scan_forward(const hcmen_scan* scan, const hc
   if (const int status = plan_forward(*scan, launch, &plan)) return status;
   if (const int status = check_workspace(*launch, forward_floats(*scan, plan))) return status;
   return scan->dtype == HCMEN_FLOAT16 ? forward<__half>(*scan, plan, *launch) : forward<float>(*scan, plan, *launch);
-}
-
-HCMEN_API int hcmen_cuda_selective_scan_backward(const hcmen_scan* scan, const hcmen_scan_grad* grad,
-                                                 const hcmen_cuda_launch* launch) {
-  using namespace hcmen::cuda;
-  if (!scan || !grad || !launch) return HCMEN_BAD_ARGUMENT;
-  if (const int status = check_sizes(*scan, HCMEN_CUDA_BACKWARD_STATES)) return status;
-  if (const int status = check_inputs(*scan)) return status;
-  const hcmen_scan_grad& g = *grad;
-  if (scan->dtype != HCMEN_FLOAT32) return HCMEN_BAD_ARGUMENT;
-  if (!g.dy || !g.du || !g.ddelta || !g.dA || !g.dB || !g.dC || !g.dD || !g.ddelta_bias) return HCMEN_BAD_ARGUMENT;
-  if ((g.dz == nullptr) != (scan->z == nullptr)) return HCMEN_BAD_ARGUMENT;
-  BackwardPlan plan;
-  if (const int status = plan_backward(*scan, &plan)) return status;
-  if (const int status = check_workspace(*launch, backward_floats(*scan, plan))) return status;
-  return backward(*scan, g, plan, *launch);
 }
 
 }  // extern "C"

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from hcmen.runtime.library import (
+from hcmen.base.library import (
     ConvArguments,
     ConvGradients,
     ScanArguments,

@@ -208,7 +208,7 @@ STEPS = [
     Step("environment", "Debian's Python for arm64 with that wheel, NumPy, ONNX Runtime", step_environment, ("wheel",)),
     Step(
         "self-test",
-        "hcmen-doctor, hcmen-run, --self-test on the bundle of tests/data",
+        "hcmen-doctor, hcmen-run, --self-test on the bundle of tests/files",
         step_self_test,
         ("environment",),
     ),

@@ -225,6 +225,7 @@ inline void launch(unsigned grid, unsigned threads, size_t shared_bytes, const s
 #define gridDim (::emulation::block->grid)
 #define __syncthreads() ::emulation::meet(::emulation::block->barrier, __LINE__)
 #define __syncwarp() ::emulation::meet(::emulation::self->warp->barrier, __LINE__)
+#define __shfl_sync(mask, value, lane) ::emulation::exchange((value), (unsigned)(lane), __LINE__)
 #define __shfl_xor_sync(mask, value, lanes) \
   ::emulation::exchange((value), ::emulation::self->index.x ^ (unsigned)(lanes), __LINE__)
 

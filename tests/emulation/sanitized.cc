@@ -1,4 +1,4 @@
-// The kernels over heap blocks of exactly their arrays' sizes, for the sanitizers: tests/test_cuda_kernels.py builds it
+// The kernels over heap blocks of exactly their arrays' sizes, for the sanitizers: tests/csrc/test_cuda_kernels.py builds it
 // with AddressSanitizer and UBSan on fibers, and with ThreadSanitizer on threads, and compares what the two print, a
 // hash of every result.
 //
@@ -97,7 +97,7 @@ void scan(const Sizes& z, bool gated, bool reverse, int64_t shift) {
   Array<float> dbias(z.channel, kNan, kNan), dz(series, kNan, kNan), dinitial(states, kNan, kNan);
   const hcmen_scan_grad g = {dy.get(), dlast.get(), du.get(),    ddelta.get(),                dA.get(),      dB.get(),
                              dC.get(), dD.get(),    dbias.get(), gated ? dz.get() : nullptr, dinitial.get()};
-  expect_ok(name, hcmen_cuda_selective_scan_workspace(&s, nullptr, 1, &bytes));
+  expect_ok(name, hcmen_cuda_selective_scan_workspace(&s, &launch, 1, &bytes));
   Array<float> backward_workspace(bytes / 4, kNan, kNan);
   launch.workspace = backward_workspace.get(), launch.workspace_bytes = bytes;
   expect_ok(name, hcmen_cuda_selective_scan_backward(&s, &g, &launch));

@@ -1,4 +1,4 @@
-// scan_step.h as plain loops on the host, for tests/test_scan_step.py: no kernel, the arithmetic alone. Built as a shared
+// scan_step.h as plain loops on the host, for tests/mamba/test_scan_step.py: no kernel, the arithmetic alone. Built as a shared
 // library; sizes and pointers as in selective_scan.h, float32 only.
 #include "scan_step.h"
 
@@ -130,24 +130,22 @@ HCMEN_API void step_backward(const hcmen_scan* scan, const hcmen_scan_grad* grad
     for (int64_t n = 0; n < s.state; ++n) state_gradient[n] = g.dlast_state ? g.dlast_state[c.states() + n] : 0.0f;
     for (int64_t i = s.time - 1; i >= 0; --i) {
       const int64_t at = c.at(i), row = c.projection(i);
-      const float z = s.z ? floats(s.z)[at] : 0.0f, d = c.d(i), u = c.u(i);
-      const float out = s.z ? g.dy[at] * step::silu(z) : g.dy[at];
-      step::Sums sums{0, 0, 0};
+      const step::StepSize d = step::step_size_and_slope(floats(s.delta)[at], s.delta_bias[c.channel], s.delta_softplus);
+      const step::Gate gate = s.z ? step::gate(floats(s.z)[at]) : step::Gate{1, 0};
+      const float u = c.u(i), out = g.dy[at] * gate.value;
+      float y = s.D[c.channel] * u, through = 0, decayed = 0;
       for (int64_t n = 0; n < s.state; ++n) {
-        float dB, dC;
-        step::retreat(h[i * s.state + n], h[(i + 1) * s.state + n], d, u, out, c.rate(n), floats(s.B)[row + n],
-                      floats(s.C)[row + n], state_gradient[n], g.dA[c.channel * s.state + n], dB, dC, sums);
-        g.dB[row + n] += dB;
-        g.dC[row + n] += dC;
+        const float C = floats(s.C)[row + n], after = h[(i + 1) * s.state + n];
+        y = fmaf(C, after, y);
+        g.dC[row + n] += out * after;
+        step::retreat(h[i * s.state + n], d.size, d.size * u, out, c.rate(n), floats(s.B)[row + n], C,
+                      state_gradient[n], g.dA[c.channel * s.state + n], g.dB[row + n], through, decayed);
       }
-      const step::InputGradients in =
-          step::input_gradients(sums, u, floats(s.delta)[at], s.delta_bias[c.channel], s.delta_softplus,
-                                s.D[c.channel], s.z != nullptr, z, g.dy[at]);
-      g.du[at] = in.du;
-      g.ddelta[at] = in.ddelta;
-      if (g.dz) g.dz[at] = in.dz;
+      g.du[at] = s.D[c.channel] * out + d.size * through;
+      g.ddelta[at] = d.slope * (step::kLn2 * decayed + u * through);
+      if (g.dz) g.dz[at] = g.dy[at] * gate.slope * y;
       g.dD[c.channel] += out * u;
-      g.ddelta_bias[c.channel] += in.ddelta;
+      g.ddelta_bias[c.channel] += g.ddelta[at];
     }
     if (g.dinitial_state) {
       for (int64_t n = 0; n < s.state; ++n) g.dinitial_state[c.states() + n] = state_gradient[n];

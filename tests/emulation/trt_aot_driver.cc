@@ -1,4 +1,4 @@
-// One kernel of export/trt_aot.cu on the host, for tests/test_trt_aot.py: its addresses come in the order of its
+// One kernel of hcmen/mamba/trt_aot.cu on the host, for tests/mamba/test_trt_aot.py: its addresses come in the order of its
 // parameters. Compiled with the macros of the kernel.
 #include "trt_aot.cu"
 

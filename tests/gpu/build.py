@@ -11,6 +11,7 @@ and made again only when a source has changed.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import os
 import re
@@ -22,13 +23,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["WANTED", "Kernel", "architectures_known", "build", "device_architecture", "find_nvcc"]
+__all__ = ["WANTED", "Kernel", "architectures_known", "build", "build_probe", "device_architecture", "find_nvcc"]
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "runtime" / "csrc"
 WANTED = (75, 80, 86, 87, 89, 90, 100, 110, 120)
 """Turing to Blackwell, Orin (87) and Thor (110) among them."""
-CUDA_SOURCES = ("selective_scan.cu", "causal_conv1d.cu", "cuda_launch.cu")
+CUDA_SOURCES = (
+    "selective_scan.cu",
+    "selective_scan_plan.cu",
+    "selective_scan_backward.cu",
+    "causal_conv1d.cu",
+    "cuda_launch.cu",
+)
 CUDA_FLAGS = [
     *("-std=c++17", "-O3", "-ftz=true", "-Xptxas=-v"),
     "-Xcompiler=-Wall,-Wextra,-fPIC,-fvisibility=hidden",
@@ -61,13 +68,18 @@ def architectures_known(nvcc: str) -> list[int]:
 
 
 def device_architecture() -> int | None:
-    """Of the first device, from nvidia-smi, or None."""
-    smi = shutil.which("nvidia-smi")
-    if smi is None:
+    """Of the first device, from the driver, or None."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
         return None
-    query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
-    found = re.match(r"(\d+)\.(\d)", subprocess.run(query, capture_output=True, text=True).stdout)
-    return 10 * int(found[1]) + int(found[2]) if found else None
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGet(ctypes.byref(device), 0) != 0:
+        return None
+    for number, value in ((75, major), (76, minor)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+        if driver.cuDeviceGetAttribute(ctypes.byref(value), number, device) != 0:
+            return None
+    return 10 * major.value + minor.value
 
 
 def build(
@@ -87,6 +99,8 @@ def build(
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources) + Path(__file__).read_bytes()).hexdigest()[:16]
 
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    # Intermediate code of the newest, so that a later device compiles it instead of finding no kernel image.
+    codes.append(f"-gencode=arch=compute_{max(architectures)},code=compute_{max(architectures)}")
     wanted = f"{digest} {','.join(map(str, architectures))} {strict}"
     cuda_flags, host_flags = CUDA_FLAGS + STRICT_CUDA * strict, HOST_FLAGS + STRICT_HOST * strict
 
@@ -114,6 +128,26 @@ def build(
         _run([nvcc, "-shared", *link, *(str(path) for path, _ in made), str(operators), "-o", str(target)])
         stamp.write_text(wanted)
     return target, kernels
+
+
+def build_probe(folder: Path, architecture: int) -> Path:
+    """The program of probe.cu for `architecture`, in `folder`; made again only when a source has changed.
+
+    Raises:
+        RuntimeError: as `build`.
+    """
+    nvcc = find_nvcc()
+    source, target, stamp = Path(__file__).with_name("probe.cu"), folder / "probe", folder / "probe.stamp"
+    digest = hashlib.sha256(source.read_bytes() + (CSRC / "scan_step.h").read_bytes()).hexdigest()[:16]
+    wanted = f"{digest} {architecture}"
+    if not (target.exists() and stamp.exists() and stamp.read_text() == wanted):
+        if nvcc is None:
+            raise RuntimeError("nvcc is needed: put it on the path, or name it in CUDACXX")
+        code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+        flags = [flag for flag in CUDA_FLAGS if not flag.startswith("-X")]
+        _run([nvcc, *flags, code, "-I", str(CSRC), "-cudart=static", str(source), "-o", str(target)])
+        stamp.write_text(wanted)
+    return target
 
 
 def _run(command: list[str]) -> str:
@@ -176,10 +210,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("registers" + " " * 31 + "".join(f"{'sm_' + str(a):>8}" for a in chosen))
     for name in names:
         cells = {k.architecture: k for k in kernels if k.name == name}
-        row = [f"{cells[a].registers}{'*' if cells[a].spill_bytes else ''}" for a in chosen]
+        row = [f"{cells[a].registers}{'*' if cells[a].spill_bytes + cells[a].stack_bytes else ''}" for a in chosen]
         print(f"{name:<40}" + "".join(f"{cell:>8}" for cell in row))
-    spilled = [k for k in kernels if k.spill_bytes]
-    print(f"\n{len(kernels)} kernels, {len(spilled)} with spills (*)")
+    spilled = [k for k in kernels if k.spill_bytes + k.stack_bytes]
+    print(f"\n{len(kernels)} kernels, {len(spilled)} with spills or a stack frame (*)")
     return 0
 
 

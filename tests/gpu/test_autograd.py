@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hcmen.errors import BackendError
-from hcmen.runtime.cuda_library import cuda_library_path
-from hcmen.scan import causal_conv1d, causal_conv1d_ref, implementation, selective_scan, selective_scan_ref
+from hcmen.base.cuda_library import cuda_library_path
+from hcmen.base.errors import BackendError
+from hcmen.mamba.scan import causal_conv1d, causal_conv1d_ref, implementation, selective_scan, selective_scan_ref
 
 
 def _problem() -> str | None:

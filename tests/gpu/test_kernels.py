@@ -1,10 +1,9 @@
-"""The tests of tests/test_cuda_kernels.py, on a device instead of the emulation: the same cases, the same oracle."""
+"""The tests of csrc/test_cuda_kernels.py, on a device instead of the emulation: the same cases, the same oracle."""
 
 from __future__ import annotations
 
 import pytest
-from helpers.op_cases import ScanCase, scan_arrays
-from test_cuda_kernels import (  # noqa: F401
+from csrc.test_cuda_kernels import (  # noqa: F401
     one_thread,
     test_addresses_that_are_no_multiple_of_four_elements,
     test_chunks_over_blocks,
@@ -20,9 +19,10 @@ from test_cuda_kernels import (  # noqa: F401
     test_random_cases,
     test_what_lies_in_masked_steps_does_not_matter,
 )
+from helpers.op_cases import ScanCase, scan_arrays
 
-from hcmen.errors import BackendError
-from hcmen.runtime.cuda_library import cuda_library_path, device_problem
+from hcmen.base.cuda_library import cuda_library_path, device_problem
+from hcmen.base.errors import BackendError
 
 
 def _problem() -> str | None:

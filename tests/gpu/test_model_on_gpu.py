@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hcmen.config import PRESETS
-from hcmen.modalities import MODALITIES, VARIANTS
-from hcmen.model import HCMEN
+from hcmen.base.modalities import MODALITIES, VARIANTS
+from hcmen.models.hcmen.model import HCMEN
+from hcmen.training.presets import PRESETS
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from helpers.op_cases import ScanCase, assert_scan, model_of, scan_arrays
 
-from hcmen.errors import BackendError
+from hcmen.base.errors import BackendError
 
 
 def _problem() -> str | None:
     try:
-        from hcmen.runtime.ort_cuda import OrtCudaBackend
+        from hcmen.runtime.backends.ort_cuda import OrtCudaBackend
 
-        OrtCudaBackend(1)
+        OrtCudaBackend()
     except BackendError as error:
         return str(error)
     return None
@@ -47,11 +47,9 @@ def test_every_variant_gives_its_golden_outputs(shared_bundle, cuda_graph):
     ids=str,
 )
 def test_scan_nodes(case):
-    from hcmen.runtime.ort_cuda import OrtCudaBackend
+    from hcmen.runtime.backends.ort_cuda import OrtCudaBackend
 
     feeds = scan_arrays(case)
-    session = OrtCudaBackend(1).session(
-        model_of(case).SerializeToString(), np.zeros(0, np.uint8), "weights.bin", "node"
-    )
+    session = OrtCudaBackend().session(model_of(case).SerializeToString(), np.zeros(0, np.uint8), "weights.bin", "node")
     got = session.run(feeds)
     assert_scan(case, feeds, [got[name] for name in ("y", "last_state") if name in got], 3e-6)

@@ -12,24 +12,24 @@ import pytest
 from helpers.command import run
 from helpers.micro import micro_bundle_at
 
-from hcmen.bundle import read_bundle
-from hcmen.engines import read_engines
-from hcmen.errors import HcmenError
-from hcmen.export.compile_command import main as compile_main
-from hcmen.modalities import VARIANTS
+from hcmen.base.bundle import read_bundle
+from hcmen.base.engines import read_engines
+from hcmen.base.errors import HcmenError
+from hcmen.base.modalities import VARIANTS
+from hcmen.export.commands.compile import main as compile_main
 from hcmen.runtime import load
-from hcmen.runtime.cuda import Cuda
-from hcmen.runtime.trt import TensorRT, parsed_version, plugin_library_path
+from hcmen.runtime.backends.cuda import Cuda
+from hcmen.runtime.backends.flavour import TENSORRT, TrtModule
 
 pytestmark = pytest.mark.gpu
 NAMES = [v.name for v in VARIANTS]
 
 
 @pytest.fixture(scope="module")
-def tensorrt() -> TensorRT:
+def tensorrt() -> TrtModule:
     try:
         Cuda()
-        return TensorRT()
+        return TrtModule()
     except HcmenError as error:
         pytest.skip(str(error))
 
@@ -40,11 +40,10 @@ def ready(tensorrt, tmp_path, request):
     plugin = request.param
     try:
         if plugin == "library":
-            plugin_library_path()
+            TENSORRT.plugin_library()
+        TENSORRT.require_plugin(plugin, tensorrt.version)
     except HcmenError as error:
         pytest.skip(str(error))
-    if plugin == "aot" and parsed_version(tensorrt.version) < (10, 9):
-        pytest.skip(f"TensorRT {tensorrt.version} has no AOT plugins")
     return micro_bundle_at(tmp_path / "bundle"), plugin
 
 
@@ -70,7 +69,7 @@ def test_sizes_in_any_order_and_cuda_graphs(ready):
     for batch, steps in [(1, 3), (2, 5), (7, 4), (1, 10), (4, 1)] * 4:
         feeds: dict[str, np.ndarray] = {}
         for m in ("text", "audio", "vision"):
-            feeds[m] = rng.normal(size=(batch, steps, model.config.modality(m).features)).astype(np.float32)
+            feeds[m] = rng.normal(size=(batch, steps, model.inputs.modality(m).features)).astype(np.float32)
             feeds[f"{m}_length"] = rng.integers(1, steps + 1, batch)
         got, expected = model.run("full", feeds), reference.run("full", feeds)
         for name in expected:

@@ -10,14 +10,14 @@ import pytest
 import torch
 from helpers.micro import MICRO
 
-from hcmen.config import TrainConfig
 from hcmen.data.mmsa import dataset_from_mmsa
 from hcmen.data.synthetic import make_synthetic
-from hcmen.device import choose_device
-from hcmen.evaluate import predict_variants
-from hcmen.ranks import Ranks
-from hcmen.scan import causal_conv1d, causal_conv1d_ref, implementation, selective_scan, selective_scan_ref
-from hcmen.training import Trainer
+from hcmen.mamba.scan import causal_conv1d, causal_conv1d_ref, implementation, selective_scan, selective_scan_ref
+from hcmen.training.config import TrainConfig
+from hcmen.training.device import choose_device
+from hcmen.training.evaluate import predict_variants
+from hcmen.training.ranks import Ranks
+from hcmen.training.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -31,7 +31,7 @@ needs_mamba = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def dataset():
-    return dataset_from_mmsa(make_synthetic(MICRO, SAMPLES), "synthetic", MICRO)
+    return dataset_from_mmsa(make_synthetic(MICRO.inputs, SAMPLES), "synthetic", MICRO.inputs)
 
 
 def trained(folder: Path, dataset, device: str, config: TrainConfig = TRAIN) -> Trainer:

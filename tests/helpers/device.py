@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hcmen.runtime.cuda_library import CudaLaunch, call, load_cuda_library, workspace_bytes
+from hcmen.base.cuda_library import CudaLaunch, call, load_cuda_library, workspace_bytes
 from helpers import op_cases as cases
 
 __all__ = ["DeviceKernels"]
@@ -60,14 +60,21 @@ class _OnDevice:
     def __init__(self, driver: _Driver, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]):
         self.driver, self.outputs = driver, outputs
         self.places: dict[str, int] = {}
+        self._allocated: list[int] = []
         for name, x in {**inputs, **outputs}.items():
-            self.places[name] = driver.allocate(x.nbytes)
+            # Where an array of the host begins within 16 bytes, its copy does too; it ends where the allocation ends.
+            ahead = x.ctypes.data % 16
+            self.places[name] = self._allocate(ahead + x.nbytes) + ahead
             driver.upload(self.places[name], np.ascontiguousarray(x))
+
+    def _allocate(self, size: int) -> int:
+        self._allocated.append(self.driver.allocate(size))
+        return self._allocated[-1]
 
     def workspace(self, size: int, launch: CudaLaunch) -> None:
         if size:
             # As much as was asked for and not a byte more; NaN, so that nothing is taken for zero.
-            self.places["workspace"] = self.driver.allocate(size)
+            self.places["workspace"] = self._allocate(size)
             self.driver.upload(self.places["workspace"], np.full(size // 4, np.nan, np.float32))
             launch.workspace, launch.workspace_bytes = self.places["workspace"], size
 
@@ -75,7 +82,7 @@ class _OnDevice:
         self.driver.wait()
         for name, x in self.outputs.items():
             self.driver.download(self.places[name], x)
-        for place in self.places.values():
+        for place in self._allocated:
             self.driver.release(place)
 
 
@@ -103,7 +110,7 @@ class DeviceKernels:
         return y, last
 
     def scan_gradients(
-        self, case: cases.ScanCase, arrays: cases.Arrays, dy: np.ndarray, dlast: np.ndarray | None
+        self, case: cases.ScanCase, arrays: cases.Arrays, dy: np.ndarray, dlast: np.ndarray | None, **wish: int
     ) -> cases.Arrays:
         got = cases.gradient_arrays(arrays)
         inputs = {**arrays, "dy": dy, **({} if dlast is None else {"dlast_state": dlast})}
@@ -111,8 +118,8 @@ class DeviceKernels:
         scan = cases.scan_structure(case, {n: there.places[n] for n in arrays}, int)
         names = [n for n in there.places if n not in arrays]
         grad = cases.scan_gradients_structure({n: there.places[n] for n in names}, int)
-        launch = CudaLaunch()
-        there.workspace(workspace_bytes(self.library, "selective_scan", scan, None, 1), launch)
+        launch = CudaLaunch(**wish)
+        there.workspace(workspace_bytes(self.library, "selective_scan", scan, launch, 1), launch)
         call(self.library, "selective_scan_backward", scan, grad, launch)
         there.finish()
         return got

@@ -14,13 +14,22 @@ from typing import Any
 
 import numpy as np
 
-from hcmen.runtime.cuda_library import CudaLaunch, declare, workspace_bytes
+from hcmen.base.cuda_library import CudaLaunch, declare, workspace_bytes
 from helpers import op_cases as cases
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "runtime" / "csrc"
 EMULATION = ROOT / "tests" / "emulation"
-KERNELS = [CSRC / name for name in ("selective_scan.cu", "causal_conv1d.cu", "cuda_launch.cu")]
+KERNELS = [
+    CSRC / name
+    for name in (
+        "selective_scan.cu",
+        "selective_scan_plan.cu",
+        "selective_scan_backward.cu",
+        "causal_conv1d.cu",
+        "cuda_launch.cu",
+    )
+]
 
 
 def compiler() -> str | None:
@@ -103,14 +112,14 @@ class Kernels:
         return y, last
 
     def scan_gradients(
-        self, case: cases.ScanCase, arrays: cases.Arrays, dy: np.ndarray, dlast: np.ndarray | None
+        self, case: cases.ScanCase, arrays: cases.Arrays, dy: np.ndarray, dlast: np.ndarray | None, **wish: int
     ) -> cases.Arrays:
         got = cases.gradient_arrays(arrays)
         inputs: dict[str, Any] = {"dy": dy, **({} if dlast is None else {"dlast_state": dlast})}
         scan = cases.scan_structure(case, arrays, cases.address)
         grad = cases.scan_gradients_structure({**got, **inputs}, cases.address)
-        launch = CudaLaunch()
-        memory = self._workspace(workspace_bytes(self.library, "selective_scan", scan, None, 1), launch)
+        launch = CudaLaunch(**wish)
+        memory = self._workspace(workspace_bytes(self.library, "selective_scan", scan, launch, 1), launch)
         assert self.library.hcmen_cuda_selective_scan_backward(*cases.by_reference(scan, grad, launch)) == 0
         del memory
         return got

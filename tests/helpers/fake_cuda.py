@@ -1,8 +1,9 @@
 """The CUDA runtime in Python, over host memory, for tests on machines without a GPU.
 
-It keeps the promises that the calls in hcmen/runtime/cuda.py rest on: what is queued on a stream runs when the stream
-is waited for and not before; copies go only between a device and a page-locked host allocation, within their bounds;
-what is queued during a capture runs only when its graph is launched. What was not given back is counted in `alive`.
+It keeps the promises that the calls in hcmen/runtime/backends/cuda.py rest on: what is queued on a stream runs when the
+stream is waited for and not before; copies go only between a device and a page-locked host allocation, within their
+bounds; what is queued during a capture runs only when its graph is launched. What was not given back is counted in
+`alive`.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ are strongly typed; shapes outside a profile are refused; an engine is refused b
 of it changed; what is executed runs when the stream is waited for; the first execution after a change of sizes cannot
 be captured. TF32 is on unless the builder is told otherwise, and then costs the precision that it costs.
 
-Everything that is called is recorded in `module.recorded`, so that tests/test_tensorrt_signatures.py can hold each call
-against the real bindings. Nothing of this says that TensorRT builds these graphs: that takes TensorRT.
+Everything that is called is recorded in `module.recorded`, so that tests/runtime/test_tensorrt_signatures.py can hold
+each call against the real bindings. Nothing of this says that TensorRT builds these graphs: that takes TensorRT.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import functools
 import hashlib
 import importlib.machinery
 import json
+import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,9 +26,14 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 from onnx import TensorProto
 
-from hcmen.runtime.library import library_path
+import hcmen.runtime.backends.cuda
+import hcmen.runtime.backends.flavour
+from hcmen.base.library import library_path
+from hcmen.export.commands.compile import main as compile_main
+from helpers.command import Outcome, run
 from helpers.fake_cuda import FakeCuda
 
 OPS = ("SelectiveScan", "CausalConv1d")
@@ -564,3 +570,18 @@ def plugin_file(folder: Path, trt: Any, ops: Sequence[str] = OPS) -> Path:
     path.write_bytes(b"not really")
     trt.libraries[str(path.resolve())] = tuple(ops)
     return path
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, cuda: FakeCuda) -> Any:
+    """A machine with that TensorRT, that GPU and the plugin library in `tmp_path`; the module `tensorrt`."""
+    module = make(version, cuda)
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    monkeypatch.setattr(hcmen.runtime.backends.cuda, "_libraries", lambda: iter([("libcudart.so.12", cuda)]))
+    library = plugin_file(tmp_path, module)
+    monkeypatch.setattr(hcmen.runtime.backends.flavour, "library_folders", lambda: [library.parent])
+    return module
+
+
+def compiled(bundle: Path, *arguments: object) -> Outcome:
+    """What hcmen-compile says to `bundle` with `arguments`."""
+    return run(compile_main, bundle, *arguments)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
-from hcmen.config import FeatureConfig, ModelConfig
+from hcmen.base.inputs import FeatureConfig
+from hcmen.models.hcmen.config import ModelConfig
 
 MICRO = ModelConfig(
     FeatureConfig(6, 10),
@@ -20,7 +21,7 @@ MICRO = ModelConfig(
 
 
 def micro_bundle_at(target: Path) -> Path:
-    """Unpacks the bundle that tests/make_micro_bundle.py exported, all variants of a random `MICRO`, to `target`."""
-    with zipfile.ZipFile(Path(__file__).resolve().parents[1] / "data" / "micro_bundle.zip") as archive:
+    """Unpacks the bundle that files/make_micro_bundle.py exported, all variants of a random `MICRO`, to `target`."""
+    with zipfile.ZipFile(Path(__file__).resolve().parents[1] / "files" / "micro_bundle.zip") as archive:
         archive.extractall(target)
     return target

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from hcmen.config import ModelConfig, preset_named
+from hcmen.models.hcmen.config import ModelConfig
+from hcmen.training.presets import preset_named
 
 COUNTS = {"train": 5, "valid": 3, "test": 4}
 

@@ -1,7 +1,7 @@
 """The cases that every host of the operators has to pass, their inputs, and what float64 says of them.
 
 A host is whatever computes the operators: PyTorch, ONNX Runtime, CUDA kernels, TensorRT plugins, loops over a header.
-tests/test_op_hosts.py runs `SCANS` and `CONVS` on each; tests of one host make cases of their own.
+tests/csrc/test_op_hosts.py runs `SCANS` and `CONVS` on each; tests of one host make cases of their own.
 
 NumPy alone, so that sanitizers and old environments run it too. PyTorch is imported where gradients are asked for.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from hcmen.runtime.library import ConvArguments, ConvGradients, ScanArguments, ScanGradients
+from hcmen.base.library import ConvArguments, ConvGradients, ScanArguments, ScanGradients
 
 Arrays = dict[str, Any]
 
@@ -122,7 +122,7 @@ SCANS, CONVS = _scans(), _convs()
 
 def model_of(case: ScanCase | ConvCase, *, functions: bool = False) -> Any:
     """A model of one node, batch and time dynamic; with its model-local function, or for the operator library alone."""
-    from hcmen.export.one_node import conv_model, scan_model
+    from hcmen.mamba.one_node import conv_model, scan_model
 
     given: dict[str, Any] = {"dtype": case.dtype, "reverse": case.reverse, "functions": functions}
     if isinstance(case, ConvCase):
@@ -227,7 +227,7 @@ def _gradients(outputs: list[tuple[Any, np.ndarray]], leaves: Arrays) -> Arrays:
 
 def scan_gradients_oracle(case: ScanCase, arrays: Arrays, dy: np.ndarray, dlast: np.ndarray | None) -> Arrays:
     """Gradients of sum(y * dy) + sum(last_state * dlast) in float64, under the names of `hcmen_scan_grad`."""
-    from hcmen.scan import selective_scan_ref
+    from hcmen.mamba.scan import selective_scan_ref
 
     leaves = _leaves(arrays)
     y, last = selective_scan_ref(**leaves, delta_softplus=case.softplus, reverse=case.reverse, return_last_state=True)
@@ -236,7 +236,7 @@ def scan_gradients_oracle(case: ScanCase, arrays: Arrays, dy: np.ndarray, dlast:
 
 def conv_gradients_oracle(case: ConvCase, arrays: Arrays, dy: np.ndarray) -> Arrays:
     """Gradients of sum(y * dy) in float64, under the names of `hcmen_conv_grad`."""
-    from hcmen.scan import causal_conv1d_ref
+    from hcmen.mamba.scan import causal_conv1d_ref
 
     leaves = _leaves(arrays)
     y = causal_conv1d_ref(**leaves, activation=case.activation, reverse=case.reverse)

@@ -14,28 +14,19 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from hcmen.bundle import (
-    Manifest,
-    VariantRecord,
-    expected_inputs,
-    expected_outputs,
-    file_record,
-    write_manifest,
-    writing_bundle,
-)
-from hcmen.config import FeatureConfig, ModelConfig
-from hcmen.modalities import MODALITIES, VARIANTS, variant_named
+from hcmen.base.bundle import file_record, write_manifest, writing_bundle
+from hcmen.base.inputs import FeatureConfig, Inputs
+from hcmen.base.manifest import Manifest, ModelRecord, VariantRecord
+from hcmen.base.modalities import MODALITIES, VARIANTS, variant_named
 
-CONFIG = ModelConfig(
-    FeatureConfig(6, 12), FeatureConfig(3, 20), FeatureConfig(4, 15), width=8, tokens=4, states=4, expand=2
-)
+INPUTS = Inputs(FeatureConfig(6, 12), FeatureConfig(3, 20), FeatureConfig(4, 15))
 BIAS = 0.25
 
 
 def weights() -> dict[str, np.ndarray]:
     """modality -> weight vector [features]."""
     rng = np.random.default_rng(7)
-    return {m: rng.normal(size=CONFIG.modality(m).features).astype(np.float32) for m in MODALITIES}
+    return {m: rng.normal(size=INPUTS.modality(m).features).astype(np.float32) for m in MODALITIES}
 
 
 def clip_arrays(seed: int = 0, present: tuple[str, ...] = MODALITIES, **lengths: int) -> dict[str, np.ndarray]:
@@ -43,7 +34,7 @@ def clip_arrays(seed: int = 0, present: tuple[str, ...] = MODALITIES, **lengths:
     rng = np.random.default_rng(seed)
     arrays = {}
     for m in present:
-        sizes = CONFIG.modality(m)
+        sizes = INPUTS.modality(m)
         steps = lengths.get(m, int(rng.integers(1, sizes.max_steps + 1)))
         arrays[m] = rng.normal(size=(steps, sizes.features)).astype(np.float32)
     return arrays
@@ -69,7 +60,7 @@ def graph(variant: str, *, domain: str = "", location: str = "weights.bin") -> M
     where = {}
     for m in MODALITIES:
         where[m] = offset
-        offset += CONFIG.modality(m).features * 4
+        offset += INPUTS.modality(m).features * 4
 
     def constant(name: str, value: np.ndarray) -> str:
         initializers.append(numpy_helper.from_array(value, name))
@@ -78,7 +69,7 @@ def graph(variant: str, *, domain: str = "", location: str = "weights.bin") -> M
     zero, one = constant("zero", np.array(0, np.int64)), constant("one", np.array(1, np.int64))
     axis1, axis2 = constant("axis1", np.array([1], np.int64)), constant("axis2", np.array([2], np.int64))
     for m in present:
-        n = CONFIG.modality(m).features
+        n = INPUTS.modality(m).features
         tensor = TensorProto(name=f"{m}.weight", data_type=TensorProto.FLOAT, dims=[n, 1], data_location=1)
         for key, value in (("location", location), ("offset", str(where[m])), ("length", str(4 * n))):
             entry = tensor.external_data.add()
@@ -114,8 +105,8 @@ def graph(variant: str, *, domain: str = "", location: str = "weights.bin") -> M
     made = helper.make_graph(
         nodes,
         variant,
-        [helper.make_tensor_value_info(t.name, types[t.dtype], t.shape) for t in expected_inputs(CONFIG, variant)],
-        [helper.make_tensor_value_info(t.name, types[t.dtype], t.shape) for t in expected_outputs()],
+        [helper.make_tensor_value_info(t.name, types[t.dtype], t.shape) for t in INPUTS.of_variant(variant)],
+        [helper.make_tensor_value_info(t.name, types[t.dtype], t.shape) for t in INPUTS.outputs],
         initializers,
     )
     opsets = [helper.make_opsetid("", 19), *([helper.make_opsetid(domain, 1)] if domain else [])]
@@ -124,7 +115,7 @@ def graph(variant: str, *, domain: str = "", location: str = "weights.bin") -> M
 
 def golden(variant: str, cases: int = 4) -> dict[str, np.ndarray]:
     """The content of golden/<variant>.npz: ragged batches of 1, 2, 3, ... clips with the NumPy outputs."""
-    from hcmen.clip import Clip, batch_clips
+    from hcmen.base.clip import Clip, batch_clips
 
     arrays: dict[str, np.ndarray] = {}
     present = variant_named(variant).present
@@ -143,10 +134,10 @@ def golden(variant: str, cases: int = 4) -> dict[str, np.ndarray]:
 def manifest(folder: Path, names: tuple[str, ...], **changes: Any) -> Manifest:
     """The manifest of the files that lie in `folder`."""
     fields: dict[str, Any] = {
-        "model": CONFIG,
-        "label_range": (CONFIG.label_min, CONFIG.label_max),
+        "inputs": INPUTS,
+        "model": ModelRecord("by hand", {"bias": BIAS}),
         "normalisation": {
-            m: {"mean": (0.0,) * CONFIG.modality(m).features, "std": (1.0,) * CONFIG.modality(m).features}
+            m: {"mean": (0.0,) * INPUTS.modality(m).features, "std": (1.0,) * INPUTS.modality(m).features}
             for m in MODALITIES
         },
         "weights": file_record(folder / "weights.bin", folder),
@@ -154,8 +145,8 @@ def manifest(folder: Path, names: tuple[str, ...], **changes: Any) -> Manifest:
             name: VariantRecord(
                 graph=file_record(folder / f"{name}.onnx", folder),
                 golden=file_record(folder / "golden" / f"{name}.npz", folder),
-                inputs=expected_inputs(CONFIG, name),
-                outputs=expected_outputs(),
+                inputs=INPUTS.of_variant(name),
+                outputs=INPUTS.outputs,
                 parity={"passed": True, "atol": 1e-5, "rtol": 1e-5, "cases": 4, "clips": 10, "outputs": {}},
             )
             for name in names

@@ -1,8 +1,8 @@
 """Registers the AOT plugins with TensorRT's own Python code, and walks each of them through what a builder asks of it.
 
-A script, run by tests/test_trt_aot.py with stubs of the libraries that the bindings are linked against; the registry
-behind them is that of libnvinfer_lean. The bindings cannot make expressions without a builder, so these are this file's
-own. Prints JSON.
+A script, run by tests/mamba/test_trt_aot.py with stubs of the libraries that the bindings are linked against; the
+registry behind them is that of libnvinfer_lean. The bindings cannot make expressions without a builder, so these are
+this file's own. Prints JSON.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ sys.modules["tensorrt"] = trt
 import tensorrt_bindings.plugin as trtp  # noqa: E402
 
 sys.modules["tensorrt.plugin"] = trtp
-from hcmen.export import trt_aot  # noqa: E402
+from hcmen.mamba import trt_aot  # noqa: E402
 
 SIZES = {"batch": 3, "time": 50}
 CHANNEL, STATE, GROUP, WIDTH = 66, 17, 2, 4

@@ -1,4 +1,7 @@
-"""Builds the wheel, asks auditwheel what it may be called, and installs it where only it and what it needs are."""
+"""Builds the sdist and the wheel, asks auditwheel what the wheel may be called, and installs it with what it needs.
+
+Both hold the Python files of this checkout, all of them and no others.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,18 +42,58 @@ def auditwheel(folder: Path) -> dict[str, str]:
     return {}
 
 
-def build_wheel(folder: Path, tools: Path, platform: str | None = None, toolchain: Path | None = None) -> Path:
+def source_names() -> set[str]:
+    """The Python files of this checkout under the names that they are installed as, such as hcmen/runtime/stream.py."""
+    packages = {"hcmen": "hcmen", "hcmen/export": "export", "hcmen/runtime": "runtime"}
+    return {
+        f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
+        for package, folder in packages.items()
+        for path in (ROOT / folder).rglob("*.py")
+    }
+
+
+def check_names(what: Path, found: set[str], expected: set[str]) -> None:
+    """Raises RuntimeError if `what` holds other Python files than it should."""
+    if found != expected:
+        raise RuntimeError(f"{what.name}: lacks {sorted(expected - found)}, has {sorted(found - expected)} beside")
+
+
+def build_sdist(folder: Path, tools: Path) -> Path:
+    """The sdist in `folder`, which holds every Python file of the package. The packager goes to `tools`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if not (tools / "scikit_build_core").exists():
+        run([sys.executable, *_PIP, "install", "--quiet", "--target", tools, "scikit-build-core>=1.0"])
+    code = f"from scikit_build_core.build import build_sdist; build_sdist({str(folder)!r})"
+    # The packager reads the project in the working directory.
+    run([sys.executable, "-c", f"import os; os.chdir({str(ROOT)!r}); {code}"], PYTHONPATH=str(tools))
+    (sdist,) = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames() if name.endswith(".py")}
+    packaged = {name for name in names if name.split("/")[0] in ("hcmen", "export", "runtime")}
+    installed = {name if name.startswith("hcmen/") else f"hcmen/{name}" for name in packaged}
+    check_names(sdist, installed, source_names())
+    return sdist
+
+
+def build_wheel(
+    folder: Path, tools: Path, platform: str | None = None, toolchain: Path | None = None, source: Path = ROOT
+) -> Path:
     """The wheel in `folder`, under the tag that auditwheel finds for it.
 
     Args:
         platform: another platform than this one, such as "linux-aarch64", which `toolchain` compiles for.
         tools: where auditwheel goes.
+        source: the checkout, or an sdist.
     """
     shutil.rmtree(folder, ignore_errors=True)
     options = ["-C", f"cmake.args=-DCMAKE_TOOLCHAIN_FILE={toolchain}"] if toolchain else []
     # The packager asks Python's `sysconfig` for the platform, which takes this variable's word for it.
     environment = {"_PYTHON_HOST_PLATFORM": platform} if platform else {}
-    run([sys.executable, *_PIP, "wheel", "--quiet", "--no-deps", "-w", folder / "built", *options, ROOT], **environment)
+    run(
+        [sys.executable, *_PIP, "wheel", "--quiet", "--no-deps", "-w", folder / "built", *options, source],
+        **environment,
+    )
     (built,) = (folder / "built").glob("*.whl")
     run(["auditwheel", "repair", "-w", folder, built], **auditwheel(tools))
     (wheel,) = folder.glob("*.whl")
@@ -59,6 +103,7 @@ def build_wheel(folder: Path, tools: Path, platform: str | None = None, toolchai
 def describe_wheel(wheel: Path, objdump: str = "objdump") -> dict[str, Any]:
     """Its name, its sizes, and what its library asks of the machine."""
     with zipfile.ZipFile(wheel) as archive:
+        check_names(wheel, {name for name in archive.namelist() if name.endswith(".py")}, source_names())
         (library,) = (i for i in archive.infolist() if i.filename.endswith("/libhcmen_ops.so"))
         unpacked = archive.extract(library, wheel.parent / "content")
         size = sum(i.file_size for i in archive.infolist())

@@ -4,9 +4,9 @@
     python tests/wheel/check.py --python "qemu-aarch64 ... python3" --scripts site/bin    another machine's, emulated
     python tests/wheel/check.py --bundle build/bundle                another bundle than the small one of the tests
 
-No torch and no onnx may be there. hcmen-doctor has to find everything in order, every variant of the bundle to pass its
-self-test, and a clip to get the score that the exported golden set has for it. Prints one JSON line; exit code 1 and a
-line on stderr if something is wrong.
+No torch and no onnx may be there, and every module of this checkout has to be. hcmen-doctor has to find everything in
+order, every variant of the bundle to pass its self-test, and a clip to get the score that the exported golden set has
+for it. Prints one JSON line; exit code 1 and a line on stderr if something is wrong.
 """
 
 from __future__ import annotations
@@ -24,18 +24,32 @@ from typing import Any
 
 import numpy as np
 
-MICRO = Path(__file__).resolve().parents[1] / "data" / "micro_bundle.zip"
+ROOT = Path(__file__).resolve().parents[2]
+MICRO = Path(__file__).resolve().parents[1] / "files" / "micro_bundle.zip"
 FORBIDDEN = ("torch", "onnx", "safetensors", "transformers")
 _PROBE = """
 import importlib.metadata, importlib.util, json, platform
-from hcmen.runtime.library import library_isa, library_path
+from hcmen.base.library import library_isa, library_path
 print(json.dumps({
     "machine": platform.machine(), "python": platform.python_version(), "libc": platform.libc_ver()[1],
     "isa": library_isa(), "library_bytes": library_path().stat().st_size,
     "installed": {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()},
     "forbidden": [n for n in FORBIDDEN if importlib.util.find_spec(n)],
+    "missing": [n for n in NAMES if importlib.util.find_spec(n) is None],
 }))
 """
+
+
+def module_names() -> list[str]:
+    """The modules of this checkout, by the names that they are imported as."""
+    packages = {"hcmen": "hcmen", "hcmen.export": "export", "hcmen.runtime": "runtime"}
+    return sorted(
+        ".".join(
+            (package, *(part for part in path.relative_to(ROOT / folder).with_suffix("").parts if part != "__init__"))
+        )
+        for package, folder in packages.items()
+        for path in (ROOT / folder).rglob("*.py")
+    )
 
 
 class Wrong(Exception):
@@ -83,8 +97,12 @@ def golden_clip(bundle: Path, target: Path) -> float:
 
 def check(environment: Environment, bundle: Path, *, bare: bool, clip: Path | None) -> dict[str, Any]:
     """Facts about the environment and what ran in it. `clip` of None takes one of the golden set. Raises Wrong."""
-    facts: dict[str, Any] = json.loads(environment.run("-c", f"FORBIDDEN = {FORBIDDEN}{_PROBE}"))
-    forbidden = facts.pop("forbidden")
+    facts: dict[str, Any] = json.loads(
+        environment.run("-c", f"FORBIDDEN, NAMES = {FORBIDDEN}, {module_names()}{_PROBE}")
+    )
+    forbidden, missing = facts.pop("forbidden"), facts.pop("missing")
+    if missing:
+        raise Wrong(f"not installed: {', '.join(missing)}: install this version of hcmen")
     if bare and forbidden:
         raise Wrong(
             f"expected no {' or '.join(forbidden)} beside numpy, click and onnxruntime: take a bare environment"
@@ -119,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--python", default=shlex.quote(sys.executable), help="the interpreter, a command line")
     parser.add_argument("--scripts", type=Path, default=Path(sys.executable).parent, help="where hcmen-run lies")
-    parser.add_argument("--bundle", type=Path, help="an exported bundle; by default that of tests/data")
+    parser.add_argument("--bundle", type=Path, help="an exported bundle; by default that of tests/files")
     parser.add_argument("--clip", type=Path, help="a clip to score; by default one of the bundle's golden set")
     parser.add_argument("--not-bare", action="store_true", help="let torch and the like be installed")
     parser.add_argument("--timeout", type=int, default=600, metavar="SECONDS", help="for each command")

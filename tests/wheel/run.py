@@ -1,4 +1,4 @@
-"""Builds the wheel for this machine and runs it in an environment that has nothing else but what it needs.
+"""Builds the sdist and out of it the wheel for this machine, and runs the wheel beside nothing but what it needs.
 
     python tests/wheel/run.py            docs/results/wheel.json; several minutes, most of it compiling
 
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from build import ROOT, bare_environment, build_wheel, describe_wheel
+from build import ROOT, bare_environment, build_sdist, build_wheel, describe_wheel
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from machine import describe
@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     folder = options.folder.resolve()
     try:
-        wheel = build_wheel(folder, folder.parent / "auditwheel")
+        sdist = build_sdist(folder.parent / "sdist", folder.parent / "packager")
+        wheel = build_wheel(folder, folder.parent / "auditwheel", source=sdist)
         facts = describe_wheel(wheel)
         print(f"{wheel}: {facts['bytes'] / 1024:.0f} KiB, C library from {facts['glibc']} on", flush=True)
         bare = bare_environment(wheel, folder / "bare")

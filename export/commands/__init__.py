@@ -1,0 +1,1 @@
+"""The commands hcmen-export and hcmen-compile."""

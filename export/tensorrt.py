@@ -1,0 +1,436 @@
+"""From a bundle's ONNX graphs to TensorRT engines, on the device that will run them.
+
+Needs TensorRT 10.3 or later, onnx and NumPy; PyTorch is never imported. One engine per variant and precision:
+
+    graph with its weights, from verified bytes  (hcmen/export/weights.py; no path of the graph's is followed)
+    -> float16 written into it                   (hcmen/export/float16.py, with --precision fp16)
+    -> op functions taken out, or put in place   (the plugin runs the ops, or with plugin "function" the functions do)
+    -> strongly typed network, optimisation profiles, build
+    -> the golden set through the very runtime that will score clips; beyond the bound, nothing is written
+    -> engines/ beside the bundle                (hcmen/base/engines.py)
+
+The functions are taken out whenever a plugin is to run, not only for TensorRT before 10.7, which prefers functions to
+plugins: without them a plugin that is not found is an error instead of an engine many times slower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import platform
+import re
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hcmen
+from hcmen.base.bundle import Bundle
+from hcmen.base.console import Console, one_line
+from hcmen.base.engines import PLUGINS, PRECISIONS, EngineRecord, read_engines, write_engine, write_whole
+from hcmen.base.errors import BackendError, CheckFailed, CorruptFileError, InputError
+from hcmen.base.manifest import OP_DOMAIN, FileRecord, VariantRecord
+from hcmen.runtime.backends.cuda import Cuda
+from hcmen.runtime.backends.flavour import TENSORRT, Flavour, TrtModule
+from hcmen.runtime.backends.tensorrt import TrtSession
+from hcmen.runtime.golden import SelfTest, golden_test
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+__all__ = ["Built", "Compiler", "Options", "profile_shapes"]
+
+_HEARTBEAT_SECONDS = 30.0
+_OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|insufficient memory|cudaErrorMemoryAllocation", re.I)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How engines are built.
+
+    precision: "fp32" or "fp16". plugin: "library", "aot" or "function", who runs the hcmen ops.
+    workspace_bytes: most scratch memory a kernel may have, None for TensorRT's own choice (all there is).
+    max_batch: largest batch of one run; opt_batch: the one that the profile of batches is tuned for.
+    version_compatible: later versions of TensorRT load the engine too; it embeds a runtime and the plugin library.
+    hardware_compatible: so do all GPUs from sm 80 on (not on a Jetson).
+    timing_cache: a file of kernel timings, read and extended, so that the next build is faster.
+    force: build even what is there already.
+
+    Raises:
+        InputError: a value out of range, or options that exclude each other.
+    """
+
+    precision: str = "fp32"
+    plugin: str = "library"
+    workspace_bytes: int | None = None
+    max_batch: int = 32
+    opt_batch: int | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    timing_cache: Path | None = None
+    force: bool = False
+
+    @property
+    def best_batch(self) -> int:
+        """`opt_batch`, or what it is if nothing is said: a quarter of the largest, at least two."""
+        return self.opt_batch or min(self.max_batch, max(2, self.max_batch // 4))
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("precision", self.precision, PRECISIONS),
+            ("plugin", self.plugin, tuple(p for p in PLUGINS if p != "none")),
+        ):
+            if value not in choices:
+                raise InputError(f"unknown {name} '{value}': choose from {', '.join(choices)}")
+        if not 1 <= self.max_batch <= 4096:
+            raise InputError(f"max_batch is {self.max_batch}, expected 1 to 4096")
+        if self.opt_batch is not None and not 1 <= self.opt_batch <= self.max_batch:
+            raise InputError(f"opt_batch is {self.opt_batch}, expected 1 to max_batch, {self.max_batch}")
+        if self.workspace_bytes is not None and self.workspace_bytes < 1 << 20:
+            raise InputError(f"workspace is {self.workspace_bytes} bytes, expected at least 1 MiB")
+        if self.plugin == "aot" and self.version_compatible:
+            raise InputError("plugin 'aot' in a version-compatible engine is untried: choose one of the two")
+
+
+@dataclass(frozen=True)
+class Built:
+    """One engine that was accepted. seconds: the build; fresh: whether it was built now, or was there already."""
+
+    record: EngineRecord
+    test: SelfTest | None
+    seconds: float
+    fresh: bool
+
+
+class Compiler:
+    """Builds the engines of one bundle on this device.
+
+    Raises:
+        BackendError: TensorRT, the GPU, onnx or the plugin is missing, or too old for the options.
+    """
+
+    def __init__(self, bundle: Bundle, options: Options, console: Console | None = None, flavour: Flavour = TENSORRT):
+        self.bundle, self.options = bundle, options
+        self.console = console or Console(verbosity=-1)
+        _require_onnx()
+        self.flavour, self.tensorrt = flavour, TrtModule(flavour)
+        self.tensorrt.logger.sink = lambda severity, text: self.console.detail(f"{flavour.title} {severity}: {text}")
+        self.cuda = Cuda()
+        self._trt = self.tensorrt.module
+        self._check_options()
+        self._weights: Any = None
+        self._plugin_path: Path | None = None
+
+    def compile(self, variant: str) -> Built:
+        """The engine of `variant`: built, held against the golden set and written; or as it stands, without `force`.
+
+        Raises:
+            InputError: the bundle lacks the variant, or the place cannot be written.
+            CorruptFileError: a file of the bundle is damaged.
+            BackendError: TensorRT refuses the graph or the build.
+            CheckFailed: the engine differs from the eager model by more than the bound; nothing is written.
+        """
+        record = self.bundle.variant(variant)
+        where = str(self.bundle.path / record.graph.file)
+        name = EngineRecord.file_name(
+            variant, self.options.precision, self.cuda.sm, self.tensorrt.version, self.flavour.name
+        )
+        standing = None if self.options.force else self._standing(name)
+        if standing is not None:
+            return Built(standing, None, 0.0, fresh=False)
+        model, plugin = self._prepared(variant)
+        if plugin == "library":
+            self._load_plugins()
+        elif plugin == "aot":
+            from hcmen.mamba.trt_aot import register
+
+            register(self.cuda.sm)
+        started = time.perf_counter()
+        plan = self._build(model, plugin, record, where)
+        seconds = time.perf_counter() - started
+        content = memoryview(plan).cast("B")
+        embedded = plugin == "library" and self.options.version_compatible
+        session = TrtSession(
+            self.tensorrt,
+            self.cuda,
+            content,
+            record,
+            f"the engine of '{variant}'",
+            plugin=plugin,
+            precision=self.options.precision,
+            host_code=self.options.version_compatible,
+            graphs=plugin != "function",
+        )
+        try:
+            # Twice: sizes that come again run as CUDA graphs.
+            tests = [golden_test(self.bundle, variant, session) for _ in range(2)]
+        finally:
+            session.close()
+        test = next((t for t in tests if not t.passed), tests[-1])
+        if not test.passed:
+            raise _parity_failed(variant, self.options.precision, test)
+        atol, rtol = session.tolerance
+        made = EngineRecord(
+            engine=FileRecord(name, hashlib.sha256(content).hexdigest(), len(content)),
+            variant=variant,
+            precision=self.options.precision,
+            sm=self.cuda.sm,
+            tensorrt=self.tensorrt.version,
+            machine=platform.machine(),
+            plugin=plugin,
+            plugin_embedded=embedded,
+            version_compatible=self.options.version_compatible,
+            hardware_compatible=self.options.hardware_compatible,
+            max_batch=self.options.max_batch,
+            opt_batch=self.options.best_batch,
+            graph_sha256=record.graph.sha256,
+            weights_sha256=self.bundle.manifest.weights.sha256,
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"),
+            parity={
+                "passed": True,
+                "atol": atol,
+                "rtol": rtol,
+                "cases": test.cases,
+                "outputs": {output: comparison.to_json() for output, comparison in test.outputs.items()},
+            },
+            flavour=self.flavour.name,
+        )
+        write_engine(self.bundle, made, content, self._report(seconds, record))
+        return Built(made, test, seconds, fresh=True)
+
+    # --- before the build -------------------------------------------------------------------------------------------
+
+    def _check_options(self) -> None:
+        self.flavour.require_plugin(self.options.plugin, self.tensorrt.version)
+        if self.options.hardware_compatible and self.cuda.sm < 80:
+            raise BackendError(
+                f"the GPU has sm {self.cuda.sm}, hardware-compatible engines start at 80: "
+                "leave out --hardware-compatible"
+            )
+
+    def _standing(self, name: str) -> EngineRecord | None:
+        """The engine of that name, if it is as listed, made from this export and in the way asked for."""
+        for record in read_engines(self.bundle):
+            if record.engine.file != name or not record.of_export(self.bundle):
+                continue
+            asked = self.options
+            alike = (record.version_compatible, record.hardware_compatible, record.max_batch, record.opt_batch) == (
+                asked.version_compatible,
+                asked.hardware_compatible,
+                asked.max_batch,
+                asked.best_batch,
+            )
+            if not alike or record.plugin not in (self.options.plugin, "none"):
+                return None
+            with contextlib.suppress(CorruptFileError):
+                self.bundle.file(record.engine)
+                return record
+        return None
+
+    def _prepared(self, variant: str) -> tuple[ModelProto, str]:
+        """The model as the parser shall have it, and how its hcmen ops will run."""
+        from onnx import inliner
+
+        from hcmen.export.float16 import to_float16
+        from hcmen.export.weights import embedded_model
+        from hcmen.mamba.functions import strip_functions
+
+        if self._weights is None:
+            self._weights = self.bundle.read(self.bundle.manifest.weights)
+        model = embedded_model(self.bundle, variant, self._weights)
+        if self.options.precision == "fp16":
+            model = to_float16(model)
+        if all(node.domain != OP_DOMAIN for node in model.graph.node):
+            return model, "none"
+        if self.options.plugin == "function":
+            return inliner.inline_local_functions(model), "function"
+        strip_functions(model)
+        if self.options.plugin == "aot":
+            from hcmen.mamba.trt_aot import prepare
+
+            prepare(model)
+        return model, self.options.plugin
+
+    def _load_plugins(self) -> None:
+        if self._plugin_path is None:
+            path = self.flavour.plugin_library()
+            self.tensorrt.load_plugins(path)
+            self._plugin_path = path
+
+    # --- the build --------------------------------------------------------------------------------------------------
+
+    def _build(self, model: ModelProto, plugin: str, record: VariantRecord, where: str) -> Any:
+        """The serialised engine, as TensorRT's host memory."""
+        trt = self._trt
+        mark = self.tensorrt.logger.count
+        builder = trt.Builder(self.tensorrt.logger)
+        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = builder.create_network(flags)
+        parser = trt.OnnxParser(network, self.tensorrt.logger)
+        if not parser.parse(model.SerializeToString()):
+            raise BackendError(
+                f"{where}: {self.flavour.title} {self.tensorrt.version} cannot take the graph: {_parser_error(parser)}"
+            )
+        config = builder.create_builder_config()
+        # TF32 keeps 10 bits of a product's inputs: a float32 engine would miss its bound.
+        config.clear_flag(trt.BuilderFlag.TF32)
+        if self.options.workspace_bytes is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self.options.workspace_bytes)
+        if self.options.version_compatible:
+            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+            if plugin == "library":
+                config.plugins_to_serialize = [str(self._plugin_path)]
+        if self.options.hardware_compatible:
+            config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+        for shapes in profile_shapes(self.bundle, record, self.options.max_batch, self.options.best_batch):
+            profile = builder.create_optimization_profile()
+            for name, (low, best, high) in shapes.items():
+                profile.set_shape(name, low, best, high)
+            if config.add_optimization_profile(profile) < 0:
+                raise BackendError(f"{where}: {self.flavour.title} refused the profile {shapes}: {self._why(mark)}")
+        before = self._read_timing_cache(config)
+        with _heartbeat(self.console):
+            plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise self._build_failed(where, mark)
+        self._write_timing_cache(config, before)
+        return plan
+
+    def _build_failed(self, where: str, mark: int) -> BackendError:
+        why = self._why(mark)
+        if _OUT_OF_MEMORY.search(why):
+            free, total = self.cuda.free_bytes()
+            return BackendError(
+                f"{where}: the build ran out of memory ({free >> 20} of {total >> 20} MiB of the GPU are free; {why}): "
+                "close what else uses it, or lower --workspace or --max-batch"
+            )
+        return BackendError(f"{where}: {self.flavour.title} {self.tensorrt.version} could not build the engine: {why}")
+
+    def _why(self, mark: int) -> str:
+        return self.tensorrt.errors(mark) or "it gave no reason (-v shows what it said)"
+
+    # --- timing cache -----------------------------------------------------------------------------------------------
+
+    def _read_timing_cache(self, config: Any) -> bytes:
+        """Gives the build the timings of the file, if there is one; returns its content."""
+        path = self.options.timing_cache
+        if path is None:
+            return b""
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            content = b""
+        except OSError as error:
+            raise InputError(f"{path}: {(error.strerror or 'cannot be read').lower()}: name another file") from error
+        cache = config.create_timing_cache(content)
+        if cache is None or not config.set_timing_cache(cache, False):
+            self.console.warn(f"{path}: not a timing cache of this GPU and TensorRT, a new one is begun")
+            cache = config.create_timing_cache(b"")
+            config.set_timing_cache(cache, False)
+        return content
+
+    def _write_timing_cache(self, config: Any, before: bytes) -> None:
+        path = self.options.timing_cache
+        if path is None:
+            return
+        content = bytes(memoryview(config.get_timing_cache().serialize()).cast("B"))
+        if content != before:
+            write_whole(path, content)
+
+    def _report(self, seconds: float, record: VariantRecord) -> dict[str, Any]:
+        """How it was built, for the .json beside the engine."""
+        options = self.options
+        return {
+            "seconds": round(seconds, 3),
+            "hcmen": hcmen.__version__,
+            "cuda_runtime": self.cuda.runtime,
+            "cuda_driver": self.cuda.driver,
+            "workspace_bytes": options.workspace_bytes,
+            "profiles": [
+                {name: [list(shape) for shape in shapes] for name, shapes in profile.items()}
+                for profile in profile_shapes(self.bundle, record, options.max_batch, options.best_batch)
+            ],
+        }
+
+
+def profile_shapes(
+    bundle: Bundle, record: VariantRecord, max_batch: int, opt_batch: int
+) -> list[dict[str, tuple[tuple[int, ...], ...]]]:
+    """The optimisation profiles of a variant: input -> its (least, best, largest) shape.
+
+    One for single clips, as a device scores them, and one for batches, tuned for `opt_batch`.
+    Time runs from one step to the most that the manifest's model takes, and is tuned for half of it.
+    """
+    sizes = _time_sizes(bundle, record)
+    batches = [(1, 1, 1)]
+    if max_batch > 1:
+        batches.append((1, opt_batch, max_batch))
+    profiles = []
+    for batch in batches:
+        profile = {}
+        for tensor in record.inputs:
+            axes = [batch if n == "batch" else (n, n, n) if isinstance(n, int) else sizes[n] for n in tensor.shape]
+            profile[tensor.name] = tuple(tuple(axis[i] for axis in axes) for i in range(3))
+        profiles.append(profile)
+    return profiles
+
+
+def _time_sizes(bundle: Bundle, record: VariantRecord) -> dict[str, tuple[int, int, int]]:
+    """(least, best, most) of every named size but the batch, such as "text_time"."""
+    sizes = {}
+    for tensor in record.inputs:
+        for n in tensor.shape:
+            if isinstance(n, str) and n != "batch":
+                most = bundle.manifest.inputs.modality(n.removesuffix("_time")).max_steps
+                sizes[n] = (1, max(1, most // 2), most)
+    return sizes
+
+
+def _require_onnx() -> None:
+    try:
+        import onnx  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise BackendError(
+            f"{error.name} is not installed, and hcmen-compile reads graphs with it: pip install 'onnx>=1.21'"
+        ) from error
+
+
+def _parser_error(parser: Any) -> str:
+    """The parser's errors on one line, each with its node."""
+    errors = []
+    for i in range(parser.num_errors):
+        error = parser.get_error(i)
+        node = f"{error.node_operator()} node '{error.node_name()}'" if error.node_name() else f"node {error.node()}"
+        errors.append(f"{node}: {one_line(error.desc())}")
+    text = "; ".join(dict.fromkeys(errors)) or "it gave no reason (-v shows what it said)"
+    return text if len(text) <= 600 else text[:597] + "..."
+
+
+def _parity_failed(variant: str, precision: str, test: SelfTest) -> CheckFailed:
+    name, worst = next((n, c) for n, c in test.outputs.items() if not c.passed)
+    hint = "try --precision fp32" if precision == "fp16" else "see docs/jetson.md"
+    return CheckFailed(
+        f"parity failed for the {precision} engine of '{variant}', nothing was written: {name} {worst.line()}; {hint}"
+    )
+
+
+@contextlib.contextmanager
+def _heartbeat(console: Console) -> Iterator[None]:
+    """Says every half minute that the build goes on: TensorRT is silent for minutes."""
+    done = threading.Event()
+    started = time.monotonic()
+
+    def beat() -> None:
+        while not done.wait(_HEARTBEAT_SECONDS):
+            console.note(f"  still building, {time.monotonic() - started:.0f} s")
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

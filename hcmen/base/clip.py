@@ -1,0 +1,426 @@
+"""Clips: one sample each, its features per modality, read from .npz files that are not trusted.
+
+A clip file holds `text`, `audio` and `vision`, whichever are there, each a float array [time, features] (float16,
+float32 or float64; computed in float32). For a model with a text encoder the text is `text_tokens` instead, integers
+[3, time]: token ids, attention mask (all ones), token types. Of the two, the one that the model cannot take is set
+aside, by name. Any other key is refused, since a misspelt `vison` would otherwise silently become a missing modality.
+
+Member names, count, declared sizes, dtypes and shapes are checked before anything is decompressed beyond the first
+few kilobytes of a member, and a member's declared size must be what its shape needs. What the model takes bounds the
+shape, so memory is bounded too, whatever the compression ratio.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import errno
+import math
+import os
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hcmen.base.errors import CorruptFileError, InputError
+from hcmen.base.inputs import Inputs
+from hcmen.base.modalities import MODALITIES, Variant, variant_for
+
+__all__ = ["TEXT_TOKENS", "Clip", "batch_clips", "clip_from_arrays", "graph_inputs", "read_clip", "write_clip"]
+
+TEXT_TOKENS = "text_tokens"
+"""The key of a text as a text encoder takes it, in clips and as a graph input."""
+_KEYS = (*MODALITIES, TEXT_TOKENS)
+_FLOATS = ("float16", "float32", "float64")
+_MAX_MEMBERS = 16
+_MAX_HEADER_BYTES = 4096
+
+# What reading a damaged or hostile zip can raise; zipfile has no common base for them. OSError: an offset below zero.
+_ZIP_ERRORS = (
+    OSError,
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    OverflowError,
+    RuntimeError,
+    UnicodeDecodeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One sample.
+
+    name: what to call it, usually its path. features: modality -> float32 [time, features], present modalities alone.
+    cleaned: modality -> how many NaN or infinite values were set to zero. ignored: keys of the file that this model
+    has no use for. text_tokens: int64 [3, time], the text for a model with a text encoder.
+    """
+
+    name: str
+    features: Mapping[str, NDArray[np.float32]]
+    cleaned: Mapping[str, int] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    text_tokens: NDArray[np.int64] | None = None
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Everything the clip carries by its key in a clip file."""
+        return {**self.features, **({} if self.text_tokens is None else {TEXT_TOKENS: self.text_tokens})}
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """The modalities that the clip carries."""
+        return tuple(m for m in MODALITIES if m in self.features or (m == "text" and self.text_tokens is not None))
+
+    @property
+    def variant(self) -> Variant:
+        """The variant that uses all that the clip carries; raises InputError when it carries nothing."""
+        return variant_for(self.present)
+
+
+def read_clip(path: str | os.PathLike[str], inputs: Inputs, clean: bool = False) -> Clip:
+    """Reads and checks the clip file `path` for a model that takes `inputs`.
+
+    Args:
+        path: an .npz file; links are followed.
+        inputs: of the model, bounds every modality's feature count and length.
+        clean: set NaN and infinity to zero and count them, instead of refusing them.
+
+    Raises:
+        InputError: no such file, not a file, not an .npz, or content that does not fit the model.
+        CorruptFileError: truncated or altered, or it asks for something unsafe (pickled objects, false sizes).
+    """
+    name = os.fspath(path)
+    with _opened(name) as file:
+        start = file.read(8)
+        size = file.seek(0, os.SEEK_END)
+        if size == 0:
+            raise CorruptFileError(f"{name}: the file is empty, expected an .npz clip: write it again")
+        if start.startswith(b"\x93NUMPY"):
+            raise InputError(f"{name}: a single .npy array, expected an .npz with text, audio, vision: use numpy.savez")
+        if not start.startswith(b"PK"):
+            raise InputError(f"{name}: not an .npz file, expected a clip with text, audio, vision: use numpy.savez")
+        most = 4 * sum(_most_bytes(inputs, m) for m in _KEYS) + (1 << 20)
+        if size > most:
+            raise InputError(f"{name}: the file has {size} bytes, expected at most {most} for this model: cut the clip")
+        try:
+            with zipfile.ZipFile(file) as archive:
+                arrays, ignored = _read_members(name, archive, inputs)
+        except _ZIP_ERRORS as error:
+            raise CorruptFileError(f"{name}: damaged .npz ({_reason(error)}): write or copy it again") from error
+    clip = clip_from_arrays(name, arrays, inputs, clean)
+    return dataclasses.replace(clip, ignored=ignored)
+
+
+def clip_from_arrays(name: str, arrays: Mapping[str, Any], inputs: Inputs, clean: bool = False) -> Clip:
+    """A checked clip from arrays in memory; the arrays given are never changed.
+
+    Args:
+        name: what to call the clip in results and messages.
+        arrays: modality -> float array [time, features], `text_tokens` -> integers [3, time].
+        inputs: of the model, bounds every modality's feature count and length.
+        clean: set NaN and infinity to zero and count them, instead of refusing them.
+
+    Raises:
+        InputError: a key, rank, dtype, feature count, length or value that does not fit the model.
+    """
+    _check_keys(name, arrays, inputs)
+    features: dict[str, NDArray[np.float32]] = {}
+    cleaned: dict[str, int] = {}
+    tokens = None
+    for m in (m for m in _wanted(inputs) if m in arrays):
+        try:
+            array = np.asarray(arrays[m])
+        except ValueError as error:
+            shape = "integers [3, time]" if m == TEXT_TOKENS else "float [time, features]"
+            raise InputError(f"{name}: {m} is no array ({_reason(error)}), expected {shape}: make it one") from None
+        _check_array(name, m, array.dtype, array.shape, inputs)
+        if m == TEXT_TOKENS:
+            tokens = _checked_tokens(name, array, inputs)
+            continue
+        with np.errstate(over="ignore"):
+            values = np.ascontiguousarray(array, dtype=np.float32)
+        finite = np.isfinite(values)
+        bad = int(values.size - np.count_nonzero(finite))
+        if bad and not clean:
+            raise InputError(
+                f"{name}: {m} has {bad} NaN or infinite values among {values.size}, expected finite numbers: "
+                "mend the clip, or set them to zero with --clean (clean=True)"
+            )
+        if bad:
+            values = np.where(finite, values, np.float32(0))
+            cleaned[m] = bad
+        features[m] = values
+    if not features and tokens is None:
+        raise InputError(f"{name}: no modality is present, expected at least one of {', '.join(_wanted(inputs))}")
+    return Clip(name, features, cleaned, tuple(k for k in arrays if k not in _wanted(inputs)), tokens)
+
+
+def batch_clips(clips: Sequence[Clip], modalities: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
+    """The graph inputs of one batch: per modality `m` [batch, longest time, features] and `m_length` int64 [batch].
+
+    Shorter clips are padded with zeros at the end. A text for a text encoder is `text_tokens` int64
+    [batch, 3, longest time] alone: its attention mask says how long it is.
+
+    Args:
+        clips: at least one; each carries every one of `modalities`.
+        modalities: the ones to batch, all that the first clip carries by default.
+
+    Raises:
+        InputError: no clip, or a clip lacks one of the modalities.
+    """
+    if not clips:
+        raise InputError("no clip to batch, expected at least one")
+    wanted = set(clips[0].present if modalities is None else modalities)
+    inputs: dict[str, NDArray[Any]] = {}
+    for m in (m for m in MODALITIES if m in wanted):
+        tokens = [clip.text_tokens for clip in clips if m == "text" and clip.text_tokens is not None]
+        for clip in clips:
+            if m not in clip.present or (tokens and clip.text_tokens is None):
+                raise InputError(
+                    f"{clip.name}: {TEXT_TOKENS if tokens else m} is missing, and the batch needs "
+                    f"{', '.join(sorted(wanted))}: choose a variant without it"
+                )
+        if tokens:
+            inputs[TEXT_TOKENS] = np.zeros((len(clips), 3, max(t.shape[1] for t in tokens)), np.int64)
+            for row, t in zip(inputs[TEXT_TOKENS], tokens, strict=True):
+                row[:, : t.shape[1]] = t
+            continue
+        lengths = np.array([len(clip.features[m]) for clip in clips], np.int64)
+        batch = np.zeros((len(clips), int(lengths.max()), clips[0].features[m].shape[1]), np.float32)
+        for row, clip in zip(batch, clips, strict=True):
+            row[: len(clip.features[m])] = clip.features[m]
+        inputs[m] = batch
+        inputs[f"{m}_length"] = lengths
+    return inputs
+
+
+def graph_inputs(features: Mapping[str, NDArray[Any]], lengths: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """A padded batch under the names of the graph's inputs.
+
+    Args:
+        features: {m: float32 [batch, time, features]}, text possibly as tokens int64 [batch, 3, time].
+        lengths: {m: int64 [batch]}.
+    """
+    inputs: dict[str, NDArray[Any]] = {}
+    for m, x in features.items():
+        if x.dtype == np.int64:
+            inputs[TEXT_TOKENS] = x
+        else:
+            inputs |= {m: x, f"{m}_length": lengths[m]}
+    return inputs
+
+
+def write_clip(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Writes a clip file, whole or not at all: to a temporary sibling first, then renamed.
+
+    Args:
+        path: the file. arrays: modality -> numbers [time, features], `text_tokens` -> integers [3, time].
+
+    Raises:
+        InputError: a key that is not a modality, or none.
+        OSError: the place cannot be written; nothing is left behind.
+    """
+    target = Path(path)
+    _check_keys(str(target), arrays)
+    arrays = {k: np.asarray(x, dtype=np.int64 if k == TEXT_TOKENS else np.float32) for k, x in arrays.items()}
+    if not arrays:
+        raise InputError(f"{target}: no modality to write, expected at least one of {', '.join(MODALITIES)}")
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type,unused-ignore]
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _opened(name: str) -> IO[bytes]:
+    """The regular file `name`, open for reading. A pipe or device is refused instead of waited for."""
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        hints = {errno.ENOENT: "check the path", errno.EACCES: "check its owner and permissions"}
+        hint = hints.get(error.errno or 0, "give the path of an .npz clip")
+        raise InputError(f"{name}: {(error.strerror or 'cannot be opened').lower()}: {hint}") from error
+    except ValueError as error:
+        raise InputError(f"{name!r}: {error}: give the path of an .npz clip") from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise InputError(f"{name}: {kind}, expected an .npz clip: give the path of a file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _most_bytes(inputs: Inputs, modality: str) -> int:
+    if modality == TEXT_TOKENS:
+        return 3 * inputs.text.max_steps * 8
+    sizes = inputs.modality(modality)
+    return sizes.features * sizes.max_steps * 8
+
+
+def _wanted(inputs: Inputs) -> tuple[str, ...]:
+    """The keys that `inputs` takes, in axis order."""
+    return (TEXT_TOKENS, *MODALITIES[1:]) if inputs.text_tokens else MODALITIES
+
+
+def _check_keys(name: str, keys: Iterable[str], inputs: Inputs | None = None) -> None:
+    present = list(keys)
+    for key in present:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(str(key), _KEYS, n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            held = ", ".join(_wanted(inputs) if inputs else _KEYS)
+            raise InputError(f"{name}: unknown key {key!r}: {hint}a clip holds {held}: remove others")
+    if inputs is None or not present or any(k in present for k in _wanted(inputs)):
+        return
+    if inputs.text_tokens:
+        raise InputError(
+            f"{name}: only text features are present, and this model makes its own from tokens: give {TEXT_TOKENS} "
+            "[3, time], or words with hcmen-run --text"
+        )
+    raise InputError(
+        f"{name}: only {TEXT_TOKENS} is present, and this model has no text encoder: "
+        "give text features [time, features] under 'text', or use a bundle with a text encoder"
+    )
+
+
+def _checked_tokens(name: str, array: NDArray[Any], inputs: Inputs) -> NDArray[np.int64]:
+    tokens = inputs.text_tokens
+    assert tokens is not None
+    for row, what, limit in ((0, "token id", tokens.vocabulary), (2, "token type", tokens.token_types)):
+        wrong = np.flatnonzero((array[row] < 0) | (array[row] >= limit))
+        if wrong.size:
+            raise InputError(
+                f"{name}: {what} {array[row][wrong[0]]} at step {wrong[0]}, expected 0 to {limit - 1}: "
+                "use the tokenizer of this bundle"
+            )
+    if np.any(array[1] != 1):
+        raise InputError(
+            f"{name}: the attention mask (row 1 of {TEXT_TOKENS}) is not all ones: cut the padding off the clip"
+        )
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def _check_array(name: str, modality: str, dtype: np.dtype[Any], shape: tuple[int, ...], inputs: Inputs) -> None:
+    tokens = modality == TEXT_TOKENS
+    sizes = inputs.text if tokens else inputs.modality(modality)
+    expected = "int64 [3, time]" if tokens else f"float32 [time, {sizes.features}]"
+    if dtype.hasobject:
+        raise CorruptFileError(f"{name}: {modality} holds Python objects, expected {expected}: never unpickled")
+    if tokens:
+        if dtype.kind not in "iu" or dtype.itemsize > 8 or dtype == np.uint64:
+            raise InputError(f"{name}: {modality} has dtype {dtype}, expected {expected}: token ids are whole numbers")
+        if len(shape) != 2 or shape[0] != 3:
+            raise InputError(
+                f"{name}: {modality} has shape {list(shape)}, expected {expected}: ids, attention mask and token types"
+            )
+        shape = shape[::-1]
+    expected = expected.removeprefix("float32 ")
+    if not tokens and dtype.newbyteorder("=").name not in _FLOATS:
+        raise InputError(
+            f"{name}: {modality} has dtype {dtype}, expected {', '.join(_FLOATS)}: convert it with .astype('float32')"
+        )
+    if len(shape) != 2:
+        raise InputError(f"{name}: {modality} has shape {list(shape)}, expected {expected}: one clip without a batch")
+    if not tokens and shape[1] != sizes.features:
+        raise InputError(
+            f"{name}: {modality} has {shape[1]} features (shape {list(shape)}), expected {expected}: "
+            "use the features this model was trained on"
+        )
+    if shape[0] == 0:
+        raise InputError(f"{name}: {modality} has no time step, expected 1 to {sizes.max_steps}: leave it out instead")
+    if shape[0] > sizes.max_steps:
+        raise InputError(
+            f"{name}: {modality} has {shape[0]} steps, expected at most {sizes.max_steps}: cut or resample the clip"
+        )
+
+
+def _read_members(
+    name: str, archive: zipfile.ZipFile, inputs: Inputs
+) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
+    members = archive.infolist()
+    if len(members) > _MAX_MEMBERS:
+        raise InputError(f"{name}: {len(members)} arrays, expected at most {len(MODALITIES)}: remove the others")
+    keys = [m.filename.removesuffix(".npy") for m in members]
+    for key, member in zip(keys, members, strict=True):
+        if not member.filename.endswith(".npy"):
+            raise InputError(f"{name}: member {member.filename!r} is no .npy array: write the clip with numpy.savez")
+        if keys.count(key) > 1:
+            raise CorruptFileError(f"{name}: {key!r} is there twice, expected once: write the clip with numpy.savez")
+    _check_keys(name, keys, inputs)
+    wanted = {k: m for k, m in zip(keys, members, strict=True) if k in _wanted(inputs)}
+    if not wanted:
+        raise InputError(f"{name}: no modality is present, expected at least one of {', '.join(_wanted(inputs))}")
+    headers = {key: _read_header(name, key, archive, member, inputs) for key, member in wanted.items()}
+    arrays = {key: _read_array(archive, wanted[key], *header) for key, header in headers.items()}
+    return arrays, tuple(k for k in keys if k not in wanted)
+
+
+def _read_header(
+    name: str, key: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo, inputs: Inputs
+) -> tuple[int, tuple[int, ...], bool, np.dtype[Any]]:
+    """(header bytes, shape, Fortran order, dtype), checked, from the first kilobytes of the member."""
+    if member.flag_bits & 0x1:
+        raise InputError(f"{name}: {key} is encrypted, expected a plain .npz: write the clip with numpy.savez")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise InputError(f"{name}: {key} is compressed by method {member.compress_type}, expected numpy.savez's own")
+    with archive.open(member) as stream:
+        try:
+            version = np.lib.format.read_magic(stream)
+            if version == (1, 0):
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=_MAX_HEADER_BYTES)
+            elif version == (2, 0):
+                shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream, max_header_size=_MAX_HEADER_BYTES)
+            else:
+                raise ValueError(f".npy version {version[0]}.{version[1]}")
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+            # numpy explains allow_pickle and its limits at length here; the first sentence says enough.
+            reason = _reason(error).partition(". ")[0]
+            raise CorruptFileError(
+                f"{name}: {key} has no valid .npy header ({reason}): write the clip again"
+            ) from error
+        header_bytes = stream.tell()
+    _check_array(name, key, dtype, shape, inputs)
+    needed = header_bytes + math.prod(shape) * dtype.itemsize
+    if member.file_size != needed:
+        raise CorruptFileError(
+            f"{name}: {key} declares {member.file_size} bytes, expected {needed} for shape {list(shape)}: "
+            "write the clip again"
+        )
+    return header_bytes, shape, fortran, dtype
+
+
+def _read_array(
+    archive: zipfile.ZipFile,
+    member: zipfile.ZipInfo,
+    header_bytes: int,
+    shape: tuple[int, ...],
+    fortran: bool,
+    dtype: np.dtype[Any],
+) -> NDArray[Any]:
+    with archive.open(member) as stream:
+        data = stream.read(member.file_size + 1)
+    if len(data) != member.file_size:
+        raise EOFError(f"{member.filename} ends after {len(data)} of {member.file_size} bytes")
+    values = np.frombuffer(data, dtype, offset=header_bytes)
+    return values.reshape(shape, order="F" if fortran else "C")

@@ -1,0 +1,196 @@
+"""Finds and loads `libhcmen_ops_cuda.so`, the CUDA kernels: for ONNX Runtime (as a path) and for PyTorch (ctypes).
+
+The library is built only when asked for, with CMake's HCMEN_CUDA=ON and nvcc; see docs/cuda.md. It carries the CUDA
+runtime inside and loads on a machine without a GPU, where its functions report what CUDA says. The environment variable
+HCMEN_CUDA_LIBRARY names another file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hcmen.base.errors import BackendError, InputError
+from hcmen.base.library import ConvArguments, ConvGradients, ScanArguments, ScanGradients, library_folders
+
+__all__ = [
+    "BACKWARD_STATES",
+    "FORWARD_STATES",
+    "CudaLaunch",
+    "CudaPlan",
+    "call",
+    "cuda_library_path",
+    "declare",
+    "device_problem",
+    "load_cuda_library",
+    "workspace_bytes",
+]
+
+LIBRARY_NAME = "libhcmen_ops_cuda.so"
+LIBRARY_VERSION = 2
+"""HCMEN_CUDA_OPS_VERSION of runtime/csrc/cuda_ops.h."""
+FORWARD_STATES, BACKWARD_STATES = 512, 256
+"""The most states of a channel, forward and backward."""
+_FIX = "build it with `pip install --config-settings=cmake.define.HCMEN_CUDA=ON .` in a checkout, with nvcc on the path"
+
+_i32, _i64, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+_CUDA_FAILED = 16
+
+
+class CudaLaunch(ctypes.Structure):
+    """`hcmen_cuda_launch` of runtime/csrc/cuda_ops.h."""
+
+    _fields_ = [
+        ("stream", _pointer),
+        ("workspace", _pointer),
+        ("workspace_bytes", _i64),
+        ("steps_per_chunk", _i64),
+        ("lanes_per_channel", _i32),
+        ("time_warps", _i32),
+        ("channel_warps", _i32),
+        ("steps_per_warp", _i32),
+    ]
+
+
+class CudaPlan(ctypes.Structure):
+    """`hcmen_cuda_plan` of runtime/csrc/cuda_ops.h."""
+
+    _fields_ = [
+        *((name, _i64) for name in ("steps_per_chunk", "chunks", "blocks")),
+        *((name, _i32) for name in ("lanes_per_channel", "states_per_lane", "time_warps", "channel_warps")),
+        *((name, _i32) for name in ("steps_per_warp", "shared_bytes")),
+    ]
+
+
+_scan, _conv, _launch = (ctypes.POINTER(s) for s in (ScanArguments, ConvArguments, CudaLaunch))
+_scan_grad, _conv_grad = (ctypes.POINTER(s) for s in (ScanGradients, ConvGradients))
+_bytes = ctypes.POINTER(_i64)
+_FUNCTIONS: dict[str, tuple[Sequence[Any], Any]] = {
+    "hcmen_cuda_selective_scan_workspace": ((_scan, _launch, ctypes.c_int, _bytes), ctypes.c_int),
+    "hcmen_cuda_selective_scan_forward": ((_scan, _launch), ctypes.c_int),
+    "hcmen_cuda_selective_scan_backward": ((_scan, _scan_grad, _launch), ctypes.c_int),
+    "hcmen_cuda_selective_scan_plan": ((_scan, _launch, ctypes.POINTER(CudaPlan)), ctypes.c_int),
+    "hcmen_cuda_causal_conv1d_workspace": ((_conv, ctypes.c_int, _bytes), ctypes.c_int),
+    "hcmen_cuda_causal_conv1d_forward": ((_conv, _launch), ctypes.c_int),
+    "hcmen_cuda_causal_conv1d_backward": ((_conv, _conv_grad, _launch), ctypes.c_int),
+    "hcmen_cuda_ops_version": ((), ctypes.c_int),
+    "hcmen_cuda_warm": ((), ctypes.c_int),
+    "hcmen_cuda_problem": ((), ctypes.c_char_p),
+    "hcmen_cuda_nothing": ((_launch,), ctypes.c_int),
+}
+
+
+def cuda_library_path() -> Path:
+    """The absolute path of the shared library.
+
+    Raises:
+        BackendError: it is in none of the places searched; the message lists them.
+    """
+    named = os.environ.get("HCMEN_CUDA_LIBRARY")
+    if named:
+        if not Path(named).is_file():
+            raise BackendError(f"HCMEN_CUDA_LIBRARY is '{named}', expected a file: {_FIX}")
+        return Path(named).resolve()
+    places = [folder / LIBRARY_NAME for folder in library_folders()]
+    for place in places:
+        if place.is_file():
+            return place.resolve()
+    tried = ", ".join(str(p.parent) for p in places)
+    raise BackendError(f"{LIBRARY_NAME} was not found in {tried}: {_FIX}")
+
+
+def declare(library: ctypes.CDLL, name: str = LIBRARY_NAME) -> ctypes.CDLL:
+    """`library` with the signatures of its C functions.
+
+    Raises:
+        BackendError: one is missing, or it is of another version; the message calls it `name`.
+    """
+    for function_name, (arguments, result) in _FUNCTIONS.items():
+        try:
+            function = getattr(library, function_name)
+        except AttributeError:
+            raise BackendError(f"{name} has no {function_name}: it is from another version, build it again") from None
+        function.argtypes = arguments
+        function.restype = result
+    version = library.hcmen_cuda_ops_version()
+    if version != LIBRARY_VERSION:
+        raise BackendError(f"{name} has version {version}, expected {LIBRARY_VERSION}: build it again")
+    return library
+
+
+@functools.cache
+def load_cuda_library() -> ctypes.CDLL:
+    """The library with its signatures declared, and its kernels on the current device if there is one.
+
+    Raises:
+        BackendError: it is missing, cannot be loaded, or is of another version of this package.
+    """
+    path = cuda_library_path()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendError(f"{path} cannot be loaded ({error}): build it on this machine") from error
+    declare(library, str(path))
+    # Else the first launch of a kernel loads it, which fails in a stream that is being recorded. Where there is no
+    # device this fails, and so will the first call, which has words for it.
+    library.hcmen_cuda_warm()
+    return library
+
+
+def workspace_bytes(library: ctypes.CDLL, name: str, *structures: Any) -> int:
+    """What `hcmen_cuda_<name>_workspace` asks for; `structures` are its arguments before the result.
+
+    Raises:
+        InputError: the function refused its arguments.
+    """
+    size = _i64()
+    arguments = [ctypes.byref(s) if isinstance(s, ctypes.Structure) else s for s in structures]
+    _raise(library, f"hcmen_cuda_{name}_workspace", *arguments, ctypes.byref(size))
+    return size.value
+
+
+def call(library: ctypes.CDLL, name: str, *structures: ctypes.Structure) -> None:
+    """`hcmen_cuda_<name>` over `structures`.
+
+    Raises:
+        InputError: it refused its arguments.
+        BackendError: CUDA failed; the message has its words.
+    """
+    _raise(library, f"hcmen_cuda_{name}", *(ctypes.byref(s) for s in structures))
+
+
+def _raise(library: ctypes.CDLL, name: str, *arguments: Any) -> None:
+    status = getattr(library, name)(*arguments)
+    if status == _CUDA_FAILED:
+        raise BackendError(
+            f"{name}: CUDA failed ({library.hcmen_cuda_problem().decode()}): check the driver and the device with "
+            "nvidia-smi; 'no kernel image' means a library built for other architectures"
+        )
+    if status != 0:
+        raise InputError(
+            f"{name} refused its arguments (status {status}): sizes must be at least 1 and fit each other, "
+            f"with at most {FORWARD_STATES} states forward and {BACKWARD_STATES} backward"
+        )
+
+
+def device_problem(load: Callable[[str], Any] = ctypes.CDLL) -> str | None:
+    """Why no CUDA device can be used here, or None if one can: asked of the driver, without any package.
+
+    Args:
+        load: opens a shared library, for tests.
+    """
+    try:
+        driver = load("libcuda.so.1")
+    except OSError:
+        return "there is no CUDA driver (libcuda.so.1)"
+    status = driver.cuInit(0)
+    if status != 0:
+        return f"the CUDA driver does not start (error {status}, 100 means no device)"
+    count = ctypes.c_int()
+    if driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value < 1:
+        return "the CUDA driver sees no device"
+    return None

@@ -1,0 +1,236 @@
+"""TensorRT engines beside a bundle: made on the device, listed in an index of their own.
+
+    engines/manifest.json                                       what `read_engines` reads: every engine with its sha256
+    engines/<variant>.<precision>.sm<cc>.trt<version>.engine    the engine as TensorRT serialised it
+    engines/<variant>....engine.json                            how it was built, for people
+
+An engine is made long after the bundle's manifest.json was written, and a bundle is replaced whole when it is exported
+again, so the index is a file apart; its engines say of which export they were made. An engine is native code: only one
+that is listed, of the listed sha256, is ever given to TensorRT. As with the manifest, the index guards against damage
+and mistakes; who can write the index can also write the engines.
+
+The index is written last and whole, so that a killed compile leaves the engines that were listed before, or a gap
+that the next compile fills.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from hcmen.base.bundle import Bundle
+from hcmen.base.errors import CorruptFileError, HcmenError, InputError
+from hcmen.base.files import replace_file
+from hcmen.base.manifest import FileRecord, JsonObject, parse_json
+from hcmen.base.modalities import VARIANTS
+
+__all__ = [
+    "ENGINES_FOLDER",
+    "FLAVOURS",
+    "PLUGINS",
+    "PRECISIONS",
+    "EngineRecord",
+    "read_engines",
+    "write_engine",
+    "write_whole",
+]
+
+ENGINES_FOLDER = "engines"
+INDEX_FILE = f"{ENGINES_FOLDER}/manifest.json"
+SCHEMA_VERSION = 1
+PRECISIONS = ("fp32", "fp16")
+FLAVOURS = {"tensorrt": "trt"}
+"""The flavour of TensorRT that built an engine -> what stands before its version in the engine's file name."""
+PLUGINS = ("library", "aot", "function", "none")
+"""How an engine runs the hcmen ops: the plugin library, kernels inside the engine, standard operators; none in it."""
+_MOST_ENGINES = 1000
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """One engine of the index.
+
+    variant, precision: what it computes, and in what. sm: compute capability of the GPU it was built on, 87 for 8.7.
+    tensorrt: the version that built it. machine: the processor architecture, as platform.machine() tells it.
+    plugin: one of `PLUGINS`; plugin_embedded: whether the plugin library is inside the engine.
+    version_compatible: later versions of TensorRT load it too. hardware_compatible: so do GPUs of sm 80 and later.
+    max_batch: most clips in one run; opt_batch: the batch that the profile of batches is tuned for.
+    graph_sha256, weights_sha256: of the export that it was made from.
+    parity: what was measured on the golden set before the engine was accepted.
+    flavour: of the TensorRT that built it, one of `FLAVOURS`; not in the index where it is "tensorrt".
+    """
+
+    engine: FileRecord
+    variant: str
+    precision: str
+    sm: int
+    tensorrt: str
+    machine: str
+    plugin: str
+    plugin_embedded: bool
+    version_compatible: bool
+    hardware_compatible: bool
+    max_batch: int
+    opt_batch: int
+    graph_sha256: str
+    weights_sha256: str
+    created: str
+    parity: Mapping[str, Any]
+    flavour: str = "tensorrt"
+
+    @staticmethod
+    def file_name(variant: str, precision: str, sm: int, tensorrt: str, flavour: str = "tensorrt") -> str:
+        """Where in a bundle such an engine lies."""
+        return f"{ENGINES_FOLDER}/{variant}.{precision}.sm{sm}.{FLAVOURS[flavour]}{tensorrt}.engine"
+
+    def of_export(self, bundle: Bundle) -> bool:
+        """Whether it was made from the graph and the weights that `bundle` holds now."""
+        variant = bundle.manifest.variants.get(self.variant)
+        return variant is not None and (variant.graph.sha256, bundle.manifest.weights.sha256) == (
+            self.graph_sha256,
+            self.weights_sha256,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the index."""
+        data = dataclasses.asdict(dataclasses.replace(self, parity={}))
+        if self.flavour == "tensorrt":
+            del data["flavour"]
+        return {**data.pop("engine"), **data, "parity": dict(self.parity)}
+
+
+def read_engines(bundle: Bundle) -> tuple[EngineRecord, ...]:
+    """The engines beside `bundle` as their index lists them, none if nothing was compiled; no engine is opened.
+
+    Raises:
+        InputError: the index is of another version of hcmen, or may not be read.
+        CorruptFileError: the index is damaged, altered or unsafe.
+    """
+    where = bundle.path / INDEX_FILE
+    try:
+        content = bundle.read_index(INDEX_FILE)
+        return () if content is None else _records_from_json(parse_json(content))
+    except CorruptFileError as error:
+        # What is told of a bundle's manifest does not mend this file; compiling again does.
+        reason = str(error).removeprefix("manifest: ").removeprefix(f"{where}: ").split(": copy ")[0]
+        raise CorruptFileError(f"{where}: {reason}: remove {where.parent} and run hcmen-compile again") from error
+    except HcmenError as error:
+        raise type(error)(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
+
+
+def write_engine(bundle: Bundle, record: EngineRecord, engine: bytes | memoryview, report: Mapping[str, Any]) -> None:
+    """Writes an engine, its report beside it, and lists it in the index in the place of one of the same name.
+
+    Args:
+        record: its `engine` says where to; sha256 and size must be those of `engine`.
+        report: what shall be known of how it was built; goes into the .json beside it, with the record.
+
+    Raises:
+        InputError: the place cannot be written.
+        CorruptFileError: the index that is there is damaged.
+    """
+    content = memoryview(engine).cast("B")
+    if (hashlib.sha256(content).hexdigest(), len(content)) != (record.engine.sha256, record.engine.bytes):
+        raise InputError(f"{record.engine.file}: the record is of another engine")
+    path = bundle.path / record.engine.file
+    with _index_locked(bundle):
+        others = [r for r in read_engines(bundle) if r.engine.file != record.engine.file]
+        # Out of the index first: were the process killed after the engine is replaced, the index would tell of another.
+        _write_index(bundle, others)
+        write_whole(path, content)
+        _write_json(path.with_name(path.name + ".json"), {**record.to_json(), "build": dict(report)})
+        _write_index(bundle, [*others, record])
+
+
+def _records_from_json(data: Any) -> tuple[EngineRecord, ...]:
+    top = JsonObject("", data)
+    schema = top.integer("schema_version", 1)
+    if schema != SCHEMA_VERSION:
+        raise InputError(f"schema_version is {schema}, expected {SCHEMA_VERSION}: run hcmen-compile again")
+    entries = top.value("engines", list)
+    top.finish()
+    if len(entries) > _MOST_ENGINES:
+        raise CorruptFileError(f"{len(entries)} engines, expected at most {_MOST_ENGINES}")
+    records = [_record_from_json(JsonObject(f"engines[{i}]", entry)) for i, entry in enumerate(entries)]
+    names = [r.engine.file for r in records]
+    if len(set(names)) < len(names):
+        raise CorruptFileError("an engine is listed twice")
+    return tuple(records)
+
+
+def _record_from_json(data: JsonObject) -> EngineRecord:
+    record = EngineRecord(
+        engine=data.record(),
+        variant=data.one_of("variant", tuple(v.name for v in VARIANTS)),
+        precision=data.one_of("precision", PRECISIONS),
+        sm=data.integer("sm", 1, 10_000),
+        tensorrt=data.string("tensorrt"),
+        machine=data.string("machine"),
+        plugin=data.one_of("plugin", PLUGINS),
+        plugin_embedded=data.value("plugin_embedded", bool),
+        version_compatible=data.value("version_compatible", bool),
+        hardware_compatible=data.value("hardware_compatible", bool),
+        max_batch=data.integer("max_batch", 1),
+        opt_batch=data.integer("opt_batch", 1),
+        graph_sha256=data.string("graph_sha256"),
+        weights_sha256=data.string("weights_sha256"),
+        created=data.string("created"),
+        parity=MappingProxyType(data.value("parity", dict)),
+        flavour=data.one_of("flavour", tuple(FLAVOURS)) if "flavour" in data.data else "tensorrt",
+    )
+    data.finish()
+    expected = EngineRecord.file_name(record.variant, record.precision, record.sm, record.tensorrt, record.flavour)
+    if record.engine.file != expected:
+        raise CorruptFileError(f"'{data.where}.file' is {record.engine.file!r}, expected {expected!r}")
+    return record
+
+
+@contextlib.contextmanager
+def _index_locked(bundle: Bundle) -> Iterator[None]:
+    """The engines' folder is there, and no other process writes its index within the block."""
+    folder = bundle.path / ENGINES_FOLDER
+    try:
+        folder.mkdir(exist_ok=True)
+        if folder.is_symlink():
+            raise CorruptFileError(f"{folder}: a link, expected a folder: remove it")
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise _write_error(folder, error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _write_index(bundle: Bundle, records: list[EngineRecord]) -> None:
+    entries = [r.to_json() for r in sorted(records, key=lambda r: r.engine.file)]
+    _write_json(bundle.path / INDEX_FILE, {"schema_version": SCHEMA_VERSION, "engines": entries})
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    write_whole(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Writes `content` so that a reader sees the old file or the new one; raises InputError when it cannot."""
+    try:
+        replace_file(path, content)
+    except OSError as error:
+        raise _write_error(path, error) from error
+
+
+def _write_error(path: Path, error: OSError) -> InputError:
+    reason = (error.strerror or "cannot be written").lower()
+    hint = "make room" if error.errno == errno.ENOSPC else "copy the bundle to a place that can be written"
+    return InputError(f"{path}: {reason}: {hint}")

@@ -1,0 +1,491 @@
+"""The manifest of a bundle: what manifest.json says, and how it is read without being trusted.
+
+It is read with every key, type and value checked (`Manifest.from_json`), out of JSON without its traps (`parse_json`).
+Schema 2 is written. Schema 1, which held the configuration of one model, is read as what it means in schema 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from hcmen.base.errors import BackendError, CorruptFileError, InputError
+from hcmen.base.inputs import Inputs, TensorSpec
+from hcmen.base.modalities import MODALITIES, VARIANTS
+from hcmen.base.op import DOMAIN as OP_DOMAIN
+from hcmen.base.op import IR_VERSION, OPSET
+from hcmen.base.op import VERSION as OP_VERSION
+from hcmen.base.schema1 import as_schema_2
+
+__all__ = [
+    "MANIFEST_FILE",
+    "MOST_MANIFEST_BYTES",
+    "NAME",
+    "OP_DOMAIN",
+    "OP_VERSION",
+    "PRECISIONS",
+    "SCHEMA_VERSION",
+    "FileRecord",
+    "FrontEnd",
+    "JsonObject",
+    "Manifest",
+    "ModelRecord",
+    "Score",
+    "VariantRecord",
+    "check_file_name",
+    "parse_json",
+]
+
+SCHEMA_VERSION = 2
+NAME = "hcmen"
+MANIFEST_FILE = "manifest.json"
+PRECISIONS = ("fp32", "fp16", "int8")
+MOST_MANIFEST_BYTES = 16 << 20
+_MAX_DEPTH = 32
+_MAX_FILE_BYTES = 8 << 30
+
+
+_SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+
+
+_FILE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}\Z")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of the bundle: its path relative to the bundle with `/` between parts, its sha256 and its size."""
+
+    file: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class VariantRecord:
+    """One exported graph. parity: what the exporter measured against the eager model, as it reported it."""
+
+    graph: FileRecord
+    golden: FileRecord
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    parity: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """Which model it was: its kind and its configuration, for whoever wants to build it again. Nobody runs by it."""
+
+    kind: str
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the checkpoint reached: each measure, of one variant, on one split of one data set.
+
+    protocol: what was hidden, such as "variants" (the absent modalities of a variant, of every sample).
+    """
+
+    data: str
+    split: str
+    protocol: str
+    variant: str
+    measures: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class FrontEnd:
+    """What made the features of a modality: an extractor, its settings, and the sha256 of its weights (None: none)."""
+
+    extractor: str
+    settings: Mapping[str, Any]
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json. inputs: what the model takes and gives; in the file its outputs are a key of their own.
+
+    model: carried and not read. normalisation: modality -> {"mean": [features], "std": [features]} of the training
+    features. versions: tool -> version at export. source: where the weights came from. scores: may be empty.
+    front_ends: by modality, those that are known.
+    precision: one of PRECISIONS, of all graphs; the outputs of an int8 graph are within the `atol` and `rtol` of its
+    parity record of the eager model's, those of the others within fixed bounds (docs/parity.md).
+    tokenizer: for the text encoder, if there is one and its tokenizer came with the checkpoint.
+    """
+
+    inputs: Inputs
+    model: ModelRecord
+    normalisation: Mapping[str, Mapping[str, tuple[float, ...]]]
+    weights: FileRecord
+    variants: Mapping[str, VariantRecord]
+    versions: Mapping[str, str]
+    source: Mapping[str, Any]
+    created: str
+    opset: int = OPSET
+    ir_version: int = IR_VERSION
+    precision: str = "fp32"
+    name: str = NAME
+    op_domain: str = OP_DOMAIN
+    op_version: int = OP_VERSION
+    schema_version: int = SCHEMA_VERSION
+    tokenizer: FileRecord | None = None
+    scores: tuple[Score, ...] = ()
+    front_ends: Mapping[str, FrontEnd] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of manifest.json, which `from_json` reads back to an equal manifest."""
+        inputs = self.inputs.to_json()
+        outputs = inputs.pop("outputs")
+        return {
+            "schema_version": self.schema_version,
+            "name": self.name,
+            "versions": dict(self.versions),
+            "created": self.created,
+            "op": {"domain": self.op_domain, "version": self.op_version},
+            "opset": self.opset,
+            "ir_version": self.ir_version,
+            "precision": self.precision,
+            "inputs": inputs,
+            "outputs": outputs,
+            "model": {"kind": self.model.kind, "config": dict(self.model.config)},
+            "scores": [{**vars(score), "measures": dict(score.measures)} for score in self.scores],
+            "front_ends": {m: {**vars(e), "settings": dict(e.settings)} for m, e in self.front_ends.items()},
+            "normalisation": {
+                m: {key: list(values) for key, values in statistics.items()}
+                for m, statistics in self.normalisation.items()
+            },
+            "source": dict(self.source),
+            "weights": dataclasses.asdict(self.weights),
+            **({} if self.tokenizer is None else {"tokenizer": dataclasses.asdict(self.tokenizer)}),
+            "variants": {name: _variant_to_json(v) for name, v in self.variants.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Manifest:
+        """The manifest in `data`, every key and value of it checked.
+
+        Raises:
+            InputError: written by a version of hcmen with another schema.
+            BackendError: its graphs need another version of the ops than this package has.
+            CorruptFileError: anything missing, unknown, of the wrong type, out of range or unsafe.
+        """
+        top = JsonObject("", data)
+        schema = top.integer("schema_version", 1)
+        if schema not in (1, SCHEMA_VERSION):
+            raise InputError(
+                f"manifest schema_version is {schema}, expected 1 or {SCHEMA_VERSION}: upgrade hcmen, or export the "
+                "bundle again"
+            )
+        if schema == 1:
+            top = JsonObject("", as_schema_2(top))
+            schema = top.integer("schema_version", 2)
+        op = top.object("op")
+        domain, version = op.string("domain"), op.integer("version", 1)
+        op.finish()
+        if (domain, version) != (OP_DOMAIN, OP_VERSION):
+            raise BackendError(
+                f"the graphs need ops '{domain}' version {version}, "
+                f"this package has '{OP_DOMAIN}' version {OP_VERSION}: "
+                f"{'upgrade hcmen' if version > OP_VERSION else 'export the bundle again'}"
+            )
+        inputs = _inputs_from_json(top)
+        precision = top.one_of("precision", PRECISIONS)
+        manifest = cls(
+            schema_version=schema,
+            name=top.one_of("name", (NAME,)),
+            versions={k: top.object("versions").string(k) for k in top.object("versions").data},
+            created=top.string("created"),
+            op_domain=domain,
+            op_version=version,
+            opset=top.integer("opset", 1),
+            ir_version=top.integer("ir_version", 1),
+            precision=precision,
+            inputs=inputs,
+            model=_model_from_json(top.object("model")),
+            scores=_scores_from_json(top.value("scores", list)),
+            front_ends=_front_ends_from_json(top.object("front_ends")),
+            normalisation=_normalisation_from_json(top.object("normalisation"), inputs),
+            source=top.value("source", dict),
+            weights=_record_from_json(top.object("weights")),
+            variants=_variants_from_json(top.object("variants"), inputs, precision),
+            tokenizer=_record_from_json(top.object("tokenizer")) if "tokenizer" in top.data else None,
+        )
+        top.finish()
+        return manifest
+
+
+class JsonObject:
+    """A JSON object whose keys are taken one by one; `finish` refuses the ones that nobody took."""
+
+    def __init__(self, where: str, data: Any):
+        self.where = where
+        if not isinstance(data, dict):
+            raise CorruptFileError(f"manifest: {where or 'the top'} is {_kind(data)}, expected an object")
+        self.data: dict[str, Any] = data
+        self._taken: set[str] = set()
+
+    def _name(self, key: str) -> str:
+        return f"{self.where}.{key}" if self.where else key
+
+    def value(self, key: str, kind: type) -> Any:
+        """The value at `key`, of the type `kind`; raises CorruptFileError as all of these."""
+        if key not in self.data:
+            raise CorruptFileError(f"manifest: key '{self._name(key)}' is missing")
+        self._taken.add(key)
+        value = self.data[key]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise CorruptFileError(f"manifest: '{self._name(key)}' is {_kind(value)}, expected {_kind(kind())}")
+        return value
+
+    def string(self, key: str) -> str:
+        """A string of at most 1000 characters."""
+        value: str = self.value(key, str)
+        if len(value) > 1000:
+            raise CorruptFileError(f"manifest: '{self._name(key)}' has {len(value)} characters, expected at most 1000")
+        return value
+
+    def one_of(self, key: str, choices: tuple[str, ...]) -> str:
+        """One of the strings `choices`."""
+        value = self.string(key)
+        if value not in choices:
+            raise CorruptFileError(f"manifest: '{self._name(key)}' is {value!r}, expected {' or '.join(choices)}")
+        return value
+
+    def integer(self, key: str, least: int, most: int = 1 << 31) -> int:
+        """An integer from `least` to `most`."""
+        value: int = self.value(key, int)
+        if not least <= value <= most:
+            raise CorruptFileError(f"manifest: '{self._name(key)}' is {value}, expected {least} to {most}")
+        return value
+
+    def number(self, key: str, least: float, most: float) -> float:
+        """A number from `least` to `most`."""
+        value = self.value(key, object)
+        if not isinstance(value, (int, float)):
+            raise CorruptFileError(f"manifest: '{self._name(key)}' is {_kind(value)}, expected a number")
+        if not least <= value <= most:
+            raise CorruptFileError(f"manifest: '{self._name(key)}' is {value:g}, expected {least:g} to {most:g}")
+        return float(value)
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """A list of `count` finite numbers."""
+        values = self.value(key, list)
+        if len(values) != count or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
+            raise CorruptFileError(f"manifest: '{self._name(key)}' is not a list of {count} numbers")
+        if not all(abs(v) <= 1e38 for v in values):
+            raise CorruptFileError(f"manifest: '{self._name(key)}' holds a number beyond float32")
+        return tuple(float(v) for v in values)
+
+    def object(self, key: str) -> JsonObject:
+        """The object at `key`."""
+        return JsonObject(self._name(key), self.value(key, dict))
+
+    def record(self) -> FileRecord:
+        """The keys of a file record, among others that may be there."""
+        return _take_record(self)
+
+    def finish(self) -> None:
+        """Refuses keys that nobody took."""
+        unknown = [k for k in self.data if k not in self._taken]
+        if unknown:
+            raise CorruptFileError(f"manifest: unknown key {self._name(unknown[0])!r}: copy or export the bundle again")
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "an integer"}
+    return names.get(type(value), "null" if value is None else "a number")
+
+
+def parse_json(content: bytes) -> Any:
+    """JSON without its traps: no duplicate keys, no NaN or infinity, no excess of size or depth.
+
+    Raises:
+        CorruptFileError: it has one of them, or is no JSON.
+    """
+    if len(content) > MOST_MANIFEST_BYTES:
+        raise CorruptFileError(f"manifest: more than {MOST_MANIFEST_BYTES} bytes, expected a few thousand")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in made:
+                raise CorruptFileError(f"manifest: key {key!r} is there twice")
+            made[key] = value
+        return made
+
+    def refuse(word: str) -> Any:
+        raise CorruptFileError(f"manifest: {word} is not a finite number")
+
+    def finite(digits: str) -> float:
+        value = float(digits)
+        return value if math.isfinite(value) else refuse(digits[:40])
+
+    try:
+        data = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise CorruptFileError(f"manifest: not valid JSON ({reason}): copy or export the bundle again") from error
+    if _depth_exceeds(data, _MAX_DEPTH):
+        raise CorruptFileError(f"manifest: nested too deeply, expected at most {_MAX_DEPTH} levels")
+    return data
+
+
+def _depth_exceeds(data: Any, limit: int) -> bool:
+    level = [data]
+    for _ in range(limit):
+        level = [v for d in level for v in (d.values() if isinstance(d, dict) else d if isinstance(d, list) else ())]
+        if not level:
+            return False
+    return True
+
+
+def _record_from_json(data: JsonObject) -> FileRecord:
+    record = _take_record(data)
+    data.finish()
+    return record
+
+
+def _take_record(data: JsonObject) -> FileRecord:
+    record = FileRecord(data.string("file"), data.string("sha256"), data.integer("bytes", 1, _MAX_FILE_BYTES))
+    check_file_name(record.file)
+    _check_digest(data)
+    return record
+
+
+def _check_digest(data: JsonObject) -> None:
+    if not _SHA256.match(data.string("sha256")):
+        raise CorruptFileError(f"manifest: '{data.where}.sha256' is no sha256 of 64 lower-case hexadecimal digits")
+
+
+def check_file_name(name: str) -> None:
+    """Raises CorruptFileError unless `name` is a plain file name, below the bundle or one folder in it."""
+    parts = name.split("/")
+    if len(parts) > 2 or not all(_FILE_PART.match(p) for p in parts) or name == MANIFEST_FILE:
+        raise CorruptFileError(
+            f"manifest: file name {name[:200]!r} is unsafe, expected plain names inside the bundle such as full.onnx"
+        )
+
+
+def _inputs_from_json(top: JsonObject) -> Inputs:
+    values, outputs = top.value("inputs", dict), top.value("outputs", list)
+    if "outputs" in values:
+        raise CorruptFileError("manifest: unknown key 'inputs.outputs': copy or export the bundle again")
+    try:
+        return Inputs.from_json({**values, "outputs": outputs})
+    except InputError as error:
+        raise CorruptFileError(f"manifest: 'inputs': {error}") from error
+
+
+def _model_from_json(data: JsonObject) -> ModelRecord:
+    record = ModelRecord(data.string("kind"), MappingProxyType(data.value("config", dict)))
+    data.finish()
+    return record
+
+
+def _scores_from_json(data: list[Any]) -> tuple[Score, ...]:
+    scores = []
+    for i, item in enumerate(data):
+        entry = JsonObject(f"scores[{i}]", item)
+        measures = entry.object("measures")
+        score = Score(
+            data=entry.string("data"),
+            split=entry.string("split"),
+            protocol=entry.string("protocol"),
+            variant=entry.string("variant"),
+            measures={key: measures.number(key, -1e38, 1e38) for key in measures.data},
+        )
+        scores.append(score)
+        entry.finish()
+    return tuple(scores)
+
+
+def _front_ends_from_json(data: JsonObject) -> dict[str, FrontEnd]:
+    made = {}
+    for m in MODALITIES:
+        if m not in data.data:
+            continue
+        entry = data.object(m)
+        digest = entry.value("sha256", object)
+        if digest is not None:
+            _check_digest(entry)
+        made[m] = FrontEnd(entry.string("extractor"), MappingProxyType(entry.value("settings", dict)), digest)
+        entry.finish()
+    data.finish()
+    return made
+
+
+def _tensors_from_json(data: list[Any], where: str) -> tuple[TensorSpec, ...]:
+    try:
+        return tuple(TensorSpec.from_json(item, f"{where}[{i}]") for i, item in enumerate(data))
+    except InputError as error:
+        raise CorruptFileError(f"manifest: {error}") from error
+
+
+def _variants_from_json(data: JsonObject, inputs: Inputs, precision: str) -> dict[str, VariantRecord]:
+    names = [v.name for v in VARIANTS]
+    for name in data.data:
+        if name not in names:
+            raise CorruptFileError(f"manifest: unknown variant {name!r}, expected {', '.join(names)}")
+    if not data.data:
+        raise CorruptFileError("manifest: 'variants' is empty, expected at least one")
+    return {name: _variant_from_json(data.object(name), name, inputs, precision) for name in names if name in data.data}
+
+
+def _variant_from_json(data: JsonObject, name: str, inputs: Inputs, precision: str) -> VariantRecord:
+    record = VariantRecord(
+        graph=_take_record(data),
+        golden=_record_from_json(data.object("golden")),
+        inputs=_tensors_from_json(data.value("inputs", list), f"{data.where}.inputs"),
+        outputs=_tensors_from_json(data.value("outputs", list), f"{data.where}.outputs"),
+        parity=MappingProxyType(data.value("parity", dict)),
+    )
+    data.finish()
+    for what, got, expected in (
+        ("inputs", record.inputs, inputs.of_variant(name)),
+        ("outputs", record.outputs, inputs.outputs),
+    ):
+        if sorted(got, key=lambda t: t.name) != sorted(expected, key=lambda t: t.name):
+            raise CorruptFileError(
+                f"manifest: '{data.where}.{what}' is {_signature(got)}, expected {_signature(expected)}"
+            )
+    parity = JsonObject(f"{data.where}.parity", data.data["parity"])
+    parity.value("passed", bool)
+    if precision == "int8":
+        # A device judges itself by these two, so a bound that nothing could fail is refused.
+        parity.number("atol", 0.0, inputs.label_max - inputs.label_min)
+        parity.number("rtol", 0.0, 1.0)
+    return record
+
+
+def _signature(specs: tuple[TensorSpec, ...]) -> str:
+    return "; ".join(f"{t.name} {t.dtype} {list(t.shape)}" for t in specs)[:300] or "none"
+
+
+def _normalisation_from_json(data: JsonObject, inputs: Inputs) -> dict[str, dict[str, tuple[float, ...]]]:
+    made = {}
+    for m in MODALITIES:
+        entry = data.object(m)
+        count = inputs.modality(m).features
+        made[m] = {key: entry.numbers(key, count) for key in ("mean", "std")}
+        entry.finish()
+        if min(made[m]["std"]) <= 0:
+            raise CorruptFileError(f"manifest: 'normalisation.{m}.std' holds {min(made[m]['std'])}, expected above 0")
+    data.finish()
+    return made
+
+
+def _variant_to_json(variant: VariantRecord) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(variant.graph),
+        "inputs": [t.to_json() for t in variant.inputs],
+        "outputs": [t.to_json() for t in variant.outputs],
+        "golden": dataclasses.asdict(variant.golden),
+        "parity": dict(variant.parity),
+    }

@@ -1,0 +1,57 @@
+"""Frozen dataclasses that are saved as JSON: how what was saved is read back, strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from hcmen.base.errors import InputError
+
+__all__ = ["checked", "require"]
+
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises InputError with `message` unless `condition` holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def checked(cls: type, data: Mapping[str, Any], prefix: str = "", *, whole: bool = False) -> dict[str, Any]:
+    """`data` with every key known to the dataclass `cls`, required keys there, and values of the declared type.
+
+    A field that is another dataclass is an object here, a tuple a list, and both may be null where None may be; what
+    they hold is for the caller to read.
+
+    Args:
+        cls: its fields are the keys. data: what was saved. prefix: of keys in messages, such as "text.".
+        whole: a key with a default is required as well.
+
+    Raises:
+        InputError: a key is missing or unknown, or a value is of another type.
+    """
+    require(isinstance(data, Mapping), f"config {prefix or cls.__name__} is {type(data).__name__}, expected an object")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in data:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f", did you mean '{near[0]}'?" if near else ""
+            raise InputError(f"unknown config key '{prefix}{key}'{hint}")
+    for name, f in fields.items():
+        if name not in data:
+            required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            require(not required and not whole, f"config key '{prefix}{name}' is missing")
+            continue
+        declared = str(f.type)
+        made_of = (list, tuple) if declared.startswith("tuple[") else (Mapping,)
+        kinds = _TYPES.get(declared) or (*made_of, *([type(None)] if declared.endswith("| None") else []))
+        value = data[name]
+        require(
+            # In Python a bool is an int, in JSON it is not.
+            isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)),
+            f"config key '{prefix}{name}' is {value!r}, expected {declared}",
+        )
+    return {name: data[name] for name in fields if name in data}

@@ -1,0 +1,1 @@
+"""How a trained model is judged while modalities go missing: hcmen-eval."""

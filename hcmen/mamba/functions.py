@@ -1,0 +1,423 @@
+"""Model-local functions: what `hcmen::SelectiveScan` and `hcmen::CausalConv1d` mean in standard ONNX operators.
+
+A model that carries these functions runs in any ONNX runtime: with the operator library its kernels are used, without
+it the runtime puts the function body in the node's place. The operators are specified in docs/op.md.
+
+A function is found by its operator name alone, so one body serves every node of that operator in a model. What may
+differ between nodes (the direction, the channel count, the groups of B and C, float32 or float16) is bound by
+attribute reference or taken from shapes and types; what may not (`gated`, `stateful`, `delta_softplus`, `activation`)
+must be the same in all nodes of a model, and `add_functions` says so if it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
+
+from hcmen.base.errors import InputError
+from hcmen.base.op import CAUSAL_CONV1D, DOMAIN, PARSER_ATTRIBUTES, SELECTIVE_SCAN, VERSION, Operator
+
+__all__ = ["SCAN_BODIES", "add_functions", "strip_functions"]
+
+# CastLike, and Shape with start and end, came with opset 15; functions with IR version 8.
+OLDEST_OPSET = 15
+OLDEST_IR_VERSION = 8
+SOFTPLUS_THRESHOLD = 20.0
+
+
+def add_functions(model: ModelProto, scan_body: str = "scan") -> ModelProto:
+    """Gives `model` the functions its hcmen nodes need, in place; functions of an earlier call are replaced.
+
+    Nodes are completed on the way: attributes that docs/op.md gives a default, and those the bodies bind (`group` and
+    `pads`, the scan directions), are written out where they are missing.
+
+    Args:
+        model: any model; nodes inside subgraphs and inside other functions count too.
+        scan_body: how the recurrence is written, one of `SCAN_BODIES`.
+
+    Returns:
+        `model`.
+
+    Raises:
+        InputError: a node is not as docs/op.md says, nodes differ where one function cannot serve both, or the model's
+            opset is too old; the message names the node.
+    """
+    if scan_body not in SCAN_BODIES:
+        raise InputError(f"unknown scan body '{scan_body}': choose from {', '.join(SCAN_BODIES)}")
+    opset = _opset(model)
+    signatures: dict[str, tuple[dict[str, Any], str]] = {}
+    for node, shape_of in _nodes(model):
+        if node.domain != DOMAIN:
+            continue
+        if node.op_type not in _COMPLETE:
+            raise InputError(
+                f"{_label(node)}: unknown operator, expected {' or '.join(_COMPLETE)} in domain '{DOMAIN}'"
+            )
+        signature = _COMPLETE[node.op_type](node, shape_of)
+        first, where = signatures.setdefault(node.op_type, (signature, _label(node)))
+        for name, value in signature.items():
+            if value != first[name]:
+                raise InputError(
+                    f"{_label(node)} has {name} = {value} and {where} has {name} = {first[name]}: one model-local "
+                    f"function serves all {node.op_type} nodes of a model, make them alike or split the model"
+                )
+    strip_functions(model)
+    for op_type, (signature, _) in signatures.items():
+        model.functions.append(
+            _scan_function(opset, scan_body, **signature)
+            if op_type == "SelectiveScan"
+            else _conv_function(opset, **signature)
+        )
+    if signatures:
+        model.ir_version = max(model.ir_version, OLDEST_IR_VERSION)
+        for holder in (model, *(f for f in model.functions if any(n.domain == DOMAIN for n in _flat(f.node)))):
+            if all(entry.domain != DOMAIN for entry in holder.opset_import):
+                holder.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
+    return model
+
+
+def strip_functions(model: ModelProto) -> ModelProto:
+    """Removes the functions of this domain from `model`, in place: a runtime must then have the operator library.
+
+    TensorRT before 10.7 prefers a function to a plugin of the same name; a model for it goes through here.
+
+    Returns:
+        `model`.
+    """
+    for i in reversed(range(len(model.functions))):
+        if model.functions[i].domain == DOMAIN:
+            del model.functions[i]
+    return model
+
+
+# --- walking a model --------------------------------------------------------------------------------------------------
+
+_Shape = tuple[int | None, ...]
+_ShapeOf = Callable[[str], "_Shape | None"]
+
+
+def _opset(model: ModelProto) -> int:
+    versions = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
+    if not versions or versions[0] < OLDEST_OPSET:
+        got = versions[0] if versions else "none"
+        raise InputError(f"the model's opset is {got}, expected {OLDEST_OPSET} or later: export it with a newer opset")
+    return int(versions[0])
+
+
+def _nodes(model: ModelProto) -> Iterator[tuple[NodeProto, _ShapeOf]]:
+    """Every node with a look-up of the shapes known where it stands."""
+    yield from _graph_nodes(model.graph, {})
+    for function in model.functions:
+        if function.domain != DOMAIN:
+            for node in _flat(function.node):
+                yield node, lambda name: None
+
+
+def _graph_nodes(graph: GraphProto, outer: dict[str, _Shape]) -> Iterator[tuple[NodeProto, _ShapeOf]]:
+    shapes = dict(outer)
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        if value.type.tensor_type.HasField("shape"):
+            shapes[value.name] = tuple(
+                d.dim_value if d.HasField("dim_value") else None for d in value.type.tensor_type.shape.dim
+            )
+    shapes.update({tensor.name: tuple(tensor.dims) for tensor in graph.initializer})
+    for node in graph.node:
+        yield node, shapes.get
+        for attribute in node.attribute:
+            for inner in (*attribute.graphs, *([attribute.g] if attribute.type == AttributeProto.GRAPH else [])):
+                yield from _graph_nodes(inner, shapes)
+
+
+def _flat(nodes: Any) -> Iterator[NodeProto]:
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for inner in (*attribute.graphs, *([attribute.g] if attribute.type == AttributeProto.GRAPH else [])):
+                yield from _flat(inner.node)
+
+
+# --- completing the nodes ---------------------------------------------------------------------------------------------
+
+
+def _label(node: NodeProto) -> str:
+    return f"{node.op_type} node '{node.name or (node.output[0] if node.output else '')}'"
+
+
+def _attributes(node: NodeProto, defaults: dict[str, Any]) -> dict[str, Any]:
+    """The node's attributes with the defaults of the absent ones; these are written into the node too."""
+    values: dict[str, Any] = {}
+    for attribute in node.attribute:
+        if attribute.ref_attr_name:
+            raise InputError(f"{_label(node)}: attribute '{attribute.name}' is bound by reference, expected a value")
+        value = helper.get_attribute_value(attribute)
+        values[attribute.name] = value.decode(errors="replace") if isinstance(value, bytes) else value
+    for name, default in defaults.items():
+        if name not in values:
+            node.attribute.append(helper.make_attribute(name, default))
+            values[name] = default
+    return values
+
+
+def _expect(node: NodeProto, values: dict[str, Any], name: str, allowed: tuple[Any, ...]) -> None:
+    if values[name] not in allowed or isinstance(values[name], float):
+        want = " or ".join(repr(a) if isinstance(a, str) else str(a) for a in allowed)
+        raise InputError(f"{_label(node)}: attribute '{name}' is {values[name]!r}, expected {want}")
+
+
+def _kernel_attributes(node: NodeProto, op: Operator) -> dict[str, Any]:
+    """The attributes that kernels read, checked, and written into the node where they are missing."""
+    values = _attributes(node, {**op.defaults, **PARSER_ATTRIBUTES})
+    for attribute in op.attributes:
+        _expect(node, values, attribute.name, attribute.choices)
+    return values
+
+
+def _expect_names(node: NodeProto, op: Operator, values: dict[str, Any]) -> None:
+    for kind, got, tensors in (
+        ("inputs", node.input, op.inputs_with(values)),
+        ("outputs", node.output, op.outputs_with(values)),
+    ):
+        want = [tensor.name for tensor in tensors]
+        if len(got) != len(want):
+            raise InputError(f"{_label(node)} has {len(got)} {kind}, expected {len(want)}: {', '.join(want)}")
+        for name, value in zip(want, got, strict=True):
+            if not value:
+                raise InputError(f"{_label(node)}: '{name}' is left out by an empty name, which a function cannot take")
+
+
+def _complete_scan(node: NodeProto, shape_of: _ShapeOf) -> dict[str, Any]:
+    values = _kernel_attributes(node, SELECTIVE_SCAN)
+    reverse = values["reverse"]
+    directions = {"scan_input_directions": [reverse] * 4, "scan_output_directions": [reverse]}
+    values = _attributes(node, directions)
+    for name, want in directions.items():
+        _expect(node, values, name, (want,))
+    _expect_names(node, SELECTIVE_SCAN, values)
+    return {name: values[name] for name in ("gated", "stateful", "delta_softplus")}
+
+
+def _complete_conv(node: NodeProto, shape_of: _ShapeOf) -> dict[str, Any]:
+    values = _kernel_attributes(node, CAUSAL_CONV1D)
+    _expect_names(node, CAUSAL_CONV1D, values)
+    weight = shape_of(node.input[1])
+    if weight is not None and len(weight) == 2 and None not in weight:
+        channel, width = weight
+        pads = [0, width - 1] if values["reverse"] else [width - 1, 0]  # type: ignore[operator]
+        values = _attributes(node, {"group": channel, "pads": pads})
+        _expect(node, values, "group", (channel,))
+        _expect(node, values, "pads", (pads,))
+    for name in ("group", "pads"):
+        if name not in values:
+            raise InputError(
+                f"{_label(node)}: attribute '{name}' is missing and the shape of its weight is unknown: "
+                "run shape inference first, or set group to the channel count and pads as docs/op.md says"
+            )
+    return {"activation": values["activation"]}
+
+
+_COMPLETE: dict[str, Callable[[NodeProto, _ShapeOf], dict[str, Any]]] = {
+    SELECTIVE_SCAN.name: _complete_scan,
+    CAUSAL_CONV1D.name: _complete_conv,
+}
+
+
+# --- writing the bodies -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Body:
+    """Collects nodes; every method returns the name of a new value."""
+
+    nodes: list[NodeProto] = field(default_factory=list)
+    used: dict[str, int] = field(default_factory=dict)
+
+    def fresh(self, stem: str) -> str:
+        count = self.used[stem] = self.used.get(stem, 0) + 1
+        return stem + "_v" if count == 1 else f"{stem}_v{count}"
+
+    def op(self, op_type: str, *inputs: str, name: str | None = None, **attributes: Any) -> str:
+        output = self.fresh(name or op_type.lower())
+        self.nodes.append(helper.make_node(op_type, inputs, [output], **attributes))
+        return output
+
+    def rename(self, value: str, name: str) -> None:
+        self.nodes.append(helper.make_node("Identity", [value], [name]))
+
+    def ints(self, *values: int) -> str:
+        return self.op("Constant", name="ints", value=helper.make_tensor("", TensorProto.INT64, [len(values)], values))
+
+    def scalar(self, value: float) -> str:
+        return self.op("Constant", name="scalar", value=helper.make_tensor("", TensorProto.FLOAT, [], [value]))
+
+    def float32(self, x: str) -> str:
+        return self.op("Cast", x, name=f"{x}_float32", to=TensorProto.FLOAT)
+
+    def sizes(self, x: str, start: int, end: int) -> str:
+        return self.op("Shape", x, name=f"{x}_sizes", start=start, end=end)
+
+    def reshape(self, x: str, *sizes: str) -> str:
+        return self.op("Reshape", x, self.op("Concat", *sizes, axis=0, name="shape"), name=f"{x}_reshaped")
+
+    def bind(self, name: str, kind: AttributeProto.AttributeType) -> None:
+        """The last node takes its attribute `name` from the node that the function stands for."""
+        self.nodes[-1].attribute.append(AttributeProto(name=name, ref_attr_name=name, type=kind))
+
+
+def _function(
+    op: Operator, opset: int, body: _Body, attributes: dict[str, Any], bound: list[str], doc: str
+) -> FunctionProto:
+    inputs, outputs = ([t.name for t in side] for side in (op.inputs_with(attributes), op.outputs_with(attributes)))
+    return helper.make_function(
+        DOMAIN, op.name, inputs, outputs, body.nodes, [helper.make_opsetid("", opset)], bound, doc_string=doc
+    )
+
+
+def _scan_function(opset: int, scan_body: str, *, gated: int, stateful: int, delta_softplus: int) -> FunctionProto:
+    """All arithmetic in float32; the recurrence runs on [batch, group, channel / group, state].
+
+    B and C of rank 3 are one group of rank 4: reshaping by the state count of A makes both the same.
+    """
+    body = _Body()
+    u, delta, B, C = (body.float32(x) for x in ("u", "delta", "B", "C"))
+    one, rest = body.ints(1), body.ints(-1)
+    batch_time, state = body.sizes("u", 0, 2), body.sizes("A", 1, 2)
+
+    d = body.op("Add", delta, "delta_bias", name="step")
+    if delta_softplus:
+        d = _softplus(body, d)
+    # b: batch, t: time, g: group, h: channels of a group, n: state
+    B = body.reshape(B, batch_time, rest, one, state)  # [b, t, g, 1, n]
+    C = body.reshape(C, batch_time, rest, state, one)  # [b, t, g, n, 1]
+    group = body.sizes(B, 2, 3)
+    steps = body.reshape(d, batch_time, group, rest, one)  # [b, t, g, h, 1]
+    driven = body.reshape(body.op("Mul", d, u, name="driven"), batch_time, group, rest, one)  # [b, t, g, h, 1]
+    A = body.reshape("A", group, rest, state)  # [g, h, n]
+    state_shape = body.op("Concat", body.sizes("u", 0, 1), body.sizes(A, 0, 3), axis=0, name="state_shape")
+    if stateful:
+        first = body.op("Reshape", "initial_state", state_shape, name="first_state")
+    else:
+        first = body.op("ConstantOfShape", state_shape, name="first_state")
+
+    last, y = SCAN_BODIES[scan_body](body, first, steps, driven, B, C, A)
+
+    y = body.op("Reshape", y, body.op("Shape", "u", name="y_shape"), name="scanned")
+    y = body.op("Add", y, body.op("Mul", u, "D", name="skip"), name="skipped")
+    if gated:
+        z = body.float32("z")
+        y = body.op("Mul", y, _silu(body, z), name="gated")
+    body.rename(body.op("CastLike", y, "u", name="narrowed"), "y")
+    if stateful:
+        shape = body.op("Shape", "initial_state", name="last_shape")
+        body.rename(body.op("Reshape", last, shape, name="last"), "last_state")
+    return _function(
+        SELECTIVE_SCAN,
+        opset,
+        body,
+        {"gated": gated, "stateful": stateful},
+        list(SELECTIVE_SCAN.others),
+        f"Mamba's selective scan in standard operators; gated = {gated}, stateful = {stateful}, "
+        f"delta_softplus = {delta_softplus} in every node of this model.",
+    )
+
+
+def _scan_over_time(body: _Body, first: str, steps: str, driven: str, B: str, C: str, A: str) -> tuple[str, str]:
+    """The recurrence as one standard Scan: exact, any length, in the order of the steps.
+
+    exp and the state's decay stay inside, so that nothing of size time x channel x state is stored. The sum over states
+    is a matrix product, measured a quarter faster in ONNX Runtime than a product and a ReduceSum.
+
+    Returns:
+        The state after the last step scanned [b, g, h, n], and the outputs [b, t, g, h, 1].
+    """
+    nodes = [
+        helper.make_node("Mul", ["step", "A"], ["step_A"]),
+        helper.make_node("Exp", ["step_A"], ["decay"]),
+        helper.make_node("Mul", ["decay", "state"], ["kept"]),
+        helper.make_node("Mul", ["driven", "B_step"], ["added"]),
+        helper.make_node("Add", ["kept", "added"], ["next_state"]),
+        helper.make_node("MatMul", ["next_state", "C_step"], ["y_step"]),
+        # A goes along as a state that never changes: OpenVINO's importer takes no value of the outer graph in a Scan.
+        helper.make_node("Identity", ["A"], ["same_A"]),
+    ]
+
+    # Runtimes want the rank of what a Scan carries, and a model may know no shapes.
+    def value(name: str) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * (3 if name.endswith("A") else 4))
+
+    step = helper.make_graph(
+        nodes,
+        "selective_scan_step",
+        [value(name) for name in ("state", "A", "step", "driven", "B_step", "C_step")],
+        [value(name) for name in ("next_state", "same_A", "y_step")],
+    )
+    last, same_A, y = body.fresh("final_state"), body.fresh("same_A"), body.fresh("outputs")
+    # Axes counted from the front: TensorRT's importer misreads negative ones.
+    body.nodes.append(
+        helper.make_node(
+            "Scan",
+            [first, A, steps, driven, B, C],
+            [last, same_A, y],
+            body=step,
+            num_scan_inputs=4,
+            scan_input_axes=[1] * 4,
+            scan_output_axes=[1],
+        )
+    )
+    body.bind("scan_input_directions", AttributeProto.INTS)
+    body.bind("scan_output_directions", AttributeProto.INTS)
+    return last, y
+
+
+# name -> writer(body, first_state, steps, driven, B, C, A) -> (last state, outputs); shapes as in `_scan_over_time`.
+# A writer that does not use Scan binds the direction through the same attributes.
+SCAN_BODIES: dict[str, Callable[..., tuple[str, str]]] = {"scan": _scan_over_time}
+
+
+def _softplus(body: _Body, x: str) -> str:
+    """softplus, linear above the threshold as in mamba_ssm; Softplus never sees a value that could overflow in it."""
+    limit = body.scalar(SOFTPLUS_THRESHOLD)
+    soft = body.op("Softplus", body.op("Min", x, limit, name="limited"))
+    return body.op("Where", body.op("Greater", x, limit, name="linear"), x, soft, name="step")
+
+
+def _silu(body: _Body, x: str) -> str:
+    return body.op("Mul", x, body.op("Sigmoid", x), name="silu")
+
+
+def _conv_function(opset: int, *, activation: str) -> FunctionProto:
+    """A depthwise Conv between two transposes; group and pads come from the node."""
+    body = _Body()
+    x, weight, bias = (body.float32(name) for name in ("x", "weight", "bias"))
+    # Conv slides its kernel forward: it takes tap k, or tap width - 1 - k if reverse.
+    reverse = body.fresh("reverse")
+    body.nodes.append(helper.make_node("Constant", [], [reverse]))
+    body.nodes[-1].attribute.append(AttributeProto(name="value_int", ref_attr_name="reverse", type=AttributeProto.INT))
+    zero, one, two = (
+        body.op("Constant", name="scalar", value=helper.make_tensor("", TensorProto.INT64, [], [v])) for v in (0, 1, 2)
+    )
+    width = body.op("Gather", body.op("Shape", "weight", name="weight_shape"), one, name="width")
+    first = body.op("Mul", reverse, body.op("Sub", width, one, name="last_tap"), name="first_tap")
+    stride = body.op("Sub", one, body.op("Mul", two, reverse, name="twice"), name="stride")
+    steps = body.op("Mul", stride, body.op("Range", zero, width, one), name="steps")
+    taps = body.op("Add", first, steps, name="taps")
+    kernel = body.op("Unsqueeze", body.op("Gather", weight, taps, axis=1, name="mirrored"), body.ints(1), name="kernel")
+    series = body.op("Transpose", x, perm=[0, 2, 1], name="series")
+    series = body.op("Conv", series, kernel, bias, name="convolved")
+    body.bind("group", AttributeProto.INT)
+    body.bind("pads", AttributeProto.INTS)
+    y = body.op("Transpose", series, perm=[0, 2, 1], name="channels_last")
+    if activation == "silu":
+        y = _silu(body, y)
+    body.rename(body.op("CastLike", y, "x", name="narrowed"), "y")
+    return _function(
+        CAUSAL_CONV1D,
+        opset,
+        body,
+        {},
+        ["reverse", *CAUSAL_CONV1D.others],
+        f"Depthwise causal convolution in standard operators; activation = {activation} in every node of this model.",
+    )

@@ -1,0 +1,252 @@
+"""Selective scan and causal convolution for PyTorch: one meaning, several implementations.
+
+Glossary (sizes: batch b, time t, channel c, state n, group g; the layout is channels last throughout)
+    u       [b, t, c]       input of the scan                    (paper: x)
+    delta   [b, t, c]       step size before bias and softplus   (paper: Delta)
+    A       [c, n]          decay, negative                      (paper: A)
+    B, C    [b, t, n]       input and output projections, or [b, t, g, n]: channel i uses group i // (c / g)
+    D       [c]             skip connection
+    z       [b, t, c]       gate: y is multiplied by silu(z)
+
+`selective_scan_ref` and `causal_conv1d_ref` are plain PyTorch in the precision of their inputs, float64 included: the
+oracle of every other implementation. `selective_scan` and `causal_conv1d` are what models call. They pick
+
+    native      the C++ kernels of libhcmen_ops.so, through torch.library custom ops with autograd (CPU tensors), and
+                those of libhcmen_ops_cuda.so where it was built (CUDA tensors; native_cuda.py)
+    mamba_ssm   the CUDA kernels of the packages mamba_ssm and causal_conv1d, where they are installed (CUDA tensors)
+    ref         the reference above (any device, any dtype)
+    onnx        while torch.onnx.export traces: one node hcmen::SelectiveScan or hcmen::CausalConv1d
+
+On CUDA mamba_ssm's kernels come first, then ours. Without either, or with arguments that none takes, the reference
+runs: one small operation after the other, which is slow, and which a warning says once. `implementation(...)` overrides
+the choice, so that tests and benchmarks run each on purpose; what is named is never replaced by another.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from hcmen.base.errors import BackendError, InputError
+from hcmen.base.library import load_library
+from hcmen.mamba import native, native_cuda
+from hcmen.mamba.mamba_ssm import conv_limit, mamba_conv, mamba_function, mamba_scan, scan_limit
+from hcmen.mamba.reference import causal_conv1d_ref, selective_scan_ref
+from hcmen.mamba.symbolic import symbolic_conv, symbolic_scan
+
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_ref",
+    "implementation",
+    "selective_scan",
+    "selective_scan_ref",
+]
+
+IMPLEMENTATIONS = ("auto", "native", "mamba_ssm", "ref")
+
+_chosen: ContextVar[str] = ContextVar("hcmen_scan_implementation", default="auto")
+
+
+@contextmanager
+def implementation(name: str) -> Iterator[None]:
+    """Within the block, `selective_scan` and `causal_conv1d` run as `name`: one of IMPLEMENTATIONS.
+
+    Raises:
+        InputError: there is no such implementation.
+    """
+    if name not in IMPLEMENTATIONS:
+        raise InputError(f"unknown scan implementation '{name}': choose from {', '.join(IMPLEMENTATIONS)}")
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+# --- the functions models call --------------------------------------------------------------------------------------
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    *,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The selective scan, by the best implementation at hand; arguments and result as in `selective_scan_ref`.
+
+    u, delta, B, C, z share one dtype (float32, float16 or bfloat16; float64 runs on the reference). Gradients flow to
+    every tensor argument.
+
+    Raises:
+        InputError: shapes or dtypes disagree; the message names the argument with got and expected.
+        BackendError: the implementation that was named cannot be had, or does not take such arguments.
+    """
+    _check_scan(u, delta, A, B, C, D, delta_bias, z, initial_state)
+    flags = {"delta_softplus": delta_softplus, "reverse": reverse, "return_last_state": return_last_state}
+    if torch.onnx.is_in_onnx_export():
+        return symbolic_scan(u, delta, A, B, C, D, delta_bias, z, initial_state, **flags)
+    how = _choice("scan", u, lambda: scan_limit(u, delta, A, B, C, D, delta_bias, z, initial_state, return_last_state))
+    if how == "ref":
+        return selective_scan_ref(u, delta, A, B, C, D, delta_bias, z, initial_state, **flags)
+    if how == "mamba_ssm":
+        return mamba_scan(u, delta, A, B, C, D, delta_bias, z, **flags)
+    dtype = u.dtype
+    if dtype == torch.bfloat16:
+        # The C++ kernels read float32 and float16.
+        u, delta, B, C = (x.float() for x in (u, delta, B, C))
+        z = None if z is None else z.float()
+    zeros = u.new_zeros(u.shape[2], dtype=torch.float32)
+    y, last_state = torch.ops.hcmen.selective_scan(
+        u,
+        delta,
+        A.float(),
+        B if B.dim() == 4 else B[:, :, None],
+        C if C.dim() == 4 else C[:, :, None],
+        zeros if D is None else D.float(),
+        zeros if delta_bias is None else delta_bias.float(),
+        z,
+        None if initial_state is None else initial_state.float(),
+        delta_softplus,
+        reverse,
+    )
+    y = y.to(dtype)
+    return (y, last_state) if return_last_state else y
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor, *, activation: str = "silu", reverse: bool = False
+) -> Tensor:
+    """The causal convolution, by the best implementation at hand; arguments and result as in `causal_conv1d_ref`.
+
+    Raises:
+        InputError: shapes or dtypes disagree, or the activation is unknown.
+        BackendError: the implementation that was named cannot be had, or does not take such arguments.
+    """
+    if activation not in ("silu", "none"):
+        raise InputError(f"activation is '{activation}', expected 'silu' or 'none'")
+    _check("x", x, (None, None, None))
+    channel = x.shape[2]
+    _check("weight", weight, (channel, None))
+    _check("bias", bias, (channel,))
+    if torch.onnx.is_in_onnx_export():
+        return symbolic_conv(x, weight, bias, activation=activation, reverse=reverse)
+    how = _choice("convolution", x, lambda: conv_limit(weight))
+    if how == "ref":
+        return causal_conv1d_ref(x, weight, bias, activation=activation, reverse=reverse)
+    if how == "mamba_ssm":
+        return mamba_conv(x, weight, bias, activation=activation, reverse=reverse)
+    wide = x.float() if x.dtype == torch.bfloat16 else x
+    y: Tensor = torch.ops.hcmen.causal_conv1d(wide, weight.float(), bias.float(), activation == "silu", reverse)
+    return y.to(x.dtype)
+
+
+# --- which implementation -------------------------------------------------------------------------------------------
+
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _choice(operation: str, x: Tensor, mamba_limit: Callable[[], str | None]) -> str:
+    """What runs the "scan" or "convolution" of tensors like `x`: "native", "mamba_ssm" or "ref".
+
+    `mamba_limit` says what about the arguments mamba_ssm's kernel does not take, None if it takes them.
+    """
+    chosen = _chosen.get()
+    if chosen == "ref":
+        return "ref"
+    on_cpu, on_cuda, fits = x.device.type == "cpu", _on_cuda(x), x.dtype in _KERNEL_DTYPES
+    if chosen == "native" and on_cuda and fits:
+        native_cuda.demand()
+        return "native"
+    if chosen == "native":
+        if not (on_cpu and fits):
+            raise BackendError(
+                f"the native scan takes float32, float16 or bfloat16 on the CPU or CUDA, got {x.dtype} on {x.device}: "
+                "convert the tensors or choose 'ref'"
+            )
+        load_library()
+        return "native"
+    if chosen == "mamba_ssm":
+        if not (on_cuda and fits):
+            raise BackendError(
+                f"mamba_ssm's {operation} takes float32, float16 or bfloat16 on CUDA, got {x.dtype} on {x.device}: "
+                "convert the tensors or choose another implementation"
+            )
+        why = mamba_limit() or mamba_function(operation)[1]
+        if why:
+            raise BackendError(f"mamba_ssm's {operation} cannot run: {why}; choose another implementation")
+        return "mamba_ssm"
+    if on_cuda and fits:
+        why = mamba_limit() or mamba_function(operation)[1]
+        if not why:
+            return "mamba_ssm"
+        if native_cuda.works():
+            return "native"
+        _warn_once(f"the {operation} runs on CUDA by plain PyTorch operations, which is slow: {why}")
+        return "ref"
+    return "native" if on_cpu and fits and native.works() else "ref"
+
+
+def _on_cuda(x: Tensor) -> bool:
+    return x.device.type == "cuda"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+def _check(name: str, x: Tensor, expected: tuple[int | None, ...]) -> None:
+    """Rank and sizes of `x`; None leaves a size open. Fails with got and expected."""
+    fits = x.dim() == len(expected) and all(e is None or e == s for s, e in zip(x.shape, expected, strict=True))
+    if not fits:
+        want = ", ".join("any" if e is None else str(e) for e in expected)
+        raise InputError(f"{name} has shape {list(x.shape)}, expected [{want}]")
+
+
+def _check_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+) -> None:
+    _check("u", u, (None, None, None))
+    batch, time, channel = u.shape
+    _check("delta", delta, (batch, time, channel))
+    _check("A", A, (channel, None))
+    state = A.shape[1]
+    grouped = B.dim() == 4
+    shape = (batch, time, B.shape[2], state) if grouped else (batch, time, state)
+    _check("B", B, shape)
+    _check("C", C, shape)
+    if grouped and channel % B.shape[2]:
+        raise InputError(f"B has {B.shape[2]} groups, expected a divisor of the {channel} channels")
+    for name, x in (("D", D), ("delta_bias", delta_bias)):
+        if x is not None:
+            _check(name, x, (channel,))
+    if z is not None:
+        _check("z", z, (batch, time, channel))
+    if initial_state is not None:
+        _check("initial_state", initial_state, (batch, channel, state))
+    for name, x in (("delta", delta), ("B", B), ("C", C), ("z", z)):
+        if x is not None and x.dtype != u.dtype:
+            raise InputError(f"{name} is {x.dtype}, expected {u.dtype}, the dtype of u")

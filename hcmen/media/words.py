@@ -1,0 +1,88 @@
+"""Raw words to token ids, with the tokenizer that a bundle carries.
+
+`tokenizers` (the library behind the fast tokenizers of `transformers`, in Rust) is imported when words are first given,
+and not before. It needs no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hcmen.base.errors import BackendError, CorruptFileError, InputError
+from hcmen.base.inputs import Inputs
+
+__all__ = ["Encoded", "Tokenizer"]
+
+_MOST_CHARACTERS = 1 << 20
+
+
+class Encoded(NamedTuple):
+    """tokens int64 [3, time]: ids, attention mask, token types. dropped: tokens that did not fit at the end."""
+
+    tokens: NDArray[np.int64]
+    dropped: int
+
+
+class Tokenizer:
+    """The tokenizer in the content of a tokenizer.json.
+
+    Args:
+        content: the file. inputs: of a model whose text is tokens; it bounds ids and length. where: what to call the
+            file in messages.
+
+    Raises:
+        BackendError: `tokenizers` is not installed.
+        CorruptFileError: the content is no tokenizer.
+    """
+
+    def __init__(self, content: bytes, inputs: Inputs, where: str):
+        assert inputs.text_tokens is not None
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise BackendError(
+                f"{error.name} is not installed, and words need it: pip install 'hcmen[words]', or give token ids"
+            ) from error
+        try:
+            self._tokenizer: Any = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+        except Exception as error:  # tokenizers raises plain Exception
+            raise CorruptFileError(f"{where}: no tokenizer ({_reason(error)}): export the bundle again") from error
+        self._where = where
+        self._steps = inputs.text.max_steps
+        self._vocabulary = inputs.text_tokens.vocabulary
+
+    def __call__(self, text: str) -> Encoded:
+        """The tokens of `text` between [CLS] and [SEP]; what is too long is cut before [SEP].
+
+        Raises:
+            InputError: no words, or more text than anyone says.
+            CorruptFileError: the tokenizer is not that of the bundle's text encoder.
+        """
+        if not text.strip():
+            raise InputError("the text is empty, expected words: leave the text out instead")
+        if len(text) > _MOST_CHARACTERS:
+            raise InputError(f"the text has {len(text)} characters, expected at most {_MOST_CHARACTERS}: cut it")
+        try:
+            encoding = self._tokenizer.encode(text)
+        except Exception as error:  # as above; an unpaired surrogate, for one
+            raise InputError(f"the text cannot be read ({_reason(error)}), expected Unicode text") from error
+        ids, types = (np.array(row, np.int64) for row in (encoding.ids, encoding.type_ids))
+        dropped = max(0, len(ids) - self._steps)
+        if dropped:
+            kept = np.r_[0 : self._steps - 1, len(ids) - 1]
+            ids, types = ids[kept], types[kept]
+        if not ids.size or ids.max() >= self._vocabulary:
+            raise CorruptFileError(
+                f"{self._where}: gives token {int(ids.max(initial=-1))}, the text encoder knows 0 to "
+                f"{self._vocabulary - 1}: export the bundle again"
+            )
+        return Encoded(np.stack([ids, np.ones_like(ids), types]), dropped)
+
+
+def _reason(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]

@@ -1,0 +1,253 @@
+"""BERT inside the model: token ids to text features, so that it is trained and exported with everything else.
+
+The encoder is `transformers`' BertModel, built from sizes alone: a checkpoint holds its weights and needs no folder of
+BERT's. Weights and vocabulary come once, from a local folder as `save_pretrained` writes it and model hubs hand it out:
+
+    config.json                                  the sizes
+    model.safetensors or pytorch_model.bin       the weights, of a bare BertModel or of one with a head on top
+    tokenizer.json or vocab.txt                  the vocabulary; the former is copied to the checkpoint and the bundle
+
+Tokens are int64 [batch, 3, time]: ids, attention mask (ones, then zeros), token types, as in MMSA's `text_bert`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hcmen.base.errors import BackendError, CorruptFileError, InputError
+from hcmen.models.contract import MASKED
+from hcmen.models.text_encoder_config import TextEncoderConfig
+
+__all__ = ["TextEncoder", "load_weights", "read_sizes", "read_tokenizer"]
+
+# (name in config.json, name here, what transformers takes where it is not given)
+_SIZES = (
+    ("vocab_size", "vocabulary", 30522),
+    ("num_hidden_layers", "layers", 12),
+    ("num_attention_heads", "heads", 12),
+    ("intermediate_size", "intermediate", 3072),
+    ("max_position_embeddings", "positions", 512),
+    ("type_vocab_size", "token_types", 2),
+    ("hidden_act", "activation", "gelu"),
+    ("layer_norm_eps", "norm_epsilon", 1e-12),
+    ("hidden_dropout_prob", "dropout", 0.1),
+)
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_UNKNOWN = "[UNK]"
+
+
+class TextEncoder(nn.Module):
+    """Tokens [batch, 3, time] to features [batch, time, hidden], zero beyond each sample's tokens.
+
+    With `frozen` it has no gradients and no dropout, whatever mode the model around it is in.
+
+    Raises:
+        BackendError: `transformers` is not installed.
+    """
+
+    def __init__(self, config: TextEncoderConfig, hidden: int) -> None:
+        super().__init__()
+        transformers = _transformers()
+        self.frozen = False
+        sizes = {theirs: getattr(config, ours) for theirs, ours, _ in _SIZES}
+        self.bert = transformers.BertModel(
+            transformers.BertConfig(
+                **sizes,
+                hidden_size=hidden,
+                attention_probs_dropout_prob=config.dropout,
+                # The plain formula: fused attention is traced into more nodes, which check for rows without any token.
+                attn_implementation="eager",
+            ),
+            add_pooling_layer=False,
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Features float [batch, time, hidden] for tokens int64 [batch, 3, time]."""
+        ids, mask, types = tokens.unbind(dim=1)
+        real = mask[..., None].to(self.bert.dtype)
+        # A mask of four axes is added to the attention scores as it is.
+        added = (1.0 - real.transpose(1, 2)[:, None]) * MASKED
+        hidden = self.bert(input_ids=ids, attention_mask=added, token_type_ids=types).last_hidden_state
+        return hidden * real
+
+    def freeze(self) -> None:
+        """Takes the encoder out of the training."""
+        self.frozen = True
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> TextEncoder:
+        """As nn.Module.train; a frozen encoder stays in evaluation mode."""
+        return super().train(mode and not self.frozen)
+
+
+def read_sizes(folder: Path) -> tuple[TextEncoderConfig, int]:
+    """The encoder in `folder`, and its hidden size.
+
+    Raises:
+        InputError: no such folder, no config.json or vocabulary in it, or a model other than BERT.
+        CorruptFileError: config.json or the vocabulary is damaged.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder, expected a BERT with config.json, weights and vocabulary")
+    path = folder / "config.json"
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder}: has no config.json, expected a folder that BertModel.save_pretrained wrote"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path}: {(error.strerror or 'cannot be read').lower()}: check its owner") from error
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{path}: not JSON ({str(error)[:100]}): copy the folder again") from error
+    kind = found.get("model_type") if isinstance(found, dict) else None
+    if kind != "bert":
+        raise InputError(f"{path}: model_type is {kind!r}, expected 'bert': choose a BERT")
+    position = found.get("position_embedding_type", "absolute")
+    if position != "absolute" or found.get("is_decoder"):
+        raise InputError(f"{path}: expected a bidirectional BERT with absolute positions: choose another")
+    unknown = _token_id(folder, _UNKNOWN)
+    hidden = found.get("hidden_size", 768)
+    if type(hidden) is not int or hidden < 1:
+        raise InputError(f"{path}: hidden_size is {hidden!r}, expected a positive whole number")
+    sizes = {ours: found.get(theirs, default) for theirs, ours, default in _SIZES}
+    try:
+        return TextEncoderConfig.from_json({**sizes, "unknown_token": unknown}), hidden
+    except InputError as error:
+        raise InputError(f"{path}: {error}: expected the sizes of a BERT") from error
+
+
+def load_weights(encoder: TextEncoder, folder: Path) -> None:
+    """Gives `encoder` the weights in `folder`, those of heads left aside.
+
+    Raises:
+        InputError: no weights there, or not those of a BERT of these sizes.
+        CorruptFileError: the file is damaged or holds anything but tensors.
+    """
+    tensors = _read_weights(folder)
+    wanted = encoder.bert.state_dict()
+    found = {_own_name(name): x for name, x in tensors.items()}
+    # Position numbers, which some versions store, are no weights.
+    missing = [name for name in wanted if name not in found and not name.endswith("position_ids")]
+    if missing:
+        raise InputError(
+            f"{folder}: the weights lack '{missing[0]}' and {len(missing) - 1} more, expected those of a BERT of the "
+            "sizes in config.json: copy the whole folder"
+        )
+    for name, x in wanted.items():
+        got = found.get(name, x)
+        if got.shape != x.shape:
+            raise InputError(
+                f"{folder}: weight '{name}' has shape {list(got.shape)}, config.json asks for {list(x.shape)}: "
+                "weights and config.json belong to different models"
+            )
+        if got.is_floating_point() and not bool(torch.isfinite(got).all()):
+            raise CorruptFileError(f"{folder}: weight '{name}' holds NaN or infinity: copy the folder again")
+    encoder.bert.load_state_dict({name: found.get(name, x) for name, x in wanted.items()})
+
+
+def read_tokenizer(folder: Path) -> bytes:
+    """The vocabulary in `folder` as the content of a tokenizer.json, made from vocab.txt where there is none.
+
+    Raises:
+        InputError: there is neither. BackendError: `tokenizers` is not installed. CorruptFileError: it is damaged.
+    """
+    return bytes(_tokenizer(folder).to_str(), "utf-8")
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise BackendError(
+            f"{error.name} is not installed, and a text encoder needs it: pip install 'hcmen[text]'"
+        ) from error
+    whole, words = folder / "tokenizer.json", folder / "vocab.txt"
+    if not whole.is_file() and not words.is_file():
+        raise InputError(
+            f"{folder}: has no tokenizer.json and no vocab.txt, expected the vocabulary beside the weights"
+        )
+    path = whole if whole.is_file() else words
+    try:
+        if path is whole:
+            return tokenizers.Tokenizer.from_str(whole.read_text(encoding="utf-8"))
+        lower = True
+        about = folder / "tokenizer_config.json"
+        if about.is_file():
+            lower = json.loads(about.read_bytes()).get("do_lower_case", True) is not False
+        vocabulary = {word: i for i, word in enumerate(words.read_text(encoding="utf-8").splitlines())}
+        made = tokenizers.implementations.BertWordPieceTokenizer(vocabulary, lowercase=lower)
+        return tokenizers.Tokenizer.from_str(made.to_str())
+    except Exception as error:  # tokenizers raises plain Exception
+        reason = " ".join(str(error).split())[:100]
+        raise CorruptFileError(f"{path}: no vocabulary ({reason}): copy the folder again") from error
+
+
+def _token_id(folder: Path, token: str) -> int:
+    found = _tokenizer(folder).token_to_id(token)
+    if found is None:
+        raise InputError(f"{folder}: the vocabulary has no {token}, expected that of a BERT: copy the whole folder")
+    return int(found)
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    import safetensors
+    import safetensors.torch
+
+    for name in _WEIGHTS:
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            if name.endswith(".safetensors"):
+                return safetensors.torch.load_file(path)
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
+                raise ValueError("it is no dictionary of tensors")
+            return tensors
+        except Exception as error:  # torch.load and safetensors raise some ten kinds
+            reason = " ".join(str(error).split())[:100]
+            raise CorruptFileError(f"{path}: truncated or no weights ({reason}): copy the folder again") from error
+    if (folder / "model.safetensors.index.json").is_file():
+        raise InputError(
+            f"{folder}: the weights are in several files, expected one: save it again with save_pretrained"
+        )
+    raise InputError(f"{folder}: has no weights, expected {' or '.join(_WEIGHTS)}: copy the whole folder")
+
+
+def _own_name(name: str) -> str:
+    """A BERT with a head on top has its encoder under "bert."; the oldest files call norms' weights gamma and beta."""
+    name = name.removeprefix("bert.")
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def _transformers() -> Any:
+    try:
+        # On import it reports what is not installed beside it.
+        with _quiet("transformers"):
+            import transformers
+    except ImportError as error:
+        raise BackendError(
+            f"{error.name} is not installed, and a text encoder needs it: pip install 'hcmen[text]'"
+        ) from error
+    return transformers
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

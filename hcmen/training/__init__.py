@@ -1,0 +1,1 @@
+"""How a model is trained, kept and scored: hcmen-train."""

@@ -1,0 +1,389 @@
+"""The command hcmen-train, and `load_checkpoint` for whoever wants its result.
+
+Heavy imports live inside functions, so that --help is quick; the loop itself is hcmen/training/trainer.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hcmen.base.console import Choice, Console, command
+from hcmen.base.errors import InputError
+from hcmen.training.config import AUXILIARIES, MIXES, PRECISIONS, TrainConfig, train_setting
+from hcmen.training.presets import PRESETS, preset_named
+from hcmen.training.report import draw_curves, scores_text, test_scores
+
+if TYPE_CHECKING:
+    from hcmen.base.inputs import Inputs
+    from hcmen.data import MultimodalDataset, Split
+    from hcmen.models.contract import Config
+
+__all__ = ["load_checkpoint", "main"]
+
+CURVES, CLIPS, TOKENIZER = "curves.png", "clips", "tokenizer.json"
+SAVED_CLIPS = 20
+REPORT = "report.json"
+# Settings with an option of their own; the others have --set.
+_OPTIONS = (
+    *("preset", "data", "text_encoder", "epochs", "batch_size", "micro_batches"),
+    *("learning_rate", "text_encoder_learning_rate", "mix", "aux", "precision", "seed"),
+)
+_OUTPUTS = ("checkpoint.safetensors", "config.json", "last.safetensors", "log.jsonl", CURVES, REPORT, TOKENIZER)
+
+
+def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
+    """The model that hcmen-train wrote to `folder`, in eval mode, and the contents of its config.json.
+
+    Raises:
+        InputError: there is no checkpoint, or its files cannot be read.
+        CorruptFileError: a file is truncated or altered, or the two do not belong together.
+    """
+    from hcmen.training import checkpoint
+
+    return checkpoint.load_checkpoint(folder)
+
+
+@command("hcmen-train")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="MMSA data file (.pkl), or its folder from hcmen-convert; the synthetic set if not given.",
+)
+@click.option("--preset", type=Choice(list(PRESETS)), help="Model sizes and training settings.  [default: tiny]")
+@click.option("--epochs", type=click.IntRange(min=1), help="Passes over the training split; the preset's if not given.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Samples per optimiser step, over all processes.")
+@click.option("--micro-batches", type=click.IntRange(min=1), help="Pieces a batch is computed in.  [default: 1]")
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Peak learning rate.")
+@click.option(
+    "--text-encoder",
+    type=click.Path(path_type=Path),
+    help="Folder of a BERT (config.json, weights, vocabulary) to put into the model; the data's tokens are its input.",
+)
+@click.option(
+    "--text-encoder-learning-rate",
+    type=click.FloatRange(min=0),
+    help="Peak learning rate of the text encoder; 0 freezes it.  [default: 2e-5]",
+)
+@click.option("--mix", type=Choice(list(MIXES)), help="How training samples are mixed.  [default: none]")
+@click.option("--aux", type=Choice(list(AUXILIARIES)), help="Auxiliary head, in training only.  [default: none]")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    help="Seed of weights, order, dropout, corruption and of the synthetic set.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("build/train"),
+    show_default=True,
+    help="Folder for what is written.",
+)
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, to the same result as without the break.")
+@click.option("--force", is_flag=True, help="Start over where --out holds a run already.")
+@click.option(
+    "--set",
+    "changes",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="Any other training setting, a field of hcmen.training.config.TrainConfig. Repeatable.",
+)
+@click.option(
+    "--device",
+    type=Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="auto: a GPU if there is one.",
+)
+@click.option("--precision", type=Choice(list(PRECISIONS)), help="Of the model's matrix products.  [default: fp32]")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads per process.  [default: one per core]")
+def main(
+    console: Console,
+    data: Path | None,
+    preset: str | None,
+    epochs: int | None,
+    batch_size: int | None,
+    micro_batches: int | None,
+    learning_rate: float | None,
+    text_encoder: Path | None,
+    text_encoder_learning_rate: float | None,
+    mix: str | None,
+    aux: str | None,
+    seed: int | None,
+    out: Path,
+    resume: bool,
+    force: bool,
+    changes: tuple[str, ...],
+    device: str,
+    precision: str | None,
+    threads: int | None,
+) -> None:
+    """Train a model, and compare it with the majority floor and a linear model on the test split.
+
+    Writes to --out: checkpoint.safetensors and config.json (the epoch with the lowest validation MAE, averaged over
+    the seven missing-modality variants), last.safetensors (for --resume), log.jsonl, curves.png, clips/ (validation
+    samples that hcmen-export checks parity on) and report.json, the scores on the test split, which is looked at once,
+    at the end.
+
+    With several GPUs or cores: torchrun --nproc-per-node 2 -m hcmen.training.command ... trains in two processes, to
+    the result of one.
+    """
+    if resume and force:
+        raise click.UsageError("--resume and --force exclude each other: go on, or start over")
+    given = _given(
+        changes,
+        epochs=epochs,
+        batch_size=batch_size,
+        micro_batches=micro_batches,
+        learning_rate=learning_rate,
+        text_encoder_learning_rate=text_encoder_learning_rate,
+        mix=mix,
+        aux=aux,
+        precision=precision,
+        seed=seed,
+    )
+    if not resume and text_encoder is None and "text_encoder_learning_rate" in given:
+        raise click.UsageError("--text-encoder-learning-rate is for --text-encoder, which is not given")
+    if not resume and "RANK" not in os.environ:
+        # Before torch is loaded, which takes seconds. Of several processes the first looks, once they have met.
+        _check_free(out, force)
+
+    # OpenMP's threads spin while they wait. Where other programs want the cores as well, that makes a step ten times
+    # slower than letting them sleep; it is read once, when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Where another process of the run has gone, torch's own warnings of it are a page of stack frames.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    import torch
+
+    from hcmen.training.checkpoint import write_json, write_whole
+    from hcmen.training.ranks import joined
+    from hcmen.training.trainer import Trainer
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with joined(device) as ranks:
+        console = console if ranks.first else Console(console.format, -1)
+        tokenizer = None
+        if resume:
+            model_config, train_config, source = _resumed_settings(out, preset, given, data, text_encoder)
+        else:
+            if ranks.first:
+                _check_free(out, force)
+            chosen = preset_named(preset or "tiny")
+            model_config, train_config = chosen.model, dataclasses.replace(chosen.train, **given)
+            source = {
+                "preset": chosen.name,
+                "data": str(data.resolve()) if data else None,
+                "text_encoder": str(text_encoder.resolve()) if text_encoder else None,
+            }
+            if text_encoder is not None:
+                model_config, tokenizer = _with_text_encoder(model_config, text_encoder, chosen.name)
+        dataset = _load_data(source, model_config.inputs, train_config.seed, console)
+        if ranks.first:
+            out.mkdir(parents=True, exist_ok=True)
+            _sweep(out)
+        trainer = Trainer(model_config, train_config, dataset, out, source, ranks, None if resume else text_encoder)
+        if resume:
+            trainer.resume()
+            console.note(f"resuming after epoch {len(trainer.history)} of {train_config.epochs}")
+        elif ranks.first:
+            _clear(out)
+            if tokenizer is not None:
+                write_whole(out / TOKENIZER, tokenizer)
+        with _shown(console, train_config.epochs, len(trainer.history)) as (on_step, on_epoch):
+            trainer.run(on_step, on_epoch)
+    if not ranks.first:
+        return
+    draw_curves(out / CURVES, trainer.history)
+    _save_clips(out / CLIPS, dataset.splits["valid"])
+
+    model, described = load_checkpoint(out)
+    report = {
+        "checkpoint": str(out),
+        "epoch": described["epoch"],
+        "validation_mae": described["validation"]["mae"],
+        "dataset": described["dataset"],
+        "test": test_scores(model.to(ranks.device), dataset),
+    }
+    plain = _without_nan(report)
+    write_json(out / REPORT, {"schema_version": 1, **plain})
+    console.emit(plain, scores_text(report, model.config.kind))
+
+
+# --- settings and data ----------------------------------------------------------------------------------------------
+
+
+def _with_text_encoder(config: Any, folder: Path, preset: str) -> tuple[Config, bytes]:
+    """`config` with the BERT in `folder` for its text, and the content of its tokenizer.json."""
+    from hcmen.models.text_encoder import read_sizes, read_tokenizer
+
+    encoder, hidden = read_sizes(folder)
+    if hidden != config.text.features:
+        raise InputError(
+            f"{folder}: the hidden size is {hidden}, preset {preset} expects {config.text.features} text features: "
+            "choose a BERT of that size"
+        )
+    return dataclasses.replace(config, text_encoder=encoder), read_tokenizer(folder)
+
+
+def _given(changes: Sequence[str], **options: Any) -> dict[str, Any]:
+    """The training settings of the command line: options that were given, and those of --set."""
+    given = {name: value for name, value in options.items() if value is not None}
+    for change in changes:
+        try:
+            name, value = train_setting(change)
+        except InputError as error:
+            raise click.UsageError(f"--set {change}: {error}") from error
+        if given.setdefault(name, value) != value:
+            raise click.UsageError(f"{name} is given twice, as {given[name]} and as {value}: give it once")
+    return given
+
+
+def _resumed_settings(
+    out: Path, preset: str | None, given: Mapping[str, Any], data: Path | None, text_encoder: Path | None
+) -> tuple[Config, TrainConfig, dict[str, Any]]:
+    """The settings of the run in `out`; options that were given must agree with them."""
+    from hcmen.models import registry
+    from hcmen.training.checkpoint import load_state
+
+    _, state = load_state(out)
+    paths = {"data": data, "text_encoder": text_encoder}
+    asked = {"preset": preset, **{name: str(path.resolve()) for name, path in paths.items() if path}, **given}
+    before = {**TrainConfig.from_json(state["train"]).to_json(), **state["run"]}
+    for name, value in asked.items():
+        if value is not None and value != before.get(name):
+            option = f"--{name.replace('_', '-')}" if name in _OPTIONS else f"--set {name}"
+            raise InputError(
+                f"{option} is {value}, the run in {out} has {before.get(name)}: leave the option out "
+                "to resume, or start over with --force"
+            )
+    kind = registry.named(state.get("kind", registry.DEFAULT))
+    return kind.config.from_json(state["model"]), TrainConfig.from_json(state["train"]), state["run"]
+
+
+def _check_free(out: Path, force: bool) -> None:
+    """Refuses to write over a run, and finds out before the training whether `out` can be written."""
+    there = [name for name in _OUTPUTS if (out / name).exists()]
+    if there and not force:
+        raise InputError(
+            f"{out}: holds {there[0]} of a run already: --resume it, start over with --force, or choose another --out"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".writable.{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = (error.strerror or "cannot be written").lower()
+        raise InputError(f"{out}: {reason}, expected a folder that can be written: choose another --out") from error
+
+
+def _clear(out: Path) -> None:
+    """Removes what an earlier run left, so that the folder never mixes two runs."""
+    for path in (*(out / name for name in _OUTPUTS), *(out / CLIPS).glob("*.npz")):
+        path.unlink(missing_ok=True)
+
+
+def _sweep(out: Path) -> None:
+    """Removes half-written files, which a process that is killed cannot do itself."""
+    for left in (*(p for name in _OUTPUTS for p in out.glob(f".{name}.*.tmp")), *(out / CLIPS).glob(".*.npz.tmp-*")):
+        left.unlink(missing_ok=True)
+
+
+def _load_data(source: Mapping[str, Any], inputs: Inputs, seed: int, console: Console) -> MultimodalDataset:
+    from hcmen.data.mmsa import dataset_from_mmsa, read_mmsa
+    from hcmen.data.synthetic import SAMPLES, make_synthetic
+
+    if source["data"] is None:
+        console.note(f"no --data: training on the synthetic set of preset {source['preset']}")
+        return dataset_from_mmsa(make_synthetic(inputs, SAMPLES[source["preset"]], seed), "synthetic", inputs)
+    dataset = read_mmsa(source["data"], inputs)
+    for m, count in dataset.cleaned.items():
+        if count:
+            console.note(f"{m}: {count} stored values were NaN or infinite and count as 0")
+    return dataset
+
+
+# --- progress -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _shown(console: Console, epochs: int, done: int) -> Iterator[tuple[Callable[[Any], None], Callable[[Any], None]]]:
+    """Callbacks that show the training on stderr: a bar on a terminal, else a line per epoch; nothing with -q."""
+    if console.verbosity < 0:
+        yield (lambda _: None), (lambda _: None)
+        return
+
+    def line(record: Mapping[str, Any]) -> str:
+        best = " (best so far)" if record["best"] else ""
+        return (
+            f"epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}, "
+            f"validation MAE {record['validation_mae']:.4f}{best}, {record['seconds']:.1f} s"
+        )
+
+    if not sys.stderr.isatty():
+        yield (lambda _: None), (lambda record: console.note(line(record)))
+        return
+
+    from rich.console import Console as Terminal
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    terminal = Terminal(stderr=True)
+    columns = (
+        "{task.description}",
+        BarColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=terminal) as bar:
+        task = bar.add_task(f"epoch {done + 1}/{epochs}", total=float(epochs), completed=float(done), status="")
+        latest = ""
+
+        def on_step(progress: Any) -> None:
+            bar.update(
+                task,
+                description=f"epoch {progress.epoch}/{epochs}",
+                completed=progress.epoch - 1 + progress.step / progress.steps,
+                status=f"loss {progress.loss:.4f}{latest}",
+            )
+
+        def on_epoch(record: Mapping[str, Any]) -> None:
+            nonlocal latest
+            latest = f"  validation MAE {record['validation_mae']:.4f}"
+            if record["best"] or console.verbosity > 0:
+                bar.console.print(line(record), highlight=False)
+
+        yield on_step, on_epoch
+
+
+def _save_clips(folder: Path, split: Split) -> None:
+    """Leaves the first validation samples beside the checkpoint, as clips that hcmen-export checks parity on."""
+    from hcmen.base.clip import TEXT_TOKENS, write_clip
+
+    folder.mkdir(exist_ok=True)
+    for i in range(min(SAVED_CLIPS, len(split))):
+        arrays = {m: x[i, : split.lengths[m][i]] for m, x in split.features.items()}
+        if split.text_tokens:
+            del arrays["text"]
+            arrays[TEXT_TOKENS] = split.text_tokens.ids[i, :, : split.lengths["text"][i]]
+        write_clip(folder / f"{i:03d}.npz", arrays)
+
+
+def _without_nan(value: Any) -> Any:
+    """`value` with NaN (a measure without samples) as None, which JSON can say."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(x) for key, x in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Scores of a model on a split: for each variant, or as a missing-modality protocol leaves the samples.
+
+The model may be on any device; scores come back as NumPy arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hcmen.base.modalities import VARIANTS, Variant
+from hcmen.data import Split
+from hcmen.data.protocols import Masks, batches
+from hcmen.training.device import device_of, moved
+
+__all__ = ["predict", "predict_masked", "predict_variants"]
+
+Array = npt.NDArray[np.float64]
+
+
+def predict(model: Any, split: Split, variant: Variant, batch_size: int = 256) -> Array:
+    """Scores [samples] of `split` in label units, from the modalities of `variant` alone; the others are not run.
+
+    The model is left in the mode (training or evaluation) it came in.
+    """
+    before, device = model.training, device_of(model)
+    model.eval()
+    try:
+        with torch.inference_mode():
+            scores = [model(*_on(device, batch)).score for batch in _batches(split, variant, batch_size)]
+    finally:
+        model.train(before)
+    return torch.cat(scores).double().cpu().numpy() if scores else np.empty(0)
+
+
+def predict_variants(model: Any, split: Split, batch_size: int = 256) -> dict[str, Array]:
+    """`predict` for every variant, by name."""
+    return {v.name: predict(model, split, v, batch_size) for v in VARIANTS}
+
+
+def predict_masked(
+    model: Any,
+    split: Split,
+    masks: Masks,
+    batch_size: int = 256,
+    on_batch: Callable[[int], None] = lambda samples: None,
+) -> Array:
+    """Scores [samples] of `split` in label units, from what `masks` leaves of each sample.
+
+    A sample's absent modalities are not run; `on_batch` is told how many samples each batch had. The model is left in
+    the mode (training or evaluation) it came in.
+    """
+    before, device = model.training, device_of(model)
+    scores = np.empty(len(split))
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for batch in batches(split, masks, batch_size):
+                features = {m: torch.from_numpy(x) for m, x in batch.features.items()}
+                lengths = {m: torch.from_numpy(n) for m, n in batch.lengths.items()}
+                found = model(*_on(device, (features, lengths))).score
+                scores[batch.rows] = found.double().cpu().numpy()
+                on_batch(len(batch.rows))
+    finally:
+        model.train(before)
+    return scores
+
+
+def _on(
+    device: torch.device, batch: tuple[dict[str, Tensor], dict[str, Tensor]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    features, lengths = ({m: moved(x, device) for m, x in part.items()} for part in batch)
+    return features, lengths
+
+
+def _batches(split: Split, variant: Variant, batch_size: int) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Features and lengths of successive batches, padded to the longest sample of the batch only."""
+    for start in range(0, len(split), batch_size):
+        rows = slice(start, start + batch_size)
+        lengths = {m: split.lengths[m][rows] for m in variant.present}
+        yield (
+            {m: torch.from_numpy(split.model_input(m, rows, int(lengths[m].max()))) for m in variant.present},
+            {m: torch.from_numpy(n) for m, n in lengths.items()},
+        )

@@ -1,0 +1,129 @@
+"""What hcmen-train leaves to look at: the curves of a run, and the table of the test split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hcmen.base.modalities import VARIANTS
+
+if TYPE_CHECKING:
+    from hcmen.data import MultimodalDataset
+    from hcmen.models.contract import Model
+
+__all__ = ["draw_curves", "scores_text", "test_scores"]
+
+_NAMES = {"floor": "the floor", "linear": "the linear model"}
+_TERMS = {
+    "task_loss": "task: squared error",
+    "alignment_loss": "alignment: nats",
+    "mix_loss": "mixtures: squared error",
+    "intensity_loss": "intensity: nats",
+    "polarity_loss": "polarity: nats",
+    "polarity_mix_loss": "polarity of mixtures: nats",
+}
+
+
+def _drawn_terms(history: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """The loss terms that were on, over the epochs, by what they are called in the picture."""
+    names = dict.fromkeys(name for record in history for name in record if name.endswith("_loss"))
+    terms = {_TERMS.get(name, name): [float(r.get(name, 0.0)) for r in history] for name in names}
+    return {label: values for label, values in terms.items() if any(values)}
+
+
+def draw_curves(path: Path, history: list[dict[str, Any]]) -> None:
+    """The losses and the validation MAE over the epochs, as a picture."""
+    import io
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from hcmen.training.checkpoint import write_whole
+
+    epochs = [record["epoch"] for record in history]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", dpi=120)
+    for label, values in _drawn_terms(history).items():
+        left.plot(epochs, values, label=label)
+    left.set(xlabel="epoch", ylabel="terms of the training loss, before weighting", ylim=(0, None))
+    for variant in VARIANTS:
+        right.plot(epochs, [r["validation"][variant.name] for r in history], lw=1, alpha=0.7, label=variant.name)
+    right.plot(epochs, [r["validation_mae"] for r in history], color="black", lw=2, label="mean of the seven")
+    chosen = [r for r in history if r["best"]][-1]
+    right.plot(
+        chosen["epoch"], chosen["validation_mae"], "o", color="black", label=f"checkpoint: epoch {chosen['epoch']}"
+    )
+    right.set(xlabel="epoch", ylabel="validation MAE (label units)", ylim=(0, None))
+    right.legend(fontsize=8, ncols=2)
+    left.legend(fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    plt.close(figure)
+    write_whole(path, picture.getvalue())
+
+
+def test_scores(model: Model, dataset: MultimodalDataset) -> dict[str, dict[str, dict[str, float]]]:
+    """{variant: {the model's kind, "floor", "linear": measures}} on the test split."""
+    from hcmen.base import metrics
+    from hcmen.data.baseline import linear_baseline
+    from hcmen.training.evaluate import predict
+
+    truth, family = dataset.splits["test"].labels, metrics.family_for(dataset.label_min, dataset.label_max)
+    floor = metrics.floor(truth, dataset.splits["train"].labels, family)
+    return {
+        v.name: {
+            model.config.kind: metrics.scores(truth, predict(model, dataset.splits["test"], v), family),
+            "floor": floor,
+            "linear": metrics.scores(truth, linear_baseline(dataset, v), family),
+        }
+        for v in VARIANTS
+    }
+
+
+def scores_text(report: Mapping[str, Any], kind: str) -> str:
+    """The table of the test split of a model of the kind `kind`, with what it says underneath."""
+    from hcmen.base import metrics
+    from hcmen.models import registry
+
+    title = registry.named(kind).title
+
+    dataset, test = report["dataset"], report["test"]
+    accuracy = metrics.HEADLINE_ACC2[metrics.family_for(dataset["label_min"], dataset["label_max"])]
+    measures = (("MAE", "mae", ".3f"), ("Corr", "corr", ".3f"), ("Acc-2", accuracy, ".1%"))
+    models = ((title, kind), ("floor", "floor"), ("linear", "linear"))
+    width = max(len(v.name) for v in VARIANTS)
+    lines = [
+        f"test split, {dataset['samples']['test']} samples, epoch {report['epoch']} "
+        f"(validation MAE {report['validation_mae']:.3f})",
+        " " * width + "".join(f"   {name:^23}" for name, *_ in measures),
+        f"{'variant':<{width}}" + "".join("   " + " ".join(f"{name:>7}" for name, _ in models) for _ in measures),
+    ]
+    for name, scores in test.items():
+        cells = (
+            "   " + " ".join(f"{scores[key][measure]:>7{form}}" for _, key in models) for _, measure, form in measures
+        )
+        lines.append(f"{name:<{width}}" + "".join(cells))
+    behind = {
+        key: [
+            name
+            for name, s in test.items()
+            if s[kind]["mae"] >= s[key]["mae"] or not s[kind][accuracy] > s[key][accuracy]
+        ]
+        for key in ("floor", "linear")
+    }
+    lines += [
+        "",
+        "floor: the mean training label (MAE), the commonest class (Acc-2); "
+        "linear: ridge regression on mean frames, one per variant",
+        *(f"{title} beats {_NAMES[key]} in MAE and Acc-2 in {_all_but(names)}" for key, names in behind.items()),
+        f"checkpoint: {report['checkpoint']}",
+    ]
+    return "\n".join(lines)
+
+
+def _all_but(names: list[str]) -> str:
+    return f"every variant but {', '.join(names)}" if names else "every variant"

@@ -1,0 +1,231 @@
+"""Which TensorRT: what tells one flavour from another, and its Python module as the backend and hcmen-compile use it.
+
+TensorRT-RTX has the API of TensorRT in another module, with another numbering, without plugins, and with engines that
+fit other devices. All of that is in a `Flavour`; the sessions and the compiler ask it and name no flavour themselves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import platform
+import re
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hcmen.base.engines import EngineRecord
+from hcmen.base.errors import BackendError
+from hcmen.base.library import library_folders
+from hcmen.base.manifest import OP_DOMAIN, OP_VERSION
+from hcmen.base.op import OPERATORS
+
+__all__ = ["PLUGIN_OPS", "TENSORRT", "Flavour", "TrtModule", "parsed_version"]
+
+PLUGIN_OPS = tuple(OPERATORS)
+_MOST_LINES = 1000
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One kind of TensorRT.
+
+    name: as backends and engine records call it, one of hcmen.base.engines.FLAVOURS. title: as messages call it.
+    module: its Python module. oldest: the first version that serves. install: what to do where it is missing.
+    library: the file with the plugins that are built for it.
+    plugins: those of hcmen.base.engines.PLUGINS that it builds with -> the first version that does.
+    """
+
+    name: str
+    title: str
+    module: str
+    oldest: tuple[int, ...]
+    install: str
+    library: str
+    plugins: Mapping[str, tuple[int, ...]]
+
+    def load_module(self) -> Any:
+        """Its Python module; raises BackendError where it is missing, damaged or too old."""
+        try:
+            module = importlib.import_module(self.module)
+        except ModuleNotFoundError as error:
+            raise BackendError(
+                f"{error.name} is not installed, and {self.title} engines need it: {self.install}"
+            ) from error
+        except ImportError as error:
+            raise BackendError(f"{self.module} does not load ({_shortened(str(error))}): install it again") from error
+        if parsed_version(module.__version__) < self.oldest:
+            raise BackendError(
+                f"{self.title} is {module.__version__}, expected {_dotted(self.oldest)} or later: upgrade it"
+            )
+        return module
+
+    def plugin_library(self) -> Path:
+        """The absolute path of the plugin library.
+
+        Raises:
+            BackendError: it is in none of the places searched; the message lists them.
+        """
+        places = [folder / self.library for folder in library_folders()]
+        for place in places:
+            if place.is_file():
+                return place.resolve()
+        tried = ", ".join(str(p.parent) for p in places)
+        raise BackendError(
+            f"{self.library} was not found in {tried}: build it on this device with nvcc and the {self.title} headers "
+            "(docs/jetson.md), or compile with --plugin function"
+        )
+
+    def require_plugin(self, plugin: str, version: str) -> None:
+        """Raises BackendError where `version` cannot build an engine whose hcmen ops run as `plugin` says."""
+        first = self.plugins.get(plugin)
+        if first is not None and parsed_version(version) >= first:
+            return
+        expected = f", expected {_dotted(first)} or later" if first else ""
+        kind = plugin.upper() if plugin == "aot" else plugin
+        raise BackendError(
+            f"{self.title} {version} has no {kind} plugins{expected}: use --plugin {next(iter(self.plugins))}"
+        )
+
+    def unfit(self, record: EngineRecord, sm: int, version: str) -> str | None:
+        """Why a GPU of compute capability `sm` under `version` cannot run the engine; None if it can."""
+        if record.machine != platform.machine():
+            return f"made on {record.machine}, this machine is {platform.machine()}"
+        if record.sm != sm and not (record.hardware_compatible and min(sm, record.sm) >= 80):
+            return f"made for a GPU of sm {record.sm}, this one has sm {sm}"
+        if record.tensorrt != version:
+            newer = parsed_version(version) >= parsed_version(record.tensorrt)
+            if not (record.version_compatible and newer):
+                return f"made by {self.title} {record.tensorrt}, this machine has {version}"
+        return None
+
+
+TENSORRT = Flavour(
+    name="tensorrt",
+    title="TensorRT",
+    module="tensorrt",
+    oldest=(10, 3),
+    install="pip install 'hcmen[tensorrt]'; a Jetson has it as apt package python3-libnvinfer, seen by virtual "
+    "environments with --system-site-packages",
+    library="libhcmen_trt.so",
+    plugins={"library": (10, 3), "aot": (10, 9), "function": (10, 3)},
+)
+
+
+class TrtModule:
+    """The module of a flavour with one logger, which TensorRT keeps for the whole process.
+
+    version: as the module tells it, such as "10.3.0". sink: called with (severity name, message) of what it logs.
+
+    Raises:
+        BackendError: it is not installed, does not load, or is too old.
+    """
+
+    def __init__(self, flavour: Flavour = TENSORRT) -> None:
+        self.flavour = flavour
+        self.module = flavour.load_module()
+        self.version: str = self.module.__version__
+        self.logger = _logger(self.module)
+        # An engine must not outlive its runtime; these live as long as whoever holds this object.
+        self._runtimes: dict[bool, Any] = {}
+
+    def errors(self, since: int = 0) -> str:
+        """What TensorRT logged as errors since `logger.count` was `since`, on one line; empty if nothing."""
+        lines = [t for i, severity, t in self.logger.lines if i >= since and severity in ("INTERNAL_ERROR", "ERROR")]
+        return _shortened("; ".join(dict.fromkeys(lines)))
+
+    def creator(self, op_type: str) -> Any:
+        """The plugin creator of an hcmen op, None while no plugin library is loaded."""
+        return self.module.get_plugin_registry().get_creator(op_type, str(OP_VERSION), OP_DOMAIN)
+
+    def load_plugins(self, path: Path) -> None:
+        """Loads the plugin library, once per process.
+
+        Raises:
+            BackendError: TensorRT refuses it, or it is from another version of hcmen.
+        """
+        if all(self.creator(op) is not None for op in PLUGIN_OPS):
+            return
+        mark = self.logger.count
+        handle = self.module.get_plugin_registry().load_library(str(path))
+        missing = [op for op in PLUGIN_OPS if self.creator(op) is None]
+        if missing:
+            why = self.errors(mark) or (_load_problem(path) if handle is None else "it has no such creator")
+            raise BackendError(
+                f"{path}: no plugin {OP_DOMAIN}::{missing[0]} version {OP_VERSION} in it ({why}): "
+                f"build it again with this version of hcmen, for {self.flavour.title} {self.version}"
+            )
+
+    def deserialize(self, plan: memoryview | bytes, where: str, *, host_code: bool = False) -> Any:
+        """The engine in `plan`.
+
+        Args:
+            plan: its bytes. where: what to call it in messages. host_code: allow code for the host inside the engine,
+                which version-compatible engines have.
+
+        Raises:
+            BackendError: TensorRT refuses it.
+        """
+        mark = self.logger.count
+        if host_code not in self._runtimes:
+            runtime = self.module.Runtime(self.logger)
+            if host_code:
+                runtime.engine_host_code_allowed = True
+            self._runtimes[host_code] = runtime
+        engine = self._runtimes[host_code].deserialize_cuda_engine(plan)
+        if engine is None:
+            why = self.errors(mark) or "no reason given"
+            raise BackendError(
+                f"{where}: {self.flavour.title} {self.version} refused the engine ({why}): "
+                "compile it again on this device"
+            )
+        return engine
+
+
+def parsed_version(version: str) -> tuple[int, ...]:
+    """The numbers of a version, for comparison: "10.3.0.post1" -> (10, 3, 0)."""
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(n) for n in found[0].split(".")) if found else ()
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def _logger(module: Any) -> Any:
+    """A TensorRT logger that keeps the last of what it is told; TensorRT's own prints."""
+
+    class Logger(module.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            module.ILogger.__init__(self)
+            self.count = 0
+            self.lines: deque[tuple[int, str, str]] = deque(maxlen=_MOST_LINES)
+            self.sink: Any = None
+
+        def log(self, severity: Any, msg: str) -> None:
+            """What TensorRT calls."""
+            if severity.name == "VERBOSE":
+                return
+            text = " ".join(msg.split())
+            self.lines.append((self.count, severity.name, text))
+            self.count += 1
+            if self.sink is not None:
+                self.sink(severity.name, text)
+
+    return Logger()
+
+
+def _load_problem(path: Path) -> str:
+    """Why the library cannot be loaded: TensorRT tells its logger, and there may be none yet."""
+    try:
+        ctypes.CDLL(str(path))
+    except OSError as error:
+        return _shortened(str(error))
+    return "TensorRT takes it for no plugin library"
+
+
+def _shortened(text: str, most: int = 400) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -1,0 +1,267 @@
+"""The ONNX Runtime backend: sessions on the CPU provider, with the kernels of libhcmen_ops.so when they are found.
+
+onnxruntime is imported when the first backend is made and not before. Without the kernel library a graph still gives
+the right numbers, through the function of standard ops that every model carries, only many times slower; the backend
+then warns and `kernels` says so.
+
+A graph is loaded from memory that was verified, and refers to no file but the weights, which were verified as well.
+
+Weights. ONNX Runtime from 1.23 on is told the folder they lie in and maps them, so that all sessions of all processes
+share one copy in the page cache. Older ones are given arrays of one verified buffer
+(`SessionOptions.add_external_initializers`), each of which they copy once per session. (`add_initializer` copies
+nothing, but there constant folding reads the values from the file after all, seen in 1.17 and 1.20.)
+
+Packing. ONNX Runtime can lay the weights of matrix products out for its kernels when a session is made, in memory of
+that session alone. On the MOSI model that brings 2 % at 500 steps and 9 % at 50, and makes seven sessions cost six
+times as much memory as one; where the weights are those of a BERT, a run without it would copy hundreds of megabytes.
+So small float32 models share, and others pack; `prepack` says otherwise.
+
+Buffers. All sessions of a process take their working memory from one arena, which grows to what the largest run needs.
+ONNX Runtime's memory patterns are off: they would save some tenth of a millisecond a run by one allocation in place of
+many, and keep 9 kB for every new combination of input lengths, for ever, of which the MOSI preset has nine million.
+
+Telemetry. From 1.29 on, ONNX Runtime's builds start a thread when they are imported that reports their use, and whose
+end hangs a forked child at its exit. It is off unless ORT_DISABLE_TELEMETRY=0 is set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hcmen.base.bundle import SharedFile
+from hcmen.base.errors import BackendError, CorruptFileError, HcmenError
+from hcmen.base.library import library_path
+from hcmen.base.manifest import OP_DOMAIN
+from hcmen.runtime.backends.cores import physical_cores
+from hcmen.runtime.backends.forks import keep_for_ever, watch
+from hcmen.runtime.backends.graph import read_graph
+from hcmen.runtime.backends.options import Ort
+from hcmen.runtime.compare import SCORE_ATOL, SCORE_RTOL
+
+__all__ = ["FUNCTIONS", "NATIVE", "STANDARD", "OrtBackend", "OrtSession", "import_onnxruntime", "physical_cores"]
+
+NATIVE = "native"
+"""The hcmen ops ran on the kernels of libhcmen_ops.so."""
+FUNCTIONS = "functions"
+"""The hcmen ops ran through the model's own functions of standard ops: right, and slow."""
+STANDARD = "standard"
+"""The graph uses no hcmen op."""
+
+_MAPS_FROM = (1, 23)
+_SHARE_BYTES = 64 << 20
+"""Up to this size weights are shared rather than packed by each session."""
+
+
+class OrtSession:
+    """One graph, ready to run. kernels: NATIVE, FUNCTIONS or STANDARD. Several threads may run it at once.
+
+    tolerance: (atol, rtol) of its parity, that of a float32 graph until whoever knows its precision says otherwise.
+    """
+
+    tolerance: tuple[float, float] = (SCORE_ATOL, SCORE_RTOL)
+
+    def __init__(self, session: Any, kernels: str, where: str):
+        self.kernels = kernels
+        self._session = session
+        self._where = where
+        self._outputs = [o.name for o in session.get_outputs()]
+        watch(self)
+
+    def after_fork(self) -> None:
+        """In a forked child: lets go of the session, whose threads have stayed behind, without freeing it."""
+        keep_for_ever(self._session)
+        self._session = None
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The outputs by name.
+
+        Raises:
+            BackendError: ONNX Runtime refused to run; the message has its reason.
+        """
+        if self._session is None:
+            raise BackendError(f"{self._where}: its session belongs to the process that this one was forked from")
+        try:
+            values = self._session.run(self._outputs, dict(inputs))
+        except Exception as error:
+            raise BackendError(f"{self._where}: ONNX Runtime could not run it: {_reason(error)}") from error
+        return dict(zip(self._outputs, values, strict=True))
+
+
+class OrtBackend:
+    """Makes sessions.
+
+    library: use the kernel library when it is found; False leaves it out, for tests and comparisons.
+
+    Attributes:
+        maps_weights: whether `session` wants a `SharedFile`, which this ONNX Runtime maps, or the weights' content.
+    """
+
+    name = "ort"
+    _providers: Sequence[Any] = ("CPUExecutionProvider",)
+    _maps = True
+
+    def __init__(self, options: Ort | None = None, *, library: bool = True):
+        options = options or Ort()
+        self._ort = import_onnxruntime()
+        self.spin, self.prepack = options.spin, options.prepack
+        self.maps_weights = self._maps and _release(self._ort.__version__) >= _MAPS_FROM
+        self.threads = options.threads or physical_cores()
+        self.version: str = self._ort.__version__
+        self.providers = ", ".join(self._ort.get_available_providers())
+        self.library: Path | None = None
+        self.library_problem: str | None = "left out on request"
+        if library:
+            try:
+                self.library = self._library_path()
+                self._options(self.library)
+                self.library_problem = None
+            except HcmenError as error:
+                self.library, self.library_problem = None, str(error)
+
+    def session(
+        self, model: bytes, weights: NDArray[np.uint8] | SharedFile, weights_file: str, where: str
+    ) -> OrtSession:
+        """A session for one verified graph.
+
+        Args:
+            model: the content of the .onnx file. weights: the weights file, or its content; see `maps_weights`.
+            weights_file: the name under which the graph knows the weights. where: what to call the graph in messages.
+
+        Raises:
+            CorruptFileError: the graph is damaged or reaches outside the bundle.
+            BackendError: this ONNX Runtime is too old for it.
+        """
+        size = weights.record.bytes if isinstance(weights, SharedFile) else len(weights)
+        graph = read_graph(model, weights_file, size, where)
+        kernels = STANDARD
+        if OP_DOMAIN in graph.domains:
+            kernels = NATIVE if self.library is not None else FUNCTIONS
+            if kernels == FUNCTIONS:
+                warnings.warn(
+                    f"running without the kernel library, right but many times slower: {self.library_problem}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        options = self._options(self.library)
+        if not (size > _SHARE_BYTES if self.prepack is None else self.prepack):
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        with contextlib.ExitStack() as stack:
+            if isinstance(weights, SharedFile):
+                folder = stack.enter_context(weights.held())
+                options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+            try:
+                if not isinstance(weights, SharedFile):
+                    values = [self._ort.OrtValue.ortvalue_from_numpy(t.view(weights)) for t in graph.external]
+                    options.add_external_initializers([t.name for t in graph.external], values)
+                session = self._ort.InferenceSession(model, options, providers=list(self._providers))
+            except Exception as error:
+                raise _load_error(error, where, self.version) from error
+        return self._session(session, kernels, where)
+
+    def _library_path(self) -> Path:
+        return library_path()
+
+    def _session(self, session: Any, kernels: str, where: str) -> OrtSession:
+        return OrtSession(session, kernels, where)
+
+    def _options(self, library: Path | None) -> Any:
+        """Session options; raises BackendError when ONNX Runtime refuses the kernel library."""
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self.spin)))
+        options.enable_mem_pattern = False  # see above
+        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        if _shares_arena():
+            options.add_session_config_entry("session.use_env_allocators", "1")
+        options.log_severity_level = 4  # every failure comes back as an exception; the log would repeat it on stderr
+        if library is not None:
+            try:
+                options.register_custom_ops_library(str(library))
+            except Exception as error:
+                raise BackendError(f"ONNX Runtime {self.version} refused {library}: {_reason(error)}") from error
+        return options
+
+
+@functools.cache
+def _shares_arena() -> bool:
+    """Whether sessions of this process take their memory from one arena; makes it at the first call.
+
+    A fork can catch its lock held by a thread that the child does not have, so a child's sessions have their own.
+    """
+    if _forked:
+        return False
+    ort = import_onnxruntime()
+    info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    # It grows by what is asked for (1), not by doubling, to no limit (0); the rest is ONNX Runtime's own choice (-1).
+    with contextlib.suppress(Exception):  # somebody else's in this process serves as well
+        ort.create_and_register_allocator(info, ort.OrtArenaCfg(0, 1, -1, -1))
+    return True
+
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+    _shares_arena.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(major, minor) of a version such as 1.23.2 or 1.24.0.dev1."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def import_onnxruntime() -> Any:
+    """The module onnxruntime; raises BackendError when it is missing or damaged."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise BackendError(
+            f"{error.name} is not installed, and the backend 'ort' needs it: pip install 'hcmen[cpu]'"
+        ) from error
+    except ImportError as error:
+        raise BackendError(f"onnxruntime does not load ({_reason(error)}): install it again") from error
+    if not hasattr(onnxruntime, "InferenceSession"):
+        raise BackendError(
+            "onnxruntime is damaged, as it is when onnxruntime and onnxruntime-gpu were both installed: "
+            "remove both, then install one"
+        )
+    return onnxruntime
+
+
+# What ONNX Runtime says when the model is sound and it is itself too old, or a kernel is missing.
+_TOO_OLD = re.compile(
+    r"IR version|[Oo]pset \d+ is under development|is not a registered function|NOT_IMPLEMENTED"
+    r"|No Op registered|Could not find an implementation"
+)
+
+
+def _load_error(error: Exception, where: str, version: str) -> HcmenError:
+    reason = _reason(error)
+    if _TOO_OLD.search(reason):
+        return BackendError(f"{where}: ONNX Runtime {version} cannot load it ({reason}): upgrade onnxruntime")
+    return CorruptFileError(f"{where}: ONNX Runtime refused it ({reason}): copy or export the bundle again")
+
+
+def _reason(error: BaseException) -> str:
+    """The error's text on one line of bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", text)
+    return text if len(text) <= 400 else text[:397] + "..."

@@ -1,0 +1,369 @@
+"""The TensorRT backend: runs engines that hcmen-compile built on this very device.
+
+tensorrt is imported when the first backend is made and not before; CUDA is called through ctypes
+(hcmen/runtime/backends/cuda.py), so that neither PyTorch nor a Python package of CUDA's is needed.
+
+An engine is native code. Only one that the bundle's engine index lists is loaded, from bytes whose sha256 was checked
+in memory, and only if it was made from this export, for this GPU and by this TensorRT; all else is refused in one line
+that says how to compile it again.
+
+Data goes through page-locked host memory. A size that comes again is captured as a CUDA graph, copies included, and is
+one launch from then on; sizes that come once are queued the plain way. Batches beyond the engine's are run in parts.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hcmen.base.bundle import Bundle
+from hcmen.base.engines import EngineRecord, read_engines
+from hcmen.base.errors import BackendError, CorruptFileError, InputError
+from hcmen.base.manifest import VariantRecord
+from hcmen.runtime.backends.cuda import Buffer, Cuda, Graph, Stream
+from hcmen.runtime.backends.flavour import TENSORRT, Flavour, TrtModule
+from hcmen.runtime.backends.options import TensorRT
+from hcmen.runtime.backends.ort import FUNCTIONS, NATIVE, STANDARD
+
+__all__ = ["TOLERANCES", "TrtBackend", "TrtSession", "choose_engine"]
+
+TOLERANCES = {"fp32": (1e-4, 1e-4), "fp16": (2e-2, 1e-2)}
+"""precision -> (atol, rtol) of an engine against the eager model."""
+KERNELS = {"library": NATIVE, "aot": NATIVE, "function": FUNCTIONS, "none": STANDARD}
+
+# TensorRT's name of a type -> NumPy's; engines of this project have no others at their ends.
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64"}
+_MOST_GRAPHS = 8
+_MOST_COUNTED = 4096
+
+Shapes = tuple[tuple[int, ...], ...]
+Arrays = dict[str, NDArray[Any]]
+
+
+class TrtSession:
+    """One engine, ready to run. kernels: as of an `OrtSession`. Threads take turns.
+
+    Args:
+        tensorrt, cuda: where it runs.
+        plan: the serialised engine.
+        record: the variant, whose inputs and outputs the engine must have.
+        where: what to call it in messages.
+        plugin: how it runs the hcmen ops, one of hcmen.base.engines.PLUGINS. precision: "fp32" or "fp16".
+        host_code: it is version-compatible, with code for the host inside.
+        graphs: capture sizes that come again as CUDA graphs.
+
+    Raises:
+        BackendError: TensorRT or CUDA refuses it.
+        CorruptFileError: it is the engine of another graph.
+    """
+
+    def __init__(
+        self,
+        tensorrt: TrtModule,
+        cuda: Cuda,
+        plan: memoryview | bytes,
+        record: VariantRecord,
+        where: str,
+        *,
+        plugin: str,
+        precision: str,
+        host_code: bool = False,
+        graphs: bool = True,
+    ):
+        self.kernels = KERNELS[plugin]
+        self.precision = precision
+        self.tolerance = TOLERANCES[precision]
+        self._tensorrt, self._cuda, self._where = tensorrt, cuda, where
+        self._title = tensorrt.flavour.title
+        self._engine = tensorrt.deserialize(plan, where, host_code=host_code)
+        self._inputs = {t.name: np.dtype(t.dtype) for t in record.inputs}
+        self._outputs = {t.name: (np.dtype(t.dtype), t.shape[1:]) for t in record.outputs}
+        self._check_signature(record)
+        self.profiles = [
+            {name: self._range(name, i) for name in self._inputs} for i in range(self._engine.num_optimization_profiles)
+        ]
+        self.max_batch = max(high[0] for profile in self.profiles for _, high in profile.values())
+        self._stream = Stream(cuda)
+        self._buffers = {name: Buffer(cuda, size) for name, size in self._sizes().items()}
+        self._contexts: dict[int, Any] = {}
+        self._graphs: OrderedDict[Shapes, tuple[Any, Graph]] = OrderedDict()
+        self._seen: dict[Shapes, int] = {}
+        self._capture = graphs
+        self._lock = threading.Lock()
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        """The outputs by name.
+
+        Raises:
+            InputError: an input is missing or unknown, or of a size beyond what the engine was compiled for.
+            BackendError: TensorRT or CUDA failed.
+        """
+        if set(inputs) != set(self._inputs):
+            raise InputError(
+                f"{self._where}: got inputs {', '.join(sorted(inputs))}, expected {', '.join(sorted(self._inputs))}"
+            )
+        arrays = {name: np.asarray(inputs[name]) for name in self._inputs}
+        for name, dtype in self._inputs.items():
+            if arrays[name].dtype != dtype:
+                raise InputError(f"{self._where}: input '{name}' is {arrays[name].dtype}, expected {dtype}")
+        batches = {x.shape[0] if x.ndim else 0 for x in arrays.values()}
+        if len(batches) != 1:
+            raise InputError(f"{self._where}: the inputs have batches of {sorted(batches)}, expected one size")
+        (batch,) = batches
+        parts = []
+        with self._lock:
+            for start in range(0, max(batch, 1), self.max_batch):
+                parts.append(self._run({name: x[start : start + self.max_batch] for name, x in arrays.items()}))
+        return {name: np.concatenate([part[name] for part in parts]) for name in self._outputs}
+
+    def close(self) -> None:
+        """Gives all memory back; the session cannot run any more."""
+        for _, graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
+        self._contexts.clear()
+        self._engine = None
+        for buffer in self._buffers.values():
+            buffer.close()
+        self._stream.close()
+
+    def _run(self, arrays: Arrays) -> Arrays:
+        shapes = tuple(x.shape for x in arrays.values())
+        batch = shapes[0][0]
+        profile = self._profile(arrays)
+        for name, x in arrays.items():
+            np.copyto(self._host(name, x.dtype, x.shape), x)
+        graph = self._graph(shapes, profile, batch)
+        if graph is not None:
+            graph.launch()
+        else:
+            context = self._contexts.get(profile) or self._contexts.setdefault(profile, self._context(profile))
+            self._bind(context, shapes, batch)
+            self._queue(context, shapes, batch)
+        self._stream.wait()
+        return {name: self._host(name, dtype, (batch, *tail)).copy() for name, (dtype, tail) in self._outputs.items()}
+
+    def _graph(self, shapes: Shapes, profile: int, batch: int) -> Graph | None:
+        """The CUDA graph for these sizes; None as long as they came but once, or where capture does not work."""
+        if not self._capture:
+            return None
+        if shapes in self._graphs:
+            self._graphs.move_to_end(shapes)
+            return self._graphs[shapes][1]
+        if len(self._seen) >= _MOST_COUNTED:
+            self._seen.clear()
+        self._seen[shapes] = self._seen.get(shapes, 0) + 1
+        if self._seen[shapes] < 2:
+            return None
+        # A context of its own: a graph holds the addresses of its context's memory.
+        context = self._context(profile)
+        self._bind(context, shapes, batch)
+        # The first run after a change of sizes does work that cannot be captured.
+        self._queue(context, shapes, batch)
+        self._stream.wait()
+        try:
+            with Graph(self._cuda, self._stream) as graph:
+                self._queue(context, shapes, batch)
+        except BackendError as error:
+            self._capture = False
+            warnings.warn(
+                f"{self._where}: runs without CUDA graphs, a little slower: {error}", RuntimeWarning, stacklevel=2
+            )
+            return None
+        while len(self._graphs) >= _MOST_GRAPHS:
+            self._graphs.popitem(last=False)[1][1].close()
+        self._graphs[shapes] = (context, graph)
+        return graph
+
+    def _context(self, profile: int) -> Any:
+        mark = self._tensorrt.logger.count
+        context = self._engine.create_execution_context()
+        if context is None:
+            why = self._tensorrt.errors(mark) or "no reason given"
+            raise BackendError(f"{self._where}: no execution context ({why}): see whether the GPU has memory left")
+        if not context.set_optimization_profile_async(profile, self._stream.handle):
+            raise BackendError(f"{self._where}: {self._title} refused profile {profile}: {self._tensorrt.errors(mark)}")
+        self._stream.wait()
+        return context
+
+    def _bind(self, context: Any, shapes: Shapes, batch: int) -> None:
+        """Tells a context the sizes and the addresses."""
+        mark = self._tensorrt.logger.count
+        for name, shape in zip(self._inputs, shapes, strict=True):
+            if not context.set_input_shape(name, shape):
+                raise self._refused(f"shape {list(shape)} of '{name}'", mark)
+        for name, buffer in self._buffers.items():
+            if not context.set_tensor_address(name, buffer.device):
+                raise self._refused(f"the address of '{name}'", mark)
+        unknown = context.infer_shapes()
+        if unknown:
+            raise self._refused(f"the shapes, as {', '.join(unknown)} have none", mark)
+        for name, (_, tail) in self._outputs.items():
+            got = tuple(context.get_tensor_shape(name))
+            if got != (batch, *tail):
+                raise CorruptFileError(
+                    f"{self._where}: output '{name}' has shape {list(got)}, expected {[batch, *tail]}: "
+                    "compile it again with hcmen-compile --force"
+                )
+
+    def _queue(self, context: Any, shapes: Shapes, batch: int) -> None:
+        """Queues copy in, run, copy out."""
+        for (name, dtype), shape in zip(self._inputs.items(), shapes, strict=True):
+            self._buffers[name].upload(_bytes(dtype, shape), self._stream)
+        mark = self._tensorrt.logger.count
+        if not context.execute_async_v3(self._stream.handle):
+            raise self._refused("to run", mark)
+        for name, (dtype, tail) in self._outputs.items():
+            self._buffers[name].download(_bytes(dtype, (batch, *tail)), self._stream)
+
+    def _refused(self, what: str, mark: int) -> BackendError:
+        why = self._tensorrt.errors(mark) or "no reason given"
+        return BackendError(f"{self._where}: {self._title} refused {what} ({why}): compile it again on this device")
+
+    def _host(self, name: str, dtype: np.dtype[Any], shape: Sequence[Any]) -> NDArray[Any]:
+        return self._buffers[name].host[: _bytes(dtype, shape)].view(dtype).reshape(shape)
+
+    def _profile(self, arrays: Arrays) -> int:
+        """The tightest profile that serves these sizes."""
+
+        def serves(profile: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+            return all(
+                x.ndim == len(profile[name][0])
+                and all(low <= n <= high for n, low, high in zip(x.shape, *profile[name], strict=True))
+                for name, x in arrays.items()
+            )
+
+        fitting = [i for i, profile in enumerate(self.profiles) if serves(profile)]
+        if fitting:
+            return min(fitting, key=lambda i: sum(int(np.prod(high)) for _, high in self.profiles[i].values()))
+        sizes = ", ".join(f"{name} {list(x.shape)}" for name, x in arrays.items())
+        last = ", ".join(f"{name} {list(low)} to {list(high)}" for name, (low, high) in self.profiles[-1].items())
+        raise InputError(f"{self._where}: got {sizes}, expected {last}: compile it for larger sizes, or cut the clips")
+
+    def _range(self, name: str, profile: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        low, _, high = (tuple(int(n) for n in dims) for dims in self._engine.get_tensor_profile_shape(name, profile))
+        return low, high
+
+    def _sizes(self) -> dict[str, int]:
+        """The bytes of each tensor at the largest sizes of all profiles."""
+        sizes = {
+            name: max(_bytes(dtype, profile[name][1]) for profile in self.profiles)
+            for name, dtype in self._inputs.items()
+        }
+        return sizes | {name: _bytes(dtype, (self.max_batch, *tail)) for name, (dtype, tail) in self._outputs.items()}
+
+    def _check_signature(self, record: VariantRecord) -> None:
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        got = {}
+        for name in names:
+            mode, dtype = self._engine.get_tensor_mode(name).name, self._engine.get_tensor_dtype(name).name
+            shape = tuple(-1 if n < 0 else n for n in self._engine.get_tensor_shape(name))
+            got[name] = (mode, _DTYPES.get(dtype, dtype), shape)
+        expected = {
+            t.name: (mode, t.dtype, tuple(-1 if isinstance(n, str) else n for n in t.shape))
+            for mode, tensors in (("INPUT", record.inputs), ("OUTPUT", record.outputs))
+            for t in tensors
+        }
+        if got != expected:
+            name = next(n for n in (*expected, *got) if got.get(n) != expected.get(n))
+            raise CorruptFileError(
+                f"{self._where}: tensor '{name}' is {_signature(got.get(name))}, "
+                f"expected {_signature(expected.get(name))}: compile it again with hcmen-compile --force"
+            )
+
+
+class TrtBackend:
+    """Opens the engines of bundles.
+
+    Raises:
+        InputError: no such precision.
+        BackendError: TensorRT, the driver or a GPU is missing.
+    """
+
+    name = "tensorrt"
+    threads = 1
+
+    def __init__(self, options: TensorRT | None = None, flavour: Flavour = TENSORRT):
+        self.options = options or TensorRT()
+        self.precision = self.options.precision
+        if self.precision is not None and self.precision not in TOLERANCES:
+            raise InputError(f"unknown precision '{self.precision}': choose from {', '.join(TOLERANCES)}")
+        self.tensorrt = TrtModule(flavour)
+        self.cuda = Cuda()
+        self.version = self.tensorrt.version
+
+    def open(self, bundle: Bundle, variant: str) -> TrtSession:
+        """The session of the engine of `variant`.
+
+        Raises:
+            InputError: the bundle lacks the variant.
+            BackendError: no engine for this device is there, or it cannot be loaded.
+            CorruptFileError: the engine or the index is damaged.
+        """
+        record = bundle.variant(variant)
+        flavour = self.tensorrt.flavour
+        engine = choose_engine(bundle, variant, self.precision, self.cuda.sm, self.version, flavour)
+        if engine.plugin == "library" and not engine.plugin_embedded:
+            self.tensorrt.load_plugins(flavour.plugin_library())
+        return TrtSession(
+            self.tensorrt,
+            self.cuda,
+            _read_engine(bundle, engine),
+            record,
+            str(bundle.path / engine.engine.file),
+            plugin=engine.plugin,
+            precision=engine.precision,
+            host_code=engine.version_compatible,
+            # The standard operators of a function may run as a loop that the host takes part in.
+            graphs=self.options.cuda_graph and engine.plugin != "function",
+        )
+
+
+def choose_engine(
+    bundle: Bundle, variant: str, precision: str | None, sm: int, version: str, flavour: Flavour = TENSORRT
+) -> EngineRecord:
+    """The engine of `variant` that this device can run: of its own GPU and version before a compatible one, fp16 first.
+
+    Raises:
+        BackendError: there is none; the message says what there is and what to do.
+        CorruptFileError, InputError: as `read_engines`.
+    """
+    wanted = f" --precision {precision}" if precision else ""
+    compile_ = f"hcmen-compile {bundle.path} --variant {variant}{wanted}"
+    records = (r for r in read_engines(bundle) if r.flavour == flavour.name)
+    all_ = [r for r in records if r.variant == variant and precision in (None, r.precision)]
+    if not all_:
+        kind = f" {precision}" if precision else ""
+        raise BackendError(f"{bundle.path}: no{kind} engine for variant '{variant}': run {compile_} on this device")
+    stale = "made from another export than the one in this bundle"
+    problems = {r.engine.file: flavour.unfit(r, sm, version) if r.of_export(bundle) else stale for r in all_}
+    fitting = [r for r in all_ if problems[r.engine.file] is None]
+    if not fitting:
+        newest = max(all_, key=lambda r: r.created)
+        raise BackendError(
+            f"{bundle.path / newest.engine.file}: {problems[newest.engine.file]}: run {compile_} on this device"
+        )
+    return min(fitting, key=lambda r: ((r.sm, r.tensorrt) != (sm, version), r.precision != "fp16", r.engine.file))
+
+
+def _read_engine(bundle: Bundle, record: EngineRecord) -> memoryview:
+    try:
+        return bundle.read(record.engine).data
+    except CorruptFileError as error:
+        raise CorruptFileError(
+            f"{str(error).rsplit(': ', 1)[0]}: compile it again with hcmen-compile --force"
+        ) from error
+
+
+def _bytes(dtype: np.dtype[Any], shape: Iterable[Any]) -> int:
+    return int(np.prod(list(shape), dtype=np.int64)) * dtype.itemsize
+
+
+def _signature(found: tuple[str, str, tuple[int, ...]] | None) -> str:
+    return "not there" if found is None else f"{found[0].lower()} {found[1]} {list(found[2])}"

@@ -1,0 +1,1 @@
+"""The commands hcmen-run and hcmen-doctor."""

@@ -1,0 +1,125 @@
+"""The rows of hcmen-doctor on the NVIDIA driver, the GPU, TensorRT, its plugins and the engines of a bundle.
+
+None of it is needed to score clips on the CPU, so that what is not there is told and not counted as a failure; what is
+there and does not work is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from hcmen.base.console import one_line
+from hcmen.base.errors import CheckFailed, CorruptFileError, HcmenError
+from hcmen.runtime.backends.cuda import Cuda, find_driver
+from hcmen.runtime.backends.options import TensorRT
+from hcmen.runtime.commands.doctor_rows import FAILED, INFO, OK, SKIPPED, Row
+
+if TYPE_CHECKING:
+    from hcmen.runtime.backends.flavour import Flavour
+
+__all__ = ["tensorrt_rows"]
+
+_COMPILE = "run hcmen-compile on this device"
+
+
+def tensorrt_rows(bundle: str | None) -> Iterator[Row]:
+    """The findings, each the possible cause of the next.
+
+    Args:
+        bundle: the folder whose engines are looked at; None for none.
+    """
+    driver = find_driver()
+    yield Row("nvidia driver", INFO, driver or "none")
+    gpu, cuda = _gpu(driver)
+    yield gpu
+    from hcmen.runtime.backends.flavour import TENSORRT
+
+    tensorrt = _tensorrt(TENSORRT)
+    yield tensorrt
+    yield _plugins(TENSORRT) if tensorrt.status == OK else Row("tensorrt plugins", INFO, "need TensorRT")
+    yield _engines(bundle, cuda if tensorrt.status == OK else None, TENSORRT)
+
+
+def _gpu(driver: str | None) -> tuple[Row, Cuda | None]:
+    if driver is None:
+        return Row("gpu", INFO, "none, without a driver"), None
+    try:
+        cuda = Cuda()
+        free, total = cuda.free_bytes()
+    except HcmenError as error:
+        return Row("gpu", FAILED, one_line(error), "install a driver that serves this CUDA runtime"), None
+    detail = f"sm {cuda.sm}, driver for CUDA {cuda.driver}, runtime {cuda.runtime} ({cuda.path}), "
+    return Row("gpu", OK, f"{detail}{free >> 20} of {total >> 20} MiB free"), cuda
+
+
+def _tensorrt(flavour: Flavour) -> Row:
+    if find_spec(flavour.module) is None:
+        return Row(flavour.name, INFO, f"not installed; only --backend {flavour.name} and hcmen-compile need it")
+    from hcmen.runtime.backends.flavour import TrtModule
+
+    try:
+        return Row(flavour.name, OK, TrtModule(flavour).version)
+    except HcmenError as error:
+        oldest = ".".join(map(str, flavour.oldest))
+        return Row(flavour.name, FAILED, one_line(error), f"install {flavour.title} {oldest} or later again")
+
+
+def _plugins(flavour: Flavour) -> Row:
+    from hcmen.runtime.backends.flavour import PLUGIN_OPS, TrtModule
+
+    name = f"{flavour.name} plugins"
+    try:
+        path = flavour.plugin_library()
+    except HcmenError as error:
+        return Row(name, INFO, one_line(error))
+    try:
+        TrtModule(flavour).load_plugins(path)
+    except HcmenError as error:
+        return Row(name, FAILED, one_line(error), "build hcmen again on this device: docs/jetson.md")
+    return Row(name, OK, f"{' and '.join(PLUGIN_OPS)}, {path.stat().st_size / 1024:.0f} KiB, {path}")
+
+
+def _engines(bundle: str | None, cuda: Cuda | None, flavour: Flavour) -> Row:
+    """Whether the engines are as listed, which fit this device, and whether those score the golden set rightly."""
+    if bundle is None:
+        return Row("engines", INFO, "no bundle")
+    from hcmen.base.bundle import read_bundle
+    from hcmen.base.engines import read_engines
+    from hcmen.runtime.backends.tensorrt import TrtBackend, choose_engine
+    from hcmen.runtime.golden import golden_test
+
+    try:
+        opened = read_bundle(bundle)
+    except HcmenError:
+        return Row("engines", SKIPPED, "need a sound bundle")
+    try:
+        records = [record for record in read_engines(opened) if record.flavour == flavour.name]
+        if not records:
+            return Row("engines", INFO, f"none in {bundle}; {_COMPILE} for --backend {flavour.name}")
+        for record in records:
+            opened.file(record.engine)
+        what = f"{len(records)}, each as listed"
+        if cuda is None:
+            return Row("engines", OK, f"{what}; not run, needs a GPU and {flavour.title}")
+        pairs = sorted({(r.variant, r.precision) for r in records})
+        fitting, unfit = [], []
+        for variant, precision in pairs:
+            backend = TrtBackend(TensorRT(precision), flavour)
+            try:
+                choose_engine(opened, variant, precision, backend.cuda.sm, backend.version, flavour)
+            except HcmenError as error:
+                unfit.append(one_line(error))
+                continue
+            test = golden_test(opened, variant, backend.open(opened, variant))
+            if not test.passed:
+                raise CheckFailed(f"{what}; the golden set fails for '{variant}' in {precision}")
+            fitting.append(f"{variant} {precision}")
+    except CorruptFileError as error:
+        return Row("engines", FAILED, one_line(error), f"{_COMPILE}, with --force")
+    except HcmenError as error:
+        return Row("engines", FAILED, one_line(error), f"{_COMPILE} again")
+    if unfit:
+        return Row("engines", FAILED, f"{what}; {len(unfit)} of {len(pairs)} do not fit: {unfit[0]}", _COMPILE)
+    return Row("engines", OK, f"{what}; golden set passed for {', '.join(fitting)}")

@@ -1,0 +1,345 @@
+"""`hcmen-run`: scores clips with an exported bundle, and checks the bundle against the eager model."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hcmen.base.console import Command, Console, command, one_line
+from hcmen.base.errors import CheckFailed, HcmenError, InputError
+from hcmen.base.modalities import MODALITIES, variant_named
+from hcmen.runtime.commands.model import model_options, opened_model
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hcmen.base.bundle import Bundle
+    from hcmen.base.clip import Clip
+    from hcmen.runtime.compare import Comparison
+    from hcmen.runtime.golden import SelfTest
+    from hcmen.runtime.predictor import ClipLike, Predictor, Result
+
+__all__ = ["main"]
+
+_EPILOG = (
+    "A clip is an .npz file with float arrays text, audio, vision, each [time, features], whichever are there. "
+    "A clip that cannot be used gets an error line and the others are still scored; the exit code then tells of it. "
+    "Exit codes: 0 ok, 1 a check failed, 2 bad input, 3 a backend is missing, 5 a corrupt or unsafe file."
+)
+
+
+class _Run(Command):
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *more: Any, **extra: Any) -> Any:
+        """As ever; with `--follow FOLDER`, which was an option of this command, it is hcmen-follow."""
+        words = list(sys.argv[1:] if args is None else args)
+        options = words[: words.index("--")] if "--" in words else words
+        place = next((i for i, word in enumerate(options) if re.match("--follow(=|$)", word)), None)
+        if place is None:
+            return super().main(words, prog_name, *more, **extra)
+        from hcmen.runtime.commands.follow import main as follow
+
+        Console().warn("hcmen-run --follow FOLDER goes away in the next version: use hcmen-follow FOLDER")
+        words[place : place + 1] = words[place].split("=", 1)[1:]
+        return follow.main(words, "hcmen-follow", *more, **extra)
+
+
+@command("hcmen-run", epilog=_EPILOG, kind=_Run)
+@click.argument("clips", nargs=-1, metavar="[CLIP.npz | FOLDER]...")
+@click.option(
+    "--text",
+    "words",
+    metavar="WORDS",
+    help="What is said, in raw words, for a bundle with a text encoder; alone, or with the audio and vision of a clip.",
+)
+@click.option(
+    "--variant",
+    default="auto",
+    show_default=True,
+    help="Which graph: auto takes the one for exactly what each clip carries. With --self-test: which one to test.",
+)
+@model_options
+@click.option("--check", is_flag=True, help="Compare every score with the eager PyTorch model (needs torch).")
+@click.option("--checkpoint", default="build/train", show_default=True, help="The eager model for --check.")
+@click.option(
+    "--self-test", is_flag=True, help="Run the bundle's golden inputs and compare; needs neither clips nor torch."
+)
+def main(
+    console: Console,
+    clips: tuple[str, ...],
+    words: str | None,
+    variant: str,
+    check: bool,
+    checkpoint: str,
+    self_test: bool,
+    **options: Any,
+) -> None:
+    """Scores clips with an exported bundle. A folder stands for the .npz files directly in it, sorted by name."""
+    if not clips and words is None and not self_test:
+        raise InputError(
+            "no clip given, expected .npz files or folders: name some, or test the bundle with --self-test"
+        )
+    if check and not clips and words is None:
+        raise InputError("--check compares scores and no clip was given: name some, or use --self-test")
+    if variant != "auto":
+        variant_named(variant)
+    paths, errors = _expand(clips)
+    model = opened_model(console, **options)
+    checker = _EagerCheck(model.bundle, checkpoint) if check else None
+
+    tests: list[SelfTest] = []
+    if self_test:
+        chosen = model.variants if variant == "auto" else (variant,)
+        with console.progress("self-test", len(chosen), "variants") as bar:
+            for test in model.self_test(chosen):
+                tests.append(test)
+                bar.advance()
+    items: list[ClipLike] = list(paths)
+    if words is not None:
+        items, paths = [_with_words(console, model, words, paths)], paths or ["--text"]
+    results: list[tuple[int, Result]] = []
+    with console.progress("scoring", len(items), "clips") as bar:
+        observe = checker.observe if checker else None
+        for i, outcome in enumerate(model.outcomes(items, variant=variant, observe=observe)):
+            if isinstance(outcome, HcmenError):
+                errors.append((paths[i], outcome))
+            else:
+                results.append((i, outcome))
+            bar.advance()
+
+    checks = checker.reports(model) if checker else {}
+    eager = {i: checker.scores[i] for i, _ in results} if checker else {}
+    _emit(console, model, results, eager, errors, tests, checks)
+    _mention(console, [result for _, result in results])
+    _finish(console, errors, tests, checks)
+
+
+def _expand(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, HcmenError]]]:
+    """The clip files that the arguments stand for, and the arguments that stand for none."""
+    paths: list[str] = []
+    errors: list[tuple[str, HcmenError]] = []
+    for argument in arguments:
+        if not os.path.isdir(argument):
+            paths.append(argument)
+            continue
+        try:
+            found = sorted(e.path for e in os.scandir(argument) if e.name.endswith(".npz") and not e.is_dir())
+        except OSError as error:
+            reason = (error.strerror or "cannot be read").lower()
+            errors.append((argument, InputError(f"{argument}: {reason}: check its owner and permissions")))
+            continue
+        if not found:
+            errors.append(
+                (argument, InputError(f"{argument}: no .npz file in this folder: give clips, or their folder"))
+            )
+        paths += found
+    return paths, errors
+
+
+def _with_words(console: Console, model: Predictor, words: str, paths: Sequence[str]) -> Clip:
+    """The clip named, or an empty one, with `words` for its text."""
+    from dataclasses import replace
+
+    from hcmen.base.clip import Clip, read_clip
+
+    if len(paths) > 1:
+        raise InputError(f"--text and {len(paths)} clips were given, expected one clip at most: what is said in which?")
+    tokens, dropped = model.encode(words)
+    if dropped:
+        console.note(f"note: the text is {dropped} tokens too long for the model, its end was cut")
+    if not paths:
+        return Clip("--text", {}, text_tokens=tokens)
+    clip = read_clip(paths[0], model.inputs, model.clean)
+    if clip.text_tokens is not None:
+        console.note(f"note: {paths[0]}: its own text is replaced by that of --text")
+    ignored = tuple(key for key in clip.ignored if key != "text")
+    return replace(clip, text_tokens=tokens, ignored=ignored)
+
+
+class _EagerCheck:
+    """Compares every run of a graph with the eager model of a checkpoint, batch by batch."""
+
+    def __init__(self, bundle: Bundle, checkpoint: str):
+        from importlib.util import find_spec
+
+        from hcmen.base.errors import BackendError
+
+        self.checkpoint = Path(checkpoint)
+        if not self.checkpoint.is_dir():
+            raise InputError(
+                f"{checkpoint}: no such checkpoint folder, expected what hcmen-train wrote: "
+                "name it with --checkpoint, or use --self-test, which needs none"
+            )
+        if find_spec("torch") is None:
+            raise BackendError(
+                "torch is not installed, and --check runs the eager model: pip install 'hcmen[train]', "
+                "or use --self-test, which needs none"
+            )
+        weights = self.checkpoint / "checkpoint.safetensors"
+        wanted = bundle.manifest.source.get("checkpoint_sha256")
+        if weights.is_file() and wanted is not None and _sha256(weights) != wanted:
+            raise InputError(
+                f"{weights}: not the checkpoint that {bundle.path} was exported from: "
+                "export it again, or name the right one with --checkpoint"
+            )
+        self.scores: dict[int, float] = {}
+        """Place among the clips -> the eager model's score."""
+        self._got: dict[str, dict[str, list[np.ndarray[Any, Any]]]] = {}
+        self._expected: dict[str, dict[str, list[np.ndarray[Any, Any]]]] = {}
+
+    def observe(self, variant: str, places: Sequence[int], inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
+        """Runs the eager model on what a graph just ran on."""
+        # By name, since this is the one line of the runtime that reaches for the part with torch in it.
+        parity = importlib.import_module("hcmen.export.parity")
+        expected = parity.eager_outputs(self.checkpoint, variant, inputs)
+        self.scores.update(zip(places, expected["score"].tolist(), strict=True))
+        for store, values in ((self._got, outputs), (self._expected, expected)):
+            for name, value in values.items():
+                store.setdefault(variant, {}).setdefault(name, []).append(value)
+
+    def reports(self, model: Predictor) -> dict[str, dict[str, Comparison]]:
+        """variant -> output -> comparison, over all that was run, within the bound of what `model` runs."""
+        import numpy as np
+
+        from hcmen.runtime.compare import compare
+
+        return {
+            variant: {
+                name: compare(
+                    np.concatenate(got), np.concatenate(self._expected[variant][name]), *model.tolerance(variant)
+                )
+                for name, got in outputs.items()
+            }
+            for variant, outputs in self._got.items()
+        }
+
+
+def _sha256(path: Path) -> str:
+    from hcmen.base.bundle import file_record
+
+    return file_record(path, path.parent).sha256
+
+
+def _emit(
+    console: Console,
+    model: Predictor,
+    results: Sequence[tuple[int, Result]],
+    eager: Mapping[int, float],
+    errors: Sequence[tuple[str, HcmenError]],
+    tests: Sequence[SelfTest],
+    checks: Mapping[str, Mapping[str, Comparison]],
+) -> None:
+    data: dict[str, Any] = {
+        "bundle": str(model.bundle.path),
+        "backend": {"name": model.backend.name, "version": model.backend.version, "threads": model.backend.threads},
+        "results": [_result_json(r, eager.get(i)) for i, r in results],
+        "errors": [{"clip": name, "error": one_line(e), "exit_code": e.exit_code} for name, e in errors],
+    }
+    blocks = []
+    if results:
+        blocks.append(_table(_result_rows(results, eager)))
+    if checks:
+        data["check"] = {
+            v: {
+                "passed": all(c.passed for c in outputs.values()),
+                "outputs": {n: c.to_json() for n, c in outputs.items()},
+            }
+            for v, outputs in checks.items()
+        }
+        blocks.append("\n".join(_report_lines("check against the eager model", checks)))
+    if tests:
+        data["self_test"] = {
+            t.variant: {
+                "passed": t.passed,
+                "cases": t.cases,
+                "outputs": {n: c.to_json() for n, c in t.outputs.items()},
+            }
+            for t in tests
+        }
+        blocks.append("\n".join(_report_lines("self-test", {t.variant: t.outputs for t in tests})))
+    if blocks or console.format == "json":
+        console.emit(data, "\n\n".join(blocks))
+
+
+def _result_json(result: Result, eager_score: float | None) -> dict[str, Any]:
+    return {
+        "clip": result.name,
+        "variant": result.variant,
+        "score": result.score,
+        **({} if eager_score is None else {"eager_score": eager_score}),
+        "modality_weights": dict(result.modality_weights),
+        "backend": result.backend,
+        "kernels": result.kernels,
+        "ignored": list(result.ignored),
+        "cleaned": dict(result.cleaned),
+        "latency_ms": round(result.run_seconds * 1e3, 4),
+        "batch_size": result.batch_size,
+    }
+
+
+def _result_rows(results: Sequence[tuple[int, Result]], eager: Mapping[int, float]) -> Iterator[tuple[str, ...]]:
+    yield ("clip", "variant", "score", *(["eager"] if eager else []), *(f"{m:>6}" for m in MODALITIES), "latency")
+    for i, r in results:
+        weights = (f"{r.modality_weights[m]:6.0%}" if r.modality_weights[m] else f"{'-':>6}" for m in MODALITIES)
+        batch = f", batch of {r.batch_size}" if r.batch_size > 1 else ""
+        scores = [f"{score:+.4f}" for score in ([r.score, eager[i]] if eager else [r.score])]
+        yield (one_line(r.name), r.variant, *scores, *weights, f"{r.run_seconds * 1e3:.1f} ms{batch}")
+
+
+def _table(rows: Iterator[tuple[str, ...]]) -> str:
+    lines = list(rows)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([text[0], "-" * max(len(t) for t in text), *text[1:]])
+
+
+def _report_lines(title: str, reports: Mapping[str, Mapping[str, Comparison]]) -> list[str]:
+    passed = sum(all(c.passed for c in outputs.values()) for outputs in reports.values())
+    lines = [f"{title}: {passed} of {len(reports)} variants passed"]
+    for variant, outputs in reports.items():
+        lines += [f"  {variant:<15} {name:<17} {comparison.line()}" for name, comparison in outputs.items()]
+    return lines
+
+
+def _mention(console: Console, results: Sequence[Result]) -> None:
+    """Notes what was left out, and what was mended, once per kind."""
+    ignored: dict[tuple[tuple[str, ...], str], list[str]] = {}
+    for r in results:
+        if r.ignored:
+            ignored.setdefault((r.ignored, r.variant), []).append(r.name)
+    for (keys, variant), names in ignored.items():
+        more = f" and {len(names) - 1} more clips" if len(names) > 1 else ""
+        console.note(f"note: {names[0]}{more}: variant '{variant}' ignores {' and '.join(keys)}, which the clip has")
+    cleaned = [(r.name, sum(r.cleaned.values())) for r in results if r.cleaned]
+    if cleaned:
+        more = f" and {len(cleaned) - 1} more clips" if len(cleaned) > 1 else ""
+        total = sum(count for _, count in cleaned)
+        console.note(f"note: {cleaned[0][0]}{more}: {total} NaN or infinite values were set to zero")
+
+
+def _finish(
+    console: Console,
+    errors: Sequence[tuple[str, HcmenError]],
+    tests: Sequence[SelfTest],
+    checks: Mapping[str, Mapping[str, Comparison]],
+) -> None:
+    """One line per thing that went wrong; the exit code is that of the gravest (5, then 3, 2, 1)."""
+    problems: list[HcmenError] = [error for _, error in errors]
+    for what, reports in (("self-test", {t.variant: t.outputs for t in tests}), ("check", checks)):
+        failed = [v for v, outputs in reports.items() if not all(c.passed for c in outputs.values())]
+        if failed:
+            name, worst = next((n, c) for n, c in reports[failed[0]].items() if not c.passed)
+            problems.append(
+                CheckFailed(f"{what} failed for {', '.join(failed)}: {name} of '{failed[0]}' {worst.line()}")
+            )
+    if not problems:
+        return
+    for problem in problems:
+        console.error(problem)
+    raise click.exceptions.Exit(max(p.exit_code for p in problems))

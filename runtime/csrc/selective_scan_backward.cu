@@ -1,0 +1,830 @@
+// The gradients of the selective scan on a CUDA device. The arithmetic is in scan_step.h; here it is shared out.
+//
+// A warp takes 32 channels and 16 states. A lane holds four channels of four states each: lanes 4 q to 4 q + 3, a quad,
+// share four channels, lane & 3 tells which states. What belongs to a channel alone (step sizes, gates, their slopes)
+// is done by the lane of the channel's number. Channels beyond are other warps, more than 16 states other blocks, whose
+// du, ddelta and dz are added up afterwards.
+//
+// Steps are taken in tiles of kTile, and tiles in chunks, one chunk to a block. Three launches:
+//
+//   ends     walks each chunk forward and keeps the states before every tile. Where there are several chunks it starts
+//            from zero states, and finds besides what a chunk makes of them and which gradient its outputs alone give
+//            the states before it
+//   carries  where there are several chunks: walks over them, forward for the states that each starts from, backward
+//            for the gradient of the states that it ends with
+//   main     takes the tiles of a chunk from the last to the first. Of a tile it recomputes the states, kSub steps at a
+//            time, in registers, and then goes back over these steps
+//
+// A last launch adds up: gradients of B and C over the blocks of channels, those of A, D and delta_bias over sequences
+// and chunks. Every sum has one order. Sequences are taken in portions that keep the workspace small.
+//
+// What lies past an end (of time, channels, states) is taken as zero: a step of size zero leaves every state and every
+// gradient as it was.
+#include "selective_scan_cuda.h"
+
+namespace hcmen {
+namespace cuda {
+namespace {
+
+constexpr int kSide = 4;                       // channels, and states, of a lane
+constexpr int kChannels = 32, kStates = 16;    // of a warp
+constexpr int kCells = kChannels * kStates;    // as [channel of a lane][lane][state of a lane]
+constexpr int kSub = 4;                        // steps whose states are in registers
+constexpr int kTile = 2 * kSub;
+constexpr int kRows = kTile * kWarp;           // one number of each channel and step of a tile
+constexpr int kMostWarps = 4;                  // of a block
+constexpr int kParameters = kCells + 2 * kChannels;  // gradients of A, D and delta_bias that a warp has
+
+// Rows of a warp in shared memory.
+enum { kU, kD, kInputRows, kS = kInputRows, kSlope, kGate, kSeriesRows };
+
+// --- plans ----------------------------------------------------------------------------------------------------------
+
+// Warps that a device shall have to do, where a sequence must be cut for it: three blocks on each of 132
+// multiprocessors. Fewer, and they run short; a few more, and most wait for the last.
+constexpr int64_t kEnoughWarps = 132 * 12;
+constexpr int64_t kLeastChunk = 2;  // tiles
+// Floats of states before tiles that are kept at once, unless a single sequence takes more.
+constexpr double kMostStarts = 1 << 30;
+
+struct BackwardPlan {
+  int warps;  // of a block, side by side over channels
+  int64_t channel_blocks, state_blocks, columns;  // of a group; of a channel; warps that a sequence takes
+  int64_t tiles, chunk_tiles, chunks;
+  int64_t portion;  // sequences that are under way together
+
+  int64_t blocks(int64_t group) const { return group * channel_blocks * state_blocks * chunks; }  // of a sequence
+};
+
+int plan_backward(const hcmen_scan& s, const hcmen_cuda_launch* wish, BackwardPlan* plan) {
+  const int64_t group_channels = s.channel / s.group;
+  const int64_t wished = wish ? wish->steps_per_chunk : 0;
+  if (wished < -1) return HCMEN_BAD_ARGUMENT;
+  BackwardPlan p{};
+  p.warps = kMostWarps;
+  while (p.warps > 1 && p.warps / 2 * kChannels >= group_channels) p.warps /= 2;
+  p.channel_blocks = ceil_div(group_channels, p.warps * kChannels);
+  p.state_blocks = ceil_div(s.state, kStates);
+  p.columns = s.group * p.channel_blocks * p.warps * p.state_blocks;
+  p.tiles = ceil_div(s.time, kTile);
+  // Past these no device has the memory; below them no product overflows.
+  const double warps = (double)s.batch * (double)p.columns, starts = (double)p.tiles * (double)p.columns * kCells;
+  if (warps * (double)p.tiles > 1e15 || (double)p.columns > (double)kMostBlocks) return HCMEN_BAD_ARGUMENT;
+
+  p.chunk_tiles = p.tiles;
+  if (wished > 0) {
+    p.chunk_tiles = wished < s.time ? ceil_div(wished, kTile) : p.tiles;
+  } else if (wished == 0 && warps < (double)kEnoughWarps && p.tiles > 1) {
+    const int64_t have = (int64_t)warps;
+    int64_t chunks = kEnoughWarps / have;
+    if (chunks < 4) chunks = ceil_div(2 * kEnoughWarps, have);
+    p.chunk_tiles = ceil_div(p.tiles, chunks);
+    if (p.chunk_tiles < kLeastChunk) p.chunk_tiles = p.tiles < 2 * kLeastChunk ? 1 : kLeastChunk;
+  }
+  p.chunks = ceil_div(p.tiles, p.chunk_tiles);
+
+  const double blocks = (double)s.group * (double)p.channel_blocks * (double)p.state_blocks * (double)p.chunks;
+  if (blocks > (double)kMostBlocks) return HCMEN_BAD_ARGUMENT;
+  double most = kMostStarts / starts;
+  if (most > (double)kMostBlocks / blocks) most = (double)kMostBlocks / blocks;
+  p.portion = most < 1.0 ? 1 : most > (double)s.batch ? s.batch : (int64_t)most;
+  // Portions of equal size.
+  p.portion = ceil_div(s.batch, ceil_div(s.batch, p.portion));
+  *plan = p;
+  return HCMEN_OK;
+}
+
+struct BackwardArguments {
+  hcmen_scan s;       // of a portion
+  hcmen_scan_grad g;  // of a portion; du, ddelta and dz may be those of the first state block, in the workspace
+  int warps, channel_blocks, state_blocks, tiles, chunk_tiles, chunks;
+  int64_t columns;
+  float* starts;  // [batch, tiles, columns, kCells]
+  // With several chunks.
+  float* before;  // [batch, tiles, columns, kChannels]: sums of step sizes of a chunk before each of its tiles
+  float* sums;    // [batch, chunks, columns, kChannels]: sums of step sizes of a chunk
+  float* ends;    // [batch, chunks, columns, kCells]: ends of chunks, then the states that they start from
+  float* slopes;  // [batch, chunks, columns, kCells]: gradients that chunks make, then those that they are given
+  float* parts_B;  // [channel_blocks, batch, time, group, state], or dB itself where there is one block
+  float* parts_C;
+  float* parts_parameters;  // [batch, chunks, columns, kParameters]
+};
+
+// --- warps ----------------------------------------------------------------------------------------------------------
+
+// The place of a warp in the arrays, and of its lane.
+struct Spot {
+  int batch, chunk, group, channel_block, state_block;
+  int64_t column;
+  int lane, warp, slice, quad;
+  int64_t channel;  // first of the warp
+  int count;        // channels of the warp that exist
+  int first_state;  // of the lane
+
+  __device__ __forceinline__ bool own() const { return lane < count; }
+  __device__ __forceinline__ int cell() const { return lane * kSide; }
+  // Whether the lane's channel number j and state number i exist.
+  __device__ __forceinline__ bool there(const hcmen_scan& s, int j, int i) const {
+    return quad * kSide + j < count && first_state + i < s.state;
+  }
+  // Where that state lies in [channel, state].
+  __device__ __forceinline__ int64_t state(const hcmen_scan& s, int j, int i) const {
+    return (channel + quad * kSide + j) * s.state + first_state + i;
+  }
+};
+
+__device__ __forceinline__ Spot find_spot(const BackwardArguments& a) {
+  Spot p;
+  p.lane = threadIdx.x % kWarp;
+  p.warp = threadIdx.x / kWarp;
+  p.slice = p.lane % kSide;
+  p.quad = p.lane / kSide;
+  int index = blockIdx.x;
+  p.channel_block = index % a.channel_blocks;
+  index /= a.channel_blocks;
+  p.state_block = index % a.state_blocks;
+  index /= a.state_blocks;
+  p.group = index % (int)a.s.group;
+  index /= (int)a.s.group;
+  p.chunk = index % a.chunks;
+  p.batch = index / a.chunks;
+  const int64_t group_channels = a.s.channel / a.s.group;
+  const int64_t first = ((int64_t)p.channel_block * a.warps + p.warp) * kChannels;
+  const int64_t left = group_channels - first;
+  p.channel = p.group * group_channels + first;
+  p.count = left <= 0 ? 0 : left < kChannels ? (int)left : kChannels;
+  p.first_state = p.state_block * kStates + p.slice * kSide;
+  p.column = (((int64_t)p.group * a.channel_blocks + p.channel_block) * a.warps + p.warp) * a.state_blocks + p.state_block;
+  return p;
+}
+
+// A walk through time in series and projections: element offsets of the step scanned first, and from one step to the
+// next.
+struct Walk {
+  int64_t series, series_step, projection, projection_step;
+};
+
+__device__ __forceinline__ Walk find_walk(const hcmen_scan& s, const Spot& at) {
+  const int64_t place = at.batch * s.time + (s.reverse ? s.time - 1 : 0);
+  Walk w;
+  w.series = place * s.channel + at.channel + at.lane;
+  w.series_step = s.reverse ? -s.channel : s.channel;
+  w.projection = (place * s.group + at.group) * s.state;
+  w.projection_step = s.reverse ? -s.group * s.state : s.group * s.state;
+  return w;
+}
+
+using Cells = float[kSide][kSide];
+
+__device__ __forceinline__ void load_cells(const float* from, Cells& to) {
+#pragma unroll
+  for (int j = 0; j < kSide; ++j) load<4>(from + j * kWarp * kSide, to[j]);
+}
+
+__device__ __forceinline__ void store_cells(const Cells& from, float* to) {
+#pragma unroll
+  for (int j = 0; j < kSide; ++j) store<4>(from[j], to + j * kWarp * kSide);
+}
+
+__device__ __forceinline__ void load_rates(const hcmen_scan& s, const Spot& at, Cells& rate) {
+#pragma unroll
+  for (int j = 0; j < kSide; ++j) {
+#pragma unroll
+    for (int i = 0; i < kSide; ++i) {
+      rate[j][i] = at.there(s, j, i) ? s.A[at.state(s, j, i)] * step::kLog2e : 0.0f;
+    }
+  }
+}
+
+// States, or gradients of them, as the caller has them: [batch, channel, state], or null for zeros.
+__device__ __forceinline__ void load_states(const hcmen_scan& s, const Spot& at, const float* from, Cells& to) {
+#pragma unroll
+  for (int j = 0; j < kSide; ++j) {
+#pragma unroll
+    for (int i = 0; i < kSide; ++i) {
+      to[j][i] = from && at.there(s, j, i) ? from[at.batch * s.channel * s.state + at.state(s, j, i)] : 0.0f;
+    }
+  }
+}
+
+// The rows of a tile that begins with step `first` and has `steps` steps into `rows` and `row_BC`: u, the step size and,
+// if kAll, the gradient of the output before the gate, the slope of the step size, and the gradient of z but for the
+// output; B, and if kAll C. With `summed`, the lane's step sizes are added to it. Every lane writes what is its
+// channel's, and reads nothing else.
+template <bool kAll, bool kSlopes>
+__device__ __forceinline__ void stage_tile(const hcmen_scan& s, const float* dy, const Spot& at, const Walk& walk,
+                                           int64_t first, int steps, float bias, float* rows, float* row_BC,
+                                           float* summed) {
+  const float* const u = static_cast<const float*>(s.u);
+  const float* const delta = static_cast<const float*>(s.delta);
+  const float* const z = static_cast<const float*>(s.z);
+  const bool second = at.lane >= kStates;  // half of a row of B and C
+  const int n = at.state_block * kStates + at.lane % kStates;
+  const float* const projection = static_cast<const float*>(second ? s.C : s.B);
+  const bool there = n < s.state && (kAll || !second);
+  const int64_t series = walk.series + first * walk.series_step;
+  const int64_t place = walk.projection + first * walk.projection_step + n;
+  float* const mine = rows + at.lane;
+#pragma unroll
+  for (int k = 0; k < kTile; ++k) {
+    const bool live = k < steps && at.own();
+    const int64_t element = series + k * walk.series_step;
+    mine[kU * kRows + k * kWarp] = live ? u[element] : 0.0f;
+    mine[kD * kRows + k * kWarp] = live ? delta[element] : 0.0f;
+    if (kAll) mine[kS * kRows + k * kWarp] = live ? dy[element] : 0.0f;
+    if (kAll) mine[kGate * kRows + k * kWarp] = live && z ? z[element] : 0.0f;
+    row_BC[k * kWarp + at.lane] = k < steps && there ? projection[place + k * walk.projection_step] : 0.0f;
+  }
+  for (int k = 0; k < steps; ++k) {
+    const step::StepSize d = step::step_size_and_slope(mine[kD * kRows + k * kWarp], bias, s.delta_softplus);
+    mine[kD * kRows + k * kWarp] = d.size;
+    if (kSlopes) mine[kSlope * kRows + k * kWarp] = d.slope;
+    if (summed) *summed += d.size;
+    if (kAll && z) {
+      const step::Gate gate = step::gate(mine[kGate * kRows + k * kWarp]);
+      const float out = mine[kS * kRows + k * kWarp];
+      mine[kS * kRows + k * kWarp] = out * gate.value;
+      if (kSlopes) mine[kGate * kRows + k * kWarp] = out * gate.slope;
+    }
+  }
+}
+
+// The states after step k of a tile from those before it.
+__device__ __forceinline__ void advance_cells(const float* rows, const float* row_BC, const Spot& at, int k,
+                                              const Cells& rate, Cells& h) {
+  float d[kSide], u[kSide], B[kSide];
+  load<4>(rows + kD * kRows + k * kWarp + at.quad * kSide, d);
+  load<4>(rows + kU * kRows + k * kWarp + at.quad * kSide, u);
+  load<4>(row_BC + k * kWarp + at.slice * kSide, B);
+#pragma unroll
+  for (int j = 0; j < kSide; ++j) {
+    const float input = d[j] * u[j];
+#pragma unroll
+    for (int i = 0; i < kSide; ++i) h[j][i] = step::advance(h[j][i], d[j], rate[j][i], input, B[i]);
+  }
+}
+
+// Of sums over the lanes of a quad of four values: the one whose number is the lane's slice.
+__device__ __forceinline__ float sum_of_quad(const float (&values)[kSide], int slice) {
+  const bool second = slice & 2, odd = slice & 1;
+  float low = second ? values[2] : values[0], high = second ? values[3] : values[1];
+  low += __shfl_xor_sync(kAllLanes, second ? values[0] : values[2], 2);
+  high += __shfl_xor_sync(kAllLanes, second ? values[1] : values[3], 2);
+  return (odd ? high : low) + __shfl_xor_sync(kAllLanes, odd ? low : high, 1);
+}
+
+// Of sums over quads of four values of each slice: the one whose number is quad / 2.
+__device__ __forceinline__ float sum_over_quads(const float (&values)[kSide], int quad) {
+  const bool second = quad & 4, odd = quad & 2;
+  float low = second ? values[2] : values[0], high = second ? values[3] : values[1];
+  low += __shfl_xor_sync(kAllLanes, second ? values[0] : values[2], 16);
+  high += __shfl_xor_sync(kAllLanes, second ? values[1] : values[3], 16);
+  const float sum = (odd ? high : low) + __shfl_xor_sync(kAllLanes, odd ? low : high, 8);
+  return sum + __shfl_xor_sync(kAllLanes, sum, 4);
+}
+
+// --- ends of chunks -------------------------------------------------------------------------------------------------
+
+template <bool kCut>
+__global__ void __launch_bounds__(kMostWarps * kWarp) scan_backward_ends_kernel(const BackwardArguments a) {
+  const hcmen_scan& s = a.s;
+  const Spot at = find_spot(a);
+  const Walk walk = find_walk(s, at);
+  constexpr int kKept = kCut ? (int)kSeriesRows : (int)kInputRows;
+  float* const rows = shared_memory() + at.warp * (kKept + 1) * kRows;
+  float* const row_BC = rows + kKept * kRows;
+  const float bias = at.own() ? s.delta_bias[at.channel + at.lane] : 0.0f;
+
+  Cells rate, h, decay, slope;
+  load_rates(s, at, rate);
+  load_states(s, at, kCut ? nullptr : s.initial_state, h);
+#pragma unroll
+  for (int j = 0; j < kSide; ++j) {
+#pragma unroll
+    for (int i = 0; i < kSide; ++i) {
+      decay[j][i] = 1.0f;
+      slope[j][i] = 0.0f;
+    }
+  }
+  float sum = 0.0f;
+
+  const int begin = at.chunk * a.chunk_tiles;
+  const int end = begin + a.chunk_tiles < a.tiles ? begin + a.chunk_tiles : a.tiles;
+  for (int tile = begin; tile < end; ++tile) {
+    const int64_t kept = ((int64_t)at.batch * a.tiles + tile) * a.columns + at.column;
+    store_cells(h, a.starts + kept * kCells + at.cell());
+    if (kCut) a.before[kept * kChannels + at.lane] = sum;
+    if (!kCut && tile == end - 1) return;  // what comes out of the last tile is not asked for
+
+    const int64_t first = (int64_t)tile * kTile;
+    const int steps = (int)(s.time - first < kTile ? s.time - first : kTile);
+    __syncwarp();
+    stage_tile<kCut, false>(s, a.g.dy, at, walk, first, steps, bias, rows, row_BC, kCut ? &sum : nullptr);
+    __syncwarp();
+#pragma unroll 2
+    for (int k = 0; k < steps; ++k) {
+      if (!kCut) {
+        advance_cells(rows, row_BC, at, k, rate, h);
+        continue;
+      }
+      float d[kSide], u[kSide], out[kSide], B[kSide], C[kSide];
+      load<4>(rows + kD * kRows + k * kWarp + at.quad * kSide, d);
+      load<4>(rows + kU * kRows + k * kWarp + at.quad * kSide, u);
+      load<4>(rows + kS * kRows + k * kWarp + at.quad * kSide, out);
+      load<4>(row_BC + k * kWarp + at.slice * kSide, B);
+      load<4>(row_BC + k * kWarp + kStates + at.slice * kSide, C);
+#pragma unroll
+      for (int j = 0; j < kSide; ++j) {
+        const float input = d[j] * u[j];
+#pragma unroll
+        for (int i = 0; i < kSide; ++i) {
+          const float now = step::power_of_two(d[j] * rate[j][i]);
+          h[j][i] = fmaf(now, h[j][i], input * B[i]);
+          decay[j][i] *= now;
+          slope[j][i] = fmaf(decay[j][i], C[i] * out[j], slope[j][i]);
+        }
+      }
+    }
+  }
+  if (kCut) {
+    const int64_t kept = ((int64_t)at.batch * a.chunks + at.chunk) * a.columns + at.column;
+    store_cells(h, a.ends + kept * kCells + at.cell());
+    store_cells(slope, a.slopes + kept * kCells + at.cell());
+    a.sums[kept * kChannels + at.lane] = sum;
+  }
+}
+
+// --- carries --------------------------------------------------------------------------------------------------------
+
+constexpr int kCarryThreads = 128;
+
+// One thread for each (direction, batch, column, cell): the states that chunks start from, or the gradients of those
+// that they end with.
+__global__ void __launch_bounds__(kCarryThreads) scan_backward_carries_kernel(const BackwardArguments a) {
+  const hcmen_scan& s = a.s;
+  constexpr int kCellBlocks = kCells / kCarryThreads;
+  int64_t index = blockIdx.x / kCellBlocks;
+  const int cell = blockIdx.x % kCellBlocks * kCarryThreads + threadIdx.x;
+  const int64_t column = index % a.columns;
+  index /= a.columns;
+  const int64_t batch = index % s.batch;
+  const bool backward = index >= s.batch;
+
+  // As in find_spot.
+  const int lane = cell / kSide % kWarp;
+  const int within = lane / kSide * kSide + cell / (kSide * kWarp);
+  const int64_t n = column % a.state_blocks * kStates + lane % kSide * kSide + cell % kSide;
+  const int64_t warps = (int64_t)a.channel_blocks * a.warps, warp = column / a.state_blocks;
+  const int64_t group_channels = s.channel / s.group;
+  const int64_t in_group = warp % warps * kChannels + within, channel = warp / warps * group_channels + in_group;
+  if (in_group >= group_channels || n >= s.state) {
+    // Nobody looks at these, but they take part in sums, times zero.
+    float* const carried = backward ? a.slopes : a.ends;
+    for (int chunk = 0; chunk < a.chunks; ++chunk) {
+      carried[((batch * a.chunks + chunk) * a.columns + column) * kCells + cell] = 0.0f;
+    }
+    return;
+  }
+  const float rate = s.A[channel * s.state + n] * step::kLog2e;
+  const float* const given = backward ? a.g.dlast_state : s.initial_state;
+  float state = given ? given[(batch * s.channel + channel) * s.state + n] : 0.0f;
+
+  const int64_t first = (batch * a.chunks + (backward ? a.chunks - 1 : 0)) * a.columns + column;
+  const int64_t apart = backward ? -a.columns : a.columns;
+  float* carried = (backward ? a.slopes : a.ends) + first * kCells + cell;
+  const float* sums = a.sums + first * kChannels + within;
+  for (int chunk = 0; chunk < a.chunks; chunk += 8) {
+    // Loads of eight chunks are under way together.
+    float end[8], sum[8];
+#pragma unroll
+    for (int q = 0; q < 8; ++q) {
+      const bool there = chunk + q < a.chunks;
+      end[q] = there ? carried[q * apart * kCells] : 0.0f;
+      sum[q] = there ? sums[q * apart * kChannels] : 0.0f;
+    }
+#pragma unroll
+    for (int q = 0; q < 8; ++q) {
+      if (chunk + q < a.chunks) carried[q * apart * kCells] = state;
+      state = step::after({sum[q], end[q]}, rate, state);
+    }
+    carried += 8 * apart * kCells;
+    sums += 8 * apart * kChannels;
+  }
+}
+
+// --- the main pass --------------------------------------------------------------------------------------------------
+
+constexpr int kMainRows = (kSeriesRows + 3) * kRows + (kTile / kSub - 1) * kCells;  // floats of a warp
+
+__global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(const BackwardArguments a) {
+  const hcmen_scan& s = a.s;
+  const hcmen_scan_grad& g = a.g;
+  const Spot at = find_spot(a);
+  const Walk walk = find_walk(s, at);
+  float* const rows = shared_memory() + at.warp * kMainRows;
+  float* const row_BC = rows + kSeriesRows * kRows;
+  float* const kept_states = row_BC + 3 * kRows + at.cell();  // behind two sets of rows of dB and dC
+
+  const bool whole = at.state_block == 0;  // what no state is in is added by these blocks
+  const float bias = at.own() ? s.delta_bias[at.channel + at.lane] : 0.0f;
+  const float D = at.own() && whole ? s.D[at.channel + at.lane] : 0.0f;
+  const int64_t series_size = s.batch * s.time * s.channel;
+  float* const du = g.du + at.state_block * series_size;
+  float* const ddelta = g.ddelta + at.state_block * series_size;
+  float* const dz = g.dz ? g.dz + at.state_block * series_size : nullptr;
+  const int64_t projections = s.batch * s.time * s.group * s.state;
+
+  Cells rate, gradient, dA;
+  load_rates(s, at, rate);
+  const int64_t chunk = ((int64_t)at.batch * a.chunks + at.chunk) * a.columns + at.column;
+  if (a.chunks > 1) {
+    load_cells(a.slopes + chunk * kCells + at.cell(), gradient);
+  } else {
+    load_states(s, at, g.dlast_state, gradient);
+  }
+#pragma unroll
+  for (int j = 0; j < kSide; ++j) {
+#pragma unroll
+    for (int i = 0; i < kSide; ++i) dA[j][i] = 0.0f;
+  }
+  float dD = 0.0f, dbias = 0.0f;
+
+  const int begin = at.chunk * a.chunk_tiles;
+  const int end = begin + a.chunk_tiles < a.tiles ? begin + a.chunk_tiles : a.tiles;
+  for (int tile = end - 1; tile >= begin; --tile) {
+    const int64_t first = (int64_t)tile * kTile;
+    const int steps = (int)(s.time - first < kTile ? s.time - first : kTile);
+    float* const row_gradients = row_BC + (1 + (tile & 1)) * kRows;
+    const int64_t series = walk.series + first * walk.series_step;
+
+    __syncwarp();
+    stage_tile<true, true>(s, g.dy, at, walk, first, steps, bias, rows, row_BC, nullptr);
+    Cells h;
+    const int64_t kept = ((int64_t)at.batch * a.tiles + tile) * a.columns + at.column;
+    load_cells(a.starts + kept * kCells + at.cell(), h);
+    if (a.chunks > 1) {
+      Cells carried;
+      float before[kSide];
+      load_cells(a.ends + chunk * kCells + at.cell(), carried);
+      load<4>(a.before + kept * kChannels + at.quad * kSide, before);
+#pragma unroll
+      for (int j = 0; j < kSide; ++j) {
+#pragma unroll
+        for (int i = 0; i < kSide; ++i) h[j][i] = step::after({before[j], h[j][i]}, rate[j][i], carried[j][i]);
+      }
+    }
+    __syncwarp();
+
+    const int last = (steps - 1) / kSub;
+    for (int sub = 0; sub < last; ++sub) {
+      store_cells(h, kept_states + sub * kCells);
+#pragma unroll 2
+      for (int q = 0; q < kSub; ++q) advance_cells(rows, row_BC, at, sub * kSub + q, rate, h);
+    }
+    for (int sub = last; sub >= 0; --sub) {
+      if (sub < last) load_cells(kept_states + sub * kCells, h);
+      Cells before[kSub];
+#pragma unroll
+      for (int q = 0; q < kSub; ++q) {
+        const int k = sub * kSub + q;
+        float d[kSide], u[kSide], out[kSide], B[kSide], C[kSide], y[kSide], dC[kSide];
+        load<4>(rows + kD * kRows + k * kWarp + at.quad * kSide, d);
+        load<4>(rows + kU * kRows + k * kWarp + at.quad * kSide, u);
+        load<4>(rows + kS * kRows + k * kWarp + at.quad * kSide, out);
+        load<4>(row_BC + k * kWarp + at.slice * kSide, B);
+        load<4>(row_BC + k * kWarp + kStates + at.slice * kSide, C);
+#pragma unroll
+        for (int j = 0; j < kSide; ++j) y[j] = dC[j] = 0.0f;
+#pragma unroll
+        for (int j = 0; j < kSide; ++j) {
+          const float input = d[j] * u[j];
+#pragma unroll
+          for (int i = 0; i < kSide; ++i) {
+            before[q][j][i] = h[j][i];
+            h[j][i] = step::advance(h[j][i], d[j], rate[j][i], input, B[i]);
+            y[j] = fmaf(C[i], h[j][i], y[j]);
+            dC[i] = fmaf(out[j], h[j][i], dC[i]);
+          }
+        }
+        const float my_dC = sum_over_quads(dC, at.quad);
+        if (at.quad & 1) row_gradients[k * kWarp + kStates + at.slice * kSide + at.quad / 2] = my_dC;
+        if (dz) {
+          const float my_y = sum_of_quad(y, at.slice);
+          const int mine = k * kWarp + at.lane;
+          if (at.own() && k < steps) {
+            dz[series + k * walk.series_step] = rows[kGate * kRows + mine] * fmaf(D, rows[kU * kRows + mine], my_y);
+          }
+        }
+      }
+#pragma unroll
+      for (int q = kSub - 1; q >= 0; --q) {
+        const int k = sub * kSub + q;
+        float d[kSide], u[kSide], out[kSide], B[kSide], C[kSide], through[kSide], decayed[kSide], dB[kSide];
+        load<4>(rows + kD * kRows + k * kWarp + at.quad * kSide, d);
+        load<4>(rows + kU * kRows + k * kWarp + at.quad * kSide, u);
+        load<4>(rows + kS * kRows + k * kWarp + at.quad * kSide, out);
+        load<4>(row_BC + k * kWarp + at.slice * kSide, B);
+        load<4>(row_BC + k * kWarp + kStates + at.slice * kSide, C);
+#pragma unroll
+        for (int j = 0; j < kSide; ++j) through[j] = decayed[j] = dB[j] = 0.0f;
+#pragma unroll
+        for (int j = 0; j < kSide; ++j) {
+          const float input = d[j] * u[j];
+#pragma unroll
+          for (int i = 0; i < kSide; ++i) {
+            step::retreat(before[q][j][i], d[j], input, out[j], rate[j][i], B[i], C[i], gradient[j][i], dA[j][i], dB[i],
+                          through[j], decayed[j]);
+          }
+        }
+        const float my_dB = sum_over_quads(dB, at.quad);
+        if (!(at.quad & 1)) row_gradients[k * kWarp + at.slice * kSide + at.quad / 2] = my_dB;
+        const float my_through = sum_of_quad(through, at.slice), my_decayed = sum_of_quad(decayed, at.slice);
+        if (at.own() && k < steps) {
+          const int mine = k * kWarp + at.lane;
+          const float my_u = rows[kU * kRows + mine], my_out = rows[kS * kRows + mine];
+          const float my_ddelta =
+              rows[kSlope * kRows + mine] * fmaf(step::kLn2, my_decayed, my_u * my_through);
+          du[series + k * walk.series_step] = fmaf(D, my_out, rows[kD * kRows + mine] * my_through);
+          ddelta[series + k * walk.series_step] = my_ddelta;
+          dbias += my_ddelta;
+          dD = fmaf(my_out, my_u, dD);
+        }
+      }
+    }
+
+    // Rows of dB and dC are written again two tiles later, when all threads have been at the barrier between.
+    __syncthreads();
+    for (int i = threadIdx.x; i < steps * kWarp; i += blockDim.x) {
+      const int n = at.state_block * kStates + i % kStates;
+      if (n >= s.state) continue;
+      const float* from = shared_memory() + (row_gradients - rows) + i;
+      float sum = from[0];
+      for (int w = 1; w < a.warps; ++w) sum += from[w * kMainRows];
+      float* const to = i % kWarp < kStates ? a.parts_B : a.parts_C;
+      to[at.channel_block * projections + walk.projection + (first + i / kWarp) * walk.projection_step + n] = sum;
+    }
+  }
+
+  float* const parts = a.parts_parameters + chunk * kParameters;
+  store_cells(dA, parts + at.cell());
+  parts[kCells + at.lane] = dD;
+  parts[kCells + kChannels + at.lane] = dbias;
+  if (g.dinitial_state && at.chunk == 0) {
+#pragma unroll
+    for (int j = 0; j < kSide; ++j) {
+#pragma unroll
+      for (int i = 0; i < kSide; ++i) {
+        if (at.there(s, j, i)) {
+          g.dinitial_state[at.batch * s.channel * s.state + at.state(s, j, i)] = gradient[j][i];
+        }
+      }
+    }
+  }
+}
+
+// --- sums -----------------------------------------------------------------------------------------------------------
+
+constexpr int kSumThreads = 128;
+constexpr int kMostSums = 5;
+
+// Sums of `count` arrays of `size` floats that lie `size` apart.
+struct PlainSum {
+  const float* parts;
+  int64_t count, size;
+  float* to;
+};
+
+struct SumsArguments {
+  PlainSum plain[kMostSums];
+  int plain_count;
+  // Of parameters, over `rows`; 0: not yet.
+  int64_t rows;
+  BackwardArguments all;
+};
+
+__device__ __forceinline__ float sum_up(const float* from, int64_t count, int64_t apart) {
+  float sum = 0.0f;
+#pragma unroll 8
+  for (int64_t i = 0; i < count; ++i) sum += from[i * apart];
+  return sum;
+}
+
+__global__ void __launch_bounds__(kSumThreads) scan_backward_sums_kernel(const SumsArguments a) {
+  int64_t index = (int64_t)blockIdx.x * kSumThreads + threadIdx.x;
+  for (int i = 0; i < a.plain_count; ++i) {
+    const PlainSum& one = a.plain[i];
+    if (index < one.size) {
+      one.to[index] = sum_up(one.parts + index, one.count, one.size);
+      return;
+    }
+    index -= one.size;
+  }
+  const hcmen_scan& s = a.all.s;
+  const int64_t columns = a.all.columns, row = columns * kParameters;
+  if (index >= row || a.rows == 0) return;
+  const int64_t column = index / kParameters, warp = column / a.all.state_blocks;
+  const int number = (int)(index % kParameters), lane = number / kSide % kWarp;
+  const int state_block = (int)(column % a.all.state_blocks);
+  const bool of_A = number < kCells;
+  const int within = of_A ? lane / kSide * kSide + number / (kSide * kWarp) : number % kChannels;
+  const int64_t warps = (int64_t)a.all.channel_blocks * a.all.warps, group_channels = s.channel / s.group;
+  const int64_t in_group = warp % warps * kChannels + within, channel = warp / warps * group_channels + in_group;
+  if (in_group >= group_channels) return;
+  const float* const from = a.all.parts_parameters + index;
+  if (of_A) {
+    const int64_t n = state_block * kStates + lane % kSide * kSide + number % kSide;
+    if (n < s.state) a.all.g.dA[channel * s.state + n] = sum_up(from, a.rows, row);
+  } else if (state_block == 0) {
+    if (number < kCells + kChannels) {
+      a.all.g.dD[channel] = sum_up(from, a.rows, row);
+    } else {
+      // The state blocks of a channel are neighbours.
+      float sum = 0.0f;
+      for (int i = 0; i < a.all.state_blocks; ++i) sum += sum_up(from + i * kParameters, a.rows, row);
+      a.all.g.ddelta_bias[channel] = sum;
+    }
+  }
+}
+
+// --- launches -------------------------------------------------------------------------------------------------------
+
+// Where the arrays of the workspace begin, in floats, and where it ends.
+struct Workspace {
+  int64_t parameters, starts, before, sums, ends, slopes, B, C, series, end;
+};
+
+Workspace share_out(const hcmen_scan& s, const BackwardPlan& p) {
+  Workspace w{};
+  int64_t next = 0;
+  const auto take = [&](int64_t floats) {
+    const int64_t at = next;
+    next += rounded(floats);
+    return at;
+  };
+  const int64_t warps = p.portion * p.columns, projections = p.portion * s.time * s.group * s.state;
+  w.parameters = take(s.batch * p.chunks * p.columns * kParameters);
+  w.starts = take(warps * p.tiles * kCells);
+  if (p.chunks > 1) {
+    w.before = take(warps * p.tiles * kChannels);
+    w.sums = take(warps * p.chunks * kChannels);
+    w.ends = take(warps * p.chunks * kCells);
+    w.slopes = take(warps * p.chunks * kCells);
+  }
+  if (p.channel_blocks > 1) {
+    w.B = take(p.channel_blocks * projections);
+    w.C = take(p.channel_blocks * projections);
+  }
+  if (p.state_blocks > 1) w.series = take(3 * p.state_blocks * p.portion * s.time * s.channel);
+  w.end = next;
+  return w;
+}
+
+// `s` and `g` from sequence number `first` on, `count` of them.
+hcmen_scan portion_of(const hcmen_scan& s, int64_t first, int64_t count) {
+  hcmen_scan out = s;
+  const auto ahead = [&](const void* from, int64_t of_one) -> const float* {
+    return from ? static_cast<const float*>(from) + first * of_one : nullptr;
+  };
+  const int64_t series = s.time * s.channel, projections = s.time * s.group * s.state;
+  out.batch = count;
+  out.u = ahead(s.u, series);
+  out.delta = ahead(s.delta, series);
+  out.z = ahead(s.z, series);
+  out.B = ahead(s.B, projections);
+  out.C = ahead(s.C, projections);
+  out.initial_state = ahead(s.initial_state, s.channel * s.state);
+  out.y = nullptr;
+  out.last_state = nullptr;
+  return out;
+}
+
+hcmen_scan_grad portion_of(const hcmen_scan& s, const hcmen_scan_grad& g, int64_t first) {
+  hcmen_scan_grad out = g;
+  const int64_t series = first * s.time * s.channel, projections = first * s.time * s.group * s.state;
+  const int64_t states = first * s.channel * s.state;
+  out.dy = g.dy + series;
+  out.du = g.du + series;
+  out.ddelta = g.ddelta + series;
+  out.dB = g.dB + projections;
+  out.dC = g.dC + projections;
+  if (g.dz) out.dz = g.dz + series;
+  if (g.dlast_state) out.dlast_state = g.dlast_state + states;
+  if (g.dinitial_state) out.dinitial_state = g.dinitial_state + states;
+  return out;
+}
+
+int launch_sums(const SumsArguments& sums, void* stream) {
+  int64_t size = sums.rows ? sums.all.columns * kParameters : 0;
+  for (int i = 0; i < sums.plain_count; ++i) size += sums.plain[i].size;
+  if (size == 0) return HCMEN_OK;
+  const int64_t blocks = ceil_div(size, kSumThreads);
+  if (blocks > kMostBlocks) return HCMEN_BAD_ARGUMENT;
+  return launch(scan_backward_sums_kernel, blocks, kSumThreads, 0, stream, sums);
+}
+
+int backward(const hcmen_scan& s, const hcmen_scan_grad& g, const BackwardPlan& plan, const hcmen_cuda_launch& with) {
+  float* const memory = static_cast<float*>(with.workspace);
+  const Workspace w = share_out(s, plan);
+  const bool cut = plan.chunks > 1;
+  BackwardArguments a{};
+  a.warps = plan.warps;
+  a.channel_blocks = (int)plan.channel_blocks;
+  a.state_blocks = (int)plan.state_blocks;
+  a.tiles = (int)plan.tiles;
+  a.chunk_tiles = (int)plan.chunk_tiles;
+  a.chunks = (int)plan.chunks;
+  a.columns = plan.columns;
+  a.starts = memory + w.starts;
+  a.before = memory + w.before;
+  a.sums = memory + w.sums;
+  a.ends = memory + w.ends;
+  a.slopes = memory + w.slopes;
+  const int threads = plan.warps * kWarp;
+
+  for (int64_t first = 0; first < s.batch; first += plan.portion) {
+    const int64_t count = s.batch - first < plan.portion ? s.batch - first : plan.portion;
+    a.s = portion_of(s, first, count);
+    const hcmen_scan_grad wanted = portion_of(s, g, first);
+    a.g = wanted;
+    a.parts_parameters = memory + w.parameters + first * plan.chunks * plan.columns * kParameters;
+    const int64_t series = count * s.time * s.channel, projections = count * s.time * s.group * s.state;
+    SumsArguments sums{};
+    const auto add_up = [&](float* parts, int64_t parts_count, int64_t size, float* to) {
+      sums.plain[sums.plain_count++] = {parts, parts_count, size, to};
+      return parts;
+    };
+    a.parts_B = wanted.dB;
+    a.parts_C = wanted.dC;
+    if (plan.channel_blocks > 1) {
+      a.parts_B = add_up(memory + w.B, plan.channel_blocks, projections, wanted.dB);
+      a.parts_C = add_up(memory + w.C, plan.channel_blocks, projections, wanted.dC);
+    }
+    if (plan.state_blocks > 1) {
+      float* const parts = memory + w.series;
+      const int64_t size = plan.state_blocks * series;
+      a.g.du = add_up(parts, plan.state_blocks, series, wanted.du);
+      a.g.ddelta = add_up(parts + size, plan.state_blocks, series, wanted.ddelta);
+      if (g.dz) a.g.dz = add_up(parts + 2 * size, plan.state_blocks, series, wanted.dz);
+    }
+
+    const int64_t blocks = count * plan.blocks(s.group), row_bytes = (int64_t)sizeof(float) * kRows * plan.warps;
+    const int status =
+        cut ? launch(scan_backward_ends_kernel<true>, blocks, threads, (kSeriesRows + 1) * row_bytes, with.stream, a)
+            : launch(scan_backward_ends_kernel<false>, blocks, threads, (kInputRows + 1) * row_bytes, with.stream, a);
+    if (status) return status;
+    if (cut) {
+      const int64_t carries = 2 * count * plan.columns * (kCells / kCarryThreads);
+      if (carries > kMostBlocks) return HCMEN_BAD_ARGUMENT;
+      if (const int failure = launch(scan_backward_carries_kernel, carries, kCarryThreads, 0, with.stream, a)) {
+        return failure;
+      }
+    }
+    const int64_t bytes = (int64_t)sizeof(float) * kMainRows * plan.warps;
+    if (const int failure = launch(scan_backward_kernel, blocks, threads, bytes, with.stream, a)) return failure;
+
+    sums.all = a;
+    if (first + count == s.batch) {
+      sums.rows = s.batch * plan.chunks;
+      sums.all.parts_parameters = memory + w.parameters;
+    }
+    if (const int failure = launch_sums(sums, with.stream)) return failure;
+  }
+  return HCMEN_OK;
+}
+
+}  // namespace
+
+int load_backward_kernels() {
+  return load_kernels(scan_backward_ends_kernel<true>, scan_backward_ends_kernel<false>, scan_backward_carries_kernel,
+                      scan_backward_kernel, scan_backward_sums_kernel);
+}
+
+int backward_workspace(const hcmen_scan& s, const hcmen_cuda_launch* wish, int64_t* floats) {
+  BackwardPlan plan;
+  if (const int status = plan_backward(s, wish, &plan)) return status;
+  *floats = share_out(s, plan).end;
+  return HCMEN_OK;
+}
+
+}  // namespace cuda
+}  // namespace hcmen
+
+extern "C" {
+
+HCMEN_API int hcmen_cuda_selective_scan_backward(const hcmen_scan* scan, const hcmen_scan_grad* grad,
+                                                 const hcmen_cuda_launch* launch) {
+  using namespace hcmen::cuda;
+  if (!scan || !grad || !launch) return HCMEN_BAD_ARGUMENT;
+  if (const int status = check_sizes(*scan, HCMEN_CUDA_BACKWARD_STATES)) return status;
+  if (const int status = check_inputs(*scan)) return status;
+  const hcmen_scan_grad& g = *grad;
+  if (scan->dtype != HCMEN_FLOAT32) return HCMEN_BAD_ARGUMENT;
+  if (!g.dy || !g.du || !g.ddelta || !g.dA || !g.dB || !g.dC || !g.dD || !g.ddelta_bias) return HCMEN_BAD_ARGUMENT;
+  if ((g.dz == nullptr) != (scan->z == nullptr)) return HCMEN_BAD_ARGUMENT;
+  BackwardPlan plan;
+  if (const int status = plan_backward(*scan, launch, &plan)) return status;
+  if (const int status = check_workspace(*launch, share_out(*scan, plan).end)) return status;
+  return backward(*scan, g, plan, *launch);
+}
+
+}  // extern "C"

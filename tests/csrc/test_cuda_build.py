@@ -1,0 +1,163 @@
+"""The CUDA sources by nvcc, for one architecture: no warning, no spilled register, and a library that loads, exports
+what it should and reports errors on a machine without a GPU. `make cuda-architectures` compiles for all of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from helpers.op_cases import ConvCase, ScanCase, address, conv_structure, scan_arrays, scan_structure
+from helpers.ort_registration import check_registration
+
+from hcmen.base import cuda_library
+from hcmen.base.cuda_library import CudaLaunch, call, cuda_library_path, declare, device_problem, load_cuda_library
+from hcmen.base.errors import BackendError
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHITECTURE = 90
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[f"gpu_{path.stem}"] = module
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+build = _load(ROOT / "tests" / "gpu" / "build.py")
+needs_nvcc = pytest.mark.skipif(build.find_nvcc() is None, reason="there is no nvcc on the path, nor in CUDACXX")
+
+
+@pytest.fixture(scope="module")
+def built():
+    # Kept between runs: nvcc takes half a minute.
+    return build.build(ROOT / "build" / "cuda_test", [ARCHITECTURE])
+
+
+@needs_nvcc
+def test_no_kernel_spills(built):
+    kernels = {k.name: k for k in built[1]}
+    for dtype in ("float", "half"):
+        for states in (4, 8, 12, 16):
+            for mode in (0, 1):
+                kernel = kernels[f"scan_forward_kernel<{dtype}, {states}, {mode}>"]
+                # 512 threads of them fit a multiprocessor.
+                assert (kernel.spill_bytes, kernel.stack_bytes) == (0, 0)
+                assert kernel.registers <= 128
+    assert len(kernels) == 38
+    assert {k.architecture for k in kernels.values()} == {ARCHITECTURE}
+    assert [k.name for k in kernels.values() if k.spill_bytes] == []
+
+
+@needs_nvcc
+def test_only_the_interface_is_exported(built):
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("nm (binutils) is not installed")
+    listing = subprocess.run([nm, "-D", "--defined-only", str(built[0])], capture_output=True, text=True, check=True)
+    names = {line.split()[-1].split("@")[0] for line in listing.stdout.splitlines()}
+    assert names == {*cuda_library._FUNCTIONS, "RegisterCustomOps"}
+    needed = subprocess.run([nm, "-D", "--undefined-only", str(built[0])], capture_output=True, text=True, check=True)
+    # The CUDA runtime is inside, and asks for the driver only when it is first used.
+    assert "cuda" not in needed.stdout.lower()
+
+
+@needs_nvcc
+def test_what_is_registered(built):
+    check_registration(built[0])
+
+
+@needs_nvcc
+@pytest.mark.skipif(device_problem() is None, reason="there is a device, and tests/gpu uses it")
+def test_without_a_device_a_call_says_what_cuda_says(built):
+    library = declare(ctypes.CDLL(str(built[0])))
+    arrays = {**scan_arrays(ScanCase()), "y": np.empty((2, 9, 5), np.float32)}
+    with pytest.raises(BackendError, match="hcmen_cuda_selective_scan_forward: CUDA failed \\(cudaError"):
+        call(library, "selective_scan_forward", scan_structure(ScanCase(), arrays, address), CudaLaunch())
+    x = {"x": np.empty((2, 9, 5)), "y": np.empty((2, 9, 5)), "weight": np.empty((5, 4)), "bias": np.empty(5)}
+    with pytest.raises(BackendError, match="CUDA failed"):
+        call(library, "causal_conv1d_forward", conv_structure(ConvCase(), x, address), CudaLaunch())
+    with pytest.raises(BackendError, match="CUDA failed"):
+        call(library, "nothing", CudaLaunch())
+
+
+@needs_nvcc
+def test_the_library_is_found_by_name(built, monkeypatch):
+    monkeypatch.setenv("HCMEN_CUDA_LIBRARY", str(built[0]))
+    load_cuda_library.cache_clear()
+    assert cuda_library_path() == built[0].resolve()
+    assert load_cuda_library().hcmen_cuda_ops_version() == cuda_library.LIBRARY_VERSION
+    load_cuda_library.cache_clear()
+
+
+def test_a_library_that_is_not_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("HCMEN_CUDA_LIBRARY", str(tmp_path / "none.so"))
+    with pytest.raises(BackendError, match=r"HCMEN_CUDA_LIBRARY is '.*none.so', expected a file: build it with"):
+        cuda_library_path()
+    monkeypatch.delenv("HCMEN_CUDA_LIBRARY")
+    monkeypatch.setattr(cuda_library, "LIBRARY_NAME", "libnone.so")
+    with pytest.raises(BackendError, match=r"libnone.so was not found in .*HCMEN_CUDA=ON"):
+        cuda_library_path()
+    (tmp_path / "none.so").write_bytes(b"not a library")
+    monkeypatch.setenv("HCMEN_CUDA_LIBRARY", str(tmp_path / "none.so"))
+    load_cuda_library.cache_clear()
+    with pytest.raises(BackendError, match="cannot be loaded"):
+        load_cuda_library()
+
+
+def test_what_is_wrong_with_the_device_is_said():
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    class Driver:
+        def __init__(self, status: int, count: int):
+            self.status, self.count = status, count
+
+        def cuInit(self, flags: int) -> int:
+            return self.status
+
+        def cuDeviceGetCount(self, count: object) -> int:
+            ctypes.cast(count, ctypes.POINTER(ctypes.c_int))[0] = self.count
+            return 0
+
+    assert device_problem(missing) == "there is no CUDA driver (libcuda.so.1)"
+    assert "error 100" in str(device_problem(lambda name: Driver(100, 0)))
+    assert device_problem(lambda name: Driver(0, 0)) == "the CUDA driver sees no device"
+    assert device_problem(lambda name: Driver(0, 2)) is None
+
+
+@needs_nvcc
+def test_cmake_builds_it_when_asked(tmp_path):
+    """Configuring alone, which finds nvcc and settles what is compiled; compiling is done above."""
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("cmake is not installed")
+    for wish, there in (("OFF", False), ("AUTO", True)):
+        folder = tmp_path / wish
+        command = [cmake, "-S", str(ROOT / "runtime" / "csrc"), "-B", str(folder), f"-DHCMEN_CUDA={wish}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        helped = subprocess.run([cmake, "--build", str(folder), "--target", "help"], capture_output=True, text=True)
+        assert ("hcmen_ops_cuda" in helped.stdout) == there
+        if there:
+            assert "for 75-real;80-real;86-real;87-real;89-real;90-real" in done.stdout
+    bad = [cmake, "-S", str(ROOT / "runtime" / "csrc"), "-B", str(tmp_path / "bad"), "-DHCMEN_CUDA=maybe"]
+    assert "expected ON, OFF or AUTO" in subprocess.run(bad, capture_output=True, text=True).stderr
+    none = [cmake, "-S", str(ROOT / "runtime" / "csrc"), "-B", str(tmp_path / "none"), "-DHCMEN_CUDA=ON"]
+    environment = {**os.environ, "CUDACXX": str(tmp_path / "no-nvcc"), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(none, capture_output=True, text=True, env=environment)
+    assert done.returncode != 0
+    assert "there is no nvcc" in done.stderr or "CUDACXX" in done.stderr

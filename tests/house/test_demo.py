@@ -1,0 +1,46 @@
+"""The demo's table: text and picture say what the rows say."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+DEMO = Path(__file__).resolve().parents[2] / "samples" / "demo.py"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    spec = importlib.util.spec_from_file_location("demo", DEMO)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ROWS = [
+    {"variant": "full", "score": 1.25, "eager": 1.25001, "difference": 1e-5, "latency_ms": 12.5, "bytes": 2048},
+    {"variant": "vision_only", "score": -0.5, "eager": -0.5, "difference": 0.0, "latency_ms": 0.731, "bytes": 30000},
+]
+
+
+def test_text_has_a_line_per_row_and_aligned_columns(demo):
+    lines = demo.as_text(ROWS).splitlines()
+    assert len(lines) == 4
+    assert len({len(line) for line in lines}) == 1
+    assert lines[2].split() == ["full", "+1.2500", "+1.2500", "1.0e-05", "12.50", "ms", "2", "KiB"]
+    assert lines[3].split() == ["vision_only", "-0.5000", "-0.5000", "0.0e+00", "0.73", "ms", "29", "KiB"]
+
+
+def test_picture_is_written(demo, tmp_path):
+    demo.as_picture(ROWS, "a footer", tmp_path / "table.png")
+    content = (tmp_path / "table.png").read_bytes()
+    assert content.startswith(b"\x89PNG")
+    assert len(content) > 5000
+
+
+def test_a_failing_command_ends_the_demo_with_its_exit_code(demo, capfd):
+    with pytest.raises(SystemExit) as stop:
+        demo.run("hcmen-run", "nowhere.npz", "--bundle", "/nonexistent", capture=True)
+    assert stop.value.code == 2
+    assert "no such folder" in capfd.readouterr().err

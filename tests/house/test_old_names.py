@@ -1,0 +1,82 @@
+"""Old module names: they work, they warn of the new place, and nothing here uses them."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from house.test_imports import ALL, OLD_NAMES, imports_of
+
+ROOT = Path(__file__).resolve().parents[2]
+# Old module, a name of it, and where that lies now: for each old module what its users took from it.
+USED = [
+    ("hcmen.scan", "selective_scan", "hcmen.mamba.scan"),
+    ("hcmen.scan", "causal_conv1d_ref", "hcmen.mamba.scan"),
+    ("hcmen.model", "HCMEN", "hcmen.models.hcmen.model"),
+    ("hcmen.clip", "read_clip", "hcmen.base.clip"),
+    ("hcmen.clip", "TEXT_TOKENS", "hcmen.base.clip"),
+    ("hcmen.bundle", "read_bundle", "hcmen.base.bundle"),
+    ("hcmen.bundle", "Manifest", "hcmen.base.manifest"),
+    ("hcmen.config", "ModelConfig", "hcmen.base.config"),
+    ("hcmen.config", "TrainConfig", "hcmen.training.config"),
+    ("hcmen.config", "preset_named", "hcmen.training.presets"),
+    ("hcmen.export.scan_function", "add_functions", "hcmen.mamba.functions"),
+    ("hcmen.export.scan_function", "strip_functions", "hcmen.mamba.functions"),
+    ("hcmen.runtime.library", "library_path", "hcmen.base.library"),
+]
+
+
+def test_every_old_name_is_tried():
+    assert {old for old, _, _ in USED} == OLD_NAMES
+
+
+@pytest.mark.parametrize(("old", "name", "new"), USED)
+def test_an_old_name_works_and_warns_of_the_new_place(old, name, new):
+    scope: dict[str, object] = {}
+    with pytest.warns(DeprecationWarning, match=rf"^{old} is now {new}: import {name} from there") as caught:
+        exec(compile(f"from {old} import {name}", __file__, "exec"), scope)
+    assert scope[name] is getattr(importlib.import_module(new), name)
+    # Blamed on the line that imports, or nobody would be shown it.
+    assert [w.filename for w in caught] == [__file__]
+
+
+@pytest.mark.parametrize("old", sorted(OLD_NAMES))
+def test_what_was_never_there_is_not_there_now(old):
+    module = importlib.import_module(old)
+    with pytest.raises(AttributeError, match=f"module '{old}' has no attribute 'laod'"):
+        _ = module.laod
+
+
+def test_a_star_import_gives_the_listed_names():
+    scope: dict[str, object] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        exec("from hcmen.clip import *", scope)
+    assert set(importlib.import_module("hcmen.base.clip").__all__) <= set(scope)
+
+
+def test_nothing_of_ours_imports_an_old_name():
+    folders = ("hcmen", "export", "runtime", "tests", "benchmarks", "samples")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 200
+    users = {
+        str(path.relative_to(ROOT)): sorted(OLD_NAMES & set(dict(imports_of(ast.parse(path.read_text()), path.name))))
+        for path in files
+    }
+    assert {path: names for path, names in users.items() if names} == {}
+
+
+def test_importing_everything_warns_of_nothing_old():
+    names = sorted(n for n in ALL if n not in OLD_NAMES)
+    code = (
+        "import importlib, sys, warnings\n"
+        "warnings.filterwarnings('error', '.* is now hcmen', DeprecationWarning)\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,408 @@
+"""The model-local functions: the reference's numbers with no library, any number of nodes served by one body."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from helpers.op_cases import ScanCase, assert_close, assert_scan, scan_arrays, scan_oracle
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from hcmen.base.errors import InputError
+from hcmen.base.library import library_path
+from hcmen.base.selfcheck import CONV_MODEL, MODEL, selfcheck_inputs
+from hcmen.mamba.functions import add_functions, strip_functions
+from hcmen.mamba.one_node import conv_model, scan_model, selfcheck_conv_model, selfcheck_model
+from hcmen.mamba.scan import causal_conv1d, causal_conv1d_ref, implementation, selective_scan
+
+
+def run(model, feeds, threads=1, library=False):
+    onnx.checker.check_model(model, full_check=True)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    if library:
+        options.register_custom_ops_library(str(library_path()))
+    made = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return made.run(None, feeds)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_softplus_neither_overflows_nor_underflows():
+    case = ScanCase(1, 8, 4, 3, None, gated=False)
+    feeds = scan_arrays(case)
+    feeds["delta"][0, :, 0] = [-1e30, -1e4, -104, -20, 19.9999, 20.0001, 89, 1e4]
+    feeds["delta_bias"][0] = 0
+    assert_scan(case, feeds, run(scan_model(4, 3, delta_softplus=True, stateful=True), feeds))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_another_runtime_agrees_on_the_convolution(reverse):
+    """The onnx package has an evaluator of its own; its Scan knows neither axes nor directions."""
+    rng = np.random.default_rng(1)
+    feeds = [rng.normal(size=size).astype(np.float32) for size in ((2, 6, 4), (4, 3), (4,))]
+    want = causal_conv1d_ref(*map(torch.from_numpy, feeds), reverse=reverse).numpy()
+    model = conv_model(4, 3, reverse=reverse)
+    assert_close(ReferenceEvaluator(model).run(None, dict(zip(("x", "weight", "bias"), feeds, strict=True))), [want])
+
+
+@pytest.mark.parametrize("opset", [15, 17, 18, 19, 20, 21, 23, 25])
+def test_body_is_written_for_the_opset_of_the_model(opset):
+    case = ScanCase(2, 5, 6, 3, None, gated=False, stateful=False, reverse=True)
+    scan, conv = scan_model(6, 3, delta_softplus=True, reverse=True, functions=False), conv_model(6, 3, functions=False)
+    feeds = scan_arrays(case)
+    inputs = {"x": feeds["u"], "weight": feeds["A"], "bias": feeds["D"]}
+    convolved = causal_conv1d_ref(*map(torch.from_numpy, inputs.values())).numpy()
+    for model, given, want in ((scan, feeds, scan_oracle(case, feeds)), (conv, inputs, [convolved])):
+        model.opset_import[0].version = opset
+        add_functions(model)
+        assert model.functions[0].opset_import[0].version == opset
+        assert_close(run(model, given), want)
+
+
+# --- one body for many nodes ------------------------------------------------------------------------------------------
+
+
+def join(*models):
+    """One model of the nodes of several, whose names get a number; the functions are made anew."""
+    merged = onnx.ModelProto()
+    merged.CopyFrom(models[0])
+    strip_functions(merged)
+    merged.graph.ClearField("node")
+    for side in (merged.graph.input, merged.graph.output, merged.graph.initializer):
+        del side[:]
+    for i, model in enumerate(models):
+        graph = copy.deepcopy(model.graph)
+        for value in (*graph.input, *graph.output, *graph.initializer):
+            value.name = f"{value.name}{i}"
+        for node in graph.node:
+            node.name = f"{node.name}{i}"
+            node.input[:] = [f"{x}{i}" for x in node.input]
+            node.output[:] = [f"{x}{i}" for x in node.output]
+            merged.graph.node.append(node)
+        merged.graph.input.extend(graph.input)
+        merged.graph.output.extend(graph.output)
+        merged.graph.initializer.extend(graph.initializer)
+    return merged
+
+
+def test_one_body_serves_nodes_that_differ_in_all_it_may():
+    """Both directions, other channel and state counts, grouped or not, both dtypes."""
+    rng = np.random.default_rng(3)
+    kinds = [
+        {"channel": 6, "state": 3, "reverse": False, "group": None, "dtype": "float32"},
+        {"channel": 8, "state": 5, "reverse": True, "group": 2, "dtype": "float32"},
+        {"channel": 2, "state": 1, "reverse": True, "group": None, "dtype": "float16"},
+        {"channel": 6, "state": 3, "reverse": False, "group": 3, "dtype": "float16"},
+    ]
+    model = add_functions(
+        join(*(scan_model(**kind, delta_softplus=True, gated=True, functions=False) for kind in kinds))
+    )
+    assert len(model.functions) == 1
+    feeds, want = {}, []
+    for i, kind in enumerate(kinds):
+        case = ScanCase(2, 7, **kind, stateful=False)
+        own = scan_arrays(case)
+        feeds.update({f"{name}{i}": x for name, x in own.items()})
+        want.append(scan_oracle(case, own)[0])
+    for library in (False, True):
+        assert_close(run(model, feeds, library=library), want)
+
+    convs = [{"channel": 6, "width": 4}, {"channel": 3, "width": 2, "reverse": True, "dtype": "float16"}]
+    model = add_functions(join(*(conv_model(**kind, functions=False) for kind in convs)))
+    assert len(model.functions) == 1
+    feeds, want = {}, []
+    for i, kind in enumerate(convs):
+        own = {
+            "x": rng.normal(size=(2, 9, kind["channel"])).astype(kind.get("dtype", "float32")),
+            "weight": rng.normal(size=(kind["channel"], kind["width"])).astype(np.float32),
+            "bias": rng.normal(size=kind["channel"]).astype(np.float32),
+        }
+        feeds.update({f"{name}{i}": x for name, x in own.items()})
+        wide = (torch.from_numpy(x.astype(np.float64)) for x in own.values())
+        want.append(causal_conv1d_ref(*wide, reverse=kind.get("reverse", False)).numpy())
+    for library in (False, True):
+        assert_close(run(model, feeds, library=library), want)
+
+
+@pytest.mark.parametrize(
+    ("models", "what"),
+    [
+        ((scan_model(4, 2, functions=False), scan_model(4, 2, gated=True, functions=False)), "gated"),
+        ((scan_model(4, 2, functions=False), scan_model(4, 2, stateful=True, functions=False)), "stateful"),
+        ((scan_model(4, 2, functions=False), scan_model(4, 2, delta_softplus=True, functions=False)), "delta_softplus"),
+        ((conv_model(4, 2, functions=False), conv_model(4, 2, activation="none", functions=False)), "activation"),
+    ],
+)
+def test_nodes_that_no_one_function_serves_are_named(models, what):
+    with pytest.raises(InputError) as error:
+        add_functions(join(*models))
+    assert "node 'node1' has" in str(error.value)
+    assert "node 'node0' has" in str(error.value)
+    assert what in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_functions_are_made_anew_and_stripped():
+    model = scan_model(4, 2)
+    other = helper.make_function(
+        "other", "Twice", ["x"], ["y"], [helper.make_node("Add", ["x", "x"], ["y"])], [helper.make_opsetid("", 19)]
+    )
+    model.functions.append(other)
+    before = model.SerializeToString(deterministic=True)
+    assert sorted(f.name for f in add_functions(model).functions) == ["SelectiveScan", "Twice"]
+    again = add_functions(copy.deepcopy(model))
+    assert again.SerializeToString(deterministic=True) == model.SerializeToString(deterministic=True)
+    assert len(before) == len(model.SerializeToString(deterministic=True))
+    assert [f.name for f in strip_functions(model).functions] == ["Twice"]
+    assert [e.domain for e in model.opset_import] == ["", "hcmen"]
+    assert model.graph.node[0].op_type == "SelectiveScan"
+
+
+def test_a_model_of_no_such_node_stays_as_it_is():
+    node = helper.make_node("Relu", ["x"], ["y"])
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("x", "y")]
+    model = helper.make_model(
+        helper.make_graph([node], "g", values[:1], values[1:]), opset_imports=[helper.make_opsetid("", 19)]
+    )
+    before = model.SerializeToString(deterministic=True)
+    assert add_functions(model).SerializeToString(deterministic=True) == before
+
+
+def test_the_body_uses_what_every_runtime_reads():
+    """One Scan, its axes counted from the front; standard operators alone; no value used before it is made."""
+    (function,) = scan_model(8, 4, delta_softplus=True, gated=True, stateful=True).functions
+    assert {node.domain for node in function.node} == {""}
+    (scan,) = (node for node in function.node if node.op_type == "Scan")
+    attributes = {a.name: a for a in scan.attribute}
+    for name in ("scan_input_axes", "scan_output_axes"):
+        assert min(attributes[name].ints) >= 0
+    for name in ("scan_input_directions", "scan_output_directions"):
+        assert attributes[name].ref_attr_name == name
+    known = {*function.input}
+    for node in function.node:
+        assert known.issuperset(node.input), node
+        known.update(node.output)
+    assert known.issuperset(function.output)
+
+
+# --- completing nodes -------------------------------------------------------------------------------------------------
+
+
+def test_missing_attributes_are_written_out():
+    model = scan_model(4, 2, reverse=True, functions=False)
+    node = model.graph.node[0]
+    full = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    del node.attribute[:]
+    node.attribute.append(helper.make_attribute("reverse", 1))
+    add_functions(model)
+    assert {a.name: helper.get_attribute_value(a) for a in node.attribute} == full
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_conv_attributes_come_from_the_shape_of_the_weight(reverse):
+    rng = np.random.default_rng(4)
+    model = conv_model(5, 3, reverse=reverse, functions=False)
+    node = model.graph.node[0]
+    for i in reversed(range(len(node.attribute))):
+        if node.attribute[i].name in ("group", "pads"):
+            del node.attribute[i]
+    weight = rng.normal(size=(5, 3)).astype(np.float32)
+    unknown = copy.deepcopy(model)
+    unknown.graph.input[1].type.tensor_type.ClearField("shape")
+    with pytest.raises(InputError, match="'group' is missing and the shape of its weight is unknown"):
+        add_functions(unknown)
+    del model.graph.input[1]
+    model.graph.initializer.append(numpy_helper.from_array(weight, "weight"))
+    add_functions(model)
+    feeds = {"x": rng.normal(size=(2, 6, 5)).astype(np.float32), "bias": rng.normal(size=5).astype(np.float32)}
+    x, bias = (torch.from_numpy(feeds[name]) for name in ("x", "bias"))
+    want = causal_conv1d_ref(x, torch.from_numpy(weight), bias, reverse=reverse).numpy()
+    assert_close(run(model, feeds), [want])
+
+
+def test_nodes_in_subgraphs_and_functions_count():
+    """An If whose branches hold nodes, one of them inside another function; weights come from the outer graph."""
+    rng = np.random.default_rng(5)
+    inner = conv_model(4, 2, functions=False).graph.node[0]
+    then_node, else_node = copy.deepcopy(inner), copy.deepcopy(inner)
+    then_node.name, else_node.name = "then", "else"
+    for node, flip in ((then_node, 0), (else_node, 1)):
+        del node.attribute[:]
+        node.attribute.extend([helper.make_attribute("reverse", flip), helper.make_attribute("activation", "silu")])
+    value = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "time", 4])
+    branches = [helper.make_graph([node], name, [], [value]) for name, node in (("a", then_node), ("b", else_node))]
+    choose = helper.make_node("If", ["flag"], ["y"], then_branch=branches[0], else_branch=branches[1])
+    wrapped = copy.deepcopy(inner)
+    wrapped.output[0], wrapped.input[0] = "twice", "once"
+    wrapper = helper.make_function(
+        "mine", "Wrapped", ["once", "weight", "bias"], ["twice"], [wrapped], [helper.make_opsetid("", 19)]
+    )
+    call = helper.make_node("Wrapped", ["y", "weight", "bias"], ["out"], domain="mine")
+    values = [
+        helper.make_tensor_value_info(n, t, s)
+        for n, t, s in (("flag", TensorProto.BOOL, []), ("x", TensorProto.FLOAT, ["batch", "time", 4]))
+    ]
+    weights = [rng.normal(size=(4, 2)).astype(np.float32), rng.normal(size=4).astype(np.float32)]
+    graph = helper.make_graph(
+        [choose, call],
+        "g",
+        values,
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["batch", "time", 4])],
+        [numpy_helper.from_array(w, n) for n, w in zip(("weight", "bias"), weights, strict=True)],
+    )
+    model = helper.make_model(
+        graph,
+        functions=[wrapper],
+        ir_version=9,
+        opset_imports=[helper.make_opsetid("", 19), helper.make_opsetid("mine", 1)],
+    )
+    add_functions(model)
+    assert [f.name for f in model.functions] == ["Wrapped", "CausalConv1d"]
+    x = rng.normal(size=(2, 5, 4)).astype(np.float32)
+    for flag, library in itertools.product((True, False), (False, True)):
+        first = causal_conv1d_ref(torch.from_numpy(x), *map(torch.from_numpy, weights), reverse=not flag)
+        want = causal_conv1d_ref(first, *map(torch.from_numpy, weights)).numpy()
+        assert_close(run(model, {"x": x, "flag": np.array(flag)}, library=library), [want])
+
+
+def edited(model, edit):
+    edit(model.graph.node[0])
+    return model
+
+
+def put(name, value):
+    def edit(node):
+        for i in reversed(range(len(node.attribute))):
+            if node.attribute[i].name == name:
+                del node.attribute[i]
+        node.attribute.append(helper.make_attribute(name, value))
+
+    return edit
+
+
+def by_reference(node):
+    node.attribute[-1].Clear()
+    node.attribute[-1].name, node.attribute[-1].ref_attr_name = "reverse", "other"
+    node.attribute[-1].type = onnx.AttributeProto.INT
+
+
+@pytest.mark.parametrize(
+    ("op", "edit", "message"),
+    [
+        (scan_model, lambda n: n.input.pop(), r"has 6 inputs, expected 7: u, delta, A, B, C, D, delta_bias"),
+        (scan_model, lambda n: n.input.append("u"), r"has 8 inputs, expected 7"),
+        (scan_model, lambda n: n.output.append("last"), r"has 2 outputs, expected 1: y"),
+        (scan_model, lambda n: n.input.__setitem__(5, ""), r"'D' is left out by an empty name"),
+        (scan_model, put("gated", 1), r"has 7 inputs, expected 8: .*, z"),
+        (scan_model, put("stateful", 1), r"has 7 inputs, expected 8: .*, initial_state"),
+        (scan_model, put("reverse", 2), r"attribute 'reverse' is 2, expected 0 or 1"),
+        (scan_model, put("delta_softplus", 1.0), r"attribute 'delta_softplus' is 1.0, expected 0 or 1"),
+        (scan_model, put("gated", "yes"), r"attribute 'gated' is 'yes', expected 0 or 1"),
+        (scan_model, put("scan_input_directions", [1] * 4), r"is \[1, 1, 1, 1\], expected \[0, 0, 0, 0\]"),
+        (scan_model, put("scan_output_directions", [1]), r"'scan_output_directions' is \[1\], expected \[0\]"),
+        (scan_model, by_reference, r"attribute 'reverse' is bound by reference"),
+        (scan_model, lambda n: setattr(n, "op_type", "Scan"), r"unknown operator, expected SelectiveScan or Causal"),
+        (conv_model, put("activation", "relu"), r"attribute 'activation' is 'relu', expected 'none' or 'silu'"),
+        (conv_model, put("group", 3), r"attribute 'group' is 3, expected 4"),
+        (conv_model, put("pads", [0, 1]), r"attribute 'pads' is \[0, 1\], expected \[1, 0\]"),
+        (conv_model, lambda n: n.input.pop(), r"has 2 inputs, expected 3: x, weight, bias"),
+    ],
+)
+def test_a_node_that_is_not_as_specified_is_refused(op, edit, message):
+    with pytest.raises(InputError, match=message) as error:
+        add_functions(edited(op(4, 2, functions=False), edit))
+    assert "node 'node'" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_old_opset_and_an_unknown_body_are_refused():
+    model = scan_model(4, 2, functions=False)
+    with pytest.raises(InputError, match="unknown scan body 'cumsum': choose from scan"):
+        add_functions(model, scan_body="cumsum")
+    model.opset_import[0].version = 14
+    with pytest.raises(InputError, match="opset is 14, expected 15 or later"):
+        add_functions(model)
+    del model.opset_import[0]
+    with pytest.raises(InputError, match="opset is none"):
+        add_functions(model)
+
+
+def test_the_committed_models_are_those_the_script_writes():
+    written = MODEL.read_bytes(), CONV_MODEL.read_bytes()
+    made = (m.SerializeToString(deterministic=True) for m in (selfcheck_model(), selfcheck_conv_model()))
+    assert written == tuple(made)
+    feeds = selfcheck_inputs()
+    assert_scan(ScanCase(), feeds, run(selfcheck_model(), feeds))
+
+
+# --- somebody else's model --------------------------------------------------------------------------------------------
+
+
+class Mamba(torch.nn.Module):
+    """A block as Mamba models have it, in its shortest form: both directions through one set of weights."""
+
+    def __init__(self, channel=6, state=3, taps=4):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape):
+            return torch.nn.Parameter(torch.randn(*shape, generator=generator))
+
+        self.sizes = [channel, state, state, channel]
+        self.conv_weight, self.conv_bias = normal(channel, taps), normal(channel)
+        self.projection = normal(channel, sum(self.sizes))
+        self.A_log, self.D, self.dt_bias = normal(channel, state), normal(channel), normal(channel)
+
+    def forward(self, x):
+        y = 0.0
+        for reverse in (False, True):
+            u = causal_conv1d(x, self.conv_weight, self.conv_bias, reverse=reverse)
+            delta, B, C, z = (u @ self.projection).split(self.sizes, -1)
+            A = -torch.exp(self.A_log)
+            y = y + selective_scan(u, delta, A, B, C, self.D, self.dt_bias - 4, z, delta_softplus=True, reverse=reverse)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_model_runs_with_and_without_the_library():
+    model = Mamba().eval()
+    dynamic = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("time")},)
+    program = torch.onnx.export(
+        model, (torch.zeros(2, 5, 6),), dynamo=True, opset_version=19, dynamic_shapes=dynamic, verbose=False
+    )
+    exported = program.model_proto
+    exported.ir_version = 9
+    add_functions(exported)
+    kinds = [node.op_type for node in exported.graph.node if node.domain == "hcmen"]
+    assert sorted(kinds) == ["CausalConv1d", "CausalConv1d", "SelectiveScan", "SelectiveScan"]
+    assert len(exported.functions) == 2
+    for shape in ((2, 5, 6), (1, 1, 6), (3, 70, 6)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        with implementation("ref"), torch.no_grad():
+            want = model.double()(x.double()).numpy()
+        model.float()
+        for library in (False, True):
+            assert_close(run(exported, {exported.graph.input[0].name: x.numpy()}, library=library), [want], 2e-6)
+
+
+def test_the_examples_of_the_specification_run(tmp_path):
+    """The Python of docs/op.md, block by block, each in a process of its own as a reader would."""
+    text = (Path(__file__).parents[2] / "docs" / "op.md").read_text()
+    blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    assert len(blocks) == 2
+    for block in blocks:
+        done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-1000:]
+    assert done.stdout == "(1, 100, 64)\n" * 2

@@ -1,0 +1,186 @@
+"""hcmen/mamba/native_cuda.py over kernels emulated on the host: CPU tensors stand for CUDA tensors, everything else is
+as it would be, and the choice between implementations is looked at with the library there and not.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import emulated
+from torch import Tensor
+
+from hcmen.base import cuda_library
+from hcmen.base.errors import BackendError, InputError
+from hcmen.mamba import native, native_cuda, scan
+from hcmen.mamba.scan import causal_conv1d_ref, selective_scan_ref
+
+
+@pytest.fixture(scope="module")
+def library() -> Any:
+    if emulated.compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    return emulated.kernels_library()
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread for the oracles, nothing remembered of the library."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    native_cuda.works.cache_clear()
+    yield
+    native_cuda.works.cache_clear()
+    torch.set_num_threads(before)
+
+
+class Scan(torch.autograd.Function):
+    """The custom op's own autograd, over the functions that are registered for CUDA."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        native._scan_setup(ctx, inputs, None)
+        return native_cuda._scan_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Any, ...]:
+        tensors = ctx.saved_tensors
+        grads = native_cuda._scan_backward(dy, dlast, *tensors, *ctx.switches)
+        return (*(None if x is None else g for g, x in zip(grads, tensors, strict=True)), None, None)
+
+
+class Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        native._conv_setup(ctx, inputs, None)
+        return native_cuda._conv_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return (*native_cuda._conv_backward(dy, *ctx.saved_tensors, *ctx.switches), None, None)
+
+
+def scan_inputs(dtype: torch.dtype, gated: bool, stateful: bool) -> list[Tensor | None]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    u, delta, z = normal(2, 11, 6), normal(2, 11, 6) - 4, normal(2, 11, 6)
+    A, D, bias, initial = -torch.arange(1.0, 6.0).repeat(6, 1), normal(6), 0.1 * normal(6), normal(2, 6, 5)
+    B, C = normal(2, 11, 3, 5), normal(2, 11, 3, 5)
+    u, delta, z, B, C = (x.to(dtype) for x in (u, delta, z, B, C))
+    return [u, delta, A, B, C, D, bias, z if gated else None, initial if stateful else None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("gated", "stateful", "reverse"), [(True, True, False), (False, False, True)])
+def test_scan_and_its_gradients(library, monkeypatch, dtype, gated, stateful, reverse):
+    monkeypatch.setattr(native_cuda, "load_cuda_library", lambda: library)
+    inputs = [None if x is None else x.requires_grad_() for x in scan_inputs(dtype, gated, stateful)]
+    exact = [None if x is None else x.detach().double().requires_grad_() for x in inputs]
+    y, last = Scan.apply(*inputs, True, reverse)
+    want_y, want_last = selective_scan_ref(*exact, delta_softplus=True, reverse=reverse, return_last_state=True)
+    half = dtype == torch.float16
+    torch.testing.assert_close(y.double(), want_y, rtol=1e-3 if half else 1e-5, atol=1e-4 if half else 1e-5)
+    torch.testing.assert_close(last.double(), want_last, rtol=1e-5, atol=1e-5)
+    (y.float().square().sum() + last.square().sum()).backward()
+    (want_y.square().sum() + want_last.square().sum()).backward()
+    for x, e in zip(inputs, exact, strict=True):
+        if x is None:
+            continue
+        assert x.grad.dtype == x.dtype
+        bound = (5e-3 if half else 1e-5) * float(e.grad.abs().max())
+        torch.testing.assert_close(x.grad.double(), e.grad, rtol=0, atol=bound)
+
+
+def test_scan_of_views(library, monkeypatch):
+    """Inputs that are not dense are made so."""
+    monkeypatch.setattr(native_cuda, "load_cuda_library", lambda: library)
+    inputs = scan_inputs(torch.float32, True, False)
+    views = [x if x is None else torch.stack([x, x], -1)[..., 0] for x in inputs]
+    want = native_cuda._scan_forward(*inputs, True, False)
+    for got, expected in zip(native_cuda._scan_forward(*views, True, False), want, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("width", "silu", "reverse"), [(4, True, False), (3, False, True), (6, True, True)])
+def test_convolution_and_its_gradients(library, monkeypatch, dtype, width, silu, reverse):
+    monkeypatch.setattr(native_cuda, "load_cuda_library", lambda: library)
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 13, 6).to(dtype), torch.randn(6, width), torch.randn(6)]
+    exact = [x.double().requires_grad_() for x in inputs]
+    inputs = [x.requires_grad_() for x in inputs]
+    y = Conv.apply(*inputs, silu, reverse)
+    want = causal_conv1d_ref(*exact, activation="silu" if silu else "none", reverse=reverse)
+    half = dtype == torch.float16
+    torch.testing.assert_close(y.double(), want, rtol=1e-3 if half else 1e-5, atol=1e-4 if half else 1e-5)
+    y.float().square().sum().backward()
+    want.square().sum().backward()
+    for x, e in zip(inputs, exact, strict=True):
+        bound = (5e-3 if half else 1e-5) * float(e.grad.abs().max())
+        torch.testing.assert_close(x.grad.double(), e.grad, rtol=0, atol=bound)
+
+
+def test_the_ops_have_kernels_for_cuda_tensors():
+    for name in ("selective_scan", "selective_scan_backward", "causal_conv1d", "causal_conv1d_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"hcmen::{name}", "CUDA")
+
+
+def test_tensors_of_two_devices_are_refused(library, monkeypatch):
+    monkeypatch.setattr(native_cuda, "load_cuda_library", lambda: library)
+    inputs = scan_inputs(torch.float32, True, False)
+    inputs[3] = inputs[3].to("meta")
+    with pytest.raises(InputError, match="B is on meta, expected cpu, the device of u"):
+        native_cuda._scan_forward(*inputs, True, False)
+
+
+class OnCuda:
+    """As much of a CUDA tensor as the choice looks at."""
+
+    device = torch.device("cuda", 0)
+    dtype = torch.float32
+
+
+def choose(x: Any) -> str:
+    """What the scan of `x` runs on where mamba_ssm does not take it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*runs on CUDA by plain PyTorch operations")
+        return scan._choice("scan", x, lambda: "mamba_ssm is left out here")
+
+
+def test_the_choice_for_cuda_tensors(monkeypatch, tmp_path):
+    x: Any = OnCuda()
+    monkeypatch.delenv("HCMEN_CUDA_LIBRARY", raising=False)
+    monkeypatch.setattr(cuda_library, "LIBRARY_NAME", "libnone.so")
+    cuda_library.load_cuda_library.cache_clear()
+    # Not built: the reference; on demand, how to build it.
+    assert choose(x) == "ref"
+    with (
+        scan.implementation("native"),
+        pytest.raises(BackendError, match=r"libnone.so was not found in .*HCMEN_CUDA=ON"),
+    ):
+        choose(x)
+    # There and broken: said once.
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setenv("HCMEN_CUDA_LIBRARY", str(broken))
+    native_cuda.works.cache_clear()
+    with pytest.warns(UserWarning, match=r"the CUDA scan is unavailable: .*broken.so cannot be loaded"):
+        assert choose(x) == "ref"
+    assert choose(x) == "ref"
+    # There: used, but not for what the kernels do not take; mamba_ssm comes before it.
+    monkeypatch.setattr(native_cuda, "load_cuda_library", object)
+    native_cuda.works.cache_clear()
+    assert choose(x) == "native"
+    monkeypatch.setattr(scan, "mamba_function", lambda operation: (print, None))
+    assert scan._choice("scan", x, lambda: None) == "mamba_ssm"
+    with scan.implementation("ref"):
+        assert choose(x) == "ref"
+    x.dtype = torch.float64
+    assert choose(x) == "ref"
+    cuda_library.load_cuda_library.cache_clear()
