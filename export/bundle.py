@@ -291,7 +291,7 @@ def _manifest(
 
     from hcmen.base.bundle import file_record
     from hcmen.base.manifest import Manifest, ModelRecord, VariantRecord
-    from hcmen.mamba.graph import IR_VERSION, OPSET
+    from hcmen.base.op import IR_VERSION, OPSET
 
     content = (checkpoint / "checkpoint.safetensors").read_bytes()
     tokenizer, inputs = folder / "tokenizer.json", model.config.inputs

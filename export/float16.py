@@ -30,15 +30,12 @@ import onnx
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from hcmen.base.errors import InputError
+from hcmen.base.op import DOMAIN, OPERATORS
 
 __all__ = ["drop_unused", "half_weights", "last_products", "set_nodes", "to_float16"]
 
 # Of these the inputs at the places named are float16; all other inputs, and all other operators, see below.
 _PRODUCTS = {"MatMul": (0, 1), "Gemm": (0, 1, 2), "Conv": (0, 1, 2)}
-# hcmen ops: the activations, by place. What follows the fixed inputs of SelectiveScan depends on `gated`.
-_SCAN_ACTIVATIONS = (0, 1, 3, 4)
-_SCAN_GATE = 7
-_CONV_ACTIVATIONS = (0,)
 # Values pass through unchanged: place of the inputs whose type the outputs have.
 _CARRIERS = {
     **dict.fromkeys(("Transpose", "Reshape", "Split", "Slice", "Squeeze", "Unsqueeze", "Expand", "Identity"), (0,)),
@@ -175,16 +172,14 @@ class _Converter:
         made.input.extend(inputs)
         self.nodes.append(made)
         if outputs_half:
-            states = 1 if node.op_type == "SelectiveScan" else len(node.output)
-            self.half.update(name for name in node.output[:states] if self._is_float(name))
+            narrow = 1 if node.domain == DOMAIN else len(node.output)  # states stay float32
+            self.half.update(name for name in node.output[:narrow] if self._is_float(name))
 
     def _half_inputs(self, node: NodeProto) -> tuple[int, ...] | None:
         """The places of the inputs that are float16 in the new graph; None for a node that stays float32."""
-        if node.domain == "hcmen":
-            if node.op_type == "CausalConv1d":
-                return _CONV_ACTIVATIONS
-            gated = any(a.name == "gated" and a.i for a in node.attribute)
-            return (*_SCAN_ACTIVATIONS, _SCAN_GATE) if gated else _SCAN_ACTIVATIONS
+        if node.domain == DOMAIN and node.op_type in OPERATORS:
+            given = OPERATORS[node.op_type].inputs_with({a.name: a.i for a in node.attribute})
+            return tuple(place for place, tensor in enumerate(given) if tensor.shared)
         if node.domain not in ("", "ai.onnx"):
             return None
         if node.op_type in _PRODUCTS:

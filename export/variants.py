@@ -23,8 +23,9 @@ from hcmen.base.clip import TEXT_TOKENS
 from hcmen.base.errors import BackendError
 from hcmen.base.inputs import TensorSpec
 from hcmen.base.modalities import Variant
+from hcmen.base.op import OPSET
 from hcmen.mamba.functions import add_functions
-from hcmen.mamba.graph import OPSET, fold, tidy
+from hcmen.mamba.graph import fold, tidy
 
 __all__ = ["export_variant"]
 

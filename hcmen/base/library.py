@@ -14,6 +14,7 @@ from typing import Any
 
 import hcmen
 from hcmen.base.errors import BackendError
+from hcmen.base.op import CAUSAL_CONV1D, SELECTIVE_SCAN, Operator
 
 __all__ = [
     "ConvArguments",
@@ -33,43 +34,42 @@ LIBRARY_VERSION = 1
 _i32, _i64, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
 
+def _arguments(op: Operator) -> list[tuple[str, Any]]:
+    """The fields of a kernel's arguments: sizes, switches, then inputs and outputs."""
+    return [
+        *((name, _i64) for name in op.sizes),
+        *((name, _i32) for name in ("dtype", *op.switches, "reserved")),
+        *((tensor.name, _pointer) for tensor in (*op.inputs, *op.outputs)),
+    ]
+
+
+def _gradients(op: Operator) -> list[tuple[str, Any]]:
+    """The fields of a kernel's gradients: those given, of outputs, then those wanted, of inputs."""
+    return [(f"d{tensor.name}", _pointer) for tensor in (*op.outputs, *op.inputs)]
+
+
 class ScanArguments(ctypes.Structure):
     """`hcmen_scan` of runtime/csrc/selective_scan.h."""
 
-    _fields_ = [
-        *((name, _i64) for name in ("batch", "time", "channel", "state", "group")),
-        *((name, _i32) for name in ("dtype", "delta_softplus", "reverse", "reserved")),
-        *((name, _pointer) for name in ("u", "delta", "A", "B", "C", "D", "delta_bias", "z", "initial_state")),
-        *((name, _pointer) for name in ("y", "last_state")),
-    ]
+    _fields_ = _arguments(SELECTIVE_SCAN)
 
 
 class ScanGradients(ctypes.Structure):
     """`hcmen_scan_grad` of runtime/csrc/selective_scan.h."""
 
-    _fields_ = [
-        (name, _pointer)
-        for name in (
-            *("dy", "dlast_state", "du", "ddelta", "dA", "dB", "dC", "dD"),
-            *("ddelta_bias", "dz", "dinitial_state"),
-        )
-    ]
+    _fields_ = _gradients(SELECTIVE_SCAN)
 
 
 class ConvArguments(ctypes.Structure):
     """`hcmen_conv` of runtime/csrc/causal_conv1d.h."""
 
-    _fields_ = [
-        *((name, _i64) for name in ("batch", "time", "channel", "width")),
-        *((name, _i32) for name in ("dtype", "silu", "reverse", "reserved")),
-        *((name, _pointer) for name in ("x", "weight", "bias", "y")),
-    ]
+    _fields_ = _arguments(CAUSAL_CONV1D)
 
 
 class ConvGradients(ctypes.Structure):
     """`hcmen_conv_grad` of runtime/csrc/causal_conv1d.h."""
 
-    _fields_ = [(name, _pointer) for name in ("dy", "dx", "dweight", "dbias")]
+    _fields_ = _gradients(CAUSAL_CONV1D)
 
 
 _FUNCTIONS = {

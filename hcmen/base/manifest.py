@@ -18,6 +18,9 @@ from typing import Any
 from hcmen.base.errors import BackendError, CorruptFileError, InputError
 from hcmen.base.inputs import Inputs, TensorSpec
 from hcmen.base.modalities import MODALITIES, VARIANTS
+from hcmen.base.op import DOMAIN as OP_DOMAIN
+from hcmen.base.op import IR_VERSION, OPSET
+from hcmen.base.op import VERSION as OP_VERSION
 from hcmen.base.schema1 import as_schema_2
 
 __all__ = [
@@ -40,8 +43,6 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 2
-OP_DOMAIN = "hcmen"
-OP_VERSION = 1
 NAME = "hcmen"
 MANIFEST_FILE = "manifest.json"
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -127,8 +128,8 @@ class Manifest:
     versions: Mapping[str, str]
     source: Mapping[str, Any]
     created: str
-    opset: int = 19
-    ir_version: int = 9
+    opset: int = OPSET
+    ir_version: int = IR_VERSION
     precision: str = "fp32"
     name: str = NAME
     op_domain: str = OP_DOMAIN

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hcmen.base.errors import BackendError, CheckFailed
+from hcmen.base.op import SELECTIVE_SCAN
 
 __all__ = ["TOLERANCE", "SelfCheck", "operators_run", "run_selfcheck", "selective_scan_numpy", "selfcheck_inputs"]
 
@@ -37,7 +38,7 @@ class SelfCheck:
     @property
     def kernel(self) -> bool:
         """Whether the kernel of the operator library ran, rather than the model-local function."""
-        return "SelectiveScan" in self.operators
+        return SELECTIVE_SCAN.name in self.operators
 
 
 def selective_scan_numpy(
@@ -82,21 +83,19 @@ def selective_scan_numpy(
 def selfcheck_inputs(batch: int = 2, time: int = 9, channel: int = 8, state: int = 4) -> dict[str, Array]:
     """Inputs of the model, the same at every call: steps around softplus(N(-4, 1)), decays down to -state."""
     rng = np.random.default_rng(0)
+    means = {"delta": -4.0}
 
     def normal(*shape: int, mean: float = 0.0) -> Array:
         return rng.normal(mean, 1.0, shape).astype(np.float32)
 
-    return {
-        "u": normal(batch, time, channel),
-        "delta": normal(batch, time, channel, mean=-4.0),
-        "A": np.tile(-np.arange(1.0, state + 1.0, dtype=np.float32), (channel, 1)),
-        "B": normal(batch, time, state),
-        "C": normal(batch, time, state),
-        "D": normal(channel),
-        "delta_bias": normal(channel) / np.float32(10.0),
-        "z": normal(batch, time, channel),
-        "initial_state": normal(batch, channel, state),
+    sizes = {"batch": batch, "time": time, "channel": channel, "state": state}
+    inputs = {
+        tensor.name: normal(*(sizes[size] for size in tensor.sizes if size in sizes), mean=means.get(tensor.name, 0.0))
+        for tensor in SELECTIVE_SCAN.inputs
     }
+    inputs["A"] = np.tile(-np.arange(1.0, state + 1.0, dtype=np.float32), (channel, 1))
+    inputs["delta_bias"] /= np.float32(10.0)
+    return inputs
 
 
 def run_selfcheck(library: Path | None) -> SelfCheck:

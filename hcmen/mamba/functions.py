@@ -19,13 +19,10 @@ import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from hcmen.base.errors import InputError
+from hcmen.base.op import CAUSAL_CONV1D, DOMAIN, PARSER_ATTRIBUTES, SELECTIVE_SCAN, VERSION, Operator
 
 __all__ = ["SCAN_BODIES", "add_functions", "strip_functions"]
 
-DOMAIN = "hcmen"
-VERSION = 1
-SCAN_INPUTS = ("u", "delta", "A", "B", "C", "D", "delta_bias")
-CONV_INPUTS = ("x", "weight", "bias")
 # CastLike, and Shape with start and end, came with opset 15; functions with IR version 8.
 OLDEST_OPSET = 15
 OLDEST_IR_VERSION = 8
@@ -171,8 +168,20 @@ def _expect(node: NodeProto, values: dict[str, Any], name: str, allowed: tuple[A
         raise InputError(f"{_label(node)}: attribute '{name}' is {values[name]!r}, expected {want}")
 
 
-def _expect_names(node: NodeProto, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
-    for kind, got, want in (("inputs", node.input, inputs), ("outputs", node.output, outputs)):
+def _kernel_attributes(node: NodeProto, op: Operator) -> dict[str, Any]:
+    """The attributes that kernels read, checked, and written into the node where they are missing."""
+    values = _attributes(node, {**op.defaults, **PARSER_ATTRIBUTES})
+    for attribute in op.attributes:
+        _expect(node, values, attribute.name, attribute.choices)
+    return values
+
+
+def _expect_names(node: NodeProto, op: Operator, values: dict[str, Any]) -> None:
+    for kind, got, tensors in (
+        ("inputs", node.input, op.inputs_with(values)),
+        ("outputs", node.output, op.outputs_with(values)),
+    ):
+        want = [tensor.name for tensor in tensors]
         if len(got) != len(want):
             raise InputError(f"{_label(node)} has {len(got)} {kind}, expected {len(want)}: {', '.join(want)}")
         for name, value in zip(want, got, strict=True):
@@ -180,33 +189,20 @@ def _expect_names(node: NodeProto, inputs: tuple[str, ...], outputs: tuple[str, 
                 raise InputError(f"{_label(node)}: '{name}' is left out by an empty name, which a function cannot take")
 
 
-_PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
-
-
 def _complete_scan(node: NodeProto, shape_of: _ShapeOf) -> dict[str, Any]:
-    flags = {"delta_softplus": 0, "reverse": 0, "gated": 0, "stateful": 0}
-    values = _attributes(node, {**flags, **_PLUGIN})
-    for name in flags:
-        _expect(node, values, name, (0, 1))
+    values = _kernel_attributes(node, SELECTIVE_SCAN)
     reverse = values["reverse"]
     directions = {"scan_input_directions": [reverse] * 4, "scan_output_directions": [reverse]}
     values = _attributes(node, directions)
     for name, want in directions.items():
         _expect(node, values, name, (want,))
-    gated, stateful = values["gated"], values["stateful"]
-    _expect_names(
-        node,
-        (*SCAN_INPUTS, *(["z"] if gated else []), *(["initial_state"] if stateful else [])),
-        ("y", "last_state") if stateful else ("y",),
-    )
-    return {"gated": gated, "stateful": stateful, "delta_softplus": values["delta_softplus"]}
+    _expect_names(node, SELECTIVE_SCAN, values)
+    return {name: values[name] for name in ("gated", "stateful", "delta_softplus")}
 
 
 def _complete_conv(node: NodeProto, shape_of: _ShapeOf) -> dict[str, Any]:
-    values = _attributes(node, {"reverse": 0, "activation": "none", **_PLUGIN})
-    _expect(node, values, "reverse", (0, 1))
-    _expect(node, values, "activation", ("none", "silu"))
-    _expect_names(node, CONV_INPUTS, ("y",))
+    values = _kernel_attributes(node, CAUSAL_CONV1D)
+    _expect_names(node, CAUSAL_CONV1D, values)
     weight = shape_of(node.input[1])
     if weight is not None and len(weight) == 2 and None not in weight:
         channel, width = weight
@@ -224,8 +220,8 @@ def _complete_conv(node: NodeProto, shape_of: _ShapeOf) -> dict[str, Any]:
 
 
 _COMPLETE: dict[str, Callable[[NodeProto, _ShapeOf], dict[str, Any]]] = {
-    "SelectiveScan": _complete_scan,
-    "CausalConv1d": _complete_conv,
+    SELECTIVE_SCAN.name: _complete_scan,
+    CAUSAL_CONV1D.name: _complete_conv,
 }
 
 
@@ -272,10 +268,11 @@ class _Body:
 
 
 def _function(
-    op_type: str, opset: int, body: _Body, inputs: list[str], outputs: list[str], bound: list[str], doc: str
+    op: Operator, opset: int, body: _Body, attributes: dict[str, Any], bound: list[str], doc: str
 ) -> FunctionProto:
+    inputs, outputs = ([t.name for t in side] for side in (op.inputs_with(attributes), op.outputs_with(attributes)))
     return helper.make_function(
-        DOMAIN, op_type, inputs, outputs, body.nodes, [helper.make_opsetid("", opset)], bound, doc_string=doc
+        DOMAIN, op.name, inputs, outputs, body.nodes, [helper.make_opsetid("", opset)], bound, doc_string=doc
     )
 
 
@@ -285,7 +282,6 @@ def _scan_function(opset: int, scan_body: str, *, gated: int, stateful: int, del
     B and C of rank 3 are one group of rank 4: reshaping by the state count of A makes both the same.
     """
     body = _Body()
-    inputs = [*SCAN_INPUTS, *(["z"] if gated else []), *(["initial_state"] if stateful else [])]
     u, delta, B, C = (body.float32(x) for x in ("u", "delta", "B", "C"))
     one, rest = body.ints(1), body.ints(-1)
     batch_time, state = body.sizes("u", 0, 2), body.sizes("A", 1, 2)
@@ -318,12 +314,11 @@ def _scan_function(opset: int, scan_body: str, *, gated: int, stateful: int, del
         shape = body.op("Shape", "initial_state", name="last_shape")
         body.rename(body.op("Reshape", last, shape, name="last"), "last_state")
     return _function(
-        "SelectiveScan",
+        SELECTIVE_SCAN,
         opset,
         body,
-        inputs,
-        ["y", "last_state"] if stateful else ["y"],
-        ["scan_input_directions", "scan_output_directions"],
+        {"gated": gated, "stateful": stateful},
+        list(SELECTIVE_SCAN.others),
         f"Mamba's selective scan in standard operators; gated = {gated}, stateful = {stateful}, "
         f"delta_softplus = {delta_softplus} in every node of this model.",
     )
@@ -396,7 +391,7 @@ def _silu(body: _Body, x: str) -> str:
 def _conv_function(opset: int, *, activation: str) -> FunctionProto:
     """A depthwise Conv between two transposes; group and pads come from the node."""
     body = _Body()
-    x, weight, bias = (body.float32(name) for name in CONV_INPUTS)
+    x, weight, bias = (body.float32(name) for name in ("x", "weight", "bias"))
     # Conv slides its kernel forward: it takes tap k, or tap width - 1 - k if reverse.
     reverse = body.fresh("reverse")
     body.nodes.append(helper.make_node("Constant", [], [reverse]))
@@ -419,11 +414,10 @@ def _conv_function(opset: int, *, activation: str) -> FunctionProto:
         y = _silu(body, y)
     body.rename(body.op("CastLike", y, "x", name="narrowed"), "y")
     return _function(
-        "CausalConv1d",
+        CAUSAL_CONV1D,
         opset,
         body,
-        list(CONV_INPUTS),
-        ["y"],
-        ["reverse", "group", "pads"],
+        {},
+        ["reverse", *CAUSAL_CONV1D.others],
         f"Depthwise causal convolution in standard operators; activation = {activation} in every node of this model.",
     )

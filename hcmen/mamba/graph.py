@@ -10,11 +10,9 @@ import onnx
 import onnxscript.optimizer
 from onnxscript import ir
 
-__all__ = ["IR_VERSION", "OPSET", "fold", "share_weights", "tidy"]
+from hcmen.base.op import IR_VERSION
 
-# The newest that ONNX Runtime 1.17 reads, the oldest runtime that is supported.
-OPSET = 19
-IR_VERSION = 9
+__all__ = ["fold", "share_weights", "tidy"]
 
 _FOLD_ANY_SIZE = 1 << 40
 

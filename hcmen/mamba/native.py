@@ -1,6 +1,7 @@
 """The kernels of libhcmen_ops.so as torch.library custom ops with autograd, for CPU tensors.
 
-What every library with these kernels is given: `run` takes the structures of arguments and fills what they point to.
+What every library with these kernels is given: `run` takes the structures of arguments and fills what they point to;
+`inputs` are those of the custom op, tensors and then switches, as hcmen/base/op.py has them.
 native_cuda.py adds the kernels of CUDA tensors to the same ops.
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from hcmen.base.errors import BackendError, InputError
 from hcmen.base.library import ConvArguments, ConvGradients, ScanArguments, ScanGradients, load_library
+from hcmen.base.op import CAUSAL_CONV1D, SELECTIVE_SCAN, Operator
 
 __all__ = [
     "causal_conv1d_backward_op",
@@ -67,21 +69,21 @@ def _call(name: str, *structures: ctypes.Structure) -> None:
         raise InputError(f"{name} refused its arguments (status {status}): sizes must be at least 1 and fit each other")
 
 
+def _split(op: Operator, inputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The inputs of a custom op: tensors, then switches."""
+    return inputs[: len(op.inputs)], inputs[len(op.inputs) :]
+
+
+def _named(op: Operator, tensors: Sequence[Tensor | None], switches: Sequence[bool]) -> dict[str, int | None]:
+    """Fields of the C structure of `op`: its switches, and pointers to its inputs."""
+    flags = {name: int(on) for name, on in zip(op.switches, switches, strict=True)}
+    return {**flags, **{t.name: pointer(x) for t, x in zip(op.inputs, tensors, strict=True)}}
+
+
 def _scan_arguments(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    z: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    y: Tensor | None,
-    last_state: Tensor | None,
+    tensors: Sequence[Any], switches: Sequence[bool], y: Tensor | None, last_state: Tensor | None
 ) -> ScanArguments:
+    u, _, A, B, *_ = tensors
     return ScanArguments(
         batch=u.shape[0],
         time=u.shape[1],
@@ -89,195 +91,152 @@ def _scan_arguments(
         state=A.shape[1],
         group=B.shape[2],
         dtype=int(u.dtype == torch.float16),
-        delta_softplus=int(delta_softplus),
-        reverse=int(reverse),
-        u=pointer(u),
-        delta=pointer(delta),
-        A=pointer(A),
-        B=pointer(B),
-        C=pointer(C),
-        D=pointer(D),
-        delta_bias=pointer(delta_bias),
-        z=pointer(z),
-        initial_state=pointer(initial_state),
         y=pointer(y),
         last_state=pointer(last_state),
+        **_named(SELECTIVE_SCAN, tensors, switches),
     )
 
 
-def scan_by(
-    run: Callable[..., None], tensors: Sequence[Tensor | None], delta_softplus: bool, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """y and last_state of the op's `tensors` (u to initial_state), computed by `run(scan)`."""
+def scan_by(run: Callable[..., None], inputs: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """y and last_state, computed by `run(scan)`."""
+    tensors, switches = _split(SELECTIVE_SCAN, inputs)
     dense = _dense(*tensors)
     u, A = dense[0], dense[2]
     assert u is not None
     assert A is not None
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     last_state = torch.empty(u.shape[0], u.shape[2], A.shape[1], dtype=torch.float32, device=u.device)
-    run(_scan_arguments(*dense, delta_softplus, reverse, y, last_state))  # type: ignore[arg-type,call-arg]
+    run(_scan_arguments(dense, switches, y, last_state))
     return y, last_state
 
 
-def scan_gradients_by(
-    run: Callable[..., None],
-    dy: Tensor,
-    dlast_state: Tensor,
-    originals: Sequence[Tensor | None],
-    delta_softplus: bool,
-    reverse: bool,
-) -> list[Tensor]:
-    """Gradients of the op's tensors (u to initial_state), computed by `run(scan, gradients)`; empty for absent ones."""
+def scan_gradients_by(run: Callable[..., None], dy: Tensor, dlast_state: Tensor, inputs: Sequence[Any]) -> list[Tensor]:
+    """Gradients of the tensors among `inputs`, computed by `run(scan, gradients)`; empty for absent ones."""
+    tensors, switches = _split(SELECTIVE_SCAN, inputs)
     # The backward kernels are float32; half-precision inputs are widened here, their gradients narrowed on return.
-    wide = [None if x is None else x.float().contiguous() for x in originals]
+    wide = [None if x is None else x.float().contiguous() for x in tensors]
     dy, dlast_state = dy.float().contiguous(), dlast_state.float().contiguous()
     grads = [None if x is None else torch.empty_like(x) for x in wide]
-    names = ("du", "ddelta", "dA", "dB", "dC", "dD", "ddelta_bias", "dz", "dinitial_state")
-    pointers = {name: pointer(g) for name, g in zip(names, grads, strict=True)}
+    pointers = {f"d{t.name}": pointer(g) for t, g in zip(SELECTIVE_SCAN.inputs, grads, strict=True)}
     run(
-        _scan_arguments(*wide, delta_softplus, reverse, None, None),  # type: ignore[arg-type,call-arg]
+        _scan_arguments(wide, switches, None, None),
         ScanGradients(dy=pointer(dy), dlast_state=pointer(dlast_state), **pointers),
     )
-    return [dy.new_empty(0) if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, originals, strict=True)]
+    return [dy.new_empty(0) if g is None else g.to(x.dtype) for g, x in zip(grads, tensors, strict=True)]
 
 
-@torch.library.custom_op("hcmen::selective_scan", mutates_args=(), device_types="cpu")
-def selective_scan_op(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    z: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    tensors = (u, delta, A, B, C, D, delta_bias, z, initial_state)
-    return scan_by(partial(_call, "hcmen_selective_scan_forward"), tensors, delta_softplus, reverse)
+def _parameters(op: Operator) -> str:
+    """The inputs of a custom op, as schemas have them."""
+    tensors = (f"Tensor{'' if t.only_with is None else '?'} {t.name}" for t in op.inputs)
+    return ", ".join((*tensors, *(f"bool {name}" for name in op.switches)))
+
+
+_SCAN, _CONV = _parameters(SELECTIVE_SCAN), _parameters(CAUSAL_CONV1D)
+_cpu_op = partial(torch.library.custom_op, mutates_args=(), device_types="cpu")
+
+
+@_cpu_op("hcmen::selective_scan", schema=f"({_SCAN}) -> (Tensor, Tensor)")
+def selective_scan_op(*inputs: Any) -> tuple[Tensor, Tensor]:
+    return scan_by(partial(_call, "hcmen_selective_scan_forward"), inputs)
 
 
 @selective_scan_op.register_fake
-def _(u, delta, A, B, C, D, delta_bias, z, initial_state, delta_softplus, reverse):  # type: ignore[no-untyped-def]
+def _(u, delta, A, *others):  # type: ignore[no-untyped-def]
     return torch.empty_like(u, memory_format=torch.contiguous_format), A.new_empty(u.shape[0], u.shape[2], A.shape[1])
 
 
-@torch.library.custom_op("hcmen::selective_scan_backward", mutates_args=(), device_types="cpu")
-def selective_scan_backward_op(
-    dy: Tensor,
-    dlast_state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    z: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> list[Tensor]:
+@_cpu_op("hcmen::selective_scan_backward", schema=f"(Tensor dy, Tensor dlast_state, {_SCAN}) -> Tensor[]")
+def selective_scan_backward_op(dy: Tensor, dlast_state: Tensor, *inputs: Any) -> list[Tensor]:
     """Gradients in the order of the tensor arguments; those of an absent z or initial_state are empty tensors."""
-    originals = (u, delta, A, B, C, D, delta_bias, z, initial_state)
-    run = partial(_call, "hcmen_selective_scan_backward")
-    return scan_gradients_by(run, dy, dlast_state, originals, delta_softplus, reverse)
+    return scan_gradients_by(partial(_call, "hcmen_selective_scan_backward"), dy, dlast_state, inputs)
 
 
 @selective_scan_backward_op.register_fake
-def _(dy, dlast_state, u, delta, A, B, C, D, delta_bias, z, initial_state, delta_softplus, reverse):  # type: ignore[no-untyped-def]
-    originals = (u, delta, A, B, C, D, delta_bias, z, initial_state)
+def _(dy, dlast_state, *inputs):  # type: ignore[no-untyped-def]
+    tensors, _ = _split(SELECTIVE_SCAN, inputs)
     return [
-        u.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in originals
+        dy.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors
     ]
 
 
 def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.delta_softplus, ctx.reverse = inputs
+    tensors, ctx.switches = _split(SELECTIVE_SCAN, inputs)
     ctx.save_for_backward(*tensors)
 
 
 def _scan_backward(ctx: Any, dy: Tensor, dlast_state: Tensor) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
-    grads = torch.ops.hcmen.selective_scan_backward(dy, dlast_state, *tensors, ctx.delta_softplus, ctx.reverse)
-    return (*(None if x is None else g for g, x in zip(grads, tensors, strict=True)), None, None)
+    grads = torch.ops.hcmen.selective_scan_backward(dy, dlast_state, *tensors, *ctx.switches)
+    return (*(None if x is None else g for g, x in zip(grads, tensors, strict=True)), *(None for _ in ctx.switches))
 
 
 selective_scan_op.register_autograd(_scan_backward, setup_context=_scan_setup)
 
 
-def _conv_arguments(
-    x: Tensor, weight: Tensor, bias: Tensor, silu: bool, reverse: bool, y: Tensor | None
-) -> ConvArguments:
+def _conv_arguments(tensors: Sequence[Any], switches: Sequence[bool], y: Tensor | None) -> ConvArguments:
+    x, weight, _ = tensors
     return ConvArguments(
         batch=x.shape[0],
         time=x.shape[1],
         channel=x.shape[2],
         width=weight.shape[1],
         dtype=int(x.dtype == torch.float16),
-        silu=int(silu),
-        reverse=int(reverse),
-        x=pointer(x),
-        weight=pointer(weight),
-        bias=pointer(bias),
         y=pointer(y),
+        **_named(CAUSAL_CONV1D, tensors, switches),
     )
 
 
-def conv_by(run: Callable[..., None], x: Tensor, weight: Tensor, bias: Tensor, silu: bool, reverse: bool) -> Tensor:
+def conv_by(run: Callable[..., None], inputs: Sequence[Any]) -> Tensor:
     """y, computed by `run(conv)`."""
-    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-    y = torch.empty_like(x)
-    run(_conv_arguments(x, weight, bias, silu, reverse, y))
+    tensors, switches = _split(CAUSAL_CONV1D, inputs)
+    dense: list[Any] = _dense(*tensors)
+    y = torch.empty_like(dense[0])
+    run(_conv_arguments(dense, switches, y))
     return y
 
 
-def conv_gradients_by(
-    run: Callable[..., None], dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, silu: bool, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def conv_gradients_by(run: Callable[..., None], dy: Tensor, inputs: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, computed by `run(conv, gradients)`."""
+    (x, weight, bias), switches = _split(CAUSAL_CONV1D, inputs)
     wide, dy = x.float().contiguous(), dy.float().contiguous()
     weight, bias = weight.contiguous(), bias.contiguous()
     dx, dweight, dbias = torch.empty_like(wide), torch.empty_like(weight), torch.empty_like(bias)
     run(
-        _conv_arguments(wide, weight, bias, silu, reverse, None),
+        _conv_arguments((wide, weight, bias), switches, None),
         ConvGradients(dy=pointer(dy), dx=pointer(dx), dweight=pointer(dweight), dbias=pointer(dbias)),
     )
     return dx.to(x.dtype), dweight, dbias
 
 
-@torch.library.custom_op("hcmen::causal_conv1d", mutates_args=(), device_types="cpu")
-def causal_conv1d_op(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, reverse: bool) -> Tensor:
-    return conv_by(partial(_call, "hcmen_causal_conv1d_forward"), x, weight, bias, silu, reverse)
+@_cpu_op("hcmen::causal_conv1d", schema=f"({_CONV}) -> Tensor")
+def causal_conv1d_op(*inputs: Any) -> Tensor:
+    return conv_by(partial(_call, "hcmen_causal_conv1d_forward"), inputs)
 
 
 @causal_conv1d_op.register_fake
-def _(x, weight, bias, silu, reverse):  # type: ignore[no-untyped-def]
+def _(x, *others):  # type: ignore[no-untyped-def]
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("hcmen::causal_conv1d_backward", mutates_args=(), device_types="cpu")
-def causal_conv1d_backward_op(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, silu: bool, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return conv_gradients_by(partial(_call, "hcmen_causal_conv1d_backward"), dy, x, weight, bias, silu, reverse)
+@_cpu_op("hcmen::causal_conv1d_backward", schema=f"(Tensor dy, {_CONV}) -> (Tensor, Tensor, Tensor)")
+def causal_conv1d_backward_op(dy: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return conv_gradients_by(partial(_call, "hcmen_causal_conv1d_backward"), dy, inputs)
 
 
 @causal_conv1d_backward_op.register_fake
-def _(dy, x, weight, bias, silu, reverse):  # type: ignore[no-untyped-def]
-    return tuple(torch.empty_like(a, memory_format=torch.contiguous_format) for a in (x, weight, bias))
+def _(dy, *inputs):  # type: ignore[no-untyped-def]
+    tensors, _ = _split(CAUSAL_CONV1D, inputs)
+    return tuple(torch.empty_like(a, memory_format=torch.contiguous_format) for a in tensors)
 
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weight, bias, ctx.silu, ctx.reverse = inputs
-    ctx.save_for_backward(x, weight, bias)
+    tensors, ctx.switches = _split(CAUSAL_CONV1D, inputs)
+    ctx.save_for_backward(*tensors)
 
 
 def _conv_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    dx, dweight, dbias = torch.ops.hcmen.causal_conv1d_backward(dy, *ctx.saved_tensors, ctx.silu, ctx.reverse)
-    return dx, dweight, dbias, None, None
+    grads = torch.ops.hcmen.causal_conv1d_backward(dy, *ctx.saved_tensors, *ctx.switches)
+    return (*grads, *(None for _ in ctx.switches))
 
 
 causal_conv1d_op.register_autograd(_conv_backward, setup_context=_conv_setup)

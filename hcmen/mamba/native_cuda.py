@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import functools
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from hcmen.base.cuda_library import CudaLaunch, call, cuda_library_path, load_cuda_library, workspace_bytes
 from hcmen.base.errors import BackendError, InputError
+from hcmen.base.op import CAUSAL_CONV1D, SELECTIVE_SCAN, Operator
 from hcmen.mamba.native import (
     causal_conv1d_backward_op,
     causal_conv1d_op,
@@ -73,72 +75,46 @@ def _run(name: str, device: torch.device, size: int, *structures: ctypes.Structu
         call(load_cuda_library(), name, *structures, launch)
 
 
-def _one_device(first: str, x: Tensor, **others: Tensor | None) -> None:
-    for name, other in others.items():
+def _one_device(op: Operator, inputs: Sequence[Any]) -> torch.device:
+    """The device of all tensors of an op, which are on one."""
+    first, x = op.inputs[0].name, inputs[0]
+    for tensor, other in zip(op.inputs, inputs, strict=False):
         if other is not None and other.device != x.device:
-            raise InputError(f"{name} is on {other.device}, expected {x.device}, the device of {first}")
+            raise InputError(f"{tensor.name} is on {other.device}, expected {x.device}, the device of {first}")
+    device: torch.device = x.device
+    return device
 
 
 @selective_scan_op.register_kernel("cuda")
-def _scan_forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    z: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    others = {"delta": delta, "A": A, "B": B, "C": C, "D": D, "delta_bias": delta_bias, "z": z}
-    _one_device("u", u, **others, initial_state=initial_state)
+def _scan_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    device = _one_device(SELECTIVE_SCAN, inputs)
 
     def run(scan: ctypes.Structure) -> None:
         size = workspace_bytes(load_cuda_library(), "selective_scan", scan, None, 0)
-        _run("selective_scan_forward", u.device, size, scan)
+        _run("selective_scan_forward", device, size, scan)
 
-    return scan_by(run, (u, delta, A, B, C, D, delta_bias, z, initial_state), delta_softplus, reverse)
+    return scan_by(run, inputs)
 
 
 @selective_scan_backward_op.register_kernel("cuda")
-def _scan_backward(
-    dy: Tensor,
-    dlast_state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    z: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> list[Tensor]:
+def _scan_backward(dy: Tensor, dlast_state: Tensor, *inputs: Any) -> list[Tensor]:
     def run(scan: ctypes.Structure, gradients: ctypes.Structure) -> None:
         size = workspace_bytes(load_cuda_library(), "selective_scan", scan, None, 1)
-        _run("selective_scan_backward", u.device, size, scan, gradients)
+        _run("selective_scan_backward", inputs[0].device, size, scan, gradients)
 
-    originals = (u, delta, A, B, C, D, delta_bias, z, initial_state)
-    return scan_gradients_by(run, dy, dlast_state, originals, delta_softplus, reverse)
+    return scan_gradients_by(run, dy, dlast_state, inputs)
 
 
 @causal_conv1d_op.register_kernel("cuda")
-def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, reverse: bool) -> Tensor:
-    _one_device("x", x, weight=weight, bias=bias)
-    return conv_by(partial(_run, "causal_conv1d_forward", x.device, 0), x, weight, bias, silu, reverse)
+def _conv_forward(*inputs: Any) -> Tensor:
+    device = _one_device(CAUSAL_CONV1D, inputs)
+    return conv_by(partial(_run, "causal_conv1d_forward", device, 0), inputs)
 
 
 @causal_conv1d_backward_op.register_kernel("cuda")
-def _conv_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, silu: bool, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _conv_backward(dy: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     def run(conv: ctypes.Structure, gradients: ctypes.Structure) -> None:
         size = workspace_bytes(load_cuda_library(), "causal_conv1d", conv, 1)
-        _run("causal_conv1d_backward", x.device, size, conv, gradients)
+        _run("causal_conv1d_backward", inputs[0].device, size, conv, gradients)
 
-    return conv_gradients_by(run, dy, x, weight, bias, silu, reverse)
+    return conv_gradients_by(run, dy, inputs)

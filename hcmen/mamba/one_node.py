@@ -12,14 +12,21 @@ from typing import Any
 
 from onnx import ModelProto, TensorProto, helper
 
-from hcmen.mamba.functions import CONV_INPUTS, DOMAIN, SCAN_INPUTS, VERSION, add_functions
+from hcmen.base.op import (
+    CAUSAL_CONV1D,
+    DOMAIN,
+    IR_VERSION,
+    OPSET,
+    PARSER_ATTRIBUTES,
+    SELECTIVE_SCAN,
+    VERSION,
+    Operator,
+)
+from hcmen.mamba.functions import add_functions
 
 __all__ = ["conv_model", "one_node_model", "scan_model", "selfcheck_conv_model", "selfcheck_model"]
 
-OPSET = 19
-IR_VERSION = 9
 Size = int | str
-Tensors = dict[str, tuple[str, Sequence[Size] | None]]
 _ELEMENT = {
     name: TensorProto.DataType.Value(name.upper().replace("FLOAT32", "FLOAT").replace("FLOAT64", "DOUBLE"))
     for name in ("float32", "float16", "float64", "bfloat16", "int32", "int64", "uint8", "bool", "string")
@@ -32,13 +39,10 @@ def scan_model(
     *,
     group: int | None = None,
     dtype: str = "float32",
-    delta_softplus: bool = False,
-    reverse: bool = False,
-    gated: bool = False,
-    stateful: bool = False,
     batch: Size = "batch",
     time: Size = "time",
     functions: bool = True,
+    **switches: bool,
 ) -> ModelProto:
     """One SelectiveScan node whose inputs and outputs are the graph's, under the names of docs/op.md.
 
@@ -46,33 +50,15 @@ def scan_model(
         group: None gives B and C rank 3, a number gives them rank 4.
         batch, time: a number, or the name of a dynamic size.
         functions: carry the model-local function.
+        switches: attributes of docs/op.md; those that are left out have their default.
     """
-    series: list[Size] = [batch, time, channel]
-    projection: list[Size] = [batch, time, state] if group is None else [batch, time, group, state]
-    inputs: Tensors = {
-        "u": (dtype, series),
-        "delta": (dtype, series),
-        "A": ("float32", [channel, state]),
-        "B": (dtype, projection),
-        "C": (dtype, projection),
-        "D": ("float32", [channel]),
-        "delta_bias": ("float32", [channel]),
-    }
-    assert tuple(inputs) == SCAN_INPUTS
-    outputs: Tensors = {"y": (dtype, series)}
-    if gated:
-        inputs["z"] = (dtype, series)
-    if stateful:
-        inputs["initial_state"] = outputs["last_state"] = ("float32", [batch, channel, state])
-    attributes = {
-        "delta_softplus": int(delta_softplus),
-        "reverse": int(reverse),
-        "gated": int(gated),
-        "stateful": int(stateful),
-        "scan_input_directions": [int(reverse)] * 4,
-        "scan_output_directions": [int(reverse)],
-    }
-    return one_node_model("SelectiveScan", inputs, outputs, attributes, functions=functions)
+    sizes: dict[str, Size] = {"batch": batch, "time": time, "channel": channel, "state": state}
+    if group is not None:
+        sizes["group"] = group
+    attributes: dict[str, Any] = {**SELECTIVE_SCAN.defaults, **{name: int(on) for name, on in switches.items()}}
+    reverse = attributes["reverse"]
+    attributes |= {"scan_input_directions": [reverse] * 4, "scan_output_directions": [reverse]}
+    return _model(SELECTIVE_SCAN, sizes, dtype, attributes, functions)
 
 
 def conv_model(
@@ -87,19 +73,25 @@ def conv_model(
     functions: bool = True,
 ) -> ModelProto:
     """One CausalConv1d node; arguments as in `scan_model`."""
-    inputs: Tensors = {
-        "x": (dtype, [batch, time, channel]),
-        "weight": ("float32", [channel, width]),
-        "bias": ("float32", [channel]),
-    }
-    assert tuple(inputs) == CONV_INPUTS
     attributes = {
         "activation": activation,
         "reverse": int(reverse),
         "group": channel,
         "pads": [0, width - 1] if reverse else [width - 1, 0],
     }
-    return one_node_model("CausalConv1d", inputs, {"y": inputs["x"]}, attributes, functions=functions)
+    sizes: dict[str, Size] = {"batch": batch, "time": time, "channel": channel, "width": width}
+    return _model(CAUSAL_CONV1D, sizes, dtype, attributes, functions)
+
+
+def _model(
+    op: Operator, sizes: Mapping[str, Size], dtype: str, attributes: Mapping[str, Any], functions: bool
+) -> ModelProto:
+    """One node of `op`; a size that `sizes` lacks is left out of the shapes."""
+    inputs, outputs = (
+        {t.name: (dtype if t.shared else "float32", [sizes[s] for s in t.sizes if s in sizes]) for t in tensors}
+        for tensors in (op.inputs_with(attributes), op.outputs_with(attributes))
+    )
+    return one_node_model(op.name, inputs, outputs, attributes, functions=functions)
 
 
 def one_node_model(
@@ -116,8 +108,8 @@ def one_node_model(
         inputs, outputs: name -> (dtype, shape), in the order of the node; None for a shape: unknown, rank included.
         attributes: those that both operators have in common are added.
     """
-    plugin: dict[str, Any] = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
-    node = helper.make_node(op_type, list(inputs), list(outputs), name="node", domain=DOMAIN, **plugin, **attributes)
+    values: dict[str, Any] = {**PARSER_ATTRIBUTES, **attributes}
+    node = helper.make_node(op_type, list(inputs), list(outputs), name="node", domain=DOMAIN, **values)
     given, made = (
         [helper.make_tensor_value_info(name, _ELEMENT[dtype], shape) for name, (dtype, shape) in side.items()]
         for side in (inputs, outputs)

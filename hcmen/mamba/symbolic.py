@@ -7,15 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["OP_DOMAIN", "OP_VERSION", "symbolic_conv", "symbolic_scan"]
+from hcmen.base.op import CAUSAL_CONV1D, DOMAIN, PARSER_ATTRIBUTES, SELECTIVE_SCAN, VERSION
 
-OP_DOMAIN = "hcmen"
-OP_VERSION = 1
-
-
-def _plugin_attributes(reverse: bool) -> dict[str, Any]:
-    """Attributes of both ops; see docs/op.md."""
-    return {"reverse": int(reverse), "plugin_namespace": OP_DOMAIN, "plugin_version": str(OP_VERSION)}
+__all__ = ["symbolic_conv", "symbolic_scan"]
 
 
 def symbolic_scan(
@@ -29,11 +23,13 @@ def symbolic_scan(
     z: Tensor | None,
     initial_state: Tensor | None,
     *,
-    delta_softplus: bool,
-    reverse: bool,
     return_last_state: bool,
+    **switches: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """One hcmen::SelectiveScan node. A stateful node has both initial_state and last_state, any other has neither."""
+    """One hcmen::SelectiveScan node. A stateful node has both initial_state and last_state, any other has neither.
+
+    switches: the attributes besides those that say which tensors are there.
+    """
     batch, _, channel = u.shape
     stateful = initial_state is not None or return_last_state
     inputs = [u, delta, A, B, C]
@@ -43,26 +39,26 @@ def symbolic_scan(
     if stateful:
         zeros = torch.zeros(batch, channel, A.shape[1])
         inputs.append(zeros if initial_state is None else initial_state)
-    attributes = {
-        **_plugin_attributes(reverse),
-        "delta_softplus": int(delta_softplus),
+    attributes: dict[str, Any] = {
+        **PARSER_ATTRIBUTES,
+        **{name: int(on) for name, on in switches.items()},
         "gated": int(z is not None),
         "stateful": int(stateful),
     }
     # Scan's per-input directions, one for each of its four scanned inputs and its one scanned output; see
     # functions.py, whose body binds them by reference.
-    attributes["scan_input_directions"] = [int(reverse)] * 4
-    attributes["scan_output_directions"] = [int(reverse)]
-    op = f"{OP_DOMAIN}::SelectiveScan"
+    attributes["scan_input_directions"] = [attributes["reverse"]] * 4
+    attributes["scan_output_directions"] = [attributes["reverse"]]
+    op = f"{DOMAIN}::{SELECTIVE_SCAN.name}"
     if not stateful:
-        return torch.onnx.ops.symbolic(op, inputs, attributes, dtype=u.dtype, shape=u.shape, version=OP_VERSION)
+        return torch.onnx.ops.symbolic(op, inputs, attributes, dtype=u.dtype, shape=u.shape, version=VERSION)
     y, last_state = torch.onnx.ops.symbolic_multi_out(
         op,
         inputs,
         attributes,
         dtypes=(u.dtype, torch.float32),
         shapes=(u.shape, (batch, channel, A.shape[1])),
-        version=OP_VERSION,
+        version=VERSION,
     )
     return (y, last_state) if return_last_state else y
 
@@ -70,18 +66,19 @@ def symbolic_scan(
 def symbolic_conv(x: Tensor, weight: Tensor, bias: Tensor, *, activation: str, reverse: bool) -> Tensor:
     """One hcmen::CausalConv1d node for a call of `causal_conv1d`."""
     taps = weight.shape[1]
-    attributes = {
-        **_plugin_attributes(reverse),
+    attributes: dict[str, Any] = {
+        **PARSER_ATTRIBUTES,
         "activation": activation,
+        "reverse": int(reverse),
         # As Conv wants them: its attributes in the model-local function are bound to these by reference.
         "group": x.shape[2],
         "pads": [0, taps - 1] if reverse else [taps - 1, 0],
     }
     return torch.onnx.ops.symbolic(
-        f"{OP_DOMAIN}::CausalConv1d",
+        f"{DOMAIN}::{CAUSAL_CONV1D.name}",
         (x, weight, bias),
         attributes,
         dtype=x.dtype,
         shape=x.shape,
-        version=OP_VERSION,
+        version=VERSION,
     )

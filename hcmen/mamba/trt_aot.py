@@ -25,10 +25,11 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hcmen.base.errors import BackendError, InputError
+from hcmen.base.op import CAUSAL_CONV1D, DOMAIN, PARSER_ATTRIBUTES, SELECTIVE_SCAN, Attribute, Tensor
 from hcmen.mamba.ptx import Kernel, PtxCompiler, checked_architecture, driver_version, ptx_compiler, sources
 
 if TYPE_CHECKING:
@@ -45,7 +46,6 @@ __all__ = [
     "scan_kernel",
 ]
 
-DOMAIN = "hcmen"
 THREADS = 128
 # Outputs of a convolution that one thread computes in a row.
 STEPS = 8
@@ -54,11 +54,6 @@ _MOST_STATES = 16
 _WARP = 32
 MOST_STATES = _WARP * _MOST_STATES
 _MOST_WIDTH = 32
-
-_SCAN_INPUTS = ("u", "delta", "A", "B", "C", "D", "delta_bias")
-_CONV_INPUTS = ("x", "weight", "bias")
-_SHARED = {"u", "delta", "B", "C", "z", "x"}
-"""Inputs of the type that docs/op.md calls T; all others are float32."""
 
 
 @dataclass(frozen=True)
@@ -154,35 +149,25 @@ def prepare(model: ModelProto) -> ModelProto:
     left = [function.name for function in model.functions if function.domain == DOMAIN]
     if left:
         raise InputError(f"the model still carries the function '{left[0]}': take it out with strip_functions")
+    kinds: dict[str, Any] = {
+        SELECTIVE_SCAN.name: (SELECTIVE_SCAN, ScanSwitches, SCAN_NAMES),
+        CAUSAL_CONV1D.name: (CAUSAL_CONV1D, ConvSwitches, CONV_NAMES),
+    }
     for node in _nodes(model.graph.node):
         if node.domain != DOMAIN:
             continue
-        given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        if node.op_type == "SelectiveScan":
-            scan = ScanSwitches(*(_flag(node, given, field.name) for field in fields(ScanSwitches)))
-            _expect_counts(node, len(_scan_inputs(scan)), 1 + scan.stateful)
-            name = SCAN_NAMES[scan]
-        elif node.op_type == "CausalConv1d":
-            _expect_counts(node, len(_CONV_INPUTS), 1)
-            activation = given.get("activation", b"none")
-            if activation not in (b"none", b"silu"):
-                raise InputError(
-                    f"CausalConv1d '{node.name}': attribute 'activation' is {activation!r}, expected none or silu"
-                )
-            name = CONV_NAMES[ConvSwitches(activation == b"silu", _flag(node, given, "reverse"))]
-        else:
+        if node.op_type not in kinds:
             raise InputError(f"node '{node.name}': {DOMAIN}::{node.op_type} has no AOT kernel: use --plugin library")
-        node.op_type = name
+        op, switches, names = kinds[node.op_type]
+        given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        values = {attribute.name: _is_on(node, given, attribute) for attribute in op.attributes}
+        _expect_counts(node, len(op.inputs_with(values)), len(op.outputs_with(values)))
+        node.op_type = names[switches(*values.values())]
         del node.attribute[:]
         # "aot": this plugin or none, whatever the network's flags.
-        final = {"aot": 1, "plugin_namespace": DOMAIN, "plugin_version": "1"}
+        final: dict[str, Any] = {"aot": 1, **PARSER_ATTRIBUTES}
         node.attribute.extend(helper.make_attribute(key, value) for key, value in final.items())
     return model
-
-
-def _scan_inputs(switches: ScanSwitches) -> tuple[str, ...]:
-    """The inputs of a node, in order."""
-    return (*_SCAN_INPUTS, *(("z",) * switches.gated), *(("initial_state",) * switches.stateful))
 
 
 def _nodes(nodes: Any) -> Iterator[NodeProto]:
@@ -194,11 +179,16 @@ def _nodes(nodes: Any) -> Iterator[NodeProto]:
                 yield from _nodes(graph.node)
 
 
-def _flag(node: NodeProto, given: dict[str, Any], name: str) -> bool:
-    value = given.get(name, 0)
-    if value not in (0, 1) or isinstance(value, float):
-        raise InputError(f"{node.op_type} '{node.name}': attribute '{name}' is {value!r}, expected 0 or 1")
-    return bool(value)
+def _is_on(node: NodeProto, given: dict[str, Any], attribute: Attribute) -> bool:
+    """Whether an attribute is other than its default."""
+    choices = [choice.encode() if isinstance(choice, str) else choice for choice in attribute.choices]
+    value = given.get(attribute.name, choices[0])
+    if value not in choices or isinstance(value, float):
+        raise InputError(
+            f"{node.op_type} '{node.name}': attribute '{attribute.name}' is {value!r}, "
+            f"expected {' or '.join(map(str, attribute.choices))}"
+        )
+    return bool(value != choices[0])
 
 
 def _expect_counts(node: NodeProto, inputs: int, outputs: int) -> None:
@@ -280,8 +270,9 @@ def _register_scan(trt: Any, trtp: Any, ptx: Callable[[Kernel], str], switches: 
     def blocks(kernel: Kernel, batch: Any, time: Any) -> Any:
         return batch * kernel.rows
 
-    plugin = _Plugin(SCAN_NAMES[switches], _scan_inputs(switches), 1 + switches.stateful, describe, kernel, blocks)
-    _define(trtp, ptx, plugin)
+    given = asdict(switches)
+    tensors = SELECTIVE_SCAN.inputs_with(given), SELECTIVE_SCAN.outputs_with(given)
+    _define(trtp, ptx, _Plugin(SCAN_NAMES[switches], *tensors, describe, kernel, blocks))
 
 
 def _register_conv(trt: Any, trtp: Any, ptx: Callable[[Kernel], str], switches: ConvSwitches) -> None:
@@ -299,7 +290,8 @@ def _register_conv(trt: Any, trtp: Any, ptx: Callable[[Kernel], str], switches: 
     def blocks(kernel: Kernel, batch: Any, time: Any) -> Any:
         return trtp.cdiv(batch * trtp.cdiv(time, STEPS) * kernel.rows, THREADS)
 
-    _define(trtp, ptx, _Plugin(CONV_NAMES[switches], _CONV_INPUTS, 1, describe, kernel, blocks))
+    tensors = CAUSAL_CONV1D.inputs, CAUSAL_CONV1D.outputs
+    _define(trtp, ptx, _Plugin(CONV_NAMES[switches], *tensors, describe, kernel, blocks))
 
 
 @dataclass(frozen=True)
@@ -311,8 +303,8 @@ class _Plugin:
     """
 
     name: str
-    inputs: tuple[str, ...]
-    outputs: int
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
     describe: Callable[[dict[str, Any]], tuple[Any, ...]]
     kernel: Callable[[dict[str, Any]], Kernel]
     blocks: Callable[[Kernel, Any, Any], Any]
@@ -320,22 +312,21 @@ class _Plugin:
 
 def _define(trtp: Any, ptx: Callable[[Kernel], str], plugin: _Plugin) -> None:
     """Registers one. TensorRT reads names and types of parameters from signatures, which are made here."""
-    tensors = [(name, trtp.TensorDesc) for name in plugin.inputs]
-    described = tuple[(trtp.TensorDesc,) * plugin.outputs]  # type: ignore[misc,valid-type]
-    count = len(plugin.inputs)
+    names = [tensor.name for tensor in plugin.inputs]
+    tensors = [(name, trtp.TensorDesc) for name in names]
+    described = tuple[(trtp.TensorDesc,) * len(plugin.outputs)]  # type: ignore[misc,valid-type]
 
     def register_function(*inputs: Any) -> Any:
-        return plugin.describe(dict(zip(plugin.inputs, inputs, strict=True)))
+        return plugin.describe(dict(zip(names, inputs, strict=True)))
 
     def autotune_function(*tensors: Any) -> Any:
-        types = ["FP32|FP16" if name in _SHARED else "FP32" for name in plugin.inputs]
-        types += ["FP32|FP16", "FP32"][: plugin.outputs]
+        types = ["FP32|FP16" if tensor.shared else "FP32" for tensor in (*plugin.inputs, *plugin.outputs)]
         return [trtp.AutoTuneCombination(", ".join(types), "LINEAR")]
 
     def aot_function(*values: Any) -> Any:
-        inputs = dict(zip(plugin.inputs, values[:count], strict=True))
+        inputs = dict(zip(names, values[: len(names)], strict=True))
         kernel = plugin.kernel(inputs)
-        batch, time = (inputs[plugin.inputs[0]].shape_expr[axis] for axis in (0, 1))
+        batch, time = (inputs[names[0]].shape_expr[axis] for axis in (0, 1))
         launch = trtp.KernelLaunchParams()
         launch.grid_x = plugin.blocks(kernel, batch, time)
         launch.block_x = THREADS

@@ -20,10 +20,11 @@ from hcmen.base.engines import EngineRecord
 from hcmen.base.errors import BackendError
 from hcmen.base.library import library_folders
 from hcmen.base.manifest import OP_DOMAIN, OP_VERSION
+from hcmen.base.op import OPERATORS
 
 __all__ = ["PLUGIN_OPS", "TENSORRT", "Flavour", "TrtModule", "parsed_version"]
 
-PLUGIN_OPS = ("SelectiveScan", "CausalConv1d")
+PLUGIN_OPS = tuple(OPERATORS)
 _MOST_LINES = 1000
 
 

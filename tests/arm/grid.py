@@ -2,15 +2,13 @@
 
     python tests/arm/grid.py --python "qemu-aarch64 -L SYSROOT SYSROOT/usr/bin/python3.11" FOLDER
 
-The scan's grid is that of tests/csrc/test_ort_ops.py, whole; the convolution's has every size of it, its switches going
-round. Small cases in float32 have their gradients checked too. Needs PyTorch and onnx here; compute.py says what the
-other side needs. Exit code 1 if a number is wrong.
+The cases are the table of helpers/op_cases.py; small ones in float32 have their gradients checked too. Needs PyTorch
+and onnx here; compute.py says what the other side needs. Exit code 1 if a number is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import shlex
@@ -25,49 +23,25 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from helpers import kernel_cases as kernels
-from helpers.scan_grid import SIZES, grid_case, grid_feeds
-
-from hcmen.mamba.one_node import conv_model, scan_model
+from helpers import op_cases as kernels
 
 HERE = Path(__file__).resolve().parent
 FORWARD, BACKWARD = 1e-6, 4e-6
 """Bounds of float32, of the largest value of an array."""
 GRADIENT_ELEMENTS = 100_000
 """Cases up to so many states over time have their gradients checked: float64 with autograd keeps them all."""
-CONV_SIZES = list(itertools.product((1, 2, 3, 4, 7), (1, 15, 16, 17, 512), ((1, 3), (2, 1), (7, 3), (500, 1))))
 
 
-def scan_cases(sizes: Sequence[tuple[int, int, int]]) -> Iterator[dict[str, Any]]:
-    for (time, channel, state), batch in itertools.product(sizes, (1, 3)):
-        switches = grid_case(time, channel, state, batch)
-        case = kernels.ScanCase(
-            batch=batch,
-            time=time,
-            channel=channel,
-            state=state,
-            group=switches["group"] or 1,
-            dtype=switches["dtype"],
-            gated=switches["gated"],
-            stateful=switches["stateful"],
-            reverse=switches["reverse"],
-            softplus=switches["delta_softplus"],
-        )
-        feeds = grid_feeds(time, channel, state, batch, switches)
-        model = scan_model(channel, state, **switches, functions=False)
-        small = batch * time * channel * state <= GRADIENT_ELEMENTS and case.dtype == "float32"
-        yield {"op": "scan", "case": case, "feeds": feeds, "model": model, "gradients": small}
-
-
-def conv_cases(sizes: Sequence[tuple[int, int, tuple[int, int]]]) -> Iterator[dict[str, Any]]:
-    switches = list(itertools.product((True, False), (False, True), ("float32", "float16")))
-    for index, (width, channel, (time, batch)) in enumerate(sizes):
-        for silu, reverse, dtype in (switches[index % 8], switches[(index + 5) % 8]):
-            case = kernels.ConvCase(batch, time, channel, width, dtype, silu, reverse, seed=index)
-            activation = "silu" if silu else "none"
-            model = conv_model(channel, width, dtype=dtype, activation=activation, reverse=reverse, functions=False)
-            arrays = kernels.conv_arrays(case)
-            yield {"op": "conv", "case": case, "feeds": arrays, "model": model, "gradients": dtype == "float32"}
+def made_of(cases: Sequence[kernels.ScanCase | kernels.ConvCase]) -> Iterator[dict[str, Any]]:
+    for case in cases:
+        if isinstance(case, kernels.ConvCase):
+            op, arrays, small = "conv", kernels.conv_arrays(case), True
+        else:
+            op, arrays = "scan", kernels.scan_arrays(case)
+            states = case.batch * case.time * case.channel * case.state
+            small = states <= GRADIENT_ELEMENTS and case.mean == kernels.ScanCase.mean
+        gradients = small and case.dtype == "float32"
+        yield {"op": op, "case": case, "feeds": arrays, "model": kernels.model_of(case), "gradients": gradients}
 
 
 def write(folder: Path, index: int, made: dict[str, Any]) -> None:
@@ -108,7 +82,9 @@ def judge(folder: Path, index: int, made: dict[str, Any]) -> dict[str, float]:
         if given:
             want |= kernels.scan_gradients_oracle(case, feeds, given["dy"], given.get("dlast_state"))
     else:
-        want = kernels.conv_oracle(case, feeds, given["dy"] if given else None)
+        want = {"y": kernels.conv_oracle(case, feeds)}
+        if given:
+            want |= kernels.conv_gradients_oracle(case, feeds, given["dy"])
     assert got.keys() == want.keys(), f"{case}: {sorted(got)}, expected {sorted(want)}"
     worst = {"forward": 0.0, "backward": 0.0}
     for name, w in want.items():
@@ -133,11 +109,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="for the cases; emptied before and after")
     parser.add_argument("--python", required=True, help="the other machine's interpreter, a command line")
-    parser.add_argument("--quick", action="store_true", help="every ninth size")
+    parser.add_argument("--quick", action="store_true", help="every ninth case")
     options = parser.parse_args(arguments)
     step = 9 if options.quick else 1
     # In parts, so that the files of one are not many.
-    makers = [scan_cases(SIZES[i :: 4 * step]) for i in range(4)] + [conv_cases(CONV_SIZES[::step])]
+    makers = [made_of(kernels.SCANS[i :: 4 * step]) for i in range(4)] + [made_of(kernels.CONVS[::step])]
     worst: dict[str, float] = {}
     counts = {"scan": 0, "conv": 0, "gradients": 0}
     said, wrong = "", 0

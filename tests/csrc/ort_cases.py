@@ -2,7 +2,7 @@
 
     python tests/csrc/ort_cases.py malformed --library libhcmen_ops.so     one JSON line for each case
     python tests/csrc/ort_cases.py fuzz --library libhcmen_ops.so --seed 0 --count 400
-    python tests/csrc/ort_cases.py grid --library libhcmen_ops.so          awkward sizes, all right
+    python tests/csrc/ort_cases.py grid --library libhcmen_ops.so     what is small of the table of cases, all right
 
 A crash ends this process and not the tests. No torch here, so that the same runs work under AddressSanitizer
 (tests/csrc/ort_asan.sh) and in old environments.
@@ -11,8 +11,8 @@ A crash ends this process and not the tests. No torch here, so that the same run
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,22 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from helpers.op_cases import (
+    CONVS,
+    SCANS,
+    ConvCase,
+    ScanCase,
+    assert_conv,
+    assert_scan,
+    conv_arrays,
+    model_of,
+    scan_arrays,
+)
 from onnx import helper
 
-from hcmen.base.selfcheck import selective_scan_numpy
 from hcmen.mamba.one_node import one_node_model
 
 Feeds = dict[str, np.ndarray]
@@ -291,40 +304,20 @@ def fuzz(library: Path, seed: int, count: int) -> dict[str, int]:
                 raise
             outcome["errors"] += 1
             continue
-        _expect_right(got, base, feeds)
+        assert_scan(ScanCase(reverse=bool(reverse), softplus=bool(softplus)), feeds, got)
         outcome["right"] += 1
     return outcome
 
 
 def grid(library: Path) -> dict[str, int]:
-    """Awkward sizes, the switches going round; every node must give the right numbers."""
-    rng = np.random.default_rng(0)
+    """Every case of the table (helpers/op_cases.py) that is not long or wide must give the right numbers."""
     right = 0
-    sizes = list(itertools.product((1, 3), (1, 2, 7, 70), (1, 15, 16, 17, 130), (1, 4, 12, 16, 17, 64)))
-    for i, (batch, time, channel, state) in enumerate(sizes):
-        gated, stateful, softplus, reverse = (i * 7 // 2**bit % 2 for bit in range(4))
-        dtype = "float16" if i % 5 == 0 else "float32"
-        shared = dict.fromkeys(("u", "delta", "B", "C", "z"), dtype)
-        shapes = scan_shapes(batch, time, channel, state, 2 if channel % 2 == 0 and i % 3 else None, gated, stateful)
-        switches = {"gated": gated, "stateful": stateful, "delta_softplus": softplus, "reverse": reverse}
-        case = Case("SelectiveScan", (), shapes, shared, switches)
-        feeds = _random_feeds(rng, case, softplus)
-        _expect_right(session(case.model(), library, 1 + i % 2).run(None, feeds), case, feeds)
-        right += 1
-    for channel, width, reverse in itertools.product((1, 15, 16, 17, 130), (1, 2, 4, 9), (0, 1)):
-        shapes = {"x": (2, 7, channel), "weight": (channel, width), "bias": (channel,)}
-        dtype = "float16" if (channel + width) % 2 else "float32"
-        case = Case("CausalConv1d", (), shapes, {"x": dtype}, {"activation": "none", "reverse": reverse})
-        feeds = {
-            name: rng.normal(size=shape).astype(case.dtypes.get(name, "float32")) for name, shape in shapes.items()
-        }
-        (got,) = session(case.model(), library).run(None, feeds)
-        x, weight, bias = (feeds[name].astype(np.float64) for name in shapes)
-        x, weight = (x[:, ::-1], weight) if reverse else (x, weight)
-        padded = np.pad(x, ((0, 0), (width - 1, 0), (0, 0)))
-        want = bias + sum(padded[:, k : k + 7] * weight[:, k] for k in range(width))
-        want = want[:, ::-1] if reverse else want
-        assert np.abs(got - want).max() <= (4e-3 if dtype == "float16" else 2e-6) * max(1.0, np.abs(want).max())
+    for case in (*SCANS, *CONVS):
+        if case.time * case.channel > 10_000:
+            continue
+        arrays = conv_arrays(case) if isinstance(case, ConvCase) else scan_arrays(case)
+        got = session(model_of(case), library, 1 + right % 2).run(None, arrays)
+        assert_conv(case, arrays, got) if isinstance(case, ConvCase) else assert_scan(case, arrays, got)
         right += 1
     return {"right": right}
 
@@ -338,16 +331,6 @@ def _random_feeds(rng: np.random.Generator, case: Case, softplus: int) -> Feeds:
     if not softplus:
         feeds.update({name: np.asarray(np.abs(feeds[name])) for name in ("delta", "delta_bias")})
     return feeds
-
-
-def _expect_right(got: list[np.ndarray], case: Case, feeds: Feeds) -> None:
-    switches = {name: bool(case.attributes[name]) for name in ("delta_softplus", "reverse")}
-    want = selective_scan_numpy(**feeds, **switches)
-    bound = 1e-3 if case.dtypes["u"] == "float16" else 1e-6
-    for g, w in zip(got, want, strict=False):
-        assert g.shape == w.shape, (g.shape, w.shape)
-        worst = np.abs(g - w).max()
-        assert worst <= bound * max(1.0, np.abs(w).max()), (case, worst)
 
 
 def _random_shapes(rng: np.random.Generator, gated: int, stateful: int) -> dict[str, tuple[int, ...]]:

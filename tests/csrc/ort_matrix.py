@@ -33,22 +33,15 @@ BOUNDS = {"kernel": 1e-6, "function": 2e-6, "float16": 1e-3}
 
 def build_cases(folder: Path) -> None:
     """Writes <name>.onnx and <name>.npz (inputs "in/<name>", outputs "out/<name>") and the malformed nodes."""
-    import torch
-
-    sys.path.insert(0, str(HERE.parent))
+    sys.path[:0] = [str(HERE), str(HERE.parent)]
     import ort_cases
+    from helpers.op_cases import ConvCase, ScanCase, conv_arrays, conv_oracle, model_of, scan_arrays, scan_oracle
 
-    from hcmen.mamba.one_node import conv_model, scan_model
-    from hcmen.mamba.scan import causal_conv1d_ref, selective_scan_ref
-
-    rng = np.random.default_rng(0)
-
-    def wide(feeds: dict[str, np.ndarray]) -> dict[str, Any]:
-        return {name: torch.from_numpy(x.astype(np.float64)) for name, x in feeds.items()}
-
-    def write(name: str, model: Any, feeds: dict[str, np.ndarray], outputs: dict[str, Any]) -> None:
-        (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
-        arrays = {f"in/{key}": x for key, x in feeds.items()} | {f"out/{key}": x.numpy() for key, x in outputs.items()}
+    def write(
+        name: str, case: ScanCase | ConvCase, feeds: dict[str, np.ndarray], outputs: dict[str, np.ndarray]
+    ) -> None:
+        (folder / f"{name}.onnx").write_bytes(model_of(case, functions=True).SerializeToString())
+        arrays = {f"in/{key}": x for key, x in feeds.items()} | {f"out/{key}": x for key, x in outputs.items()}
         np.savez(folder / f"{name}.npz", **arrays)
 
     batch, time, channel, state = 3, 120, 68, 12
@@ -59,38 +52,18 @@ def build_cases(folder: Path) -> None:
             (False, 4, False, True),
             (True, None, True, True),
         ):
-            projection = (batch, time, state) if group is None else (batch, time, group, state)
-            feeds = {
-                "u": rng.normal(size=(batch, time, channel)).astype(dtype),
-                "delta": rng.normal(-4, 1, size=(batch, time, channel)).astype(dtype),
-                "A": np.tile(-np.linspace(1, 16, state, dtype=np.float32), (channel, 1)),
-                "B": rng.normal(size=projection).astype(dtype),
-                "C": rng.normal(size=projection).astype(dtype),
-                "D": rng.normal(size=channel).astype(np.float32),
-                "delta_bias": (rng.normal(size=channel) / 10).astype(np.float32),
-            }
-            if gated:
-                feeds["z"] = rng.normal(size=(batch, time, channel)).astype(dtype)
-            if stateful:
-                feeds["initial_state"] = rng.normal(size=(batch, channel, state)).astype(np.float32)
-            y, last = selective_scan_ref(**wide(feeds), delta_softplus=True, reverse=reverse, return_last_state=True)
+            scan = ScanCase(batch, time, channel, state, group, dtype, gated, stateful, reverse)
+            feeds = scan_arrays(scan)
+            y, last = scan_oracle(scan, feeds)
             switches = {"reverse": reverse, "group": group, "gated": gated, "stateful": stateful}
             on = "-".join(f"{key}{value}" if key == "group" else key for key, value in switches.items() if value)
-            write(
-                f"scan-{dtype}" + (f"-{on}" if on else ""),
-                scan_model(channel, state, dtype=dtype, delta_softplus=True, **switches),
-                feeds,
-                {"y": y, "last_state": last} if stateful else {"y": y},
-            )
+            outputs = {"y": y, "last_state": last} if stateful else {"y": y}
+            write(f"scan-{dtype}" + (f"-{on}" if on else ""), scan, feeds, outputs)
         for reverse, activation in ((False, "silu"), (True, "none")):
-            feeds = {
-                "x": rng.normal(size=(batch, time, channel)).astype(dtype),
-                "weight": rng.normal(size=(channel, 4)).astype(np.float32),
-                "bias": rng.normal(size=channel).astype(np.float32),
-            }
-            y = causal_conv1d_ref(**wide(feeds), activation=activation, reverse=reverse)
+            conv = ConvCase(batch, time, channel, 4, dtype, activation == "silu", reverse)
+            feeds = conv_arrays(conv)
             name = f"conv-{dtype}-{activation}" + ("-reverse" if reverse else "")
-            write(name, conv_model(channel, 4, dtype=dtype, reverse=reverse, activation=activation), feeds, {"y": y})
+            write(name, conv, feeds, {"y": conv_oracle(conv, feeds)})
 
     bad = folder / "malformed"
     bad.mkdir()

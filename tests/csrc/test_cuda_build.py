@@ -15,7 +15,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from helpers.kernel_cases import ConvCase, ScanCase, address, conv_structure, scan_arrays, scan_structure
+from helpers.op_cases import ConvCase, ScanCase, address, conv_structure, scan_arrays, scan_structure
 from helpers.ort_registration import check_registration
 
 from hcmen.base import cuda_library

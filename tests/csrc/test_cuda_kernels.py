@@ -18,14 +18,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import emulated
-from helpers.emulated import EMULATION, KERNELS, Kernels
-from helpers.kernel_cases import (
+from helpers.emulated import Kernels
+from helpers.op_cases import (
     ConvCase,
     ScanCase,
     address,
     assert_near,
     by_reference,
     conv_arrays,
+    conv_gradients_oracle,
     conv_oracle,
     conv_structure,
     gradient_arrays,
@@ -54,11 +55,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    path = tmp_path_factory.mktemp("emulated") / "libemulated.so"
-    built = emulated.build(path, ["-O1", "-shared", "-fPIC"], [*KERNELS, EMULATION / "control.cc"])
-    assert built.returncode == 0, built.stderr
-    return emulated.load(path)
+def library() -> ctypes.CDLL:
+    return emulated.kernels_library()
 
 
 @pytest.fixture
@@ -318,13 +316,13 @@ def test_convolution(kernels: Kernels, width: int, time: int) -> None:
         case = ConvCase(2, time, channel, width, "float32", silu, reverse)
         arrays = conv_arrays(case)
         dy = np.random.default_rng(1).normal(size=arrays["x"].shape).astype(np.float32)
-        want = conv_oracle(case, arrays, dy)
-        assert_near(f"y of {case}", kernels.conv(case, arrays), want["y"], kernels.bound)
+        want = conv_gradients_oracle(case, arrays, dy)
+        assert_near(f"y of {case}", kernels.conv(case, arrays), conv_oracle(case, arrays), kernels.bound)
         for name, got in kernels.conv_gradients(case, arrays, dy).items():
             assert_near(f"{name} of {case}", got, want[name], kernels.gradient_bound)
         half = replace(case, dtype="float16")
         arrays = conv_arrays(half)
-        assert_near(f"y of {half}", kernels.conv(half, arrays), conv_oracle(half, arrays)["y"], kernels.bound)
+        assert_near(f"y of {half}", kernels.conv(half, arrays), conv_oracle(half, arrays), kernels.bound)
 
 
 def test_convolution_with_many_sequences(kernels: Kernels) -> None:
@@ -332,7 +330,7 @@ def test_convolution_with_many_sequences(kernels: Kernels) -> None:
     for case in (ConvCase(600, 3, 2, 4), ConvCase(40, 900, 4, 3)):
         arrays = conv_arrays(case)
         dy = np.random.default_rng(1).normal(size=arrays["x"].shape).astype(np.float32)
-        want = conv_oracle(case, arrays, dy)
+        want = conv_gradients_oracle(case, arrays, dy)
         for name, got in kernels.conv_gradients(case, arrays, dy).items():
             assert_near(f"{name} of {case}", got, want[name], kernels.gradient_bound)
 
@@ -417,7 +415,7 @@ def test_gradients_are_float32_and_complete(library: ctypes.CDLL) -> None:
     dy = np.ones_like(arrays["u"])
     memory = np.empty(100_000, np.float32)
     launch = CudaLaunch(workspace=memory.ctypes.data, workspace_bytes=memory.nbytes)
-    gradients = {**gradient_arrays(case, arrays), "dy": dy}
+    gradients = {**gradient_arrays(arrays), "dy": dy}
     backward = library.hcmen_cuda_selective_scan_backward
     scan = scan_structure(case, arrays, address)
     assert backward(*by_reference(scan, scan_gradients_structure(gradients, address), launch)) == OK

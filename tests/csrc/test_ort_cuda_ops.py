@@ -13,42 +13,30 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 import pytest
 from helpers import emulated
-from helpers.emulated import CSRC, EMULATION, KERNELS
+from helpers.op_cases import ScanCase, assert_scan, scan_arrays
 from helpers.ort_registration import check_registration
-from helpers.scan_grid import SIZES, assert_close, grid_case, grid_feeds, oracle, scan_feeds
 
 from hcmen.base.library import library_path
-from hcmen.base.selfcheck import operators_run
-from hcmen.mamba.one_node import conv_model, scan_model
+from hcmen.mamba.one_node import scan_model
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="there is no C++ compiler")
 
 HERE = Path(__file__).parent
-SOURCES = [*KERNELS, CSRC / "ort_cuda_ops.cc", EMULATION / "control.cc"]
-
-
-def _build(folder: Path, *flags: str) -> Path:
-    path = folder / "libhcmen_ops_cuda.so"
-    built = emulated.build(path, ["-O1", "-shared", "-fPIC", "-fvisibility=hidden", *flags], SOURCES)
-    assert built.returncode == 0, built.stderr
-    return path
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def library() -> Path:
     """Under the name of the CPU provider."""
-    folder = tmp_path_factory.mktemp("cpu")
-    return _build(folder, '-DHCMEN_ORT_PROVIDER="CPUExecutionProvider"', "-Wl,-z,nodelete")
+    return emulated.operators_library('-DHCMEN_ORT_PROVIDER="CPUExecutionProvider"')
 
 
 @pytest.fixture(scope="module")
-def cuda_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cuda_library() -> Path:
     """Under its own name."""
-    return _build(tmp_path_factory.mktemp("cuda"), "-Wl,-z,nodelete")
+    return emulated.operators_library()
 
 
 def session(model: Any, library: Path) -> ort.InferenceSession:
@@ -62,42 +50,18 @@ def session(model: Any, library: Path) -> ort.InferenceSession:
 # --- in a real runtime ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("time", "channel", "state"), [s for s in SIZES if s[0] <= 7 and s[1] <= 17])
-def test_scan_numbers(library, time, channel, state):
-    for batch in (1, 3):
-        case = grid_case(time, channel, state, batch)
-        feeds = grid_feeds(time, channel, state, batch, case)
-        got = session(scan_model(channel, state, **case, functions=False), library).run(None, feeds)
-        assert_close(got, oracle(feeds, case["delta_softplus"], case["reverse"]))
-
-
 def test_a_long_sequence_takes_memory_once_and_keeps_it(library):
     """Chunks over blocks need a workspace; a node gets it at the first run that needs so much."""
     control = ctypes.CDLL(str(library))
     control.emulation_launches.restype = ctypes.c_uint64
     run = session(scan_model(4, 4, stateful=True, delta_softplus=True, functions=False), library)
     for time, launches in ((100, 1), (1100, 3), (1100, 3), (2100, 3), (1500, 3)):
-        feeds = scan_feeds(np.random.default_rng(time), 1, time, 4, 4, None, "float32", True, False, True)
+        case = ScanCase(1, time, 4, 4, None, gated=False)
+        feeds = scan_arrays(case)
         before = control.emulation_launches()
         got = run.run(None, feeds)
         assert control.emulation_launches() - before == launches
-        assert_close(got, oracle(feeds, True, False))
-
-
-@pytest.mark.parametrize("width", [1, 4, 7])
-def test_conv_numbers(library, width):
-    from hcmen.runtime.commands.doctor import causal_conv1d_numpy
-
-    rng = np.random.default_rng(0)
-    feeds = {
-        "x": rng.normal(size=(2, 9, 5)).astype(np.float32),
-        "weight": rng.normal(size=(5, width)).astype(np.float32),
-        "bias": rng.normal(size=5).astype(np.float32),
-    }
-    model = conv_model(5, width, functions=False)
-    (got,), operators = operators_run(ort, model.SerializeToString(), feeds, library)
-    assert operators == ["CausalConv1d"]
-    np.testing.assert_allclose(got, causal_conv1d_numpy(**feeds), rtol=1e-5, atol=1e-6)
+        assert_scan(case, feeds, got)
 
 
 def test_malformed_nodes_get_the_errors_that_the_cpu_operators_give(library):
@@ -124,7 +88,7 @@ def test_random_shapes_never_crash(library):
 
 
 def test_more_states_than_the_kernels_serve_are_refused(library):
-    feeds = scan_feeds(np.random.default_rng(0), 1, 2, 1, 513, None, "float32", False, False, False)
+    feeds = scan_arrays(ScanCase(1, 2, 1, 513, None, gated=False, stateful=False, softplus=False))
     with pytest.raises(Exception, match="SelectiveScan: the kernel refuses these sizes"):
         session(scan_model(1, 513, functions=False), library).run(None, feeds)
 

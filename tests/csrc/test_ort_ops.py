@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import itertools
 import json
 import os
 import shutil
@@ -17,8 +16,7 @@ from types import ModuleType
 import numpy as np
 import onnxruntime as ort
 import pytest
-import torch
-from helpers.scan_grid import SIZES, assert_close, grid_case, grid_feeds, oracle, scan_feeds
+from helpers.op_cases import ScanCase, assert_scan, scan_arrays
 from onnx import helper, numpy_helper
 
 from hcmen.base import selfcheck
@@ -26,7 +24,6 @@ from hcmen.base.errors import BackendError, CheckFailed
 from hcmen.base.library import library_path
 from hcmen.base.selfcheck import operators_run, run_selfcheck
 from hcmen.mamba.one_node import conv_model, one_node_model, scan_model
-from hcmen.mamba.scan import causal_conv1d_ref
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "runtime" / "csrc"
@@ -54,47 +51,10 @@ def session(model, threads=1, library=True):
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize(("time", "channel", "state"), SIZES)
-def test_scan_numbers(time, channel, state):
-    for batch in (1, 3):
-        case = grid_case(time, channel, state, batch)
-        feeds = grid_feeds(time, channel, state, batch, case)
-        model = scan_model(channel, state, **case, functions=False)
-        one, two = (session(model, threads).run(None, feeds) for threads in (1, 2))
-        assert_close(one, oracle(feeds, case["delta_softplus"], case["reverse"]))
-        for a, b in zip(one, two, strict=True):
-            np.testing.assert_array_equal(a, b)
-
-
-@pytest.mark.parametrize("width", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("channel", [1, 15, 16, 17, 512])
-def test_conv_numbers(width, channel):
-    rng = np.random.default_rng(width)
-    for (time, batch), activation, reverse, dtype in itertools.product(
-        ((1, 3), (2, 1), (7, 3), (500, 1)), ("silu", "none"), (False, True), ("float32", "float16")
-    ):
-        feeds = {
-            "x": rng.normal(size=(batch, time, channel)).astype(dtype),
-            "weight": rng.normal(size=(channel, width)).astype(np.float32),
-            "bias": rng.normal(size=channel).astype(np.float32),
-        }
-        model = conv_model(channel, width, activation=activation, reverse=reverse, dtype=dtype, functions=False)
-        one, two = (session(model, threads).run(None, feeds)[0] for threads in (1, 2))
-        np.testing.assert_array_equal(one, two)
-        wide = (torch.from_numpy(x.astype(np.float64)) for x in feeds.values())
-        want = causal_conv1d_ref(*wide, activation=activation, reverse=reverse).numpy()
-        assert one.dtype == feeds["x"].dtype
-        if dtype == "float16":
-            np.testing.assert_allclose(one.astype(np.float64), want, rtol=1e-3, atol=1e-4)
-        else:
-            assert np.abs(one - want).max() <= 1e-6 * max(1.0, np.abs(want).max())
-
-
 @pytest.mark.parametrize("reverse", [False, True])
 def test_steps_with_no_size_leave_the_state(reverse):
     """delta far below zero before the softplus masks a step: what lies there changes nothing."""
-    rng = np.random.default_rng(3)
-    feeds = scan_feeds(rng, 2, 9, 20, 12, None, "float32", True, True, True)
+    feeds = scan_arrays(ScanCase(2, 9, 20, 12, None))
     model = scan_model(20, 12, delta_softplus=True, gated=True, stateful=True, reverse=reverse, functions=False)
     made = session(model)
     short = {name: x[:, :6] if x.ndim == 3 and name not in ("initial_state",) else x for name, x in feeds.items()}
@@ -107,7 +67,7 @@ def test_steps_with_no_size_leave_the_state(reverse):
 
 def test_attributes_have_defaults_and_unknown_ones_are_let_pass():
     rng = np.random.default_rng(4)
-    feeds = scan_feeds(rng, 1, 5, 6, 3, None, "float32", False, False, False)
+    feeds = scan_arrays(ScanCase(1, 5, 6, 3, None, gated=False, stateful=False, softplus=False))
     bare = scan_model(6, 3, functions=False)
     explicit = session(bare).run(None, feeds)[0]
     node = bare.graph.node[0]
@@ -127,12 +87,12 @@ def test_attributes_have_defaults_and_unknown_ones_are_let_pass():
 
 def test_a_node_of_constants_can_be_folded():
     """ONNX Runtime runs such a node while it optimises the graph, without a thread pool."""
-    rng = np.random.default_rng(5)
-    feeds = scan_feeds(rng, 2, 300, 64, 16, None, "float32", True, True, False)
+    case = ScanCase(2, 300, 64, 16, None, stateful=False)
+    feeds = scan_arrays(case)
     model = scan_model(64, 16, delta_softplus=True, gated=True, functions=False)
     del model.graph.input[:]
     model.graph.initializer.extend(numpy_helper.from_array(x, name) for name, x in feeds.items())
-    assert_close(session(model, 2).run(None, {}), oracle(feeds, True, False))
+    assert_scan(case, feeds, session(model, 2).run(None, {}))
 
 
 # --- which implementation runs ----------------------------------------------------------------------------------------
@@ -140,8 +100,7 @@ def test_a_node_of_constants_can_be_folded():
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_kernel_runs_with_the_library_and_the_function_without(dtype):
-    rng = np.random.default_rng(6)
-    feeds = scan_feeds(rng, 2, 30, 16, 4, None, dtype, True, True, False)
+    feeds = scan_arrays(ScanCase(2, 30, 16, 4, None, dtype=dtype, stateful=False))
     scan = scan_model(16, 4, dtype=dtype, delta_softplus=True, gated=True).SerializeToString()
     _, with_library = operators_run(ort, scan, feeds, library_path(), threads=2)
     assert with_library == ["SelectiveScan"]
@@ -214,8 +173,7 @@ def resident_bytes():
 
 
 def test_sessions_come_and_go():
-    rng = np.random.default_rng(7)
-    feeds = scan_feeds(rng, 2, 12, 16, 4, None, "float32", True, False, True)
+    feeds = scan_arrays(ScanCase(2, 12, 16, 4, None, gated=False))
     model = scan_model(16, 4, delta_softplus=True, stateful=True, functions=False)
     first = session(model).run(None, feeds)
     for i in range(160):
@@ -230,9 +188,9 @@ def test_sessions_come_and_go():
 
 
 def test_two_sessions_and_many_threads():
-    rng = np.random.default_rng(8)
     made = {reverse: session(scan_model(33, 12, reverse=reverse, functions=False), 2) for reverse in (False, True)}
-    inputs = [scan_feeds(rng, 1 + i % 3, 1 + 40 * i, 33, 12, None, "float32", False, False, False) for i in range(8)]
+    plain = {"gated": False, "stateful": False, "softplus": False}
+    inputs = [scan_arrays(ScanCase(1 + i % 3, 1 + 40 * i, 33, 12, None, **plain)) for i in range(8)]
     want = {(r, i): made[r].run(None, feeds)[0] for r in made for i, feeds in enumerate(inputs)}
 
     def work(job):
@@ -268,11 +226,11 @@ def test_registering_twice_means_once():
     for _ in range(3):
         options.register_custom_ops_library(str(library_path()))
     model = scan_model(4, 2, functions=False)
-    rng = np.random.default_rng(9)
-    feeds = scan_feeds(rng, 1, 3, 4, 2, None, "float32", False, False, False)
+    case = ScanCase(1, 3, 4, 2, None, gated=False, stateful=False, softplus=False)
+    feeds = scan_arrays(case)
     for _ in range(2):
         made = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        assert_close(made.run(None, feeds), oracle(feeds, False, False))
+        assert_scan(case, feeds, made.run(None, feeds))
 
 
 def test_a_runtime_too_old_is_refused_by_name():

@@ -3,111 +3,26 @@
     TENSORRT_INCLUDE_DIR   folders of NvInfer.h, separated by ':'; several versions of TensorRT may be named
     TENSORRT_LEAN_DIR      folders with tensorrt_lean_libs and tensorrt_lean_bindings in them, besides this environment
 
-`runtime/csrc/trt_plugin_test.cc` holds the checks; the host library it calls has the plugins over the CPU kernels.
+`runtime/csrc/trt_test.cc` holds the checks; the host library it calls has the plugins over the CPU kernels. What the
+plugins compute is in test_op_hosts.py.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import shutil
-import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from helpers import emulated
+from helpers.op_cases import SCANS, ConvCase, assert_scan, scan_arrays
+from helpers.trt_program import INCLUDES, Build, build, enqueue, has_gpu, run
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ROOT / "runtime" / "csrc"
-INCLUDES = [Path(p) for p in os.environ.get("TENSORRT_INCLUDE_DIR", "").split(":") if p]
 LEANS = [p for p in os.environ.get("TENSORRT_LEAN_DIR", "").split(":") if p]
 pytestmark = pytest.mark.skipif(not INCLUDES, reason="TENSORRT_INCLUDE_DIR names no folder of TensorRT headers")
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="the library is for Linux")
-
-
-def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
-
-
-@dataclass(frozen=True)
-class Build:
-    """What was built against one version: the program, the plugins over CPU kernels, and, with nvcc, the real ones."""
-
-    version: str
-    include: Path
-    test: Path
-    host: Path
-    cuda: Path | None
-
-    @property
-    def system_includes(self) -> list[str]:
-        """Options for a compiler."""
-        cache = (self.test.parents[2] / "CMakeCache.txt").read_text()
-        cuda = re.search(r"^HCMEN_CUDA_INCLUDE_DIR:PATH=(.+)$", cache, re.M)
-        assert cuda
-        return ["-isystem", str(self.include), "-isystem", cuda[1]]
-
-    @property
-    def libraries(self) -> list[Path]:
-        return [self.host] + ([self.cuda] if self.cuda else [])
-
-    def check(self, library: Path, mode: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Runs the program and expects it to be content."""
-        result = run([str(self.test), str(library), mode], **environment)
-        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-        assert result.stdout.endswith(" checks, 0 failures\n")
-        assert not result.stdout.endswith("\n0 checks, 0 failures\n")
-        return result
-
-
-def build(include: Path, name: str, *options: str) -> Build:
-    """Builds against the headers in `include`; the kernels stay from build to build."""
-    cmake = shutil.which("cmake")
-    if cmake is None:
-        pytest.skip("cmake is not installed")
-    if not (include / "NvInferRuntimePlugin.h").is_file():
-        pytest.fail(f"TENSORRT_INCLUDE_DIR names {include}, expected a folder with NvInferRuntimePlugin.h in it")
-    folder = ROOT / "build" / name
-    # Makefiles, whatever the default: they list their targets in the form looked for below.
-    settings = [
-        "-G",
-        "Unix Makefiles",
-        "-DHCMEN_TESTS=ON",
-        f"-DTENSORRT_INCLUDE_DIR={include}",
-        "-DCMAKE_BUILD_TYPE=Release",
-        # As PTX too, for whatever GPU is here.
-        f"-DCMAKE_CUDA_ARCHITECTURES={os.environ.get('HCMEN_CUDA_ARCHITECTURES', '80')}",
-        *options,
-    ]
-    configured = run([cmake, "-S", str(SOURCES), "-B", str(folder), *settings])
-    if "cuda_runtime_api.h: install" in configured.stderr:
-        pytest.skip("the headers of TensorRT need cuda_runtime_api.h, of the CUDA toolkit")
-    assert configured.returncode == 0, configured.stdout[-2000:] + configured.stderr[-2000:]
-    targets = ["hcmen_trt_host", "hcmen_trt_test"]
-    cuda = "... hcmen_trt\n" in run([cmake, "--build", str(folder), "--target", "help"]).stdout
-    if cuda:
-        targets.append("hcmen_trt")
-    made = run([cmake, "--build", str(folder), "--parallel", "2", "--target", *targets])
-    assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-3000:]
-    assert "warning:" not in made.stderr, made.stderr[-3000:]
-    kept = folder / "of" / include.resolve().as_posix().strip("/").replace("/", "_")
-    kept.mkdir(parents=True, exist_ok=True)
-    for file in ["hcmen_trt_test", "libhcmen_trt_host.so", *(["libhcmen_trt.so"] if cuda else [])]:
-        shutil.copy2(folder / file, kept / file)
-    program = kept / "hcmen_trt_test"
-    version = run([str(program), str(kept / "libhcmen_trt_host.so"), "contract"]).stdout.partition("\n")[0]
-    assert version.startswith("TensorRT headers ")
-    return Build(
-        version.rpartition(" ")[2],
-        include,
-        program,
-        kept / "libhcmen_trt_host.so",
-        kept / "libhcmen_trt.so" if cuda else None,
-    )
 
 
 @pytest.fixture(scope="module", params=INCLUDES, ids=lambda path: path.name)
@@ -124,38 +39,15 @@ def test_every_method_keeps_its_contract(built: Build) -> None:
         assert built.check(built.cuda, "contract").stderr == ""
 
 
-@needs_linux
-def test_enqueue_gives_the_reference_numbers(built: Build) -> None:
-    """Every input, output, attribute and type reaches the kernel as docs/op.md has it, on host memory."""
-    assert built.check(built.host, "enqueue-host").stderr == ""
+# Every set of switches in either type.
+SWITCHES = [(case, case) for case in SCANS[:32]]
 
 
 @needs_linux
-@pytest.mark.timeout(900)
-def test_the_cuda_kernels_give_the_reference_numbers(built: Build, tmp_path: Path) -> None:
-    """The plugins with the CUDA sources themselves, compiled for the host (tests/emulation), at the last version."""
-    if built.include != INCLUDES[-1]:
-        pytest.skip("the kernels do not depend on the version of TensorRT: once is enough")
-    library = tmp_path / "libhcmen_trt_emulated.so"
-    flags = ["-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wno-error", "-ldl", *built.system_includes]
-    made = emulated.build(library, flags, [*emulated.KERNELS, SOURCES / "trt_plugin.cc"])
-    assert made.returncode == 0, made.stderr[-3000:]
-    assert built.check(library, "enqueue-emulated").stderr == ""
-
-
-def has_gpu() -> bool:
-    tool = shutil.which("nvidia-smi")
-    return tool is not None and run([tool, "--list-gpus"]).stdout.startswith("GPU ")
-
-
-@needs_linux
-@pytest.mark.timeout(900)
-def test_enqueue_on_a_gpu(built: Build) -> None:
-    if built.cuda is None:
-        pytest.skip("libhcmen_trt.so is not built: there is no CUDA compiler")
-    if not has_gpu():
-        pytest.skip("there is no NVIDIA GPU")
-    assert built.check(built.cuda, "enqueue-gpu").stderr == ""
+def test_every_attribute_reaches_the_kernel(built: Build, tmp_path: Path) -> None:
+    """With headers of any version; the whole table is for test_op_hosts.py. What must be refused is."""
+    for (case, _), got in zip(SWITCHES, enqueue(built, built.host, "enqueue-host", SWITCHES, tmp_path), strict=True):
+        assert_scan(case, scan_arrays(case), got)
 
 
 @needs_linux
@@ -213,7 +105,10 @@ def test_under_sanitizers(tmp_path: Path) -> None:
         pytest.skip(f"{compiler} has no sanitizer runtime here")
     # One set of kernels is enough: theirs is another test.
     sanitized = build(INCLUDES[-1], "trt-sanitize", "-DHCMEN_SANITIZE=ON", "-DHCMEN_X86=OFF")
-    for mode in ("contract", "enqueue-host", "foreign-logger"):
+    convs = [ConvCase(width=width, reverse=reverse) for width in (1, 4, 6) for reverse in (False, True)]
+    cases = [*SWITCHES, *((case, case) for case in convs)]
+    enqueue(sanitized, sanitized.host, "enqueue-host", cases, tmp_path, UBSAN_OPTIONS="print_stacktrace=1")
+    for mode in ("contract", "foreign-logger"):
         result = sanitized.check(sanitized.host, mode, UBSAN_OPTIONS="print_stacktrace=1")
         assert "runtime error" not in result.stderr
         assert "Sanitizer" not in result.stderr

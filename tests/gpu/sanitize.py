@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 from helpers.device import DeviceKernels
-from helpers.kernel_cases import ConvCase, ScanCase, conv_arrays, scan_arrays
+from helpers.op_cases import ConvCase, ScanCase, conv_arrays, scan_arrays
 
 SCANS: list[tuple[ScanCase, dict[str, int]]] = [
     (ScanCase(1, 1, 1, 1), {}),

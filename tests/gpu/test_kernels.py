@@ -19,7 +19,7 @@ from csrc.test_cuda_kernels import (  # noqa: F401
     test_random_cases,
     test_what_lies_in_masked_steps_does_not_matter,
 )
-from helpers.kernel_cases import ScanCase, scan_arrays
+from helpers.op_cases import ScanCase, scan_arrays
 
 from hcmen.base.cuda_library import cuda_library_path, device_problem
 from hcmen.base.errors import BackendError

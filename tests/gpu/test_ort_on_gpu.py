@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers.scan_grid import grid_case, grid_feeds, oracle
+from helpers.op_cases import ScanCase, assert_scan, model_of, scan_arrays
 
 from hcmen.base.errors import BackendError
-from hcmen.mamba.one_node import scan_model
 
 
 def _problem() -> str | None:
@@ -37,17 +36,20 @@ def test_every_variant_gives_its_golden_outputs(shared_bundle, cuda_graph):
         assert len(tests) == 7
 
 
-@pytest.mark.parametrize(("time", "channel", "state"), [(1, 16, 4), (7, 17, 12), (500, 512, 16), (500, 16, 64)])
-def test_scan_nodes(time, channel, state):
+@pytest.mark.parametrize(
+    "case",
+    [
+        ScanCase(3, 1, 16, 4, None),
+        ScanCase(1, 7, 17, 12, None, dtype="float16"),
+        ScanCase(3, 500, 512, 16, 2, reverse=True, gated=False),
+        ScanCase(1, 500, 16, 64, None, stateful=False),
+    ],
+    ids=str,
+)
+def test_scan_nodes(case):
     from hcmen.runtime.backends.ort_cuda import OrtCudaBackend
 
-    for batch in (1, 3):
-        case = grid_case(time, channel, state, batch)
-        feeds = grid_feeds(time, channel, state, batch, case)
-        model = scan_model(channel, state, **case, functions=False).SerializeToString()
-        got = OrtCudaBackend().session(model, np.zeros(0, np.uint8), "weights.bin", "node").run(feeds)
-        for name, want in zip(("y", "last_state"), oracle(feeds, case["delta_softplus"], case["reverse"]), strict=True):
-            if name in got:
-                half = got[name].dtype == np.float16
-                bound = 1e-3 if half else 3e-6
-                assert np.abs(got[name] - want).max() <= bound * np.abs(want).max()
+    feeds = scan_arrays(case)
+    session = OrtCudaBackend().session(model_of(case).SerializeToString(), np.zeros(0, np.uint8), "weights.bin", "node")
+    got = session.run(feeds)
+    assert_scan(case, feeds, [got[name] for name in ("y", "last_state") if name in got], 3e-6)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hcmen.base.cuda_library import CudaLaunch, call, load_cuda_library, workspace_bytes
-from helpers import kernel_cases as cases
+from helpers import op_cases as cases
 
 __all__ = ["DeviceKernels"]
 
@@ -112,7 +112,7 @@ class DeviceKernels:
     def scan_gradients(
         self, case: cases.ScanCase, arrays: cases.Arrays, dy: np.ndarray, dlast: np.ndarray | None, **wish: int
     ) -> cases.Arrays:
-        got = cases.gradient_arrays(case, arrays)
+        got = cases.gradient_arrays(arrays)
         inputs = {**arrays, "dy": dy, **({} if dlast is None else {"dlast_state": dlast})}
         there = _OnDevice(self._driver, inputs, got)
         scan = cases.scan_structure(case, {n: there.places[n] for n in arrays}, int)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from hcmen.base.cuda_library import CudaLaunch, declare, workspace_bytes
-from helpers import kernel_cases as cases
+from helpers import op_cases as cases
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "runtime" / "csrc"
@@ -41,6 +43,35 @@ def build(target: Path, flags: Sequence[str], sources: Sequence[Path]) -> subpro
     include = ["-DHCMEN_EMULATE", "-I", str(EMULATION), "-I", str(CSRC)]
     command = [str(compiler()), *common, *flags, *include, "-x", "c++", *map(str, sources), "-o", str(target)]
     return subprocess.run(command, capture_output=True, text=True)
+
+
+def kept(name: str, flags: Sequence[str], sources: Sequence[Path] = ()) -> Path:
+    """A shared library `name` of the kernels and `sources`, which is built once for as long as no source changes."""
+    everything = sorted([*CSRC.iterdir(), *EMULATION.iterdir()])
+    key = hashlib.sha256("\0".join([name, *flags, *map(str, sources)]).encode())
+    for path in everything:
+        key.update(path.read_bytes())
+    folder = ROOT / "build" / "emulated" / key.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / name
+    with open(folder / "lock", "w") as lock:  # against other workers of this test run
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            made = build(folder / "new.so", ["-O1", "-shared", "-fPIC", *flags], [*KERNELS, *sources])
+            assert made.returncode == 0, made.stderr
+            (folder / "new.so").rename(target)
+    return target
+
+
+def kernels_library() -> ctypes.CDLL:
+    """The kernels alone."""
+    return load(kept("libemulated.so", [], [EMULATION / "control.cc"]))
+
+
+def operators_library(*flags: str) -> Path:
+    """libhcmen_ops_cuda.so over the emulated kernels."""
+    options = ["-fvisibility=hidden", "-Wl,-z,nodelete", *flags]
+    return kept("libhcmen_ops_cuda.so", options, [CSRC / "ort_cuda_ops.cc", EMULATION / "control.cc"])
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -83,7 +114,7 @@ class Kernels:
     def scan_gradients(
         self, case: cases.ScanCase, arrays: cases.Arrays, dy: np.ndarray, dlast: np.ndarray | None, **wish: int
     ) -> cases.Arrays:
-        got = cases.gradient_arrays(case, arrays)
+        got = cases.gradient_arrays(arrays)
         inputs: dict[str, Any] = {"dy": dy, **({} if dlast is None else {"dlast_state": dlast})}
         scan = cases.scan_structure(case, arrays, cases.address)
         grad = cases.scan_gradients_structure({**got, **inputs}, cases.address)
@@ -101,7 +132,7 @@ class Kernels:
         return y
 
     def conv_gradients(self, case: cases.ConvCase, arrays: cases.Arrays, dy: np.ndarray) -> cases.Arrays:
-        got = {f"d{name}": np.full(x.shape, np.nan, np.float32) for name, x in arrays.items()}
+        got = cases.gradient_arrays(arrays)
         conv = cases.conv_structure(case, arrays, cases.address)
         grad = cases.conv_gradients_structure({**got, "dy": dy}, cases.address)
         launch = CudaLaunch()

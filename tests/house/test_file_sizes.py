@@ -8,9 +8,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MOST_LINES = 500
 SUFFIXES = {".py", ".h", ".cc", ".cu", ".cmake"}
 LARGE = {
-    "runtime/csrc/ort_operators.h": "names, order and types of both operators leave it for one table",
     "runtime/csrc/selective_scan.cu": "split only after a GPU has run it",
-    "runtime/csrc/trt_plugin.cc": "names, order and types of both operators leave it for one table",
     "runtime/csrc/vector-inl.h": "one vector type per instruction set, side by side to be compared",
     "runtime/stream.py": "one class: the rules on what a window holds are read in one place",
 }

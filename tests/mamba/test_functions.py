@@ -13,7 +13,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from helpers.scan_grid import SIZES, assert_close, grid_case, grid_feeds, oracle, scan_feeds
+from helpers.op_cases import ScanCase, assert_close, assert_scan, scan_arrays, scan_oracle
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -39,42 +39,12 @@ def run(model, feeds, threads=1, library=False):
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("time", "channel", "state"), SIZES)
-def test_scan_numbers(time, channel, state):
-    for batch in (1, 3):
-        case = grid_case(time, channel, state, batch)
-        feeds = grid_feeds(time, channel, state, batch, case)
-        model = scan_model(channel, state, **case)
-        got = run(model, feeds, threads=1 + SIZES.index((time, channel, state)) % 2)
-        assert got[0].dtype == feeds["u"].dtype
-        assert_close(got, oracle(feeds, case["delta_softplus"], case["reverse"]))
-
-
-@pytest.mark.parametrize("time", [1, 2, 500])
-@pytest.mark.parametrize("width", [1, 2, 4, 7])
-@pytest.mark.parametrize("channel", [1, 16, 17, 512])
-def test_conv_numbers(channel, width, time):
-    rng = np.random.default_rng(width)
-    for activation, reverse, dtype in itertools.product(("silu", "none"), (False, True), ("float32", "float16")):
-        feeds = {
-            "x": rng.normal(size=(2, time, channel)).astype(dtype),
-            "weight": rng.normal(size=(channel, width)).astype(np.float32),
-            "bias": rng.normal(size=channel).astype(np.float32),
-        }
-        got = run(conv_model(channel, width, activation=activation, reverse=reverse, dtype=dtype), feeds)
-        wide = (torch.from_numpy(x.astype(np.float64)) for x in feeds.values())
-        want = causal_conv1d_ref(*wide, activation=activation, reverse=reverse).numpy()
-        assert got[0].dtype == feeds["x"].dtype
-        assert_close(got, [want])
-
-
 def test_softplus_neither_overflows_nor_underflows():
-    rng = np.random.default_rng(0)
-    feeds = scan_feeds(rng, 1, 8, 4, 3, None, "float32", True, False, True)
+    case = ScanCase(1, 8, 4, 3, None, gated=False)
+    feeds = scan_arrays(case)
     feeds["delta"][0, :, 0] = [-1e30, -1e4, -104, -20, 19.9999, 20.0001, 89, 1e4]
     feeds["delta_bias"][0] = 0
-    model = scan_model(4, 3, delta_softplus=True, stateful=True)
-    assert_close(run(model, feeds), oracle(feeds, True, False))
+    assert_scan(case, feeds, run(scan_model(4, 3, delta_softplus=True, stateful=True), feeds))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -89,12 +59,12 @@ def test_another_runtime_agrees_on_the_convolution(reverse):
 
 @pytest.mark.parametrize("opset", [15, 17, 18, 19, 20, 21, 23, 25])
 def test_body_is_written_for_the_opset_of_the_model(opset):
-    rng = np.random.default_rng(2)
+    case = ScanCase(2, 5, 6, 3, None, gated=False, stateful=False, reverse=True)
     scan, conv = scan_model(6, 3, delta_softplus=True, reverse=True, functions=False), conv_model(6, 3, functions=False)
-    feeds = scan_feeds(rng, 2, 5, 6, 3, None, "float32", True, False, False)
+    feeds = scan_arrays(case)
     inputs = {"x": feeds["u"], "weight": feeds["A"], "bias": feeds["D"]}
     convolved = causal_conv1d_ref(*map(torch.from_numpy, inputs.values())).numpy()
-    for model, given, want in ((scan, feeds, oracle(feeds, True, True)), (conv, inputs, [convolved])):
+    for model, given, want in ((scan, feeds, scan_oracle(case, feeds)), (conv, inputs, [convolved])):
         model.opset_import[0].version = opset
         add_functions(model)
         assert model.functions[0].opset_import[0].version == opset
@@ -142,9 +112,10 @@ def test_one_body_serves_nodes_that_differ_in_all_it_may():
     assert len(model.functions) == 1
     feeds, want = {}, []
     for i, kind in enumerate(kinds):
-        own = scan_feeds(rng, 2, 7, kind["channel"], kind["state"], kind["group"], kind["dtype"], True, True, False)
+        case = ScanCase(2, 7, **kind, stateful=False)
+        own = scan_arrays(case)
         feeds.update({f"{name}{i}": x for name, x in own.items()})
-        want.append(oracle(own, True, kind["reverse"])[0])
+        want.append(scan_oracle(case, own)[0])
     for library in (False, True):
         assert_close(run(model, feeds, library=library), want)
 
@@ -373,7 +344,7 @@ def test_the_committed_models_are_those_the_script_writes():
     made = (m.SerializeToString(deterministic=True) for m in (selfcheck_model(), selfcheck_conv_model()))
     assert written == tuple(made)
     feeds = selfcheck_inputs()
-    assert_close(run(selfcheck_model(), feeds), oracle(feeds, True, False))
+    assert_scan(ScanCase(), feeds, run(selfcheck_model(), feeds))
 
 
 # --- somebody else's model --------------------------------------------------------------------------------------------

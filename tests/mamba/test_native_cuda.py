@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from helpers import emulated
-from helpers.emulated import EMULATION, KERNELS
 from torch import Tensor
 
 from hcmen.base import cuda_library
@@ -21,13 +20,10 @@ from hcmen.mamba.scan import causal_conv1d_ref, selective_scan_ref
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def library() -> Any:
     if emulated.compiler() is None:
         pytest.skip("there is no C++ compiler")
-    path = tmp_path_factory.mktemp("emulated") / "libemulated.so"
-    built = emulated.build(path, ["-O1", "-shared", "-fPIC"], [*KERNELS, EMULATION / "control.cc"])
-    assert built.returncode == 0, built.stderr
-    return emulated.load(path)
+    return emulated.kernels_library()
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +48,7 @@ class Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Any, ...]:
         tensors = ctx.saved_tensors
-        grads = native_cuda._scan_backward(dy, dlast, *tensors, ctx.delta_softplus, ctx.reverse)
+        grads = native_cuda._scan_backward(dy, dlast, *tensors, *ctx.switches)
         return (*(None if x is None else g for g, x in zip(grads, tensors, strict=True)), None, None)
 
 
@@ -64,7 +60,7 @@ class Conv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return (*native_cuda._conv_backward(dy, *ctx.saved_tensors, ctx.silu, ctx.reverse), None, None)
+        return (*native_cuda._conv_backward(dy, *ctx.saved_tensors, *ctx.switches), None, None)
 
 
 def scan_inputs(dtype: torch.dtype, gated: bool, stateful: bool) -> list[Tensor | None]:

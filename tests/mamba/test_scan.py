@@ -1,5 +1,7 @@
 """The selective scan: reference against an independent float64 loop, native kernels against the reference in float64.
 
+Awkward sizes and every set of attributes are in csrc/test_op_hosts.py.
+
 Sizes, data and bounds follow what real models do: step sizes from softplus(N(-4, 1)) and wider, decay rates to -16.
 """
 
@@ -159,26 +161,6 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("mean", [-4.0, 0.0, 3.0])
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_forward_against_float64(size: tuple[int, int, int, int, int | None], mean: float) -> None:
-    batch, time, channel, state, group = size
-    data = scan_data(batch, time, channel, state, group=group, mean=mean)
-    combinations = [(g, s, r, p) for g in (0, 1) for s in (0, 1) for r in (0, 1) for p in (0, 1)]
-    # All combinations where that is quick, else a fair half of them.
-    for index, (gated, stateful, reverse, softplus) in enumerate(combinations):
-        if time * channel > 10000 and index % 4 != 1:
-            continue
-        arguments = chosen(data, gated=bool(gated), stateful=bool(stateful), softplus=bool(softplus))
-        flags = {"reverse": bool(reverse), "delta_softplus": bool(softplus), "return_last_state": True}
-        want, want_last = selective_scan_ref(**in_float64(arguments), **flags)
-        with implementation("native"):
-            y, last = selective_scan(**arguments, **flags)
-        assert y.dtype == last.dtype == torch.float32
-        assert_as_exact(y, want)
-        assert_as_exact(last, want_last)
-
-
 @pytest.mark.parametrize("mean", [-7.0, -4.0, 0.0])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_forward_stays_exact_over_4096_steps(mean: float, reverse: bool) -> None:
@@ -197,23 +179,6 @@ def test_optional_arguments_may_be_absent() -> None:
     with implementation("native"):
         y = selective_scan(**data, delta_softplus=True)
     assert_as_exact(y, selective_scan_ref(**in_float64(data), delta_softplus=True))
-
-
-@pytest.mark.parametrize("size", [(1, 1, 1, 1, None), (3, 33, 17, 12, None), (1, 500, 40, 16, 2)], ids=str)
-@pytest.mark.parametrize("reverse", [False, True])
-def test_half_precision_keeps_its_bounds(size: tuple[int, int, int, int, int | None], reverse: bool) -> None:
-    batch, time, channel, state, group = size
-    data = scan_data(batch, time, channel, state, group=group)
-    for name in ("u", "delta", "B", "C", "z"):
-        data[name] = data[name].half()
-    flags = {"delta_softplus": True, "reverse": reverse, "return_last_state": True}
-    want, want_last = selective_scan_ref(**in_float64(data), **flags)
-    with implementation("native"):
-        y, last = selective_scan(**data, **flags)
-    assert y.dtype == torch.float16
-    assert last.dtype == torch.float32
-    torch.testing.assert_close(y.double(), want, rtol=1e-3, atol=1e-4)
-    assert_as_exact(last, want_last)
 
 
 def test_half_precision_rounds_every_value_as_the_standard_says() -> None:
@@ -451,7 +416,7 @@ def test_other_instruction_sets(isa: str) -> None:
         assert "cannot run" in probe.stderr or "expected one of" in probe.stderr
         pytest.skip(f"this machine has no {isa}")
     assert probe.stdout.strip() == isa
-    tests = "forward_against or half_precision or gradients_against or padding or infinities or thread_count"
+    tests = "half_precision or gradients_against or padding or infinities or thread_count"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests, str(Path(__file__))]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-3000:]

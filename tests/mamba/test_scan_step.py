@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.kernel_cases import (
+from helpers.op_cases import (
     ScanCase,
     address,
     assert_near,
@@ -153,7 +153,7 @@ def test_backward(loops: ctypes.CDLL, case: ScanCase, reverse: bool) -> None:
     rng = np.random.default_rng(1)
     dy = rng.normal(size=arrays["u"].shape).astype(np.float32)
     dlast = rng.normal(size=(case.batch, case.channel, case.state)).astype(np.float32) if case.stateful else None
-    got = gradient_arrays(case, arrays)
+    got = gradient_arrays(arrays)
     inputs = {"dy": dy, **({} if dlast is None else {"dlast_state": dlast})}
     loops.step_backward(
         *by_reference(scan_structure(case, arrays, address), scan_gradients_structure({**got, **inputs}, address))

@@ -15,7 +15,7 @@ import pytest
 from helpers import emulated
 from helpers.command import run
 from helpers.emulated import CSRC, EMULATION, KERNELS
-from helpers.scan_grid import oracle, scan_feeds
+from helpers.op_cases import ScanCase, scan_arrays, scan_oracle
 
 import hcmen.runtime.backends.ort as ort_module
 import hcmen.runtime.backends.ort_cuda as module
@@ -110,12 +110,12 @@ def use(monkeypatch: pytest.MonkeyPatch, made: Stand, library: Path) -> None:
 
 
 def feeds_of(time: int, seed: int) -> dict[str, Any]:
-    return scan_feeds(np.random.default_rng(seed), 2, time, 6, 4, None, "float32", True, True, True)
+    return scan_arrays(ScanCase(2, time, 6, 4, None, seed=seed))
 
 
 def check(session: Any, feeds: dict[str, Any]) -> None:
     got = session.run(feeds)
-    for name, want in zip(("y", "last_state"), oracle(feeds, True, False), strict=True):
+    for name, want in zip(("y", "last_state"), scan_oracle(ScanCase(), feeds), strict=True):
         np.testing.assert_allclose(got[name], want, rtol=1e-5, atol=1e-5)
 
 

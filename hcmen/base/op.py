@@ -1,0 +1,142 @@
+"""The operators of docs/op.md as tables: names, order, types, shapes, attributes, and what makes a tensor be there.
+
+Every face of an operator in Python reads them: PyTorch ops, ONNX nodes, function bodies, the C structures, AOT plugins,
+self-checks. runtime/csrc/op_table.h is the same in C++; tests/base/test_op_table.py holds both and docs/op.md together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = [
+    "CAUSAL_CONV1D",
+    "DOMAIN",
+    "IR_VERSION",
+    "OPERATORS",
+    "OPSET",
+    "PARSER_ATTRIBUTES",
+    "SELECTIVE_SCAN",
+    "VERSION",
+    "Attribute",
+    "Operator",
+    "Tensor",
+]
+
+DOMAIN = "hcmen"
+VERSION = 1
+OPSET = 19
+"""The opset of ONNX that models are written in, which ONNX Runtime 1.17 reads."""
+IR_VERSION = 9
+"""The newest version of the file format that ONNX Runtime 1.17 reads."""
+PARSER_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
+"""Attributes that every node has for TensorRT's parser, with their values."""
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """words: what a string may be, the default first; empty: an integer, 0 (the default) or 1."""
+
+    name: str
+    words: tuple[str, ...] = ()
+
+    @property
+    def choices(self) -> tuple[int, ...] | tuple[str, ...]:
+        """What it may be, the default first."""
+        return self.words or (0, 1)
+
+    @property
+    def flag(self) -> str:
+        """What says that it is not its default: the name of that, as the kernels have it."""
+        return self.words[-1] if self.words else self.name
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output.
+
+    sizes: what its dimensions are called; "group" may be left out of a shape, which means one group. shared: float32 or
+    float16, the same for all tensors of a node that are marked so; else float32. only_with: the attribute that is 1
+    exactly if the tensor is there.
+    """
+
+    name: str
+    sizes: tuple[str, ...]
+    shared: bool = False
+    only_with: str | None = None
+
+
+@dataclass(frozen=True)
+class Operator:
+    """attributes: those that kernels read, in their order. others: those of the model-local function."""
+
+    name: str
+    attributes: tuple[Attribute, ...]
+    others: tuple[str, ...]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+    @property
+    def defaults(self) -> dict[str, int | str]:
+        """name -> default of every attribute that kernels read."""
+        return {attribute.name: attribute.choices[0] for attribute in self.attributes}
+
+    @property
+    def switches(self) -> tuple[str, ...]:
+        """What says how a kernel computes, in the order of the C structures: not what says which tensors are there."""
+        presence = {tensor.only_with for tensor in (*self.inputs, *self.outputs)}
+        return tuple(attribute.flag for attribute in self.attributes if attribute.name not in presence)
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """The names of all sizes, in the order of the inputs."""
+        return tuple(dict.fromkeys(size for tensor in self.inputs for size in tensor.sizes))
+
+    def inputs_with(self, attributes: Mapping[str, object]) -> tuple[Tensor, ...]:
+        """The inputs of a node with these attributes, in order; absent ones are 0."""
+        return tuple(t for t in self.inputs if t.only_with is None or attributes.get(t.only_with))
+
+    def outputs_with(self, attributes: Mapping[str, object]) -> tuple[Tensor, ...]:
+        """The outputs of a node with these attributes, in order."""
+        return tuple(t for t in self.outputs if t.only_with is None or attributes.get(t.only_with))
+
+
+_SERIES = ("batch", "time", "channel")
+_PROJECTION = ("batch", "time", "group", "state")
+_STATES = ("batch", "channel", "state")
+
+SELECTIVE_SCAN = Operator(
+    "SelectiveScan",
+    attributes=(Attribute("delta_softplus"), Attribute("reverse"), Attribute("gated"), Attribute("stateful")),
+    others=("scan_input_directions", "scan_output_directions"),
+    inputs=(
+        Tensor("u", _SERIES, shared=True),
+        Tensor("delta", _SERIES, shared=True),
+        Tensor("A", ("channel", "state")),
+        Tensor("B", _PROJECTION, shared=True),
+        Tensor("C", _PROJECTION, shared=True),
+        Tensor("D", ("channel",)),
+        Tensor("delta_bias", ("channel",)),
+        Tensor("z", _SERIES, shared=True, only_with="gated"),
+        Tensor("initial_state", _STATES, only_with="stateful"),
+    ),
+    outputs=(
+        Tensor("y", _SERIES, shared=True),
+        Tensor("last_state", _STATES, only_with="stateful"),
+    ),
+)
+
+CAUSAL_CONV1D = Operator(
+    "CausalConv1d",
+    attributes=(Attribute("activation", ("none", "silu")), Attribute("reverse")),
+    others=("group", "pads"),
+    inputs=(
+        Tensor("x", _SERIES, shared=True),
+        Tensor("weight", ("channel", "width")),
+        Tensor("bias", ("channel",)),
+    ),
+    outputs=(Tensor("y", _SERIES, shared=True),),
+)
+
+OPERATORS = {operator.name: operator for operator in (SELECTIVE_SCAN, CAUSAL_CONV1D)}
+"""name -> operator."""
