@@ -44,16 +44,14 @@ enum { kU, kD, kInputRows, kS = kInputRows, kSlope, kGate, kSeriesRows };
 // multiprocessors. Fewer, and they run short; a few more, and most wait for the last.
 constexpr int64_t kEnoughWarps = 132 * 12;
 constexpr int64_t kLeastChunk = 2;  // tiles
-// Floats of states before tiles that are kept at once, unless a single sequence takes more.
-constexpr double kMostStarts = 1 << 30;
+// How many times the states of a warp are kept at once, unless a single sequence needs more: 4 GiB.
+constexpr double kMostStarts = 1 << 21;
 
 struct BackwardPlan {
   int warps;  // of a block, side by side over channels
   int64_t channel_blocks, state_blocks, columns;  // of a group; of a channel; warps that a sequence takes
   int64_t tiles, chunk_tiles, chunks;
   int64_t portion;  // sequences that are under way together
-
-  int64_t blocks(int64_t group) const { return group * channel_blocks * state_blocks * chunks; }  // of a sequence
 };
 
 int plan_backward(const hcmen_scan& s, const hcmen_cuda_launch* wish, BackwardPlan* plan) {
@@ -67,9 +65,7 @@ int plan_backward(const hcmen_scan& s, const hcmen_cuda_launch* wish, BackwardPl
   p.state_blocks = ceil_div(s.state, kStates);
   p.columns = s.group * p.channel_blocks * p.warps * p.state_blocks;
   p.tiles = ceil_div(s.time, kTile);
-  // Past these no device has the memory; below them no product overflows.
-  const double warps = (double)s.batch * (double)p.columns, starts = (double)p.tiles * (double)p.columns * kCells;
-  if (warps * (double)p.tiles > 1e15 || (double)p.columns > (double)kMostBlocks) return HCMEN_BAD_ARGUMENT;
+  const double warps = (double)s.batch * (double)p.columns, starts = (double)p.tiles * (double)p.columns;
 
   p.chunk_tiles = p.tiles;
   if (wished > 0) {
@@ -83,10 +79,9 @@ int plan_backward(const hcmen_scan& s, const hcmen_cuda_launch* wish, BackwardPl
   }
   p.chunks = ceil_div(p.tiles, p.chunk_tiles);
 
-  const double blocks = (double)s.group * (double)p.channel_blocks * (double)p.state_blocks * (double)p.chunks;
-  if (blocks > (double)kMostBlocks) return HCMEN_BAD_ARGUMENT;
-  double most = kMostStarts / starts;
-  if (most > (double)kMostBlocks / blocks) most = (double)kMostBlocks / blocks;
+  // What a warp keeps is numbered in 32 bits; past these no device has the memory.
+  if (starts > (double)INT32_MAX || warps * (double)p.chunks > (double)INT32_MAX) return HCMEN_BAD_ARGUMENT;
+  const double most = kMostStarts / starts;
   p.portion = most < 1.0 ? 1 : most > (double)s.batch ? s.batch : (int64_t)most;
   // Portions of equal size.
   p.portion = ceil_div(s.batch, ceil_div(s.batch, p.portion));
@@ -98,7 +93,8 @@ struct BackwardArguments {
   hcmen_scan s;       // of a portion
   hcmen_scan_grad g;  // of a portion; du, ddelta and dz may be those of the first state block, in the workspace
   int warps, channel_blocks, state_blocks, tiles, chunk_tiles, chunks;
-  int64_t columns;
+  int columns;
+  int64_t series;  // elements of u, of a portion
   float* starts;  // [batch, tiles, columns, kCells]
   // With several chunks.
   float* before;  // [batch, tiles, columns, kChannels]: sums of step sizes of a chunk before each of its tiles
@@ -115,7 +111,7 @@ struct BackwardArguments {
 // The place of a warp in the arrays, and of its lane.
 struct Spot {
   int batch, chunk, group, channel_block, state_block;
-  int64_t column;
+  int column;  // number of the warp, among those that a sequence takes
   int lane, warp, slice, quad;
   int64_t channel;  // first of the warp
   int count;        // channels of the warp that exist
@@ -154,24 +150,25 @@ __device__ __forceinline__ Spot find_spot(const BackwardArguments& a) {
   p.channel = p.group * group_channels + first;
   p.count = left <= 0 ? 0 : left < kChannels ? (int)left : kChannels;
   p.first_state = p.state_block * kStates + p.slice * kSide;
-  p.column = (((int64_t)p.group * a.channel_blocks + p.channel_block) * a.warps + p.warp) * a.state_blocks + p.state_block;
+  p.column = ((p.group * a.channel_blocks + p.channel_block) * a.warps + p.warp) * a.state_blocks + p.state_block;
   return p;
 }
 
-// A walk through time in series and projections: element offsets of the step scanned first, and from one step to the
-// next.
+// A lane's place in u, delta, z and dy, and in B or C, at some step, in elements; and the way to the next step.
 struct Walk {
-  int64_t series, series_step, projection, projection_step;
+  int64_t series, projection;
+
+  static __device__ __forceinline__ int64_t series_step(const hcmen_scan& s) { return s.reverse ? -s.channel : s.channel; }
+  static __device__ __forceinline__ int64_t projection_step(const hcmen_scan& s) {
+    const int64_t row = s.group * s.state;
+    return s.reverse ? -row : row;
+  }
 };
 
-__device__ __forceinline__ Walk find_walk(const hcmen_scan& s, const Spot& at) {
-  const int64_t place = at.batch * s.time + (s.reverse ? s.time - 1 : 0);
-  Walk w;
-  w.series = place * s.channel + at.channel + at.lane;
-  w.series_step = s.reverse ? -s.channel : s.channel;
-  w.projection = (place * s.group + at.group) * s.state;
-  w.projection_step = s.reverse ? -s.group * s.state : s.group * s.state;
-  return w;
+__device__ __forceinline__ Walk find_walk(const hcmen_scan& s, const Spot& at, int64_t index) {
+  const int64_t place = at.batch * s.time + step::place(index, s.time, s.reverse);
+  return {place * s.channel + at.channel + at.lane,
+          (place * s.group + at.group) * s.state + at.state_block * kStates + at.lane % kStates};
 }
 
 using Cells = float[kSide][kSide];
@@ -207,39 +204,40 @@ __device__ __forceinline__ void load_states(const hcmen_scan& s, const Spot& at,
   }
 }
 
-// The rows of a tile that begins with step `first` and has `steps` steps into `rows` and `row_BC`: u, the step size and,
-// if kAll, the gradient of the output before the gate, the slope of the step size, and the gradient of z but for the
-// output; B, and if kAll C. With `summed`, the lane's step sizes are added to it. Every lane writes what is its
-// channel's, and reads nothing else.
+// The rows of a tile of `steps` steps into `rows` and `row_BC`: u, the step size and, if kAll, the gradient of the output
+// before the gate; with kSlopes the slope of the step size, and the gradient of z but for the output; B, and if kAll C.
+// The sum of the lane's step sizes is returned. Every lane writes what is its channel's, and reads nothing else.
 template <bool kAll, bool kSlopes>
-__device__ __forceinline__ void stage_tile(const hcmen_scan& s, const float* dy, const Spot& at, const Walk& walk,
-                                           int64_t first, int steps, float bias, float* rows, float* row_BC,
-                                           float* summed) {
+__device__ __forceinline__ float stage_tile(const BackwardArguments& a, const Spot& at, const Walk& walk, int steps,
+                                            float* rows, float* row_BC) {
+  const hcmen_scan& s = a.s;
   const float* const u = static_cast<const float*>(s.u);
   const float* const delta = static_cast<const float*>(s.delta);
   const float* const z = static_cast<const float*>(s.z);
   const bool second = at.lane >= kStates;  // half of a row of B and C
-  const int n = at.state_block * kStates + at.lane % kStates;
   const float* const projection = static_cast<const float*>(second ? s.C : s.B);
-  const bool there = n < s.state && (kAll || !second);
-  const int64_t series = walk.series + first * walk.series_step;
-  const int64_t place = walk.projection + first * walk.projection_step + n;
+  const bool there = at.state_block * kStates + at.lane % kStates < s.state && (kAll || !second);
   float* const mine = rows + at.lane;
-#pragma unroll
+  int64_t element = walk.series, place = walk.projection;  // advanced by adding: products would all be kept in registers
+#pragma unroll 4
   for (int k = 0; k < kTile; ++k) {
     const bool live = k < steps && at.own();
-    const int64_t element = series + k * walk.series_step;
     mine[kU * kRows + k * kWarp] = live ? u[element] : 0.0f;
     mine[kD * kRows + k * kWarp] = live ? delta[element] : 0.0f;
-    if (kAll) mine[kS * kRows + k * kWarp] = live ? dy[element] : 0.0f;
+    if (kAll) mine[kS * kRows + k * kWarp] = live ? a.g.dy[element] : 0.0f;
     if (kAll) mine[kGate * kRows + k * kWarp] = live && z ? z[element] : 0.0f;
-    row_BC[k * kWarp + at.lane] = k < steps && there ? projection[place + k * walk.projection_step] : 0.0f;
+    row_BC[k * kWarp + at.lane] = k < steps && there ? projection[place] : 0.0f;
+    element += Walk::series_step(s);
+    place += Walk::projection_step(s);
   }
+  const float bias = at.own() ? s.delta_bias[at.channel + at.lane] : 0.0f;
+  float sum = 0.0f;
+#pragma unroll 2
   for (int k = 0; k < steps; ++k) {
     const step::StepSize d = step::step_size_and_slope(mine[kD * kRows + k * kWarp], bias, s.delta_softplus);
     mine[kD * kRows + k * kWarp] = d.size;
     if (kSlopes) mine[kSlope * kRows + k * kWarp] = d.slope;
-    if (summed) *summed += d.size;
+    sum += d.size;
     if (kAll && z) {
       const step::Gate gate = step::gate(mine[kGate * kRows + k * kWarp]);
       const float out = mine[kS * kRows + k * kWarp];
@@ -247,6 +245,7 @@ __device__ __forceinline__ void stage_tile(const hcmen_scan& s, const float* dy,
       if (kSlopes) mine[kGate * kRows + k * kWarp] = out * gate.slope;
     }
   }
+  return sum;
 }
 
 // The states after step k of a tile from those before it.
@@ -289,11 +288,9 @@ template <bool kCut>
 __global__ void __launch_bounds__(kMostWarps * kWarp) scan_backward_ends_kernel(const BackwardArguments a) {
   const hcmen_scan& s = a.s;
   const Spot at = find_spot(a);
-  const Walk walk = find_walk(s, at);
   constexpr int kKept = kCut ? (int)kSeriesRows : (int)kInputRows;
   float* const rows = shared_memory() + at.warp * (kKept + 1) * kRows;
   float* const row_BC = rows + kKept * kRows;
-  const float bias = at.own() ? s.delta_bias[at.channel + at.lane] : 0.0f;
 
   Cells rate, h, decay, slope;
   load_rates(s, at, rate);
@@ -311,15 +308,15 @@ __global__ void __launch_bounds__(kMostWarps * kWarp) scan_backward_ends_kernel(
   const int begin = at.chunk * a.chunk_tiles;
   const int end = begin + a.chunk_tiles < a.tiles ? begin + a.chunk_tiles : a.tiles;
   for (int tile = begin; tile < end; ++tile) {
-    const int64_t kept = ((int64_t)at.batch * a.tiles + tile) * a.columns + at.column;
-    store_cells(h, a.starts + kept * kCells + at.cell());
-    if (kCut) a.before[kept * kChannels + at.lane] = sum;
+    const int kept = (at.batch * a.tiles + tile) * a.columns + at.column;
+    store_cells(h, a.starts + (int64_t)kept * kCells + at.cell());
+    if (kCut) a.before[(int64_t)kept * kChannels + at.lane] = sum;
     if (!kCut && tile == end - 1) return;  // what comes out of the last tile is not asked for
 
     const int64_t first = (int64_t)tile * kTile;
     const int steps = (int)(s.time - first < kTile ? s.time - first : kTile);
     __syncwarp();
-    stage_tile<kCut, false>(s, a.g.dy, at, walk, first, steps, bias, rows, row_BC, kCut ? &sum : nullptr);
+    sum += stage_tile<kCut, false>(a, at, find_walk(s, at, first), steps, rows, row_BC);
     __syncwarp();
 #pragma unroll 2
     for (int k = 0; k < steps; ++k) {
@@ -347,7 +344,7 @@ __global__ void __launch_bounds__(kMostWarps * kWarp) scan_backward_ends_kernel(
     }
   }
   if (kCut) {
-    const int64_t kept = ((int64_t)at.batch * a.chunks + at.chunk) * a.columns + at.column;
+    const int64_t kept = (at.batch * a.chunks + at.chunk) * a.columns + at.column;
     store_cells(h, a.ends + kept * kCells + at.cell());
     store_cells(slope, a.slopes + kept * kCells + at.cell());
     a.sums[kept * kChannels + at.lane] = sum;
@@ -414,31 +411,24 @@ __global__ void __launch_bounds__(kCarryThreads) scan_backward_carries_kernel(co
 
 // --- the main pass --------------------------------------------------------------------------------------------------
 
-constexpr int kMainRows = (kSeriesRows + 3) * kRows + (kTile / kSub - 1) * kCells;  // floats of a warp
+constexpr int kMainRows = (kSeriesRows + 3) * kRows + kTile / kSub * kCells;  // floats of a warp
 
 __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(const BackwardArguments a) {
   const hcmen_scan& s = a.s;
   const hcmen_scan_grad& g = a.g;
   const Spot at = find_spot(a);
-  const Walk walk = find_walk(s, at);
   float* const rows = shared_memory() + at.warp * kMainRows;
   float* const row_BC = rows + kSeriesRows * kRows;
   float* const kept_states = row_BC + 3 * kRows + at.cell();  // behind two sets of rows of dB and dC
 
-  const bool whole = at.state_block == 0;  // what no state is in is added by these blocks
-  const float bias = at.own() ? s.delta_bias[at.channel + at.lane] : 0.0f;
-  const float D = at.own() && whole ? s.D[at.channel + at.lane] : 0.0f;
-  const int64_t series_size = s.batch * s.time * s.channel;
-  float* const du = g.du + at.state_block * series_size;
-  float* const ddelta = g.ddelta + at.state_block * series_size;
-  float* const dz = g.dz ? g.dz + at.state_block * series_size : nullptr;
-  const int64_t projections = s.batch * s.time * s.group * s.state;
+  // What no state is in belongs to the first state block.
+  const float D = at.own() && at.state_block == 0 ? s.D[at.channel + at.lane] : 0.0f;
 
   Cells rate, gradient, dA;
   load_rates(s, at, rate);
-  const int64_t chunk = ((int64_t)at.batch * a.chunks + at.chunk) * a.columns + at.column;
+  const int chunk = (at.batch * a.chunks + at.chunk) * a.columns + at.column;
   if (a.chunks > 1) {
-    load_cells(a.slopes + chunk * kCells + at.cell(), gradient);
+    load_cells(a.slopes + (int64_t)chunk * kCells + at.cell(), gradient);
   } else {
     load_states(s, at, g.dlast_state, gradient);
   }
@@ -455,18 +445,18 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
     const int64_t first = (int64_t)tile * kTile;
     const int steps = (int)(s.time - first < kTile ? s.time - first : kTile);
     float* const row_gradients = row_BC + (1 + (tile & 1)) * kRows;
-    const int64_t series = walk.series + first * walk.series_step;
+    const Walk walk = find_walk(s, at, first);
 
     __syncwarp();
-    stage_tile<true, true>(s, g.dy, at, walk, first, steps, bias, rows, row_BC, nullptr);
+    stage_tile<true, true>(a, at, walk, steps, rows, row_BC);
     Cells h;
-    const int64_t kept = ((int64_t)at.batch * a.tiles + tile) * a.columns + at.column;
-    load_cells(a.starts + kept * kCells + at.cell(), h);
+    const int kept = (at.batch * a.tiles + tile) * a.columns + at.column;
+    load_cells(a.starts + (int64_t)kept * kCells + at.cell(), h);
     if (a.chunks > 1) {
       Cells carried;
       float before[kSide];
-      load_cells(a.ends + chunk * kCells + at.cell(), carried);
-      load<4>(a.before + kept * kChannels + at.quad * kSide, before);
+      load_cells(a.ends + (int64_t)chunk * kCells + at.cell(), carried);
+      load<4>(a.before + (int64_t)kept * kChannels + at.quad * kSide, before);
 #pragma unroll
       for (int j = 0; j < kSide; ++j) {
 #pragma unroll
@@ -481,9 +471,11 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
 #pragma unroll 2
       for (int q = 0; q < kSub; ++q) advance_cells(rows, row_BC, at, sub * kSub + q, rate, h);
     }
+    store_cells(h, kept_states + last * kCells);
     for (int sub = last; sub >= 0; --sub) {
       if (sub < last) load_cells(kept_states + sub * kCells, h);
-      Cells before[kSub];
+      int64_t element = at.state_block * a.series + walk.series + sub * kSub * Walk::series_step(s);
+      Cells before[kSub - 1];  // steps but the first
 #pragma unroll
       for (int q = 0; q < kSub; ++q) {
         const int k = sub * kSub + q;
@@ -500,7 +492,7 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
           const float input = d[j] * u[j];
 #pragma unroll
           for (int i = 0; i < kSide; ++i) {
-            before[q][j][i] = h[j][i];
+            if (q > 0) before[q - 1][j][i] = h[j][i];
             h[j][i] = step::advance(h[j][i], d[j], rate[j][i], input, B[i]);
             y[j] = fmaf(C[i], h[j][i], y[j]);
             dC[i] = fmaf(out[j], h[j][i], dC[i]);
@@ -508,17 +500,20 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
         }
         const float my_dC = sum_over_quads(dC, at.quad);
         if (at.quad & 1) row_gradients[k * kWarp + kStates + at.slice * kSide + at.quad / 2] = my_dC;
-        if (dz) {
+        if (g.dz) {
           const float my_y = sum_of_quad(y, at.slice);
           const int mine = k * kWarp + at.lane;
           if (at.own() && k < steps) {
-            dz[series + k * walk.series_step] = rows[kGate * kRows + mine] * fmaf(D, rows[kU * kRows + mine], my_y);
+            g.dz[element] = rows[kGate * kRows + mine] * fmaf(D, rows[kU * kRows + mine], my_y);
           }
         }
+        element += Walk::series_step(s);
       }
 #pragma unroll
       for (int q = kSub - 1; q >= 0; --q) {
         const int k = sub * kSub + q;
+        element -= Walk::series_step(s);
+        if (q == 0) load_cells(kept_states + sub * kCells, h);
         float d[kSide], u[kSide], out[kSide], B[kSide], C[kSide], through[kSide], decayed[kSide], dB[kSide];
         load<4>(rows + kD * kRows + k * kWarp + at.quad * kSide, d);
         load<4>(rows + kU * kRows + k * kWarp + at.quad * kSide, u);
@@ -532,7 +527,7 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
           const float input = d[j] * u[j];
 #pragma unroll
           for (int i = 0; i < kSide; ++i) {
-            step::retreat(before[q][j][i], d[j], input, out[j], rate[j][i], B[i], C[i], gradient[j][i], dA[j][i], dB[i],
+            step::retreat(q > 0 ? before[q > 0 ? q - 1 : 0][j][i] : h[j][i], d[j], input, out[j], rate[j][i], B[i], C[i], gradient[j][i], dA[j][i], dB[i],
                           through[j], decayed[j]);
           }
         }
@@ -544,8 +539,8 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
           const float my_u = rows[kU * kRows + mine], my_out = rows[kS * kRows + mine];
           const float my_ddelta =
               rows[kSlope * kRows + mine] * fmaf(step::kLn2, my_decayed, my_u * my_through);
-          du[series + k * walk.series_step] = fmaf(D, my_out, rows[kD * kRows + mine] * my_through);
-          ddelta[series + k * walk.series_step] = my_ddelta;
+          g.du[element] = fmaf(D, my_out, rows[kD * kRows + mine] * my_through);
+          g.ddelta[element] = my_ddelta;
           dbias += my_ddelta;
           dD = fmaf(my_out, my_u, dD);
         }
@@ -554,18 +549,19 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
 
     // Rows of dB and dC are written again two tiles later, when all threads have been at the barrier between.
     __syncthreads();
-    for (int i = threadIdx.x; i < steps * kWarp; i += blockDim.x) {
-      const int n = at.state_block * kStates + i % kStates;
-      if (n >= s.state) continue;
-      const float* from = shared_memory() + (row_gradients - rows) + i;
-      float sum = from[0];
-      for (int w = 1; w < a.warps; ++w) sum += from[w * kMainRows];
-      float* const to = i % kWarp < kStates ? a.parts_B : a.parts_C;
-      to[at.channel_block * projections + walk.projection + (first + i / kWarp) * walk.projection_step + n] = sum;
+    if (at.state_block * kStates + at.lane % kStates < s.state) {
+      float* const to = (at.lane < kStates ? a.parts_B : a.parts_C) + walk.projection +
+                        at.channel_block * (s.batch * s.time * s.group * s.state);
+      for (int k = at.warp; k < steps; k += a.warps) {
+        const float* from = shared_memory() + (row_gradients - rows) + k * kWarp + at.lane;
+        float sum = from[0];
+        for (int w = 1; w < a.warps; ++w) sum += from[w * kMainRows];
+        to[k * Walk::projection_step(s)] = sum;
+      }
     }
   }
 
-  float* const parts = a.parts_parameters + chunk * kParameters;
+  float* const parts = a.parts_parameters + (int64_t)chunk * kParameters;
   store_cells(dA, parts + at.cell());
   parts[kCells + at.lane] = dD;
   parts[kCells + kChannels + at.lane] = dbias;
@@ -733,7 +729,7 @@ int backward(const hcmen_scan& s, const hcmen_scan_grad& g, const BackwardPlan& 
   a.tiles = (int)plan.tiles;
   a.chunk_tiles = (int)plan.chunk_tiles;
   a.chunks = (int)plan.chunks;
-  a.columns = plan.columns;
+  a.columns = (int)plan.columns;
   a.starts = memory + w.starts;
   a.before = memory + w.before;
   a.sums = memory + w.sums;
@@ -744,6 +740,7 @@ int backward(const hcmen_scan& s, const hcmen_scan_grad& g, const BackwardPlan& 
   for (int64_t first = 0; first < s.batch; first += plan.portion) {
     const int64_t count = s.batch - first < plan.portion ? s.batch - first : plan.portion;
     a.s = portion_of(s, first, count);
+    a.series = count * s.time * s.channel;
     const hcmen_scan_grad wanted = portion_of(s, g, first);
     a.g = wanted;
     a.parts_parameters = memory + w.parameters + first * plan.chunks * plan.columns * kParameters;
@@ -767,7 +764,7 @@ int backward(const hcmen_scan& s, const hcmen_scan_grad& g, const BackwardPlan& 
       if (g.dz) a.g.dz = add_up(parts + 2 * size, plan.state_blocks, series, wanted.dz);
     }
 
-    const int64_t blocks = count * plan.blocks(s.group), row_bytes = (int64_t)sizeof(float) * kRows * plan.warps;
+    const int64_t blocks = count * plan.columns / plan.warps * plan.chunks, row_bytes = (int64_t)sizeof(float) * kRows * plan.warps;
     const int status =
         cut ? launch(scan_backward_ends_kernel<true>, blocks, threads, (kSeriesRows + 1) * row_bytes, with.stream, a)
             : launch(scan_backward_ends_kernel<false>, blocks, threads, (kInputRows + 1) * row_bytes, with.stream, a);
