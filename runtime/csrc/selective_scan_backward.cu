@@ -57,7 +57,7 @@ struct BackwardPlan {
 int plan_backward(const hcmen_scan& s, const hcmen_cuda_launch* wish, BackwardPlan* plan) {
   const int64_t group_channels = s.channel / s.group;
   const int64_t wished = wish ? wish->steps_per_chunk : 0;
-  if (wished < -1) return HCMEN_BAD_ARGUMENT;
+  if (wished < -1 || group_channels > INT32_MAX - kMostWarps * kChannels) return HCMEN_BAD_ARGUMENT;
   BackwardPlan p{};
   p.warps = kMostWarps;
   while (p.warps > 1 && p.warps / 2 * kChannels >= group_channels) p.warps /= 2;
@@ -93,6 +93,7 @@ struct BackwardArguments {
   hcmen_scan s;       // of a portion
   hcmen_scan_grad g;  // of a portion; du, ddelta and dz may be those of the first state block, in the workspace
   int warps, channel_blocks, state_blocks, tiles, chunk_tiles, chunks;
+  int group, group_channels;
   int columns;
   int64_t series;  // elements of u, of a portion
   float* starts;  // [batch, tiles, columns, kCells]
@@ -117,6 +118,13 @@ struct Spot {
   int count;        // channels of the warp that exist
   int first_state;  // of the lane
 
+  // Numbers among all that warps keep of a tile, of a chunk.
+  __device__ __forceinline__ int64_t tile_number(const BackwardArguments& a, int tile) const {
+    return (batch * a.tiles + tile) * a.columns + column;
+  }
+  __device__ __forceinline__ int64_t chunk_number(const BackwardArguments& a) const {
+    return (batch * a.chunks + chunk) * a.columns + column;
+  }
   __device__ __forceinline__ bool own() const { return lane < count; }
   __device__ __forceinline__ int cell() const { return lane * kSide; }
   // Whether the lane's channel number j and state number i exist.
@@ -129,26 +137,34 @@ struct Spot {
   }
 };
 
+// `x`, of which the compiler knows nothing: what follows from it is not kept in registers for a later use of the same.
+__device__ __forceinline__ int anew(int x) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+// Computed anew by every call, so that no part of it takes a register from here to there.
 __device__ __forceinline__ Spot find_spot(const BackwardArguments& a) {
   Spot p;
-  p.lane = threadIdx.x % kWarp;
-  p.warp = threadIdx.x / kWarp;
+  const int thread = anew((int)threadIdx.x);
+  p.lane = thread % kWarp;
+  p.warp = thread / kWarp;
   p.slice = p.lane % kSide;
   p.quad = p.lane / kSide;
-  int index = blockIdx.x;
-  p.channel_block = index % a.channel_blocks;
-  index /= a.channel_blocks;
-  p.state_block = index % a.state_blocks;
-  index /= a.state_blocks;
-  p.group = index % (int)a.s.group;
-  index /= (int)a.s.group;
-  p.chunk = index % a.chunks;
-  p.batch = index / a.chunks;
-  const int64_t group_channels = a.s.channel / a.s.group;
-  const int64_t first = ((int64_t)p.channel_block * a.warps + p.warp) * kChannels;
-  const int64_t left = group_channels - first;
-  p.channel = p.group * group_channels + first;
-  p.count = left <= 0 ? 0 : left < kChannels ? (int)left : kChannels;
+  unsigned index = anew((int)blockIdx.x);
+  p.channel_block = index % (unsigned)a.channel_blocks;
+  index /= (unsigned)a.channel_blocks;
+  p.state_block = index % (unsigned)a.state_blocks;
+  index /= (unsigned)a.state_blocks;
+  p.group = index % (unsigned)a.group;
+  index /= (unsigned)a.group;
+  p.chunk = index % (unsigned)a.chunks;
+  p.batch = index / (unsigned)a.chunks;
+  const int first = (p.channel_block * a.warps + p.warp) * kChannels, left = a.group_channels - first;
+  p.channel = (int64_t)p.group * a.group_channels + first;
+  p.count = left <= 0 ? 0 : left < kChannels ? left : kChannels;
   p.first_state = p.state_block * kStates + p.slice * kSide;
   p.column = ((p.group * a.channel_blocks + p.channel_block) * a.warps + p.warp) * a.state_blocks + p.state_block;
   return p;
@@ -293,8 +309,8 @@ __global__ void __launch_bounds__(kMostWarps * kWarp) scan_backward_ends_kernel(
   float* const row_BC = rows + kKept * kRows;
 
   Cells rate, h, decay, slope;
-  load_rates(s, at, rate);
-  load_states(s, at, kCut ? nullptr : s.initial_state, h);
+  load_rates(s, find_spot(a), rate);
+  load_states(s, find_spot(a), kCut ? nullptr : s.initial_state, h);
 #pragma unroll
   for (int j = 0; j < kSide; ++j) {
 #pragma unroll
@@ -308,9 +324,9 @@ __global__ void __launch_bounds__(kMostWarps * kWarp) scan_backward_ends_kernel(
   const int begin = at.chunk * a.chunk_tiles;
   const int end = begin + a.chunk_tiles < a.tiles ? begin + a.chunk_tiles : a.tiles;
   for (int tile = begin; tile < end; ++tile) {
-    const int kept = (at.batch * a.tiles + tile) * a.columns + at.column;
-    store_cells(h, a.starts + (int64_t)kept * kCells + at.cell());
-    if (kCut) a.before[(int64_t)kept * kChannels + at.lane] = sum;
+    const int64_t kept = at.tile_number(a, tile);
+    store_cells(h, a.starts + kept * kCells + at.cell());
+    if (kCut) a.before[kept * kChannels + at.lane] = sum;
     if (!kCut && tile == end - 1) return;  // what comes out of the last tile is not asked for
 
     const int64_t first = (int64_t)tile * kTile;
@@ -344,7 +360,7 @@ __global__ void __launch_bounds__(kMostWarps * kWarp) scan_backward_ends_kernel(
     }
   }
   if (kCut) {
-    const int64_t kept = (at.batch * a.chunks + at.chunk) * a.columns + at.column;
+    const int64_t kept = at.chunk_number(a);
     store_cells(h, a.ends + kept * kCells + at.cell());
     store_cells(slope, a.slopes + kept * kCells + at.cell());
     a.sums[kept * kChannels + at.lane] = sum;
@@ -416,21 +432,26 @@ constexpr int kMainRows = (kSeriesRows + 3) * kRows + kTile / kSub * kCells;  //
 __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(const BackwardArguments a) {
   const hcmen_scan& s = a.s;
   const hcmen_scan_grad& g = a.g;
-  const Spot at = find_spot(a);
-  float* const rows = shared_memory() + at.warp * kMainRows;
+  const int lane = threadIdx.x % kWarp, slice = lane % kSide, quad = lane / kSide;
+  float* const rows = shared_memory() + threadIdx.x / kWarp * kMainRows;
   float* const row_BC = rows + kSeriesRows * kRows;
-  float* const kept_states = row_BC + 3 * kRows + at.cell();  // behind two sets of rows of dB and dC
-
-  // What no state is in belongs to the first state block.
-  const float D = at.own() && at.state_block == 0 ? s.D[at.channel + at.lane] : 0.0f;
+  float* const kept_states = row_BC + 3 * kRows + lane * kSide;  // behind two sets of rows of dB and dC
 
   Cells rate, gradient, dA;
-  load_rates(s, at, rate);
-  const int chunk = (at.batch * a.chunks + at.chunk) * a.columns + at.column;
-  if (a.chunks > 1) {
-    load_cells(a.slopes + (int64_t)chunk * kCells + at.cell(), gradient);
-  } else {
-    load_states(s, at, g.dlast_state, gradient);
+  load_rates(s, find_spot(a), rate);
+  float D;
+  int begin, tile;
+  {
+    const Spot at = find_spot(a);
+    // What no state is in belongs to the first state block.
+    D = at.own() && at.state_block == 0 ? s.D[at.channel + lane] : 0.0f;
+    begin = at.chunk * a.chunk_tiles;
+    tile = begin + a.chunk_tiles < a.tiles ? begin + a.chunk_tiles : a.tiles;
+    if (a.chunks > 1) {
+      load_cells(a.slopes + at.chunk_number(a) * kCells + at.cell(), gradient);
+    } else {
+      load_states(s, at, g.dlast_state, gradient);
+    }
   }
 #pragma unroll
   for (int j = 0; j < kSide; ++j) {
@@ -439,24 +460,23 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
   }
   float dD = 0.0f, dbias = 0.0f;
 
-  const int begin = at.chunk * a.chunk_tiles;
-  const int end = begin + a.chunk_tiles < a.tiles ? begin + a.chunk_tiles : a.tiles;
-  for (int tile = end - 1; tile >= begin; --tile) {
+  while (--tile >= begin) {
     const int64_t first = (int64_t)tile * kTile;
     const int steps = (int)(s.time - first < kTile ? s.time - first : kTile);
     float* const row_gradients = row_BC + (1 + (tile & 1)) * kRows;
-    const Walk walk = find_walk(s, at, first);
 
     __syncwarp();
+    const Spot at = find_spot(a);
+    const Walk walk = find_walk(s, at, first);
     stage_tile<true, true>(a, at, walk, steps, rows, row_BC);
     Cells h;
-    const int kept = (at.batch * a.tiles + tile) * a.columns + at.column;
-    load_cells(a.starts + (int64_t)kept * kCells + at.cell(), h);
+    const int64_t kept = at.tile_number(a, tile);
+    load_cells(a.starts + kept * kCells + at.cell(), h);
     if (a.chunks > 1) {
       Cells carried;
       float before[kSide];
-      load_cells(a.ends + (int64_t)chunk * kCells + at.cell(), carried);
-      load<4>(a.before + (int64_t)kept * kChannels + at.quad * kSide, before);
+      load_cells(a.ends + at.chunk_number(a) * kCells + at.cell(), carried);
+      load<4>(a.before + kept * kChannels + at.quad * kSide, before);
 #pragma unroll
       for (int j = 0; j < kSide; ++j) {
 #pragma unroll
@@ -465,6 +485,8 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
     }
     __syncwarp();
 
+    const bool own = at.own();
+    const int64_t outputs = at.state_block * a.series + walk.series;
     const int last = (steps - 1) / kSub;
     for (int sub = 0; sub < last; ++sub) {
       store_cells(h, kept_states + sub * kCells);
@@ -474,17 +496,17 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
     store_cells(h, kept_states + last * kCells);
     for (int sub = last; sub >= 0; --sub) {
       if (sub < last) load_cells(kept_states + sub * kCells, h);
-      int64_t element = at.state_block * a.series + walk.series + sub * kSub * Walk::series_step(s);
+      int64_t element = outputs + sub * kSub * Walk::series_step(s);
       Cells before[kSub - 1];  // steps but the first
 #pragma unroll
       for (int q = 0; q < kSub; ++q) {
         const int k = sub * kSub + q;
         float d[kSide], u[kSide], out[kSide], B[kSide], C[kSide], y[kSide], dC[kSide];
-        load<4>(rows + kD * kRows + k * kWarp + at.quad * kSide, d);
-        load<4>(rows + kU * kRows + k * kWarp + at.quad * kSide, u);
-        load<4>(rows + kS * kRows + k * kWarp + at.quad * kSide, out);
-        load<4>(row_BC + k * kWarp + at.slice * kSide, B);
-        load<4>(row_BC + k * kWarp + kStates + at.slice * kSide, C);
+        load<4>(rows + kD * kRows + k * kWarp + quad * kSide, d);
+        load<4>(rows + kU * kRows + k * kWarp + quad * kSide, u);
+        load<4>(rows + kS * kRows + k * kWarp + quad * kSide, out);
+        load<4>(row_BC + k * kWarp + slice * kSide, B);
+        load<4>(row_BC + k * kWarp + kStates + slice * kSide, C);
 #pragma unroll
         for (int j = 0; j < kSide; ++j) y[j] = dC[j] = 0.0f;
 #pragma unroll
@@ -498,12 +520,12 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
             dC[i] = fmaf(out[j], h[j][i], dC[i]);
           }
         }
-        const float my_dC = sum_over_quads(dC, at.quad);
-        if (at.quad & 1) row_gradients[k * kWarp + kStates + at.slice * kSide + at.quad / 2] = my_dC;
+        const float my_dC = sum_over_quads(dC, quad);
+        if (quad & 1) row_gradients[k * kWarp + kStates + slice * kSide + quad / 2] = my_dC;
         if (g.dz) {
-          const float my_y = sum_of_quad(y, at.slice);
-          const int mine = k * kWarp + at.lane;
-          if (at.own() && k < steps) {
+          const float my_y = sum_of_quad(y, slice);
+          const int mine = k * kWarp + lane;
+          if (own && k < steps) {
             g.dz[element] = rows[kGate * kRows + mine] * fmaf(D, rows[kU * kRows + mine], my_y);
           }
         }
@@ -515,11 +537,11 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
         element -= Walk::series_step(s);
         if (q == 0) load_cells(kept_states + sub * kCells, h);
         float d[kSide], u[kSide], out[kSide], B[kSide], C[kSide], through[kSide], decayed[kSide], dB[kSide];
-        load<4>(rows + kD * kRows + k * kWarp + at.quad * kSide, d);
-        load<4>(rows + kU * kRows + k * kWarp + at.quad * kSide, u);
-        load<4>(rows + kS * kRows + k * kWarp + at.quad * kSide, out);
-        load<4>(row_BC + k * kWarp + at.slice * kSide, B);
-        load<4>(row_BC + k * kWarp + kStates + at.slice * kSide, C);
+        load<4>(rows + kD * kRows + k * kWarp + quad * kSide, d);
+        load<4>(rows + kU * kRows + k * kWarp + quad * kSide, u);
+        load<4>(rows + kS * kRows + k * kWarp + quad * kSide, out);
+        load<4>(row_BC + k * kWarp + slice * kSide, B);
+        load<4>(row_BC + k * kWarp + kStates + slice * kSide, C);
 #pragma unroll
         for (int j = 0; j < kSide; ++j) through[j] = decayed[j] = dB[j] = 0.0f;
 #pragma unroll
@@ -531,11 +553,11 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
                           through[j], decayed[j]);
           }
         }
-        const float my_dB = sum_over_quads(dB, at.quad);
-        if (!(at.quad & 1)) row_gradients[k * kWarp + at.slice * kSide + at.quad / 2] = my_dB;
-        const float my_through = sum_of_quad(through, at.slice), my_decayed = sum_of_quad(decayed, at.slice);
-        if (at.own() && k < steps) {
-          const int mine = k * kWarp + at.lane;
+        const float my_dB = sum_over_quads(dB, quad);
+        if (!(quad & 1)) row_gradients[k * kWarp + slice * kSide + quad / 2] = my_dB;
+        const float my_through = sum_of_quad(through, slice), my_decayed = sum_of_quad(decayed, slice);
+        if (own && k < steps) {
+          const int mine = k * kWarp + lane;
           const float my_u = rows[kU * kRows + mine], my_out = rows[kS * kRows + mine];
           const float my_ddelta =
               rows[kSlope * kRows + mine] * fmaf(step::kLn2, my_decayed, my_u * my_through);
@@ -549,11 +571,12 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
 
     // Rows of dB and dC are written again two tiles later, when all threads have been at the barrier between.
     __syncthreads();
-    if (at.state_block * kStates + at.lane % kStates < s.state) {
-      float* const to = (at.lane < kStates ? a.parts_B : a.parts_C) + walk.projection +
-                        at.channel_block * (s.batch * s.time * s.group * s.state);
-      for (int k = at.warp; k < steps; k += a.warps) {
-        const float* from = shared_memory() + (row_gradients - rows) + k * kWarp + at.lane;
+    const Spot here = find_spot(a);
+    if (here.state_block * kStates + lane % kStates < s.state) {
+      float* const to = (lane < kStates ? a.parts_B : a.parts_C) + find_walk(s, here, first).projection +
+                        here.channel_block * (s.batch * s.time * s.group * s.state);
+      for (int k = here.warp; k < steps; k += a.warps) {
+        const float* from = shared_memory() + (row_gradients - rows) + k * kWarp + lane;
         float sum = from[0];
         for (int w = 1; w < a.warps; ++w) sum += from[w * kMainRows];
         to[k * Walk::projection_step(s)] = sum;
@@ -561,10 +584,11 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
     }
   }
 
-  float* const parts = a.parts_parameters + (int64_t)chunk * kParameters;
+  const Spot at = find_spot(a);
+  float* const parts = a.parts_parameters + at.chunk_number(a) * kParameters;
   store_cells(dA, parts + at.cell());
-  parts[kCells + at.lane] = dD;
-  parts[kCells + kChannels + at.lane] = dbias;
+  parts[kCells + lane] = dD;
+  parts[kCells + kChannels + lane] = dbias;
   if (g.dinitial_state && at.chunk == 0) {
 #pragma unroll
     for (int j = 0; j < kSide; ++j) {
@@ -730,6 +754,8 @@ int backward(const hcmen_scan& s, const hcmen_scan_grad& g, const BackwardPlan& 
   a.chunk_tiles = (int)plan.chunk_tiles;
   a.chunks = (int)plan.chunks;
   a.columns = (int)plan.columns;
+  a.group = (int)s.group;
+  a.group_channels = (int)(s.channel / s.group);
   a.starts = memory + w.starts;
   a.before = memory + w.before;
   a.sums = memory + w.sums;
