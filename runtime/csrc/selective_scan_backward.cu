@@ -43,7 +43,6 @@ enum { kU, kD, kInputRows, kS = kInputRows, kSlope, kGate, kSeriesRows };
 // Warps that a device shall have to do, where a sequence must be cut for it: three blocks on each of 132
 // multiprocessors. Fewer, and they run short; a few more, and most wait for the last.
 constexpr int64_t kEnoughWarps = 132 * 12;
-constexpr int64_t kLeastChunk = 2;  // tiles
 // How many times the states of a warp are kept at once, unless a single sequence needs more: 4 GiB.
 constexpr double kMostStarts = 1 << 21;
 
@@ -71,11 +70,9 @@ int plan_backward(const hcmen_scan& s, const hcmen_cuda_launch* wish, BackwardPl
   if (wished > 0) {
     p.chunk_tiles = wished < s.time ? ceil_div(wished, kTile) : p.tiles;
   } else if (wished == 0 && warps < (double)kEnoughWarps && p.tiles > 1) {
+    // At once if a few chunks do, else in two turns, which waste less of the last.
     const int64_t have = (int64_t)warps;
-    int64_t chunks = kEnoughWarps / have;
-    if (chunks < 4) chunks = ceil_div(2 * kEnoughWarps, have);
-    p.chunk_tiles = ceil_div(p.tiles, chunks);
-    if (p.chunk_tiles < kLeastChunk) p.chunk_tiles = p.tiles < 2 * kLeastChunk ? 1 : kLeastChunk;
+    p.chunk_tiles = ceil_div(p.tiles, (4 * have <= kEnoughWarps ? 1 : 2) * kEnoughWarps / have);
   }
   p.chunks = ceil_div(p.tiles, p.chunk_tiles);
 
@@ -235,7 +232,7 @@ __device__ __forceinline__ float stage_tile(const BackwardArguments& a, const Sp
   const bool there = at.state_block * kStates + at.lane % kStates < s.state && (kAll || !second);
   float* const mine = rows + at.lane;
   int64_t element = walk.series, place = walk.projection;  // advanced by adding: products would all be kept in registers
-#pragma unroll 4
+#pragma unroll
   for (int k = 0; k < kTile; ++k) {
     const bool live = k < steps && at.own();
     mine[kU * kRows + k * kWarp] = live ? u[element] : 0.0f;
@@ -371,26 +368,40 @@ __global__ void __launch_bounds__(kMostWarps * kWarp) scan_backward_ends_kernel(
 
 constexpr int kCarryThreads = 128;
 
+// The channel and state that a warp keeps at place `cell` of kCells, as find_spot has it.
+struct Cell {
+  int64_t channel, state;
+  int within;  // number of the channel in the warp
+  bool exists;
+};
+
+__device__ __forceinline__ Cell find_cell(const BackwardArguments& a, int column, int cell) {
+  const int lane = cell / kSide % kWarp;
+  const unsigned state_block = (unsigned)column % (unsigned)a.state_blocks, warp = (unsigned)column / (unsigned)a.state_blocks;
+  const unsigned warps = a.channel_blocks * a.warps, group = warp / warps;
+  Cell c;
+  c.within = lane / kSide * kSide + cell / (kSide * kWarp);
+  c.state = state_block * kStates + lane % kSide * kSide + cell % kSide;
+  const int in_group = (int)(warp % warps) * kChannels + c.within;
+  c.channel = (int64_t)group * a.group_channels + in_group;
+  c.exists = in_group < a.group_channels && c.state < a.s.state;
+  return c;
+}
+
 // One thread for each (direction, batch, column, cell): the states that chunks start from, or the gradients of those
 // that they end with.
 __global__ void __launch_bounds__(kCarryThreads) scan_backward_carries_kernel(const BackwardArguments a) {
   const hcmen_scan& s = a.s;
   constexpr int kCellBlocks = kCells / kCarryThreads;
-  int64_t index = blockIdx.x / kCellBlocks;
+  const unsigned index = blockIdx.x / kCellBlocks, sequence = index / (unsigned)a.columns;
   const int cell = blockIdx.x % kCellBlocks * kCarryThreads + threadIdx.x;
-  const int64_t column = index % a.columns;
-  index /= a.columns;
-  const int64_t batch = index % s.batch;
-  const bool backward = index >= s.batch;
+  const int column = index % (unsigned)a.columns;
+  const bool backward = sequence >= s.batch;
+  const int64_t batch = backward ? sequence - s.batch : sequence;
 
-  // As in find_spot.
-  const int lane = cell / kSide % kWarp;
-  const int within = lane / kSide * kSide + cell / (kSide * kWarp);
-  const int64_t n = column % a.state_blocks * kStates + lane % kSide * kSide + cell % kSide;
-  const int64_t warps = (int64_t)a.channel_blocks * a.warps, warp = column / a.state_blocks;
-  const int64_t group_channels = s.channel / s.group;
-  const int64_t in_group = warp % warps * kChannels + within, channel = warp / warps * group_channels + in_group;
-  if (in_group >= group_channels || n >= s.state) {
+  const Cell where = find_cell(a, column, cell);
+  const int64_t channel = where.channel, n = where.state;
+  if (!where.exists) {
     // Nobody looks at these, but they take part in sums, times zero.
     float* const carried = backward ? a.slopes : a.ends;
     for (int chunk = 0; chunk < a.chunks; ++chunk) {
@@ -405,7 +416,7 @@ __global__ void __launch_bounds__(kCarryThreads) scan_backward_carries_kernel(co
   const int64_t first = (batch * a.chunks + (backward ? a.chunks - 1 : 0)) * a.columns + column;
   const int64_t apart = backward ? -a.columns : a.columns;
   float* carried = (backward ? a.slopes : a.ends) + first * kCells + cell;
-  const float* sums = a.sums + first * kChannels + within;
+  const float* sums = a.sums + first * kChannels + where.within;
   for (int chunk = 0; chunk < a.chunks; chunk += 8) {
     // Loads of eight chunks are under way together.
     float end[8], sum[8];
@@ -639,29 +650,25 @@ __global__ void __launch_bounds__(kSumThreads) scan_backward_sums_kernel(const S
     }
     index -= one.size;
   }
-  const hcmen_scan& s = a.all.s;
-  const int64_t columns = a.all.columns, row = columns * kParameters;
+  const int64_t row = (int64_t)a.all.columns * kParameters;
   if (index >= row || a.rows == 0) return;
-  const int64_t column = index / kParameters, warp = column / a.all.state_blocks;
-  const int number = (int)(index % kParameters), lane = number / kSide % kWarp;
-  const int state_block = (int)(column % a.all.state_blocks);
+  const int column = (int)(index / kParameters), number = (int)(index % kParameters);
   const bool of_A = number < kCells;
-  const int within = of_A ? lane / kSide * kSide + number / (kSide * kWarp) : number % kChannels;
-  const int64_t warps = (int64_t)a.all.channel_blocks * a.all.warps, group_channels = s.channel / s.group;
-  const int64_t in_group = warp % warps * kChannels + within, channel = warp / warps * group_channels + in_group;
-  if (in_group >= group_channels) return;
+  // Parameters without states stand where state 0 of the channel does.
+  const int within = number % kChannels;
+  const Cell where = find_cell(a.all, column, of_A ? number : within / kSide * kSide * kSide + within % kSide * kSide * kWarp);
+  if (!where.exists) return;
   const float* const from = a.all.parts_parameters + index;
   if (of_A) {
-    const int64_t n = state_block * kStates + lane % kSide * kSide + number % kSide;
-    if (n < s.state) a.all.g.dA[channel * s.state + n] = sum_up(from, a.rows, row);
-  } else if (state_block == 0) {
+    a.all.g.dA[where.channel * a.all.s.state + where.state] = sum_up(from, a.rows, row);
+  } else if (where.state == 0) {
     if (number < kCells + kChannels) {
-      a.all.g.dD[channel] = sum_up(from, a.rows, row);
+      a.all.g.dD[where.channel] = sum_up(from, a.rows, row);
     } else {
       // The state blocks of a channel are neighbours.
       float sum = 0.0f;
       for (int i = 0; i < a.all.state_blocks; ++i) sum += sum_up(from + i * kParameters, a.rows, row);
-      a.all.g.ddelta_bias[channel] = sum;
+      a.all.g.ddelta_bias[where.channel] = sum;
     }
   }
 }
