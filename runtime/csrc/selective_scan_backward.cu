@@ -55,8 +55,8 @@ struct BackwardPlan {
 
 int plan_backward(const hcmen_scan& s, const hcmen_cuda_launch* wish, BackwardPlan* plan) {
   const int64_t group_channels = s.channel / s.group;
-  const int64_t wished = wish ? wish->steps_per_chunk : 0;
-  if (wished < -1 || group_channels > INT32_MAX - kMostWarps * kChannels) return HCMEN_BAD_ARGUMENT;
+  const int64_t wished = wish ? wish->steps_per_chunk : 0, at_once = wish ? wish->sequences_at_once : 0;
+  if (wished < -1 || at_once < 0 || group_channels > INT32_MAX - kMostWarps * kChannels) return HCMEN_BAD_ARGUMENT;
   BackwardPlan p{};
   p.warps = kMostWarps;
   while (p.warps > 1 && p.warps / 2 * kChannels >= group_channels) p.warps /= 2;
@@ -80,6 +80,7 @@ int plan_backward(const hcmen_scan& s, const hcmen_cuda_launch* wish, BackwardPl
   if (starts > (double)INT32_MAX || warps * (double)p.chunks > (double)INT32_MAX) return HCMEN_BAD_ARGUMENT;
   const double most = kMostStarts / starts;
   p.portion = most < 1.0 ? 1 : most > (double)s.batch ? s.batch : (int64_t)most;
+  if (at_once > 0 && p.portion > at_once) p.portion = at_once;
   // Portions of equal size.
   p.portion = ceil_div(s.batch, ceil_div(s.batch, p.portion));
   *plan = p;
