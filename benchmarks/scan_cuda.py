@@ -126,15 +126,16 @@ def ours(case: Case, **wish: int) -> tuple[Call, CudaPlan]:
     return run, plan
 
 
-def ours_backward(case: Case, dy: Tensor) -> tuple[Call, dict[str, Tensor]]:
+def ours_backward(case: Case, dy: Tensor, **wish: int) -> tuple[Call, dict[str, Tensor]]:
     """Every gradient, in float32 as the kernel gives them, and where they lie."""
     library, scans = load_cuda_library(), _scans(case)
     inputs = case.inputs[0]
     got = {f"d{name}": torch.empty(x.shape, dtype=torch.float32, device="cuda") for name, x in inputs.items()}
     grad = ScanGradients(dy=dy.data_ptr(), **{name: x.data_ptr() for name, x in got.items()})
-    size = workspace_bytes(library, "selective_scan", scans[0], None, 1)
+    launch = CudaLaunch(**wish)
+    size = workspace_bytes(library, "selective_scan", scans[0], launch, 1)
     workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
-    launch = CudaLaunch(workspace=workspace.data_ptr(), workspace_bytes=size)
+    launch.workspace, launch.workspace_bytes = workspace.data_ptr(), size
 
     def run(i: int) -> None:
         launch.stream = torch.cuda.current_stream().cuda_stream
@@ -366,6 +367,16 @@ def timed(case: Case, ways: Sequence[dict[str, int]]) -> list[dict[str, Any]]:
     ]
 
 
+def tune_backward(case: Case) -> list[dict[str, Any]]:
+    """Lengths of chunks, best first."""
+    dy = torch.randn(case.y.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    chunks = [c for c in (8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024) if c < case.sizes["time"]]
+    runs = {RULE: ours_backward(case, dy)[0]}
+    runs |= {f"chunk={c}": ours_backward(case, dy, steps_per_chunk=c)[0] for c in (-1, *chunks)}
+    times = measure(runs, case.sets, case_us=2 * CASE_US)
+    return [{"way": n, **times[n]} for n in sorted(times, key=lambda n: times[n].get("median_us", float("inf")))]
+
+
 def tune(case: Case, ways: Sequence[dict[str, int]] | None = None) -> list[dict[str, Any]]:
     """Ways of sharing out, best first: `ways`, or every one, and then other shapes of blocks around the best."""
     if ways is not None:
@@ -459,7 +470,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             case = Case(batch, channel, time, dtype, cache)
             if tuning:
-                ranked = tune(case, options.ways)
+                ranked = tune_backward(case) if options.backward else tune(case, options.ways)
                 result = {**names, "ranked": ranked}
                 rule = next(r for r in ranked if r["way"] == RULE)
                 print(f"{batch:>4} x {channel:>4} x {time:>4} {dtype}: rule {rule.get('median_us')} us; ", end="")

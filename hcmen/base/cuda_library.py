@@ -53,6 +53,7 @@ class CudaLaunch(ctypes.Structure):
         ("time_warps", _i32),
         ("channel_warps", _i32),
         ("steps_per_warp", _i32),
+        ("sequences_at_once", _i64),
     ]
 
 

@@ -31,12 +31,16 @@ typedef struct hcmen_cuda_launch {
   void* stream;             // a cudaStream_t; null is the default stream
   void* workspace;          // device memory, aligned to 16 bytes; may be null where 0 bytes are needed
   int64_t workspace_bytes;
-  // How a forward scan is shared out. 0 leaves it to a rule of the sizes alone; see hcmen_cuda_plan.
-  int64_t steps_per_chunk;  // steps that one block scans; -1: all of them, which needs no workspace
+  // How a scan is shared out. 0 leaves it to a rule of the sizes alone; see hcmen_cuda_plan.
+  int64_t steps_per_chunk;  // steps that one block scans; -1: all of them, for which a forward scan needs no workspace.
+                            // Backward, rounded up to a multiple of 8
+  // Of a forward scan alone.
   int32_t lanes_per_channel;  // 1, 2, 4, 8, 16 or 32 lanes share the states of a channel
   int32_t time_warps;         // 1 to 16 warps of a block lie one after the other in time, unless there are chunks
   int32_t channel_warps;      // 1, 2 or 4 warps of a block lie side by side, where it has one in time
   int32_t steps_per_warp;     // steps of a tile where a block has one warp in time: a multiple of 4, at most 64
+  // Of a backward scan alone: at most so many sequences are under way together and take workspace.
+  int64_t sequences_at_once;
 } hcmen_cuda_launch;
 
 // What a forward scan does, for tests and benchmarks.

@@ -43,23 +43,20 @@ enum { kU, kD, kInputRows, kS = kInputRows, kSlope, kGate, kSeriesRows };
 // Warps that a device shall have to do, where a sequence must be cut for it: three blocks on each of 132
 // multiprocessors. Fewer, and they run short; a few more, and most wait for the last.
 constexpr int64_t kEnoughWarps = 132 * 12;
-constexpr int64_t kLeastChunk = 2;  // tiles
-// Floats of states before tiles that are kept at once, unless a single sequence takes more.
-constexpr double kMostStarts = 1 << 30;
+// How many times the states of a warp are kept at once, unless a single sequence needs more: 4 GiB.
+constexpr double kMostStarts = 1 << 21;
 
 struct BackwardPlan {
   int warps;  // of a block, side by side over channels
   int64_t channel_blocks, state_blocks, columns;  // of a group; of a channel; warps that a sequence takes
   int64_t tiles, chunk_tiles, chunks;
   int64_t portion;  // sequences that are under way together
-
-  int64_t blocks(int64_t group) const { return group * channel_blocks * state_blocks * chunks; }  // of a sequence
 };
 
 int plan_backward(const hcmen_scan& s, const hcmen_cuda_launch* wish, BackwardPlan* plan) {
   const int64_t group_channels = s.channel / s.group;
-  const int64_t wished = wish ? wish->steps_per_chunk : 0;
-  if (wished < -1) return HCMEN_BAD_ARGUMENT;
+  const int64_t wished = wish ? wish->steps_per_chunk : 0, at_once = wish ? wish->sequences_at_once : 0;
+  if (wished < -1 || at_once < 0 || group_channels > INT32_MAX - kMostWarps * kChannels) return HCMEN_BAD_ARGUMENT;
   BackwardPlan p{};
   p.warps = kMostWarps;
   while (p.warps > 1 && p.warps / 2 * kChannels >= group_channels) p.warps /= 2;
@@ -67,27 +64,23 @@ int plan_backward(const hcmen_scan& s, const hcmen_cuda_launch* wish, BackwardPl
   p.state_blocks = ceil_div(s.state, kStates);
   p.columns = s.group * p.channel_blocks * p.warps * p.state_blocks;
   p.tiles = ceil_div(s.time, kTile);
-  // Past these no device has the memory; below them no product overflows.
-  const double warps = (double)s.batch * (double)p.columns, starts = (double)p.tiles * (double)p.columns * kCells;
-  if (warps * (double)p.tiles > 1e15 || (double)p.columns > (double)kMostBlocks) return HCMEN_BAD_ARGUMENT;
+  const double warps = (double)s.batch * (double)p.columns, starts = (double)p.tiles * (double)p.columns;
 
   p.chunk_tiles = p.tiles;
   if (wished > 0) {
     p.chunk_tiles = wished < s.time ? ceil_div(wished, kTile) : p.tiles;
   } else if (wished == 0 && warps < (double)kEnoughWarps && p.tiles > 1) {
+    // At once if a few chunks do, else in two turns, which waste less of the last.
     const int64_t have = (int64_t)warps;
-    int64_t chunks = kEnoughWarps / have;
-    if (chunks < 4) chunks = ceil_div(2 * kEnoughWarps, have);
-    p.chunk_tiles = ceil_div(p.tiles, chunks);
-    if (p.chunk_tiles < kLeastChunk) p.chunk_tiles = p.tiles < 2 * kLeastChunk ? 1 : kLeastChunk;
+    p.chunk_tiles = ceil_div(p.tiles, (4 * have <= kEnoughWarps ? 1 : 2) * kEnoughWarps / have);
   }
   p.chunks = ceil_div(p.tiles, p.chunk_tiles);
 
-  const double blocks = (double)s.group * (double)p.channel_blocks * (double)p.state_blocks * (double)p.chunks;
-  if (blocks > (double)kMostBlocks) return HCMEN_BAD_ARGUMENT;
-  double most = kMostStarts / starts;
-  if (most > (double)kMostBlocks / blocks) most = (double)kMostBlocks / blocks;
+  // What a warp keeps is numbered in 32 bits; past these no device has the memory.
+  if (starts > (double)INT32_MAX || warps * (double)p.chunks > (double)INT32_MAX) return HCMEN_BAD_ARGUMENT;
+  const double most = kMostStarts / starts;
   p.portion = most < 1.0 ? 1 : most > (double)s.batch ? s.batch : (int64_t)most;
+  if (at_once > 0 && p.portion > at_once) p.portion = at_once;
   // Portions of equal size.
   p.portion = ceil_div(s.batch, ceil_div(s.batch, p.portion));
   *plan = p;
@@ -98,7 +91,9 @@ struct BackwardArguments {
   hcmen_scan s;       // of a portion
   hcmen_scan_grad g;  // of a portion; du, ddelta and dz may be those of the first state block, in the workspace
   int warps, channel_blocks, state_blocks, tiles, chunk_tiles, chunks;
-  int64_t columns;
+  int group, group_channels;
+  int columns;
+  int64_t series;  // elements of u, of a portion
   float* starts;  // [batch, tiles, columns, kCells]
   // With several chunks.
   float* before;  // [batch, tiles, columns, kChannels]: sums of step sizes of a chunk before each of its tiles
@@ -115,12 +110,19 @@ struct BackwardArguments {
 // The place of a warp in the arrays, and of its lane.
 struct Spot {
   int batch, chunk, group, channel_block, state_block;
-  int64_t column;
+  int column;  // number of the warp, among those that a sequence takes
   int lane, warp, slice, quad;
   int64_t channel;  // first of the warp
   int count;        // channels of the warp that exist
   int first_state;  // of the lane
 
+  // Numbers among all that warps keep of a tile, of a chunk.
+  __device__ __forceinline__ int64_t tile_number(const BackwardArguments& a, int tile) const {
+    return (batch * a.tiles + tile) * a.columns + column;
+  }
+  __device__ __forceinline__ int64_t chunk_number(const BackwardArguments& a) const {
+    return (batch * a.chunks + chunk) * a.columns + column;
+  }
   __device__ __forceinline__ bool own() const { return lane < count; }
   __device__ __forceinline__ int cell() const { return lane * kSide; }
   // Whether the lane's channel number j and state number i exist.
@@ -133,45 +135,54 @@ struct Spot {
   }
 };
 
+// `x`, of which the compiler knows nothing: what follows from it is not kept in registers for a later use of the same.
+__device__ __forceinline__ int anew(int x) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+// Computed anew by every call, so that no part of it takes a register from here to there.
 __device__ __forceinline__ Spot find_spot(const BackwardArguments& a) {
   Spot p;
-  p.lane = threadIdx.x % kWarp;
-  p.warp = threadIdx.x / kWarp;
+  const int thread = anew((int)threadIdx.x);
+  p.lane = thread % kWarp;
+  p.warp = thread / kWarp;
   p.slice = p.lane % kSide;
   p.quad = p.lane / kSide;
-  int index = blockIdx.x;
-  p.channel_block = index % a.channel_blocks;
-  index /= a.channel_blocks;
-  p.state_block = index % a.state_blocks;
-  index /= a.state_blocks;
-  p.group = index % (int)a.s.group;
-  index /= (int)a.s.group;
-  p.chunk = index % a.chunks;
-  p.batch = index / a.chunks;
-  const int64_t group_channels = a.s.channel / a.s.group;
-  const int64_t first = ((int64_t)p.channel_block * a.warps + p.warp) * kChannels;
-  const int64_t left = group_channels - first;
-  p.channel = p.group * group_channels + first;
-  p.count = left <= 0 ? 0 : left < kChannels ? (int)left : kChannels;
+  unsigned index = anew((int)blockIdx.x);
+  p.channel_block = index % (unsigned)a.channel_blocks;
+  index /= (unsigned)a.channel_blocks;
+  p.state_block = index % (unsigned)a.state_blocks;
+  index /= (unsigned)a.state_blocks;
+  p.group = index % (unsigned)a.group;
+  index /= (unsigned)a.group;
+  p.chunk = index % (unsigned)a.chunks;
+  p.batch = index / (unsigned)a.chunks;
+  const int first = (p.channel_block * a.warps + p.warp) * kChannels, left = a.group_channels - first;
+  p.channel = (int64_t)p.group * a.group_channels + first;
+  p.count = left <= 0 ? 0 : left < kChannels ? left : kChannels;
   p.first_state = p.state_block * kStates + p.slice * kSide;
-  p.column = (((int64_t)p.group * a.channel_blocks + p.channel_block) * a.warps + p.warp) * a.state_blocks + p.state_block;
+  p.column = ((p.group * a.channel_blocks + p.channel_block) * a.warps + p.warp) * a.state_blocks + p.state_block;
   return p;
 }
 
-// A walk through time in series and projections: element offsets of the step scanned first, and from one step to the
-// next.
+// A lane's place in u, delta, z and dy, and in B or C, at some step, in elements; and the way to the next step.
 struct Walk {
-  int64_t series, series_step, projection, projection_step;
+  int64_t series, projection;
+
+  static __device__ __forceinline__ int64_t series_step(const hcmen_scan& s) { return s.reverse ? -s.channel : s.channel; }
+  static __device__ __forceinline__ int64_t projection_step(const hcmen_scan& s) {
+    const int64_t row = s.group * s.state;
+    return s.reverse ? -row : row;
+  }
 };
 
-__device__ __forceinline__ Walk find_walk(const hcmen_scan& s, const Spot& at) {
-  const int64_t place = at.batch * s.time + (s.reverse ? s.time - 1 : 0);
-  Walk w;
-  w.series = place * s.channel + at.channel + at.lane;
-  w.series_step = s.reverse ? -s.channel : s.channel;
-  w.projection = (place * s.group + at.group) * s.state;
-  w.projection_step = s.reverse ? -s.group * s.state : s.group * s.state;
-  return w;
+__device__ __forceinline__ Walk find_walk(const hcmen_scan& s, const Spot& at, int64_t index) {
+  const int64_t place = at.batch * s.time + step::place(index, s.time, s.reverse);
+  return {place * s.channel + at.channel + at.lane,
+          (place * s.group + at.group) * s.state + at.state_block * kStates + at.lane % kStates};
 }
 
 using Cells = float[kSide][kSide];
@@ -207,39 +218,40 @@ __device__ __forceinline__ void load_states(const hcmen_scan& s, const Spot& at,
   }
 }
 
-// The rows of a tile that begins with step `first` and has `steps` steps into `rows` and `row_BC`: u, the step size and,
-// if kAll, the gradient of the output before the gate, the slope of the step size, and the gradient of z but for the
-// output; B, and if kAll C. With `summed`, the lane's step sizes are added to it. Every lane writes what is its
-// channel's, and reads nothing else.
+// The rows of a tile of `steps` steps into `rows` and `row_BC`: u, the step size and, if kAll, the gradient of the output
+// before the gate; with kSlopes the slope of the step size, and the gradient of z but for the output; B, and if kAll C.
+// The sum of the lane's step sizes is returned. Every lane writes what is its channel's, and reads nothing else.
 template <bool kAll, bool kSlopes>
-__device__ __forceinline__ void stage_tile(const hcmen_scan& s, const float* dy, const Spot& at, const Walk& walk,
-                                           int64_t first, int steps, float bias, float* rows, float* row_BC,
-                                           float* summed) {
+__device__ __forceinline__ float stage_tile(const BackwardArguments& a, const Spot& at, const Walk& walk, int steps,
+                                            float* rows, float* row_BC) {
+  const hcmen_scan& s = a.s;
   const float* const u = static_cast<const float*>(s.u);
   const float* const delta = static_cast<const float*>(s.delta);
   const float* const z = static_cast<const float*>(s.z);
   const bool second = at.lane >= kStates;  // half of a row of B and C
-  const int n = at.state_block * kStates + at.lane % kStates;
   const float* const projection = static_cast<const float*>(second ? s.C : s.B);
-  const bool there = n < s.state && (kAll || !second);
-  const int64_t series = walk.series + first * walk.series_step;
-  const int64_t place = walk.projection + first * walk.projection_step + n;
+  const bool there = at.state_block * kStates + at.lane % kStates < s.state && (kAll || !second);
   float* const mine = rows + at.lane;
+  int64_t element = walk.series, place = walk.projection;  // advanced by adding: products would all be kept in registers
 #pragma unroll
   for (int k = 0; k < kTile; ++k) {
     const bool live = k < steps && at.own();
-    const int64_t element = series + k * walk.series_step;
     mine[kU * kRows + k * kWarp] = live ? u[element] : 0.0f;
     mine[kD * kRows + k * kWarp] = live ? delta[element] : 0.0f;
-    if (kAll) mine[kS * kRows + k * kWarp] = live ? dy[element] : 0.0f;
+    if (kAll) mine[kS * kRows + k * kWarp] = live ? a.g.dy[element] : 0.0f;
     if (kAll) mine[kGate * kRows + k * kWarp] = live && z ? z[element] : 0.0f;
-    row_BC[k * kWarp + at.lane] = k < steps && there ? projection[place + k * walk.projection_step] : 0.0f;
+    row_BC[k * kWarp + at.lane] = k < steps && there ? projection[place] : 0.0f;
+    element += Walk::series_step(s);
+    place += Walk::projection_step(s);
   }
+  const float bias = at.own() ? s.delta_bias[at.channel + at.lane] : 0.0f;
+  float sum = 0.0f;
+#pragma unroll 2
   for (int k = 0; k < steps; ++k) {
     const step::StepSize d = step::step_size_and_slope(mine[kD * kRows + k * kWarp], bias, s.delta_softplus);
     mine[kD * kRows + k * kWarp] = d.size;
     if (kSlopes) mine[kSlope * kRows + k * kWarp] = d.slope;
-    if (summed) *summed += d.size;
+    sum += d.size;
     if (kAll && z) {
       const step::Gate gate = step::gate(mine[kGate * kRows + k * kWarp]);
       const float out = mine[kS * kRows + k * kWarp];
@@ -247,6 +259,7 @@ __device__ __forceinline__ void stage_tile(const hcmen_scan& s, const float* dy,
       if (kSlopes) mine[kGate * kRows + k * kWarp] = out * gate.slope;
     }
   }
+  return sum;
 }
 
 // The states after step k of a tile from those before it.
@@ -289,15 +302,13 @@ template <bool kCut>
 __global__ void __launch_bounds__(kMostWarps * kWarp) scan_backward_ends_kernel(const BackwardArguments a) {
   const hcmen_scan& s = a.s;
   const Spot at = find_spot(a);
-  const Walk walk = find_walk(s, at);
   constexpr int kKept = kCut ? (int)kSeriesRows : (int)kInputRows;
   float* const rows = shared_memory() + at.warp * (kKept + 1) * kRows;
   float* const row_BC = rows + kKept * kRows;
-  const float bias = at.own() ? s.delta_bias[at.channel + at.lane] : 0.0f;
 
   Cells rate, h, decay, slope;
-  load_rates(s, at, rate);
-  load_states(s, at, kCut ? nullptr : s.initial_state, h);
+  load_rates(s, find_spot(a), rate);
+  load_states(s, find_spot(a), kCut ? nullptr : s.initial_state, h);
 #pragma unroll
   for (int j = 0; j < kSide; ++j) {
 #pragma unroll
@@ -311,7 +322,7 @@ __global__ void __launch_bounds__(kMostWarps * kWarp) scan_backward_ends_kernel(
   const int begin = at.chunk * a.chunk_tiles;
   const int end = begin + a.chunk_tiles < a.tiles ? begin + a.chunk_tiles : a.tiles;
   for (int tile = begin; tile < end; ++tile) {
-    const int64_t kept = ((int64_t)at.batch * a.tiles + tile) * a.columns + at.column;
+    const int64_t kept = at.tile_number(a, tile);
     store_cells(h, a.starts + kept * kCells + at.cell());
     if (kCut) a.before[kept * kChannels + at.lane] = sum;
     if (!kCut && tile == end - 1) return;  // what comes out of the last tile is not asked for
@@ -319,7 +330,7 @@ __global__ void __launch_bounds__(kMostWarps * kWarp) scan_backward_ends_kernel(
     const int64_t first = (int64_t)tile * kTile;
     const int steps = (int)(s.time - first < kTile ? s.time - first : kTile);
     __syncwarp();
-    stage_tile<kCut, false>(s, a.g.dy, at, walk, first, steps, bias, rows, row_BC, kCut ? &sum : nullptr);
+    sum += stage_tile<kCut, false>(a, at, find_walk(s, at, first), steps, rows, row_BC);
     __syncwarp();
 #pragma unroll 2
     for (int k = 0; k < steps; ++k) {
@@ -347,7 +358,7 @@ __global__ void __launch_bounds__(kMostWarps * kWarp) scan_backward_ends_kernel(
     }
   }
   if (kCut) {
-    const int64_t kept = ((int64_t)at.batch * a.chunks + at.chunk) * a.columns + at.column;
+    const int64_t kept = at.chunk_number(a);
     store_cells(h, a.ends + kept * kCells + at.cell());
     store_cells(slope, a.slopes + kept * kCells + at.cell());
     a.sums[kept * kChannels + at.lane] = sum;
@@ -358,26 +369,40 @@ __global__ void __launch_bounds__(kMostWarps * kWarp) scan_backward_ends_kernel(
 
 constexpr int kCarryThreads = 128;
 
+// The channel and state that a warp keeps at place `cell` of kCells, as find_spot has it.
+struct Cell {
+  int64_t channel, state;
+  int within;  // number of the channel in the warp
+  bool exists;
+};
+
+__device__ __forceinline__ Cell find_cell(const BackwardArguments& a, int column, int cell) {
+  const int lane = cell / kSide % kWarp;
+  const unsigned state_block = (unsigned)column % (unsigned)a.state_blocks, warp = (unsigned)column / (unsigned)a.state_blocks;
+  const unsigned warps = a.channel_blocks * a.warps, group = warp / warps;
+  Cell c;
+  c.within = lane / kSide * kSide + cell / (kSide * kWarp);
+  c.state = state_block * kStates + lane % kSide * kSide + cell % kSide;
+  const int in_group = (int)(warp % warps) * kChannels + c.within;
+  c.channel = (int64_t)group * a.group_channels + in_group;
+  c.exists = in_group < a.group_channels && c.state < a.s.state;
+  return c;
+}
+
 // One thread for each (direction, batch, column, cell): the states that chunks start from, or the gradients of those
 // that they end with.
 __global__ void __launch_bounds__(kCarryThreads) scan_backward_carries_kernel(const BackwardArguments a) {
   const hcmen_scan& s = a.s;
   constexpr int kCellBlocks = kCells / kCarryThreads;
-  int64_t index = blockIdx.x / kCellBlocks;
+  const unsigned index = blockIdx.x / kCellBlocks, sequence = index / (unsigned)a.columns;
   const int cell = blockIdx.x % kCellBlocks * kCarryThreads + threadIdx.x;
-  const int64_t column = index % a.columns;
-  index /= a.columns;
-  const int64_t batch = index % s.batch;
-  const bool backward = index >= s.batch;
+  const int column = index % (unsigned)a.columns;
+  const bool backward = sequence >= s.batch;
+  const int64_t batch = backward ? sequence - s.batch : sequence;
 
-  // As in find_spot.
-  const int lane = cell / kSide % kWarp;
-  const int within = lane / kSide * kSide + cell / (kSide * kWarp);
-  const int64_t n = column % a.state_blocks * kStates + lane % kSide * kSide + cell % kSide;
-  const int64_t warps = (int64_t)a.channel_blocks * a.warps, warp = column / a.state_blocks;
-  const int64_t group_channels = s.channel / s.group;
-  const int64_t in_group = warp % warps * kChannels + within, channel = warp / warps * group_channels + in_group;
-  if (in_group >= group_channels || n >= s.state) {
+  const Cell where = find_cell(a, column, cell);
+  const int64_t channel = where.channel, n = where.state;
+  if (!where.exists) {
     // Nobody looks at these, but they take part in sums, times zero.
     float* const carried = backward ? a.slopes : a.ends;
     for (int chunk = 0; chunk < a.chunks; ++chunk) {
@@ -392,7 +417,7 @@ __global__ void __launch_bounds__(kCarryThreads) scan_backward_carries_kernel(co
   const int64_t first = (batch * a.chunks + (backward ? a.chunks - 1 : 0)) * a.columns + column;
   const int64_t apart = backward ? -a.columns : a.columns;
   float* carried = (backward ? a.slopes : a.ends) + first * kCells + cell;
-  const float* sums = a.sums + first * kChannels + within;
+  const float* sums = a.sums + first * kChannels + where.within;
   for (int chunk = 0; chunk < a.chunks; chunk += 8) {
     // Loads of eight chunks are under way together.
     float end[8], sum[8];
@@ -414,33 +439,31 @@ __global__ void __launch_bounds__(kCarryThreads) scan_backward_carries_kernel(co
 
 // --- the main pass --------------------------------------------------------------------------------------------------
 
-constexpr int kMainRows = (kSeriesRows + 3) * kRows + (kTile / kSub - 1) * kCells;  // floats of a warp
+constexpr int kMainRows = (kSeriesRows + 3) * kRows + kTile / kSub * kCells;  // floats of a warp
 
 __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(const BackwardArguments a) {
   const hcmen_scan& s = a.s;
   const hcmen_scan_grad& g = a.g;
-  const Spot at = find_spot(a);
-  const Walk walk = find_walk(s, at);
-  float* const rows = shared_memory() + at.warp * kMainRows;
+  const int lane = threadIdx.x % kWarp, slice = lane % kSide, quad = lane / kSide;
+  float* const rows = shared_memory() + threadIdx.x / kWarp * kMainRows;
   float* const row_BC = rows + kSeriesRows * kRows;
-  float* const kept_states = row_BC + 3 * kRows + at.cell();  // behind two sets of rows of dB and dC
-
-  const bool whole = at.state_block == 0;  // what no state is in is added by these blocks
-  const float bias = at.own() ? s.delta_bias[at.channel + at.lane] : 0.0f;
-  const float D = at.own() && whole ? s.D[at.channel + at.lane] : 0.0f;
-  const int64_t series_size = s.batch * s.time * s.channel;
-  float* const du = g.du + at.state_block * series_size;
-  float* const ddelta = g.ddelta + at.state_block * series_size;
-  float* const dz = g.dz ? g.dz + at.state_block * series_size : nullptr;
-  const int64_t projections = s.batch * s.time * s.group * s.state;
+  float* const kept_states = row_BC + 3 * kRows + lane * kSide;  // behind two sets of rows of dB and dC
 
   Cells rate, gradient, dA;
-  load_rates(s, at, rate);
-  const int64_t chunk = ((int64_t)at.batch * a.chunks + at.chunk) * a.columns + at.column;
-  if (a.chunks > 1) {
-    load_cells(a.slopes + chunk * kCells + at.cell(), gradient);
-  } else {
-    load_states(s, at, g.dlast_state, gradient);
+  load_rates(s, find_spot(a), rate);
+  float D;
+  int begin, tile;
+  {
+    const Spot at = find_spot(a);
+    // What no state is in belongs to the first state block.
+    D = at.own() && at.state_block == 0 ? s.D[at.channel + lane] : 0.0f;
+    begin = at.chunk * a.chunk_tiles;
+    tile = begin + a.chunk_tiles < a.tiles ? begin + a.chunk_tiles : a.tiles;
+    if (a.chunks > 1) {
+      load_cells(a.slopes + at.chunk_number(a) * kCells + at.cell(), gradient);
+    } else {
+      load_states(s, at, g.dlast_state, gradient);
+    }
   }
 #pragma unroll
   for (int j = 0; j < kSide; ++j) {
@@ -449,23 +472,22 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
   }
   float dD = 0.0f, dbias = 0.0f;
 
-  const int begin = at.chunk * a.chunk_tiles;
-  const int end = begin + a.chunk_tiles < a.tiles ? begin + a.chunk_tiles : a.tiles;
-  for (int tile = end - 1; tile >= begin; --tile) {
+  while (--tile >= begin) {
     const int64_t first = (int64_t)tile * kTile;
     const int steps = (int)(s.time - first < kTile ? s.time - first : kTile);
     float* const row_gradients = row_BC + (1 + (tile & 1)) * kRows;
-    const int64_t series = walk.series + first * walk.series_step;
 
     __syncwarp();
-    stage_tile<true, true>(s, g.dy, at, walk, first, steps, bias, rows, row_BC, nullptr);
+    const Spot at = find_spot(a);
+    const Walk walk = find_walk(s, at, first);
+    stage_tile<true, true>(a, at, walk, steps, rows, row_BC);
     Cells h;
-    const int64_t kept = ((int64_t)at.batch * a.tiles + tile) * a.columns + at.column;
+    const int64_t kept = at.tile_number(a, tile);
     load_cells(a.starts + kept * kCells + at.cell(), h);
     if (a.chunks > 1) {
       Cells carried;
       float before[kSide];
-      load_cells(a.ends + chunk * kCells + at.cell(), carried);
+      load_cells(a.ends + at.chunk_number(a) * kCells + at.cell(), carried);
       load<4>(a.before + kept * kChannels + at.quad * kSide, before);
 #pragma unroll
       for (int j = 0; j < kSide; ++j) {
@@ -475,24 +497,28 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
     }
     __syncwarp();
 
+    const bool own = at.own();
+    const int64_t outputs = at.state_block * a.series + walk.series;
     const int last = (steps - 1) / kSub;
     for (int sub = 0; sub < last; ++sub) {
       store_cells(h, kept_states + sub * kCells);
 #pragma unroll 2
       for (int q = 0; q < kSub; ++q) advance_cells(rows, row_BC, at, sub * kSub + q, rate, h);
     }
+    store_cells(h, kept_states + last * kCells);
     for (int sub = last; sub >= 0; --sub) {
       if (sub < last) load_cells(kept_states + sub * kCells, h);
-      Cells before[kSub];
+      int64_t element = outputs + sub * kSub * Walk::series_step(s);
+      Cells before[kSub - 1];  // steps but the first
 #pragma unroll
       for (int q = 0; q < kSub; ++q) {
         const int k = sub * kSub + q;
         float d[kSide], u[kSide], out[kSide], B[kSide], C[kSide], y[kSide], dC[kSide];
-        load<4>(rows + kD * kRows + k * kWarp + at.quad * kSide, d);
-        load<4>(rows + kU * kRows + k * kWarp + at.quad * kSide, u);
-        load<4>(rows + kS * kRows + k * kWarp + at.quad * kSide, out);
-        load<4>(row_BC + k * kWarp + at.slice * kSide, B);
-        load<4>(row_BC + k * kWarp + kStates + at.slice * kSide, C);
+        load<4>(rows + kD * kRows + k * kWarp + quad * kSide, d);
+        load<4>(rows + kU * kRows + k * kWarp + quad * kSide, u);
+        load<4>(rows + kS * kRows + k * kWarp + quad * kSide, out);
+        load<4>(row_BC + k * kWarp + slice * kSide, B);
+        load<4>(row_BC + k * kWarp + kStates + slice * kSide, C);
 #pragma unroll
         for (int j = 0; j < kSide; ++j) y[j] = dC[j] = 0.0f;
 #pragma unroll
@@ -500,31 +526,34 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
           const float input = d[j] * u[j];
 #pragma unroll
           for (int i = 0; i < kSide; ++i) {
-            before[q][j][i] = h[j][i];
+            if (q > 0) before[q - 1][j][i] = h[j][i];
             h[j][i] = step::advance(h[j][i], d[j], rate[j][i], input, B[i]);
             y[j] = fmaf(C[i], h[j][i], y[j]);
             dC[i] = fmaf(out[j], h[j][i], dC[i]);
           }
         }
-        const float my_dC = sum_over_quads(dC, at.quad);
-        if (at.quad & 1) row_gradients[k * kWarp + kStates + at.slice * kSide + at.quad / 2] = my_dC;
-        if (dz) {
-          const float my_y = sum_of_quad(y, at.slice);
-          const int mine = k * kWarp + at.lane;
-          if (at.own() && k < steps) {
-            dz[series + k * walk.series_step] = rows[kGate * kRows + mine] * fmaf(D, rows[kU * kRows + mine], my_y);
+        const float my_dC = sum_over_quads(dC, quad);
+        if (quad & 1) row_gradients[k * kWarp + kStates + slice * kSide + quad / 2] = my_dC;
+        if (g.dz) {
+          const float my_y = sum_of_quad(y, slice);
+          const int mine = k * kWarp + lane;
+          if (own && k < steps) {
+            g.dz[element] = rows[kGate * kRows + mine] * fmaf(D, rows[kU * kRows + mine], my_y);
           }
         }
+        element += Walk::series_step(s);
       }
 #pragma unroll
       for (int q = kSub - 1; q >= 0; --q) {
         const int k = sub * kSub + q;
+        element -= Walk::series_step(s);
+        if (q == 0) load_cells(kept_states + sub * kCells, h);
         float d[kSide], u[kSide], out[kSide], B[kSide], C[kSide], through[kSide], decayed[kSide], dB[kSide];
-        load<4>(rows + kD * kRows + k * kWarp + at.quad * kSide, d);
-        load<4>(rows + kU * kRows + k * kWarp + at.quad * kSide, u);
-        load<4>(rows + kS * kRows + k * kWarp + at.quad * kSide, out);
-        load<4>(row_BC + k * kWarp + at.slice * kSide, B);
-        load<4>(row_BC + k * kWarp + kStates + at.slice * kSide, C);
+        load<4>(rows + kD * kRows + k * kWarp + quad * kSide, d);
+        load<4>(rows + kU * kRows + k * kWarp + quad * kSide, u);
+        load<4>(rows + kS * kRows + k * kWarp + quad * kSide, out);
+        load<4>(row_BC + k * kWarp + slice * kSide, B);
+        load<4>(row_BC + k * kWarp + kStates + slice * kSide, C);
 #pragma unroll
         for (int j = 0; j < kSide; ++j) through[j] = decayed[j] = dB[j] = 0.0f;
 #pragma unroll
@@ -532,20 +561,20 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
           const float input = d[j] * u[j];
 #pragma unroll
           for (int i = 0; i < kSide; ++i) {
-            step::retreat(before[q][j][i], d[j], input, out[j], rate[j][i], B[i], C[i], gradient[j][i], dA[j][i], dB[i],
+            step::retreat(q > 0 ? before[q > 0 ? q - 1 : 0][j][i] : h[j][i], d[j], input, out[j], rate[j][i], B[i], C[i], gradient[j][i], dA[j][i], dB[i],
                           through[j], decayed[j]);
           }
         }
-        const float my_dB = sum_over_quads(dB, at.quad);
-        if (!(at.quad & 1)) row_gradients[k * kWarp + at.slice * kSide + at.quad / 2] = my_dB;
-        const float my_through = sum_of_quad(through, at.slice), my_decayed = sum_of_quad(decayed, at.slice);
-        if (at.own() && k < steps) {
-          const int mine = k * kWarp + at.lane;
+        const float my_dB = sum_over_quads(dB, quad);
+        if (!(quad & 1)) row_gradients[k * kWarp + slice * kSide + quad / 2] = my_dB;
+        const float my_through = sum_of_quad(through, slice), my_decayed = sum_of_quad(decayed, slice);
+        if (own && k < steps) {
+          const int mine = k * kWarp + lane;
           const float my_u = rows[kU * kRows + mine], my_out = rows[kS * kRows + mine];
           const float my_ddelta =
               rows[kSlope * kRows + mine] * fmaf(step::kLn2, my_decayed, my_u * my_through);
-          du[series + k * walk.series_step] = fmaf(D, my_out, rows[kD * kRows + mine] * my_through);
-          ddelta[series + k * walk.series_step] = my_ddelta;
+          g.du[element] = fmaf(D, my_out, rows[kD * kRows + mine] * my_through);
+          g.ddelta[element] = my_ddelta;
           dbias += my_ddelta;
           dD = fmaf(my_out, my_u, dD);
         }
@@ -554,21 +583,24 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
 
     // Rows of dB and dC are written again two tiles later, when all threads have been at the barrier between.
     __syncthreads();
-    for (int i = threadIdx.x; i < steps * kWarp; i += blockDim.x) {
-      const int n = at.state_block * kStates + i % kStates;
-      if (n >= s.state) continue;
-      const float* from = shared_memory() + (row_gradients - rows) + i;
-      float sum = from[0];
-      for (int w = 1; w < a.warps; ++w) sum += from[w * kMainRows];
-      float* const to = i % kWarp < kStates ? a.parts_B : a.parts_C;
-      to[at.channel_block * projections + walk.projection + (first + i / kWarp) * walk.projection_step + n] = sum;
+    const Spot here = find_spot(a);
+    if (here.state_block * kStates + lane % kStates < s.state) {
+      float* const to = (lane < kStates ? a.parts_B : a.parts_C) + find_walk(s, here, first).projection +
+                        here.channel_block * (s.batch * s.time * s.group * s.state);
+      for (int k = here.warp; k < steps; k += a.warps) {
+        const float* from = shared_memory() + (row_gradients - rows) + k * kWarp + lane;
+        float sum = from[0];
+        for (int w = 1; w < a.warps; ++w) sum += from[w * kMainRows];
+        to[k * Walk::projection_step(s)] = sum;
+      }
     }
   }
 
-  float* const parts = a.parts_parameters + chunk * kParameters;
+  const Spot at = find_spot(a);
+  float* const parts = a.parts_parameters + at.chunk_number(a) * kParameters;
   store_cells(dA, parts + at.cell());
-  parts[kCells + at.lane] = dD;
-  parts[kCells + kChannels + at.lane] = dbias;
+  parts[kCells + lane] = dD;
+  parts[kCells + kChannels + lane] = dbias;
   if (g.dinitial_state && at.chunk == 0) {
 #pragma unroll
     for (int j = 0; j < kSide; ++j) {
@@ -619,29 +651,25 @@ __global__ void __launch_bounds__(kSumThreads) scan_backward_sums_kernel(const S
     }
     index -= one.size;
   }
-  const hcmen_scan& s = a.all.s;
-  const int64_t columns = a.all.columns, row = columns * kParameters;
+  const int64_t row = (int64_t)a.all.columns * kParameters;
   if (index >= row || a.rows == 0) return;
-  const int64_t column = index / kParameters, warp = column / a.all.state_blocks;
-  const int number = (int)(index % kParameters), lane = number / kSide % kWarp;
-  const int state_block = (int)(column % a.all.state_blocks);
+  const int column = (int)(index / kParameters), number = (int)(index % kParameters);
   const bool of_A = number < kCells;
-  const int within = of_A ? lane / kSide * kSide + number / (kSide * kWarp) : number % kChannels;
-  const int64_t warps = (int64_t)a.all.channel_blocks * a.all.warps, group_channels = s.channel / s.group;
-  const int64_t in_group = warp % warps * kChannels + within, channel = warp / warps * group_channels + in_group;
-  if (in_group >= group_channels) return;
+  // Parameters without states stand where state 0 of the channel does.
+  const int within = number % kChannels;
+  const Cell where = find_cell(a.all, column, of_A ? number : within / kSide * kSide * kSide + within % kSide * kSide * kWarp);
+  if (!where.exists) return;
   const float* const from = a.all.parts_parameters + index;
   if (of_A) {
-    const int64_t n = state_block * kStates + lane % kSide * kSide + number % kSide;
-    if (n < s.state) a.all.g.dA[channel * s.state + n] = sum_up(from, a.rows, row);
-  } else if (state_block == 0) {
+    a.all.g.dA[where.channel * a.all.s.state + where.state] = sum_up(from, a.rows, row);
+  } else if (where.state == 0) {
     if (number < kCells + kChannels) {
-      a.all.g.dD[channel] = sum_up(from, a.rows, row);
+      a.all.g.dD[where.channel] = sum_up(from, a.rows, row);
     } else {
       // The state blocks of a channel are neighbours.
       float sum = 0.0f;
       for (int i = 0; i < a.all.state_blocks; ++i) sum += sum_up(from + i * kParameters, a.rows, row);
-      a.all.g.ddelta_bias[channel] = sum;
+      a.all.g.ddelta_bias[where.channel] = sum;
     }
   }
 }
@@ -733,7 +761,9 @@ int backward(const hcmen_scan& s, const hcmen_scan_grad& g, const BackwardPlan& 
   a.tiles = (int)plan.tiles;
   a.chunk_tiles = (int)plan.chunk_tiles;
   a.chunks = (int)plan.chunks;
-  a.columns = plan.columns;
+  a.columns = (int)plan.columns;
+  a.group = (int)s.group;
+  a.group_channels = (int)(s.channel / s.group);
   a.starts = memory + w.starts;
   a.before = memory + w.before;
   a.sums = memory + w.sums;
@@ -744,6 +774,7 @@ int backward(const hcmen_scan& s, const hcmen_scan_grad& g, const BackwardPlan& 
   for (int64_t first = 0; first < s.batch; first += plan.portion) {
     const int64_t count = s.batch - first < plan.portion ? s.batch - first : plan.portion;
     a.s = portion_of(s, first, count);
+    a.series = count * s.time * s.channel;
     const hcmen_scan_grad wanted = portion_of(s, g, first);
     a.g = wanted;
     a.parts_parameters = memory + w.parameters + first * plan.chunks * plan.columns * kParameters;
@@ -767,7 +798,7 @@ int backward(const hcmen_scan& s, const hcmen_scan_grad& g, const BackwardPlan& 
       if (g.dz) a.g.dz = add_up(parts + 2 * size, plan.state_blocks, series, wanted.dz);
     }
 
-    const int64_t blocks = count * plan.blocks(s.group), row_bytes = (int64_t)sizeof(float) * kRows * plan.warps;
+    const int64_t blocks = count * plan.columns / plan.warps * plan.chunks, row_bytes = (int64_t)sizeof(float) * kRows * plan.warps;
     const int status =
         cut ? launch(scan_backward_ends_kernel<true>, blocks, threads, (kSeriesRows + 1) * row_bytes, with.stream, a)
             : launch(scan_backward_ends_kernel<false>, blocks, threads, (kInputRows + 1) * row_bytes, with.stream, a);

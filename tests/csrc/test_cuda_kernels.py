@@ -97,7 +97,8 @@ def test_every_attribute(
     check_forward(kernels, case)
     check_forward(kernels, case, steps_per_chunk=8)
     if dtype == "float32":
-        check_backward(kernels, case)
+        check_backward(kernels, case, steps_per_chunk=-1)
+        check_backward(kernels, case, steps_per_chunk=8)
 
 
 @pytest.mark.parametrize("state", [*range(1, 18), 24, 31, 32, 33, 48, 63, 64, 65, 100, 128, 129, 200, 256, 257, 512])
@@ -114,6 +115,7 @@ def test_every_length(kernels: Kernels, time: int) -> None:
         check_forward(kernels, case)
         check_forward(kernels, case, time_warps=1)
         check_backward(kernels, case)
+        check_backward(kernels, case, steps_per_chunk=-1)
 
 
 @pytest.mark.parametrize(("channel", "group"), [(1, 1), (3, 3), (4, 1), (31, 1), (32, 4), (33, 1), (130, 2), (260, 1)])
@@ -149,12 +151,37 @@ def test_chunks_over_blocks(kernels: Kernels, time: int) -> None:
     assert (plan(kernels.library, case).chunks > 1) == (time > 64)
 
 
+@pytest.mark.parametrize("chunk", [1, 8, 9, 16, 24, 56, 57, 1000])
+@pytest.mark.parametrize("time", [1, 8, 9, 16, 17, 57, 130])
+def test_gradients_in_chunks(kernels: Kernels, time: int, chunk: int) -> None:
+    """Lengths around those of a tile (8 steps) and of a chunk, which is a whole number of tiles; more than eight chunks,
+    which is how many are carried at once; states and channels beyond one warp's, and several warps of a block."""
+    check_backward(kernels, ScanCase(1, time, 3, 5, masked=time // 3), steps_per_chunk=chunk)
+    check_backward(kernels, ScanCase(2, time, 66, 17, 2, reverse=True, gated=False), steps_per_chunk=chunk)
+
+
+def test_gradients_of_portions(kernels: Kernels) -> None:
+    """The workspace holds some of the sequences; results are the same, bit for bit, however many."""
+    for case in (ScanCase(7, 20, 33, 16), ScanCase(5, 9, 140, 20, 2, gated=False, stateful=False)):
+        arrays = scan_arrays(case)
+        dy = np.random.default_rng(1).normal(size=arrays["u"].shape).astype(np.float32)
+        dlast = np.ones((case.batch, case.channel, case.state), np.float32) if case.stateful else None
+        for chunk in (-1, 8):
+            want = kernels.scan_gradients(case, arrays, dy, dlast, steps_per_chunk=chunk)
+            for sequences in (1, 2, 3, 100):
+                wish = {"steps_per_chunk": chunk, "sequences_at_once": sequences}
+                got = kernels.scan_gradients(case, arrays, dy, dlast, **wish)
+                for name in want:
+                    np.testing.assert_array_equal(got[name], want[name], err_msg=f"{name} of {case} {wish}")
+
+
 def test_long_steps_and_short_ones(kernels: Kernels) -> None:
     for mean in (-10.0, 0.0, 3.0, 19.5):
         case = ScanCase(2, 40, 6, 8, mean=mean)
         check_forward(kernels, case)
         check_forward(kernels, case, steps_per_chunk=8)
-        check_backward(kernels, replace(case, mean=min(mean, 3.0)))
+        check_backward(kernels, replace(case, mean=min(mean, 3.0)), steps_per_chunk=-1)
+        check_backward(kernels, replace(case, mean=min(mean, 3.0)), steps_per_chunk=16)
 
 
 def test_random_cases(kernels: Kernels) -> None:
@@ -176,7 +203,7 @@ def test_random_cases(kernels: Kernels) -> None:
         )
         check_forward(kernels, case, steps_per_chunk=rng.choice([0, 0, 5, 16, 40]), time_warps=rng.choice([0, 1, 2]))
         if case.dtype == "float32":
-            check_backward(kernels, case)
+            check_backward(kernels, case, steps_per_chunk=rng.choice([0, -1, 5, 16, 40]))
 
 
 def test_addresses_that_are_no_multiple_of_four_elements(kernels: Kernels) -> None:
@@ -233,7 +260,9 @@ def test_results_do_not_depend_on_the_order_of_threads_and_blocks(kernels: Kerne
         for case, wish in cases:
             arrays = scan_arrays(case)
             dy = np.random.default_rng(2).normal(size=arrays["u"].shape).astype(np.float32)
-            results += [*kernels.scan(case, arrays, **wish), *kernels.scan_gradients(case, arrays, dy, None).values()]
+            results += kernels.scan(case, arrays, **wish)
+            for chunk in (-1, 16):
+                results += kernels.scan_gradients(case, arrays, dy, None, steps_per_chunk=chunk).values()
         dy = np.random.default_rng(3).normal(size=(2, 30, 130)).astype(np.float32)
         results += kernels.conv_gradients(conv, conv_arrays(conv), dy).values()
         found[name] = results
@@ -304,6 +333,16 @@ def test_plans(library: ctypes.CDLL, case: ScanCase, lanes: int, states: int, wa
     found = plan(library, case)
     assert (found.lanes_per_channel, found.states_per_lane) == (lanes, states)
     assert (found.time_warps, found.chunks) == (warps, chunks)
+
+
+@pytest.mark.parametrize("time", [50, 500, 4096])
+@pytest.mark.parametrize("batch", [1, 16, 256])
+def test_gradients_take_little_memory(library: ctypes.CDLL, batch: int, time: int) -> None:
+    """At most twice what the caller's own arrays of a gradient take, and less than 5 GB where that is more."""
+    case = ScanCase(batch, time, 2048, 16)
+    size = workspace_bytes(library, "selective_scan", scan_structure(case, {}, address), None, 1)
+    assert size < 2 * 4 * 7 * batch * time * 2048
+    assert size < 5e9
 
 
 # --- the convolution ------------------------------------------------------------------------------------------------
@@ -407,6 +446,26 @@ def test_a_workspace_must_be_large_enough_and_aligned(library: ctypes.CDLL) -> N
     assert forward(*by_reference(scan, launch)) == BAD_ARGUMENT
     launch.workspace = memory.ctypes.data
     assert forward(*by_reference(scan, launch)) == OK
+
+
+def test_the_workspace_of_gradients_is_that_of_their_chunks(library: ctypes.CDLL) -> None:
+    case = ScanCase(time=64)
+    arrays = scan_arrays(case)
+    scan = scan_structure(case, arrays, address)
+    gradients = {**gradient_arrays(case, arrays), "dy": np.ones_like(arrays["u"])}
+    grad = scan_gradients_structure(gradients, address)
+    sizes = {c: workspace_bytes(library, "selective_scan", scan, CudaLaunch(steps_per_chunk=c), 1) for c in (8, 16, -1)}
+    assert sizes[8] > sizes[16] > sizes[-1] > 0
+    backward = library.hcmen_cuda_selective_scan_backward
+    memory = np.empty(sizes[8] // 4, np.float32)
+    for chunk, size in sizes.items():
+        launch = CudaLaunch(workspace=memory.ctypes.data, workspace_bytes=size, steps_per_chunk=chunk)
+        assert backward(*by_reference(scan, grad, launch)) == OK
+        launch.workspace_bytes = size - 1
+        assert backward(*by_reference(scan, grad, launch)) == SMALL_WORKSPACE
+    for wish in ({"steps_per_chunk": -2}, {"sequences_at_once": -1}):
+        launch = CudaLaunch(workspace=memory.ctypes.data, workspace_bytes=memory.nbytes, **wish)
+        assert backward(*by_reference(scan, grad, launch)) == BAD_ARGUMENT
 
 
 def test_gradients_are_float32_and_complete(library: ctypes.CDLL) -> None:
