@@ -145,7 +145,7 @@ def test_every_plan(kernels: Kernels, lanes: int, warps: int) -> None:
 @pytest.mark.parametrize("warps", [1, 2, 4])
 @pytest.mark.parametrize("steps", [4, 8, 12, 64])
 def test_every_shape_of_blocks(kernels: Kernels, warps: int, steps: int) -> None:
-    """Tiles that threads read in one go, in several, and in less than one; the wish is heard as far as memory allows."""
+    """Tiles that threads read in one go, in several, in less than one; the wish is heard as far as memory allows."""
     for state, lanes, dtype in ((16, 1, "float32"), (16, 2, "float16"), (3, 1, "float16"), (72, 8, "float32")):
         case = ScanCase(1, 70, 140, state, reverse=state == 3, dtype=dtype)
         wish = {"lanes_per_channel": lanes, "channel_warps": warps, "steps_per_warp": steps, "time_warps": 1}

@@ -1,10 +1,11 @@
-"""The instructions of the CUDA kernels, as tests/gpu/sass.py counts them: on code made up here, and on what nvcc makes."""
+"""The instructions of the CUDA kernels, as tests/gpu/sass.py counts them: on code made up here, and on nvcc's."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +16,7 @@ ARCHITECTURE = 90
 
 
 @pytest.fixture(scope="module")
-def sass(request: pytest.FixtureRequest) -> ModuleType:
+def sass() -> Iterator[ModuleType]:
     modules = {}
     for name in ("build", "sass"):  # in this order: the second imports the first
         spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "gpu" / f"{name}.py")
@@ -23,8 +24,9 @@ def sass(request: pytest.FixtureRequest) -> ModuleType:
         assert spec.loader is not None
         modules[name] = sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(modules[name])
-    request.addfinalizer(lambda: [sys.modules.pop(name) for name in modules])
-    return modules["sass"]
+    yield modules["sass"]
+    for name in modules:
+        del sys.modules[name]
 
 
 def _code(*lines: str) -> list[tuple[int, str]]:
