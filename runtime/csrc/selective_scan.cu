@@ -438,8 +438,10 @@ __global__ void __launch_bounds__(kForwardThreads, forward_blocks(kStates, kLane
   }
 }
 
+// Two blocks of a multiprocessor for the kernel of four lanes and 16 states, which most short sequences get.
 template <class T, int kStates, int kLanes>
-__global__ void __launch_bounds__(kMostTimeWarps* kWarp) scan_split_kernel(const ForwardArguments a) {
+__global__ void __launch_bounds__(kMostTimeWarps* kWarp, kStates == 4 && kLanes == 4 ? 2 : 1)
+    scan_split_kernel(const ForwardArguments a) {
   constexpr int kOwn = Seat<kLanes>::kOwn;
   const hcmen_scan& s = a.s;
   const Layout& plan = a.plan;

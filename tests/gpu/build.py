@@ -3,8 +3,10 @@
     python tests/gpu/build.py                              for the device of this machine, or sm_90
     python tests/gpu/build.py --architectures all          every architecture from 75 to 120 that nvcc knows
     python tests/gpu/build.py --architectures 87,90 --out build/cuda
+    python tests/gpu/build.py --architectures 90 --sass docs/results/cuda_sass.json
 
-Warnings are errors here. Standard library only, so that it runs on a bare machine. Objects are kept beside the library
+Warnings are errors here. Standard library only, so that it runs on a bare machine; --sass needs this package too, for
+the plans of the benchmark's cases, and is in sass.py. Objects are kept beside the library
 and made again only when a source has changed.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -23,7 +26,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["WANTED", "Kernel", "architectures_known", "build", "build_probe", "device_architecture", "find_nvcc"]
+__all__ = [
+    "WANTED",
+    "Kernel",
+    "architectures_known",
+    "build",
+    "build_probe",
+    "device_architecture",
+    "find_nvcc",
+    "readable_name",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "runtime" / "csrc"
@@ -164,17 +176,22 @@ _REPORT = re.compile(
 )
 
 
+def readable_name(mangled: str) -> str:
+    """A kernel's name and template arguments, of _ZN..<length of the name><name>I<template arguments>E.."""
+    match = re.search(r"\d+([a-z_]+_kernel)(I.*?E(?=E?v))?", mangled)
+    if match is None:
+        return mangled
+    arguments = re.findall(r"6__half|(?<=I)f|Li\d+", match[2] or "")
+    shown = [{"6__half": "half", "f": "float"}.get(a, a.removeprefix("Li")) for a in arguments]
+    return match[1] + (f"<{', '.join(shown)}>" if shown else "")
+
+
 def _kernels(log: str) -> list[Kernel]:
     found = []
     for match in _REPORT.finditer(log):
-        # _ZN..<length of the name><name>I<template arguments>E..: the name and its arguments are enough.
-        readable = re.search(r"\d+([a-z_]+_kernel)(I.*?E(?=E?v))?", match["name"])
-        name = readable[1] if readable else match["name"]
-        arguments = re.findall(r"6__half|(?<=I)f|Li\d+", readable[2] or "") if readable else []
-        readable_arguments = [{"6__half": "half", "f": "float"}.get(a, a.removeprefix("Li")) for a in arguments]
         found.append(
             Kernel(
-                name + (f"<{', '.join(readable_arguments)}>" if arguments else ""),
+                readable_name(match["name"]),
                 int(match["architecture"]),
                 int(match["registers"]),
                 int(match["stores"]) + int(match["loads"]),
@@ -188,6 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--architectures", help="all, or numbers like 87,90; by default that of this machine, or 90")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "cuda")
+    parser.add_argument(
+        "--sass", type=Path, help="count the instructions of the first architecture's kernels into this"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2)
     options = parser.parse_args(arguments)
     nvcc = find_nvcc()
@@ -214,6 +234,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name:<40}" + "".join(f"{cell:>8}" for cell in row))
     spilled = [k for k in kernels if k.spill_bytes + k.stack_bytes]
     print(f"\n{len(kernels)} kernels, {len(spilled)} with spills or a stack frame (*)")
+    if options.sass:
+        import sass  # here, since it needs more than a bare machine has
+
+        registers = {k.name: k.registers for k in kernels if k.architecture == chosen[0]}
+        try:
+            document = sass.report(sass.counts(library, chosen[0]), registers, sass.benchmark_cases(library))
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            return 3
+        options.sass.write_text(json.dumps({"architecture": chosen[0], **document}, indent=1) + "\n")
+        print(f"\n{sass.table(document)}")
     return 0
 
 
