@@ -181,8 +181,10 @@ def test_chunks_over_blocks(kernels: Kernels, time: int) -> None:
 @pytest.mark.parametrize("chunk", [1, 8, 9, 16, 24, 56, 57, 1000])
 @pytest.mark.parametrize("time", [1, 8, 9, 16, 17, 57, 130])
 def test_gradients_in_chunks(kernels: Kernels, time: int, chunk: int) -> None:
-    """Lengths around those of a tile (8 steps) and of a chunk, which is a whole number of tiles; more than eight chunks,
-    which is how many are carried at once; states and channels beyond one warp's, and several warps of a block."""
+    """Lengths around those of a tile (8 steps) and of a chunk, which is a whole number of tiles.
+
+    More than eight chunks, which is how many are carried at once; states and channels beyond one warp's; several warps
+    of a block."""
     check_backward(kernels, ScanCase(1, time, 3, 5, masked=time // 3), steps_per_chunk=chunk)
     check_backward(kernels, ScanCase(2, time, 66, 17, 2, reverse=True, gated=False), steps_per_chunk=chunk)
 

@@ -270,8 +270,8 @@ def counts(binary: Path, architecture: int) -> dict[str, tuple[Loop, Loop]]:
 
 def benchmark_cases(library: Path) -> list[Case]:
     """The cases of benchmarks/scan_cuda.py, with the plans that `library` has for them."""
-    from hcmen.runtime.cuda_library import CudaLaunch, CudaPlan, call, declare
-    from hcmen.runtime.library import ScanArguments
+    from hcmen.base.cuda_library import CudaLaunch, CudaPlan, call, declare
+    from hcmen.base.library import ScanArguments
 
     loaded = declare(ctypes.CDLL(str(library)), str(library))
     cases = []

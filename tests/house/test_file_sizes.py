@@ -8,7 +8,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MOST_LINES = 500
 SUFFIXES = {".py", ".h", ".cc", ".cu", ".cmake"}
 LARGE = {
-    "runtime/csrc/selective_scan.cu": "split only after a GPU has run it",
+    "runtime/csrc/selective_scan.cu": "one kernel, and how its lanes read, scan and write",
+    "runtime/csrc/selective_scan_backward.cu": "four kernels of one pass, which share the layout of a warp",
     "runtime/csrc/vector-inl.h": "one vector type per instruction set, side by side to be compared",
     "runtime/stream.py": "one class: the rules on what a window holds are read in one place",
 }

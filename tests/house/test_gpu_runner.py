@@ -52,7 +52,7 @@ def test_without_a_device_nothing_is_run(runner, tmp_path, monkeypatch, capsys):
 def test_an_unknown_suite_is_named(runner, capsys):
     with pytest.raises(SystemExit):
         runner.main(["--only", "kernels,nonsense"])
-    assert "no suite 'nonsense': choose from kernels" in capsys.readouterr().err
+    assert "no suite 'nonsense': choose from functions, kernels" in capsys.readouterr().err
 
 
 def test_results_are_sorted_and_written(runner, tmp_path, monkeypatch, capsys):
@@ -74,23 +74,37 @@ def test_results_are_sorted_and_written(runner, tmp_path, monkeypatch, capsys):
         "    assert os.environ['HCMEN_CUDA_LIBRARY'] == '/library.so'\n"
     )
     Suite = runner.Suite
+
+    def python(code):
+        return (sys.executable, "-c", code)
+
+    stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
     suites = [
-        Suite("mixed", "", (), ["test_mixed.py"]),
-        Suite("none", "", (), ["test_none.py"]),
-        Suite("import", "", (), ["test_import.py"]),
-        Suite("absent", "", (runner._program("no-such-program"),), command=("true",)),
-        Suite("right", "", (), command=(sys.executable, "-c", "print(1)")),
-        Suite("wrong", "", (), command=(sys.executable, "-c", "raise SystemExit(9)")),
-        Suite("slow", "", (), command=(sys.executable, "-c", "import time; time.sleep(60)"), timeout_s=1),
+        Suite("mixed", "", 1, (), ["test_mixed.py"]),
+        Suite("none", "", 1, (), ["test_none.py"]),
+        Suite("import", "", 1, (), ["test_import.py"]),
+        Suite("absent", "", 2, (runner._program("no-such-program"),), command=("true",)),
+        Suite("right", "", 2, (), command=python("open('r.json', 'w').write('[1]')"), result="r.json"),
+        Suite("wrong", "", 2, (), command=python("print('why'); raise SystemExit(9)")),
+        Suite(
+            "hung", "", 2, (), command=python(f"import time; print('began'); {stubborn}; time.sleep(60)"), timeout_s=2
+        ),
+        Suite("crashed", "", 2, (), command=python("import os; os.kill(os.getpid(), 11)")),
+        Suite("late", "", 3, (), command=python("print(1)"), least_s=10**6),
     ]
     monkeypatch.setattr(runner, "SUITES", suites)
     monkeypatch.setattr(runner, "HERE", tmp_path)
     monkeypatch.setattr(runner, "device_architecture", lambda: 90)
     monkeypatch.setattr(runner, "build", lambda folder, architectures, **options: (Path("/library.so"), []))
     monkeypatch.setenv("HCMEN_CUDA_LIBRARY", "")
-    out = tmp_path / "gpu.json"
+    monkeypatch.setattr(runner, "build_probe", lambda folder, architecture: Path("/probe"))
+    written = []
+    monkeypatch.setattr(
+        runner, "_write", lambda *state, write=runner._write: (written.append(list(state[1])), write(*state))
+    )
+    out = tmp_path / "results"
     assert runner.main(["--folder", str(tmp_path / "work"), "--out", str(out)]) == 1
-    data = json.loads(out.read_text())
+    data = json.loads((out / "gpu.json").read_text())
     found = {name: r["status"] for name, r in data["suites"].items()}
     assert found == {
         "build": "passed",
@@ -100,13 +114,24 @@ def test_results_are_sorted_and_written(runner, tmp_path, monkeypatch, capsys):
         "absent": "skipped",
         "right": "passed",
         "wrong": "FAILED",
-        "slow": "FAILED",
+        "hung": "FAILED",
+        "crashed": "FAILED",
+        "late": "skipped",
     }
+    # A run that is cut short keeps what went before.
+    assert [len(names) for names in written] == [1, 4, 9, 10]
+    assert data["suites"]["right"]["result"] == [1]
+    assert data["suites"]["hung"]["reason"] == "stopped after 2 s"
+    assert "began" in data["suites"]["hung"]["output_tail"]
+    assert data["suites"]["hung"]["seconds"] < 30
+    assert data["suites"]["crashed"]["reason"] == "ended by SIGSEGV"
+    assert "it takes at least 1000000" in data["suites"]["late"]["reason"]
+    assert "why" in (out / "gpu.log").read_text()
     assert [data["suites"]["mixed"][k] for k in ("passed", "failed", "not_run")] == [1, 1, 1]
     assert data["suites"]["absent"]["reason"] == "no-such-program is not on the path"
     assert not data["passed"]
     shown = capsys.readouterr()
-    assert "3 passed, 3 failed, 2 skipped" in shown.out
+    assert "3 passed, 4 failed, 3 skipped" in shown.out
     assert "--- wrong ---" in shown.err
 
 
