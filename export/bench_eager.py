@@ -32,7 +32,7 @@ import torch
 
 from hcmen.checkpoint import load_checkpoint
 from hcmen.clip import TEXT_TOKENS
-from hcmen.errors import BackendError, InputError
+from hcmen.errors import BackendError, unknown_name
 from hcmen.modalities import variant_named
 from hcmen.model import HCMEN
 from hcmen.runtime.cli import describe_error, one_line
@@ -63,7 +63,7 @@ class Engines:
             InputError: no such engine. BackendError: torch.compile could not.
         """
         if engine not in ENGINES:
-            raise InputError(f"unknown engine '{engine}': choose from {', '.join(ENGINES)}")
+            raise unknown_name("engine", engine, ENGINES)
         features, lengths = {}, {}
         for m in variant_named(variant).present:
             if m == "text" and TEXT_TOKENS in feed:

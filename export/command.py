@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import math
 import os
@@ -16,7 +15,8 @@ import click
 
 import hcmen
 from hcmen.bundle import PRECISIONS
-from hcmen.errors import CheckFailed, CorruptFileError, InputError
+from hcmen.errors import CheckFailed, CorruptFileError, InputError, reason_of, unknown_name
+from hcmen.files import read_small
 from hcmen.modalities import VARIANTS, Variant, variant_named
 from hcmen.runtime.cli import Choice, Console, aligned, command
 
@@ -217,7 +217,7 @@ def export_bundle(
 
     console = console or Console(verbosity=-1)
     if precision not in PRECISIONS:
-        raise InputError(f"unknown precision '{precision}': choose from {', '.join(PRECISIONS)}")
+        raise unknown_name("precision", precision, PRECISIONS)
     if precision == "fp32" and data is not None:
         raise InputError(f"--data {data} judges --precision fp16 and int8, fp32 needs none: leave it out")
     model, about = load_checkpoint(checkpoint)
@@ -383,11 +383,13 @@ def _copy_tokenizer(checkpoint: Path, folder: Path, console: Console) -> None:
     if not source.is_file():
         console.warn(f"{source}: missing, so this bundle will take token ids and no words (hcmen-run --text)")
         return
-    content = source.read_bytes()
+    content = read_small(source)
     try:
         json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{source}: not JSON ({str(error)[:100]}): train again, or restore the file") from error
+        raise CorruptFileError(
+            f"{source}: not JSON ({reason_of(error, 100)}): train again, or restore the file"
+        ) from error
     (folder / "tokenizer.json").write_bytes(content)
 
 
@@ -477,7 +479,6 @@ def _manifest(
     from hcmen.bundle import Manifest, VariantRecord, expected_inputs, expected_outputs, file_record
     from hcmen.export.to_onnx import IR_VERSION, OPSET
 
-    content = (checkpoint / "checkpoint.safetensors").read_bytes()
     tokenizer = folder / "tokenizer.json"
     return Manifest(
         model=model.config,
@@ -504,7 +505,7 @@ def _manifest(
             "onnx": onnx.__version__,
             "numpy": np.__version__,
         },
-        source={"checkpoint_sha256": hashlib.sha256(content).hexdigest(), "epoch": about.get("epoch")},
+        source={"checkpoint_sha256": about["weights"]["sha256"], "epoch": about.get("epoch")},
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         opset=OPSET,
         ir_version=IR_VERSION,

@@ -18,7 +18,7 @@ from typing import Any
 import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from hcmen.errors import InputError
+from hcmen.errors import InputError, shown, unknown_name
 
 __all__ = ["SCAN_BODIES", "add_functions", "strip_functions"]
 
@@ -50,7 +50,7 @@ def add_functions(model: ModelProto, scan_body: str = "scan") -> ModelProto:
             opset is too old; the message names the node.
     """
     if scan_body not in SCAN_BODIES:
-        raise InputError(f"unknown scan body '{scan_body}': choose from {', '.join(SCAN_BODIES)}")
+        raise unknown_name("scan body", scan_body, SCAN_BODIES)
     opset = _opset(model)
     signatures: dict[str, tuple[dict[str, Any], str]] = {}
     for node, shape_of in _nodes(model):
@@ -168,7 +168,7 @@ def _attributes(node: NodeProto, defaults: dict[str, Any]) -> dict[str, Any]:
 def _expect(node: NodeProto, values: dict[str, Any], name: str, allowed: tuple[Any, ...]) -> None:
     if values[name] not in allowed or isinstance(values[name], float):
         want = " or ".join(repr(a) if isinstance(a, str) else str(a) for a in allowed)
-        raise InputError(f"{_label(node)}: attribute '{name}' is {values[name]!r}, expected {want}")
+        raise InputError(f"{_label(node)}: attribute '{name}' is {shown(values[name])}, expected {want}")
 
 
 def _expect_names(node: NodeProto, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:

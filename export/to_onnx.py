@@ -23,7 +23,7 @@ from onnxscript import ir
 from torch import Tensor, nn
 
 from hcmen.clip import TEXT_TOKENS
-from hcmen.errors import BackendError
+from hcmen.errors import BackendError, reason_of
 from hcmen.export.scan_function import add_functions
 from hcmen.modalities import Variant
 from hcmen.model import HCMEN
@@ -116,7 +116,7 @@ def export_variant(model: HCMEN, variant: Variant) -> onnx.ModelProto:
                 verbose=False,
             )
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error, 300)
         raise BackendError(f"PyTorch {torch.__version__} could not export '{variant.name}': {reason}") from error
     assert program is not None
     _fold(program.model)

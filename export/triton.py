@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import hcmen
-from hcmen.bundle import Bundle, TensorSpec, file_record, parse_json, writing_folder
+from hcmen.bundle import Bundle, TensorSpec, file_record, parse_json
 from hcmen.errors import CorruptFileError, InputError
 from hcmen.export.weights import embedded_model
+from hcmen.files import read_small, writing_folder
 from hcmen.runtime.library import LIBRARY_NAME, library_path
 
 __all__ = ["SERVER_ROOT", "model_config", "write_repository"]
@@ -137,7 +138,7 @@ def _verify(folder: Path) -> None:
 
 def _mark(folder: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, CorruptFileError):
-        data = parse_json((folder / MARK_FILE).read_bytes())
+        data = parse_json(read_small(folder / MARK_FILE))
         if isinstance(data, dict) and data.get("name") == "hcmen-triton":
             return data
     return {}

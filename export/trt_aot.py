@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import hcmen.runtime
-from hcmen.errors import BackendError, InputError
+from hcmen.errors import BackendError, InputError, shown
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -390,7 +390,7 @@ def prepare(model: ModelProto) -> ModelProto:
             activation = given.get("activation", b"none")
             if activation not in (b"none", b"silu"):
                 raise InputError(
-                    f"CausalConv1d '{node.name}': attribute 'activation' is {activation!r}, expected none or silu"
+                    f"CausalConv1d '{node.name}': attribute 'activation' is {shown(activation)}, expected none or silu"
                 )
             name = CONV_NAMES[ConvSwitches(activation == b"silu", _flag(node, given, "reverse"))]
         else:
@@ -420,7 +420,7 @@ def _nodes(nodes: Any) -> Iterator[NodeProto]:
 def _flag(node: NodeProto, given: dict[str, Any], name: str) -> bool:
     value = given.get(name, 0)
     if value not in (0, 1) or isinstance(value, float):
-        raise InputError(f"{node.op_type} '{node.name}': attribute '{name}' is {value!r}, expected 0 or 1")
+        raise InputError(f"{node.op_type} '{node.name}': attribute '{name}' is {shown(value)}, expected 0 or 1")
     return bool(value)
 
 

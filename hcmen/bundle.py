@@ -25,9 +25,8 @@ import json
 import math
 import os
 import re
-import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -37,7 +36,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hcmen.config import ModelConfig
-from hcmen.errors import BackendError, CorruptFileError, HcmenError, InputError
+from hcmen.errors import BackendError, CorruptFileError, HcmenError, InputError, did_you_mean, reason_of, shown
+from hcmen.files import read_small, writing_folder
 from hcmen.modalities import MODALITIES, VARIANTS, variant_named
 
 __all__ = [
@@ -60,7 +60,6 @@ __all__ = [
     "read_bundle",
     "write_manifest",
     "writing_bundle",
-    "writing_folder",
 ]
 
 SCHEMA_VERSION = 1
@@ -170,8 +169,9 @@ class Manifest:
         schema = top.integer("schema_version", 1)
         if schema != SCHEMA_VERSION:
             raise InputError(
-                f"manifest schema_version is {schema}, expected {SCHEMA_VERSION}: "
-                f"{'upgrade hcmen' if schema > SCHEMA_VERSION else 'export the bundle again'}"
+                f"manifest schema_version is {schema}",
+                str(SCHEMA_VERSION),
+                "upgrade hcmen" if schema > SCHEMA_VERSION else "export the bundle again",
             )
         op = top.object("op")
         domain, version = op.string("domain"), op.integer("version", 1)
@@ -179,16 +179,16 @@ class Manifest:
         if (domain, version) != (OP_DOMAIN, OP_VERSION):
             raise BackendError(
                 f"the graphs need ops '{domain}' version {version}, "
-                f"this package has '{OP_DOMAIN}' version {OP_VERSION}: "
-                f"{'upgrade hcmen' if version > OP_VERSION else 'export the bundle again'}"
+                f"this package has '{OP_DOMAIN}' version {OP_VERSION}",
+                fix="upgrade hcmen" if version > OP_VERSION else "export the bundle again",
             )
         try:
             model = ModelConfig.from_json(top.value("model", dict))
         except InputError as error:
-            raise CorruptFileError(f"manifest: 'model': {error}") from error
+            raise CorruptFileError(f"'model': {error}", where="manifest") from error
         low, high = top.numbers("label_range", 2)
         if low >= high:
-            raise CorruptFileError(f"manifest: 'label_range' is [{low}, {high}], expected two numbers in rising order")
+            raise CorruptFileError(f"'label_range' is [{low}, {high}]", "two numbers in rising order", where="manifest")
         precision = top.one_of("precision", PRECISIONS)
         manifest = cls(
             schema_version=schema,
@@ -283,7 +283,9 @@ class Bundle:
             size = os.fstat(descriptor).st_size
             if size != record.bytes:
                 raise CorruptFileError(
-                    f"{where}: {size} bytes, the manifest says {record.bytes}: copy or export the bundle again"
+                    f"{size} bytes, the manifest says {record.bytes}",
+                    fix="copy or export the bundle again",
+                    where=str(where),
                 )
             digest = hashlib.sha256()
             content = np.empty(size if keep else min(size, _READ_BYTES), np.uint8)
@@ -293,13 +295,16 @@ class Bundle:
                 part = content.data[start : start + min(_READ_BYTES, size - done)]
                 count = os.readv(descriptor, [part])
                 if count == 0:
-                    raise CorruptFileError(f"{where}: ended after {done} of {size} bytes: copy the bundle again")
+                    raise CorruptFileError(
+                        f"ended after {done} of {size} bytes", fix="copy the bundle again", where=str(where)
+                    )
                 digest.update(part[:count])
                 done += count
         if digest.hexdigest() != record.sha256:
             raise CorruptFileError(
-                f"{where}: sha256 {digest.hexdigest()[:12]}..., the manifest says {record.sha256[:12]}...: "
-                "the file was altered or damaged, copy or export the bundle again"
+                f"sha256 {digest.hexdigest()[:12]}..., the manifest says {record.sha256[:12]}...",
+                fix="the file was altered or damaged, copy or export the bundle again",
+                where=str(where),
             )
         return content if keep else content[:0]
 
@@ -368,7 +373,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     try:
         return Bundle(root, Manifest.from_json(parse_json(content)))
     except HcmenError as error:
-        raise type(error)(f"{where}: {str(error).removeprefix('manifest: ')}") from error
+        raise error.but(where=str(where)) from error
 
 
 def file_record(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> FileRecord:
@@ -413,9 +418,8 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Path:
 def writing_bundle(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
     """Gives an empty folder to write a bundle into, and puts it at `path` when the block ends well.
 
-    The folder is a sibling `.<name>.tmp-<pid>`. At the end it is verified as a reader would, flushed to the disk and
-    renamed; an older bundle at `path` is replaced then and not before. When the block raises, the folder is removed and
-    `path` is as it was. Folders that killed writers left are removed by the next one.
+    At the end it is verified as a reader would, and an older bundle at `path` is replaced then and not before. When the
+    block raises, `path` is as it was (`files.writing_folder`).
 
     Args:
         path: where the bundle shall be. A bundle or an empty folder there is replaced.
@@ -430,47 +434,6 @@ def writing_bundle(path: str | os.PathLike[str], *, force: bool = False) -> Iter
         path, check=lambda target: _check_replaceable(target, force), verify=lambda made: read_bundle(made).verify()
     ) as folder:
         yield folder
-
-
-@contextlib.contextmanager
-def writing_folder(
-    path: str | os.PathLike[str], *, check: Callable[[Path], None], verify: Callable[[Path], None]
-) -> Iterator[Path]:
-    """As `writing_bundle`, for a folder of any kind.
-
-    Args:
-        path: where the folder shall be.
-        check: raises when what is at its argument must not be replaced.
-        verify: raises when its argument, the folder written, is not as it should be.
-
-    Raises:
-        OSError: the place cannot be written.
-        HcmenError: what `check` and `verify` raise.
-    """
-    target = Path(path)
-    target = Path(os.path.realpath(target)) if target.is_symlink() else Path(os.path.abspath(target))
-    check(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        verify(temporary)
-        _flush(temporary)
-        if target.exists():
-            os.rename(target, old)
-        try:
-            os.rename(temporary, target)
-        except BaseException:
-            if old.exists():
-                os.rename(old, target)
-            raise
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def expected_inputs(model: ModelConfig, variant: str) -> tuple[TensorSpec, ...]:
@@ -505,7 +468,7 @@ class JsonObject:
     def __init__(self, where: str, data: Any):
         self.where = where
         if not isinstance(data, dict):
-            raise CorruptFileError(f"manifest: {where or 'the top'} is {_kind(data)}, expected an object")
+            raise CorruptFileError(f"{where or 'the top'} is {_kind(data)}", "an object", where="manifest")
         self.data: dict[str, Any] = data
         self._taken: set[str] = set()
 
@@ -515,50 +478,50 @@ class JsonObject:
     def value(self, key: str, kind: type) -> Any:
         """The value at `key`, of the type `kind`; raises CorruptFileError as all of these."""
         if key not in self.data:
-            raise CorruptFileError(f"manifest: key '{self._name(key)}' is missing")
+            raise CorruptFileError(f"key '{self._name(key)}' is missing", where="manifest")
         self._taken.add(key)
         value = self.data[key]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise CorruptFileError(f"manifest: '{self._name(key)}' is {_kind(value)}, expected {_kind(kind())}")
+            raise CorruptFileError(f"'{self._name(key)}' is {_kind(value)}", _kind(kind()), where="manifest")
         return value
 
     def string(self, key: str) -> str:
         """A string of at most 1000 characters."""
         value: str = self.value(key, str)
         if len(value) > 1000:
-            raise CorruptFileError(f"manifest: '{self._name(key)}' has {len(value)} characters, expected at most 1000")
+            raise CorruptFileError(f"'{self._name(key)}' has {len(value)} characters", "at most 1000", where="manifest")
         return value
 
     def one_of(self, key: str, choices: tuple[str, ...]) -> str:
         """One of the strings `choices`."""
         value = self.string(key)
         if value not in choices:
-            raise CorruptFileError(f"manifest: '{self._name(key)}' is {value!r}, expected {' or '.join(choices)}")
+            raise CorruptFileError(f"'{self._name(key)}' is {shown(value)}", " or ".join(choices), where="manifest")
         return value
 
     def integer(self, key: str, least: int, most: int = 1 << 31) -> int:
         """An integer from `least` to `most`."""
         value: int = self.value(key, int)
         if not least <= value <= most:
-            raise CorruptFileError(f"manifest: '{self._name(key)}' is {value}, expected {least} to {most}")
+            raise CorruptFileError(f"'{self._name(key)}' is {value}", f"{least} to {most}", where="manifest")
         return value
 
     def number(self, key: str, least: float, most: float) -> float:
         """A number from `least` to `most`."""
         value = self.value(key, object)
         if not isinstance(value, (int, float)):
-            raise CorruptFileError(f"manifest: '{self._name(key)}' is {_kind(value)}, expected a number")
+            raise CorruptFileError(f"'{self._name(key)}' is {_kind(value)}", "a number", where="manifest")
         if not least <= value <= most:
-            raise CorruptFileError(f"manifest: '{self._name(key)}' is {value:g}, expected {least:g} to {most:g}")
+            raise CorruptFileError(f"'{self._name(key)}' is {value:g}", f"{least:g} to {most:g}", where="manifest")
         return float(value)
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
         """A list of `count` finite numbers."""
         values = self.value(key, list)
         if len(values) != count or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
-            raise CorruptFileError(f"manifest: '{self._name(key)}' is not a list of {count} numbers")
+            raise CorruptFileError(f"'{self._name(key)}' is not a list of {count} numbers", where="manifest")
         if not all(abs(v) <= 1e38 for v in values):
-            raise CorruptFileError(f"manifest: '{self._name(key)}' holds a number beyond float32")
+            raise CorruptFileError(f"'{self._name(key)}' holds a number beyond float32", where="manifest")
         return tuple(float(v) for v in values)
 
     def object(self, key: str) -> JsonObject:
@@ -573,7 +536,8 @@ class JsonObject:
         """Refuses keys that nobody took."""
         unknown = [k for k in self.data if k not in self._taken]
         if unknown:
-            raise CorruptFileError(f"manifest: unknown key {self._name(unknown[0])!r}: copy or export the bundle again")
+            fix = f"{did_you_mean(unknown[0], self._taken)} copy or export the bundle again".lstrip()
+            raise CorruptFileError(f"unknown key {shown(self._name(unknown[0]))}", fix=fix, where="manifest")
 
 
 def _kind(value: Any) -> str:
@@ -588,18 +552,18 @@ def parse_json(content: bytes) -> Any:
         CorruptFileError: it has one of them, or is no JSON.
     """
     if len(content) > _MAX_MANIFEST_BYTES:
-        raise CorruptFileError(f"manifest: more than {_MAX_MANIFEST_BYTES} bytes, expected a few thousand")
+        raise CorruptFileError(f"more than {_MAX_MANIFEST_BYTES} bytes", "a few thousand", where="manifest")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made: dict[str, Any] = {}
         for key, value in pairs:
             if key in made:
-                raise CorruptFileError(f"manifest: key {key!r} is there twice")
+                raise CorruptFileError(f"key {shown(key)} is there twice", where="manifest")
             made[key] = value
         return made
 
     def refuse(word: str) -> Any:
-        raise CorruptFileError(f"manifest: {word} is not a finite number")
+        raise CorruptFileError(f"{word} is not a finite number", where="manifest")
 
     def finite(digits: str) -> float:
         value = float(digits)
@@ -608,10 +572,12 @@ def parse_json(content: bytes) -> Any:
     try:
         data = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise CorruptFileError(f"manifest: not valid JSON ({reason}): copy or export the bundle again") from error
+        reason = "nested too deeply" if isinstance(error, RecursionError) else reason_of(error)
+        raise CorruptFileError(
+            f"not valid JSON ({reason})", fix="copy or export the bundle again", where="manifest"
+        ) from error
     if _depth_exceeds(data, _MAX_DEPTH):
-        raise CorruptFileError(f"manifest: nested too deeply, expected at most {_MAX_DEPTH} levels")
+        raise CorruptFileError("nested too deeply", f"at most {_MAX_DEPTH} levels", where="manifest")
     return data
 
 
@@ -634,7 +600,9 @@ def _take_record(data: JsonObject) -> FileRecord:
     record = FileRecord(data.string("file"), data.string("sha256"), data.integer("bytes", 1, _MAX_FILE_BYTES))
     _check_file_name(record.file)
     if not _SHA256.match(record.sha256):
-        raise CorruptFileError(f"manifest: '{data.where}.sha256' is no sha256 of 64 lower-case hexadecimal digits")
+        raise CorruptFileError(
+            f"'{data.where}.sha256' is no sha256 of 64 lower-case hexadecimal digits", where="manifest"
+        )
     return record
 
 
@@ -642,7 +610,7 @@ def _check_file_name(name: str) -> None:
     parts = name.split("/")
     if len(parts) > 2 or not all(_FILE_PART.match(p) for p in parts) or name == MANIFEST_FILE:
         raise CorruptFileError(
-            f"manifest: file name {name[:200]!r} is unsafe, expected plain names inside the bundle such as full.onnx"
+            f"file name {name[:200]!r} is unsafe", "plain names inside the bundle such as full.onnx", where="manifest"
         )
 
 
@@ -652,7 +620,7 @@ def _tensors_from_json(data: list[Any], where: str) -> tuple[TensorSpec, ...]:
         entry = JsonObject(f"{where}[{i}]", item)
         shape = entry.value("shape", list)
         if not all(isinstance(s, (str, int)) and not isinstance(s, bool) for s in shape):
-            raise CorruptFileError(f"manifest: '{where}[{i}].shape' is {shape}, expected names and integers")
+            raise CorruptFileError(f"'{where}[{i}].shape' is no list of names and integers", where="manifest")
         specs.append(TensorSpec(entry.string("name"), entry.string("dtype"), tuple(shape)))
         entry.finish()
     return tuple(specs)
@@ -662,9 +630,10 @@ def _variants_from_json(data: JsonObject, model: ModelConfig, most_atol: float |
     names = [v.name for v in VARIANTS]
     for name in data.data:
         if name not in names:
-            raise CorruptFileError(f"manifest: unknown variant {name!r}, expected {', '.join(names)}")
+            fix = did_you_mean(name, names) or None
+            raise CorruptFileError(f"unknown variant {shown(name)}", ", ".join(names), fix, where="manifest")
     if not data.data:
-        raise CorruptFileError("manifest: 'variants' is empty, expected at least one")
+        raise CorruptFileError("'variants' is empty", "at least one", where="manifest")
     return {name: _variant_from_json(data.object(name), name, model, most_atol) for name in names if name in data.data}
 
 
@@ -684,7 +653,7 @@ def _variant_from_json(data: JsonObject, name: str, model: ModelConfig, most_ato
     ):
         if sorted(got, key=lambda t: t.name) != sorted(expected, key=lambda t: t.name):
             raise CorruptFileError(
-                f"manifest: '{data.where}.{what}' is {_signature(got)}, expected {_signature(expected)}"
+                f"'{data.where}.{what}' is {_signature(got)}", _signature(expected), where="manifest"
             )
     parity = JsonObject(f"{data.where}.parity", data.data["parity"])
     parity.value("passed", bool)
@@ -707,7 +676,7 @@ def _normalisation_from_json(data: JsonObject, model: ModelConfig) -> dict[str, 
         made[m] = {key: entry.numbers(key, count) for key in ("mean", "std")}
         entry.finish()
         if min(made[m]["std"]) <= 0:
-            raise CorruptFileError(f"manifest: 'normalisation.{m}.std' holds {min(made[m]['std'])}, expected above 0")
+            raise CorruptFileError(f"'normalisation.{m}.std' holds {min(made[m]['std'])}", "above 0", where="manifest")
     data.finish()
     return made
 
@@ -756,7 +725,7 @@ def _opened_beneath(root: Path, name: str) -> Iterator[int]:
         except OSError as error:
             raise _open_error(where, error) from error
         if not stat.S_ISREG(os.fstat(folders[-1]).st_mode):
-            raise CorruptFileError(f"{where}: not a regular file, expected one: copy or export the bundle again")
+            raise CorruptFileError("not a regular file", "one", "copy or export the bundle again", where=str(where))
         yield folders[-1]
     finally:
         for descriptor in folders:
@@ -765,12 +734,13 @@ def _opened_beneath(root: Path, name: str) -> Iterator[int]:
 
 def _open_error(where: Path, error: OSError) -> HcmenError:
     if error.errno == errno.ENOENT:
-        return _MissingFile(f"{where}: missing from the bundle: copy or export the bundle again")
+        return _MissingFile("missing from the bundle", fix="copy or export the bundle again", where=str(where))
     if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENOTDIR):
-        return CorruptFileError(f"{where}: a link, expected a regular file: copy the bundle with its files in it")
+        return CorruptFileError("a link", "a regular file", "copy the bundle with its files in it", where=str(where))
     if error.errno in (errno.EACCES, errno.EPERM):
-        return InputError(f"{where}: permission denied: check its owner and permissions")
-    return CorruptFileError(f"{where}: {(error.strerror or 'cannot be opened').lower()}: copy the bundle again")
+        return InputError("permission denied", fix="check its owner and permissions", where=str(where))
+    reason = (error.strerror or "cannot be opened").lower()
+    return CorruptFileError(reason, fix="copy the bundle again", where=str(where))
 
 
 def _check_replaceable(target: Path, force: bool) -> None:
@@ -790,42 +760,7 @@ def _check_replaceable(target: Path, force: bool) -> None:
 def _looks_like_bundle(folder: Path) -> bool:
     """Whether `folder` was written by us, of whatever schema and state; only then is it replaced unasked."""
     try:
-        with open(folder / MANIFEST_FILE, "rb") as file:
-            data = parse_json(file.read(_MAX_MANIFEST_BYTES + 1))
+        data = parse_json(read_small(folder / MANIFEST_FILE, _MAX_MANIFEST_BYTES))
     except (OSError, CorruptFileError):
         return False
     return isinstance(data, dict) and data.get("name") == NAME and "schema_version" in data and "variants" in data
-
-
-def _sweep(target: Path) -> None:
-    """Removes what killed writers left beside `target`, and puts back a bundle caught between two renames."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.(tmp|old)-(\d+)\Z")
-    for sibling in list(target.parent.iterdir()):
-        found = pattern.match(sibling.name)
-        # Our own process number on an old folder is a number used again, as containers do.
-        if not found or (int(found[2]) != os.getpid() and _alive(int(found[2]))):
-            continue
-        if found[1] == "old" and not target.exists():
-            os.rename(sibling, target)
-        else:
-            shutil.rmtree(sibling, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _flush(folder: Path) -> None:
-    """Brings every file of `folder` to the disk, so that a rename that survives a power cut has content behind it."""
-    for path in [*(p for p in folder.rglob("*") if p.is_file()), *(p for p in folder.rglob("*") if p.is_dir()), folder]:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -25,8 +25,8 @@ from torch import Tensor
 
 import hcmen
 from hcmen.config import ModelConfig, TrainConfig
-from hcmen.errors import CorruptFileError, InputError
-from hcmen.files import replace_file
+from hcmen.errors import CorruptFileError, InputError, reason_of, shown
+from hcmen.files import read_small, refused, write_file
 from hcmen.model import HCMEN
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 CHECKPOINT, CONFIG, STATE = "checkpoint.safetensors", "config.json", "last.safetensors"
+_MOST_BYTES = 16 << 30
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -49,11 +50,8 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         InputError: the disk is full, or the place cannot be written.
     """
-    try:
-        replace_file(path, content)
-    except OSError as error:
-        reason = (error.strerror or "cannot be written").lower()
-        raise InputError(f"{path}: {reason}, {len(content)} bytes were to be written: choose another --out") from error
+    with refused(path, fix="choose another --out", note=f"{len(content)} bytes were to be written"):
+        write_file(path, content)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -115,7 +113,7 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[HCMEN, dict[str, An
         model = HCMEN(ModelConfig.from_json(config["model"]))
         model.load_state_dict(safetensors.torch.load(content))
     except (KeyError, TypeError, ValueError, RuntimeError, InputError, safetensors.SafetensorError) as error:
-        reason = f"lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+        reason = f"lacks {error}" if isinstance(error, KeyError) else reason_of(error)
         raise CorruptFileError(f"{folder}: {CONFIG} does not describe {CHECKPOINT}: {reason}; train again") from error
     return model.eval(), config
 
@@ -165,22 +163,21 @@ def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        reason = (error.strerror or "cannot be read").lower()
-        raise InputError(f"{path}: {reason}, expected a checkpoint: run hcmen-train --out {path.parent}") from error
+    with refused(path, "a checkpoint", f"run hcmen-train --out {path.parent}"):
+        return read_small(path, _MOST_BYTES)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(_read(path))
     except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path}: not JSON ({str(error)[:100]}): train again, or restore the file") from error
+        raise CorruptFileError(
+            f"{path}: not JSON ({reason_of(error, 100)}): train again, or restore the file"
+        ) from error
     found = config.get("schema_version") if isinstance(config, dict) else None
     if found != SCHEMA_VERSION:
         raise CorruptFileError(
-            f"{path}: schema_version is {found!r}, expected {SCHEMA_VERSION}: written by another version of hcmen"
+            f"{path}: schema_version is {shown(found)}, expected {SCHEMA_VERSION}: written by another version of hcmen"
         )
     assert isinstance(config, dict)
     return config

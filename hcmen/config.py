@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hcmen.errors import InputError
+from hcmen.errors import InputError, did_you_mean, shown, unknown_name
 from hcmen.modalities import MODALITIES
 
 __all__ = [
@@ -167,7 +166,8 @@ class ModelConfig:
 
     def modality(self, name: str) -> FeatureConfig:
         """The feature sizes of the modality `name`."""
-        _require(name in MODALITIES, f"unknown modality '{name}': choose from {', '.join(MODALITIES)}")
+        if name not in MODALITIES:
+            raise unknown_name("modality", name, MODALITIES)
         found: FeatureConfig = getattr(self, name)
         return found
 
@@ -308,9 +308,8 @@ def train_setting(text: str) -> tuple[str, int | float | bool | str]:
     fields = {f.name: str(f.type) for f in dataclasses.fields(TrainConfig)}
     _require(bool(sign), f"'{text}' is no setting, expected name=value")
     if name not in fields:
-        near = difflib.get_close_matches(name, fields, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(fields)}"
-        raise InputError(f"unknown training setting '{name}': {hint}")
+        fix = did_you_mean(name, fields) or f"choose from {', '.join(fields)}"
+        raise InputError(f"unknown training setting '{name}'", fix=fix)
     kind = fields[name]
     found: int | float | bool | str | None = None
     if kind == "bool":
@@ -342,9 +341,8 @@ def _checked(cls: type, data: Mapping[str, Any], prefix: str = "") -> dict[str, 
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f", did you mean '{near[0]}'?" if near else ""
-            raise InputError(f"unknown config key '{prefix}{key}'{hint}")
+            hint = did_you_mean(str(key), fields)
+            raise InputError(f"unknown config key {shown(f'{prefix}{key}')}" + (f", {hint}" if hint else ""))
     for name, f in fields.items():
         if name not in data:
             required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
@@ -355,7 +353,7 @@ def _checked(cls: type, data: Mapping[str, Any], prefix: str = "") -> dict[str, 
         _require(
             # In Python a bool is an int, in JSON it is not.
             isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)),
-            f"config key '{prefix}{name}' is {value!r}, expected {f.type}",
+            f"config key '{prefix}{name}' is {shown(value)}, expected {f.type}",
         )
     return {name: data[name] for name in fields if name in data}
 
@@ -434,7 +432,5 @@ def preset_named(name: str) -> Preset:
     """The preset called `name`; raises InputError with the nearest name if there is none."""
     found = PRESETS.get(name)
     if found is None:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise InputError(f"unknown preset '{name}': {hint}choose from {', '.join(PRESETS)}")
+        raise unknown_name("preset", name, PRESETS)
     return found

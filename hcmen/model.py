@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hcmen.config import FeatureConfig, ModelConfig
-from hcmen.errors import InputError
+from hcmen.errors import InputError, unknown_name
 from hcmen.layers import MASKED, AttentionPooling, BiMambaBlock, CNNBlock, Skip, widened, without_autocast
 from hcmen.modalities import MODALITIES
 from hcmen.text_encoder import TextEncoder
@@ -279,7 +279,7 @@ class HCMEN(nn.Module):
         batch = None
         for m, x in features.items():
             if m not in MODALITIES:
-                raise InputError(f"unknown modality '{m}': choose from {', '.join(MODALITIES)}")
+                raise unknown_name("modality", m, MODALITIES)
             expected = self.config.modality(m).features
             if m == "text" and self.text_encoder is not None and not x.is_floating_point():
                 if x.dtype != torch.int64 or x.dim() != 3 or x.shape[1] != 3 or x.shape[2] < 1:

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hcmen.errors import BackendError, InputError
+from hcmen.errors import BackendError, InputError, reason_of, unknown_name
 from hcmen.runtime.library import ConvArguments, ConvGradients, ScanArguments, ScanGradients, load_library
 
 __all__ = [
@@ -64,7 +64,7 @@ def implementation(name: str) -> Iterator[None]:
         InputError: there is no such implementation.
     """
     if name not in IMPLEMENTATIONS:
-        raise InputError(f"unknown scan implementation '{name}': choose from {', '.join(IMPLEMENTATIONS)}")
+        raise unknown_name("scan implementation", name, IMPLEMENTATIONS)
     token = _chosen.set(name)
     try:
         yield
@@ -461,7 +461,7 @@ def _mamba(operation: str) -> tuple[Callable[..., Any] | None, str | None]:
         return None, f"{package} does not load: it needs {error.name}"
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
         # A build for another PyTorch or CUDA shows itself as any of these.
-        return None, f"{package} does not load: {' '.join(str(error).split())[:200]}"
+        return None, f"{package} does not load: {reason_of(error)}"
 
 
 def _scan_limit(

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hcmen.clip import Clip, read_clip
+from hcmen.clip import Clip, NotAnArchive, read_clip
 from hcmen.config import FeatureConfig, ModelConfig
 from hcmen.errors import CorruptFileError, HcmenError, InputError
 from hcmen.modalities import MODALITIES
@@ -145,7 +145,8 @@ class _Follower:
             if self.options.gaps:
                 self._skip(frames)
         except HcmenError as error:
-            self._problem(type(error)(f"{path}: {str(error).removeprefix('stream: ')}"))
+            where = path if error.where in (None, "stream") else f"{path}: {error.where}"
+            self._problem(error.but(where=where))
         self._mention(path, clip.ignored)
 
     def _read(self, path: str) -> Clip | None:
@@ -156,7 +157,7 @@ class _Follower:
             try:
                 return read_clip(path, self.config, self.model.clean)
             except HcmenError as error:
-                growing = isinstance(error, CorruptFileError) or "not an .npz file" in str(error)
+                growing = isinstance(error, (CorruptFileError, NotAnArchive))
                 now = time.monotonic()
                 try:
                     state = os.stat(path)

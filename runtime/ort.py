@@ -39,7 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hcmen.bundle import OP_DOMAIN, SharedFile
-from hcmen.errors import BackendError, CorruptFileError, HcmenError
+from hcmen.errors import BackendError, CorruptFileError, HcmenError, reason_of
 from hcmen.runtime.compare import SCORE_ATOL, SCORE_RTOL
 from hcmen.runtime.cores import physical_cores
 from hcmen.runtime.forks import keep_for_ever, watch
@@ -265,6 +265,6 @@ def _load_error(error: Exception, where: str, version: str) -> HcmenError:
 
 def _reason(error: BaseException) -> str:
     """The error's text on one line of bearable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = reason_of(error, 1000)
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", text)
     return text if len(text) <= 400 else text[:397] + "..."

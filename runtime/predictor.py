@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from hcmen.bundle import Bundle, SharedFile, read_bundle
 from hcmen.clip import TEXT_TOKENS, Clip, batch_clips, clip_from_arrays, read_clip
-from hcmen.errors import BackendError, CheckFailed, CorruptFileError, HcmenError, InputError
+from hcmen.errors import BackendError, CheckFailed, CorruptFileError, HcmenError, InputError, reason_of, unknown_name
 from hcmen.modalities import MODALITIES, Variant, variant_named
 from hcmen.runtime import forks
 from hcmen.runtime.compare import GRAPH_BOUNDS, Comparison, compare
@@ -147,7 +147,7 @@ class Predictor:
         spin: bool | None = None,
     ):
         if backend not in BACKENDS:
-            raise InputError(f"unknown backend '{backend}': choose from {', '.join(BACKENDS)}")
+            raise unknown_name("backend", backend, BACKENDS)
         if threads is not None and not 1 <= threads <= 1024:
             raise InputError(f"threads is {threads}, expected 1 to 1024")
         if cuda_graph and backend != "ort-cuda":
@@ -601,7 +601,7 @@ def _read_golden(content: NDArray[np.uint8], where: str) -> list[Arrays]:
     except CorruptFileError:
         raise
     except Exception as error:  # zipfile, zlib and numpy each raise errors of their own on damage
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         raise CorruptFileError(f"{where}: damaged golden file ({reason}): export the bundle again") from error
     if not cases:
         raise CorruptFileError(f"{where}: no case in it, expected at least one: export the bundle again")

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 import hcmen.runtime
 from hcmen.bundle import OP_DOMAIN, OP_VERSION, Bundle, VariantRecord
 from hcmen.engines import EngineRecord, read_engines
-from hcmen.errors import BackendError, CorruptFileError, InputError
+from hcmen.errors import BackendError, CorruptFileError, InputError, reason_of, unknown_name
 from hcmen.runtime.cuda import Buffer, Cuda, Graph, Stream
 from hcmen.runtime.ort import FUNCTIONS, NATIVE, STANDARD
 
@@ -376,7 +376,7 @@ class TrtBackend:
 
     def __init__(self, precision: str | None = None):
         if precision is not None and precision not in TOLERANCES:
-            raise InputError(f"unknown precision '{precision}': choose from {', '.join(TOLERANCES)}")
+            raise unknown_name("precision", precision, TOLERANCES)
         self.tensorrt = TensorRT()
         self.cuda = Cuda()
         self.precision = precision
@@ -450,9 +450,7 @@ def _read_engine(bundle: Bundle, record: EngineRecord) -> memoryview:
     try:
         return bundle.read(record.engine).data
     except CorruptFileError as error:
-        raise CorruptFileError(
-            f"{str(error).rsplit(': ', 1)[0]}: compile it again with hcmen-compile --force"
-        ) from error
+        raise error.but(fix="compile it again with hcmen-compile --force") from error
 
 
 def plugin_library_path() -> Path:
@@ -487,7 +485,7 @@ def _import_tensorrt() -> Any:
             "it as apt package python3-libnvinfer, seen by virtual environments with --system-site-packages"
         ) from error
     except ImportError as error:
-        raise BackendError(f"tensorrt does not load ({_shortened(str(error))}): install it again") from error
+        raise BackendError(f"tensorrt does not load ({reason_of(error, 400)}): install it again") from error
     return tensorrt
 
 
@@ -519,7 +517,7 @@ def _load_problem(path: Path) -> str:
     try:
         ctypes.CDLL(str(path))
     except OSError as error:
-        return _shortened(str(error))
+        return reason_of(error, 400)
     return "TensorRT takes it for no plugin library"
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hcmen.config import ModelConfig
-from hcmen.errors import BackendError, CorruptFileError, InputError
+from hcmen.errors import BackendError, CorruptFileError, InputError, reason_of
 
 __all__ = ["Encoded", "Tokenizer"]
 
@@ -50,7 +50,7 @@ class Tokenizer:
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
         except Exception as error:  # tokenizers raises plain Exception
-            raise CorruptFileError(f"{where}: no tokenizer ({_reason(error)}): export the bundle again") from error
+            raise CorruptFileError(f"{where}: no tokenizer ({reason_of(error)}): export the bundle again") from error
         self._where = where
         self._steps = model.text.max_steps
         self._vocabulary = model.text_encoder.vocabulary
@@ -69,7 +69,7 @@ class Tokenizer:
         try:
             encoding = self._tokenizer.encode(text)
         except Exception as error:  # as above; an unpaired surrogate, for one
-            raise InputError(f"the text cannot be read ({_reason(error)}), expected Unicode text") from error
+            raise InputError(f"the text cannot be read ({reason_of(error)}), expected Unicode text") from error
         ids, types = (np.array(row, np.int64) for row in (encoding.ids, encoding.type_ids))
         dropped = max(0, len(ids) - self._steps)
         if dropped:
@@ -81,7 +81,3 @@ class Tokenizer:
                 f"{self._vocabulary - 1}: export the bundle again"
             )
         return Encoded(np.stack([ids, np.ones_like(ids), types]), dropped)
-
-
-def _reason(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]

@@ -20,7 +20,6 @@ own.
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ import numpy.typing as npt
 from hcmen.config import ModelConfig, preset_named
 from hcmen.data import SPLITS
 from hcmen.errors import InputError
+from hcmen.files import writing_file
 from hcmen.modalities import MODALITIES
 
 __all__ = ["SAMPLES", "make_synthetic", "write_synthetic"]
@@ -115,14 +115,8 @@ def write_synthetic(path: str | Path, data: Mapping[str, Any]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            pickle.dump(dict(data), file, protocol=4)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing_file(path) as file:
+        pickle.dump(dict(data), file, protocol=4)
 
 
 def _make_world(config: ModelConfig, generator: np.random.Generator) -> _World:
