@@ -98,8 +98,8 @@ def reason_of(error: BaseException, most: int = 200) -> str:
 
 def shown(value: object) -> str:
     """`value` from a file that is not trusted, for a message: a plain value as it is, anything else by its type."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        text = repr(value[: _MOST_QUOTED + 1] if isinstance(value, str) else value)
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        text = repr(value[: _MOST_QUOTED + 1] if isinstance(value, (str, bytes)) else value)
         return text if len(text) <= _MOST_QUOTED + 2 else f"{text[:_MOST_QUOTED]}..."
     return f"of type {type(value).__name__}"
 

@@ -70,8 +70,8 @@ def test_long_quotations_are_cut_and_prose_is_not() -> None:
 def test_foreign_errors_and_values_are_told_briefly() -> None:
     assert reason_of(ValueError("a\n b"), 3) == "a b"
     assert reason_of(KeyboardInterrupt()) == "KeyboardInterrupt"
-    assert [shown(v) for v in ("x", 3, None, True)] == ["'x'", "3", "None", "True"]
-    assert [shown(v) for v in ([[]], {"a": 1}, b"x")] == ["of type list", "of type dict", "of type bytes"]
+    assert [shown(v) for v in ("x", b"x", 3, None, True)] == ["'x'", "b'x'", "3", "None", "True"]
+    assert [shown(v) for v in ([[]], {"a": 1}, (1,))] == ["of type list", "of type dict", "of type tuple"]
     assert len(shown("x" * 10**6)) < 210
 
 

@@ -153,6 +153,7 @@ def loaded_after(script: str, *arguments: str) -> set[str]:
         "hcmen.runtime.bench",
         "hcmen.runtime.doctor",
         "hcmen.export.command",
+        "hcmen.export.compile_command",
         "hcmen.train",
         "hcmen.data.convert",
         "hcmen.data.cut",
