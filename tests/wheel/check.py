@@ -28,6 +28,7 @@ MICRO = Path(__file__).resolve().parents[1] / "data" / "micro_bundle.zip"
 FORBIDDEN = ("torch", "onnx", "safetensors", "transformers")
 _PROBE = """
 import importlib.metadata, importlib.util, json, platform
+from hcmen.data.published import PUBLISHED  # read from a table that the wheel must carry
 from hcmen.runtime.library import library_isa, library_path
 print(json.dumps({
     "machine": platform.machine(), "python": platform.python_version(), "libc": platform.libc_ver()[1],
