@@ -32,7 +32,7 @@ import torch
 
 from hcmen.base.clip import TEXT_TOKENS
 from hcmen.base.console import describe_error, one_line
-from hcmen.base.errors import BackendError, InputError
+from hcmen.base.errors import BackendError, unknown_name
 from hcmen.base.modalities import variant_named
 from hcmen.mamba.scan import implementation
 from hcmen.training.checkpoint import load_checkpoint
@@ -62,7 +62,7 @@ class Engines:
             InputError: no such engine. BackendError: torch.compile could not.
         """
         if engine not in ENGINES:
-            raise InputError(f"unknown engine '{engine}': choose from {', '.join(ENGINES)}")
+            raise unknown_name("engine", engine, ENGINES)
         features, lengths = {}, {}
         for m in variant_named(variant).present:
             if m == "text" and TEXT_TOKENS in feed:

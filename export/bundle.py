@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import math
 import warnings
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import hcmen
 from hcmen.base.console import Console
-from hcmen.base.errors import CheckFailed, CorruptFileError, InputError
+from hcmen.base.errors import CheckFailed, CorruptFileError, InputError, reason_of, unknown_name
+from hcmen.base.files import read_small
 from hcmen.base.manifest import PRECISIONS
 from hcmen.base.modalities import VARIANTS, Variant
 from hcmen.export.card import CARD, card, scores_of
@@ -66,7 +66,7 @@ def export_bundle(
 
     console = console or Console(verbosity=-1)
     if precision not in PRECISIONS:
-        raise InputError(f"unknown precision '{precision}': choose from {', '.join(PRECISIONS)}")
+        raise unknown_name("precision", precision, PRECISIONS)
     if precision == "fp32" and data is not None:
         raise InputError(f"--data {data} judges --precision fp16 and int8, fp32 needs none: leave it out")
     model, about = load_checkpoint(checkpoint)
@@ -237,11 +237,13 @@ def _copy_tokenizer(checkpoint: Path, folder: Path, console: Console) -> None:
     if not source.is_file():
         console.warn(f"{source}: missing, so this bundle will take token ids and no words (hcmen-run --text)")
         return
-    content = source.read_bytes()
+    content = read_small(source)
     try:
         json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{source}: not JSON ({str(error)[:100]}): train again, or restore the file") from error
+        raise CorruptFileError(
+            f"{source}: not JSON ({reason_of(error, 100)}): train again, or restore the file"
+        ) from error
     (folder / "tokenizer.json").write_bytes(content)
 
 
@@ -293,7 +295,6 @@ def _manifest(
     from hcmen.base.manifest import Manifest, ModelRecord, VariantRecord
     from hcmen.base.op import IR_VERSION, OPSET
 
-    content = (checkpoint / "checkpoint.safetensors").read_bytes()
     tokenizer, inputs = folder / "tokenizer.json", model.config.inputs
     return Manifest(
         inputs=inputs,
@@ -320,7 +321,7 @@ def _manifest(
             "onnx": onnx.__version__,
             "numpy": np.__version__,
         },
-        source={"checkpoint_sha256": hashlib.sha256(content).hexdigest(), "epoch": about.get("epoch")},
+        source={"checkpoint_sha256": about["weights"]["sha256"], "epoch": about.get("epoch")},
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         opset=OPSET,
         ir_version=IR_VERSION,

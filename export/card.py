@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hcmen.base.errors import CorruptFileError
+from hcmen.base.errors import CorruptFileError, reason_of
+from hcmen.base.files import read_small
 from hcmen.base.manifest import Manifest, Score
 from hcmen.base.modalities import MODALITIES
 from hcmen.models import registry
@@ -38,15 +39,16 @@ def scores_of(checkpoint: Path, about: Mapping[str, Any]) -> tuple[Score, ...]:
     if not path.is_file():
         return tuple(found)  # the training was stopped
     try:
-        report = json.loads(path.read_bytes())
+        report = json.loads(read_small(path))
         if (report["epoch"], report["validation_mae"]) == (about["epoch"], validation["mae"]):
             kind = about.get("kind", registry.DEFAULT)
             for variant, models in report["test"].items():
                 measures = {name: x for name, x in models[kind].items() if x is not None}
                 found.append(Score(data, "test", _PROTOCOL, variant, measures))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise CorruptFileError(f"{path}: no report of hcmen-train ({reason}): remove it, or train again") from error
+        raise CorruptFileError(
+            f"{path}: no report of hcmen-train ({reason_of(error, 100)}): remove it, or train again"
+        ) from error
     return tuple(found)
 
 

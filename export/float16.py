@@ -29,7 +29,7 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from hcmen.base.errors import InputError
+from hcmen.base.errors import InputError, reason_of
 from hcmen.base.op import DOMAIN, OPERATORS
 
 __all__ = ["drop_unused", "half_weights", "last_products", "set_nodes", "to_float16"]
@@ -260,7 +260,7 @@ def _types(model: ModelProto) -> dict[str, int]:
     try:
         inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True).graph
     except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = reason_of(error, 300)
         raise InputError(f"the types of the graph cannot be inferred ({reason}): export the bundle again") from error
     types = {t.name: t.data_type for t in inferred.initializer}
     types |= {v.name: v.type.tensor_type.elem_type for v in (*inferred.input, *inferred.value_info, *inferred.output)}

@@ -31,7 +31,8 @@ import hcmen
 from hcmen.base.bundle import Bundle
 from hcmen.base.console import Console, one_line
 from hcmen.base.engines import PLUGINS, PRECISIONS, EngineRecord, read_engines, write_engine, write_whole
-from hcmen.base.errors import BackendError, CheckFailed, CorruptFileError, InputError
+from hcmen.base.errors import BackendError, CheckFailed, CorruptFileError, InputError, unknown_name
+from hcmen.base.files import read_small, refused
 from hcmen.base.manifest import OP_DOMAIN, FileRecord, VariantRecord
 from hcmen.runtime.backends.cuda import Cuda
 from hcmen.runtime.backends.flavour import TENSORRT, Flavour, TrtModule
@@ -84,7 +85,7 @@ class Options:
             ("plugin", self.plugin, tuple(p for p in PLUGINS if p != "none")),
         ):
             if value not in choices:
-                raise InputError(f"unknown {name} '{value}': choose from {', '.join(choices)}")
+                raise unknown_name(name, value, choices)
         if not 1 <= self.max_batch <= 4096:
             raise InputError(f"max_batch is {self.max_batch}, expected 1 to 4096")
         if self.opt_batch is not None and not 1 <= self.opt_batch <= self.max_batch:
@@ -319,12 +320,8 @@ class Compiler:
         path = self.options.timing_cache
         if path is None:
             return b""
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            content = b""
-        except OSError as error:
-            raise InputError(f"{path}: {(error.strerror or 'cannot be read').lower()}: name another file") from error
+        with refused(path, fix="name another file"):
+            content = read_small(path) if path.exists() else b""
         cache = config.create_timing_cache(content)
         if cache is None or not config.set_timing_cache(cache, False):
             self.console.warn(f"{path}: not a timing cache of this GPU and TensorRT, a new one is begun")

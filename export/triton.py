@@ -26,6 +26,7 @@ from typing import Any
 import hcmen
 from hcmen.base.bundle import Bundle, file_record, writing_folder
 from hcmen.base.errors import CorruptFileError, InputError
+from hcmen.base.files import read_small
 from hcmen.base.inputs import TensorSpec
 from hcmen.base.library import LIBRARY_NAME, library_path
 from hcmen.base.manifest import parse_json
@@ -139,7 +140,7 @@ def _verify(folder: Path) -> None:
 
 def _mark(folder: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, CorruptFileError):
-        data = parse_json((folder / MARK_FILE).read_bytes())
+        data = parse_json(read_small(folder / MARK_FILE))
         if isinstance(data, dict) and data.get("name") == "hcmen-triton":
             return data
     return {}

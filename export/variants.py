@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hcmen.base.clip import TEXT_TOKENS
-from hcmen.base.errors import BackendError
+from hcmen.base.errors import BackendError, reason_of
 from hcmen.base.inputs import TensorSpec
 from hcmen.base.modalities import Variant
 from hcmen.base.op import OPSET
@@ -104,7 +104,7 @@ def export_variant(model: Any, variant: Variant) -> onnx.ModelProto:
                 verbose=False,
             )
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error, 300)
         raise BackendError(f"PyTorch {torch.__version__} could not export '{variant.name}': {reason}") from error
     assert program is not None
     fold(program.model)

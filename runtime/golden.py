@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hcmen.base.bundle import Bundle
-from hcmen.base.errors import CorruptFileError
+from hcmen.base.errors import CorruptFileError, reason_of
 from hcmen.runtime.compare import Comparison, compare
 
 __all__ = ["SelfTest", "Session", "golden_test", "read_golden"]
@@ -96,7 +96,7 @@ def read_golden(content: NDArray[np.uint8], where: str) -> list[Arrays]:
     except CorruptFileError:
         raise
     except Exception as error:  # zipfile, zlib and numpy each raise errors of their own on damage
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         raise CorruptFileError(f"{where}: damaged golden file ({reason}): export the bundle again") from error
     if not cases:
         raise CorruptFileError(f"{where}: no case in it, expected at least one: export the bundle again")

@@ -139,8 +139,10 @@ class Stream:
             features = model.inputs.modality(m).features
             if 8 * capacity * features > _MOST_BUFFER_BYTES:
                 raise InputError(
-                    f"stream: {float(held):g} s of {m} would have to be kept, {8 * capacity * features} bytes, "
-                    f"expected at most {_MOST_BUFFER_BYTES}: choose a shorter hop, delay or patience"
+                    f"{float(held):g} s of {m} would have to be kept, {8 * capacity * features} bytes",
+                    f"at most {_MOST_BUFFER_BYTES}",
+                    "choose a shorter hop, delay or patience",
+                    where="stream",
                 )
             self._frames[m] = Frames(int(self._ticks / rate), features, capacity)
         self._text = Text(model, wanted=needed is None or "text" in needed)
@@ -335,8 +337,9 @@ class Stream:
                     self._ignored.add(m)
                     continue
                 raise InputError(
-                    f"stream: {m} came, and this stream was made without its rate: give rates={{'{m}': frames per "
-                    "second}"
+                    f"{m} came, and this stream was made without its rate",
+                    fix=f"give rates={{'{m}': frames per second}}",
+                    where="stream",
                 )
             try:
                 array = np.asarray(given)
@@ -347,13 +350,15 @@ class Stream:
             checked = clip_from_arrays("stream", {m: array}, self._free, self._model.clean)
             chunk.frames[m] = checked.features[m] if m not in checked.cleaned else array.astype(np.float32)
         if text_times is not None and text is None:
-            raise InputError("stream: text_times came without text, expected the second of each token of a text")
+            raise InputError("text_times came without text", "the second of each token of a text", where="stream")
         if text is not None:
             if self._text.wanted:
                 chunk.said = self._text.checked(text, text_times, self._free, self._ticks)
                 if not self._frames and chunk.said.whole is not None:
                     raise InputError(
-                        "stream: the text has no times, and this stream has no other clock: give text_times"
+                        "the text has no times, and this stream has no other clock",
+                        fix="give text_times",
+                        where="stream",
                     )
             else:
                 self._ignored.add("text")
@@ -405,7 +410,7 @@ class Stream:
 
     def _check_open(self) -> None:
         if self._ended:
-            raise InputError("stream: it has ended and takes no more frames: make another one")
+            raise InputError("it has ended and takes no more frames", fix="make another one", where="stream")
 
     def _check_room(self, chunk: _Chunk) -> None:
         """Refuses a chunk that would push out frames of windows that are still to be scored."""
@@ -414,8 +419,9 @@ class Stream:
             needed = len(frames.between(-(-self._next * self._hop // frames.ticks), frames.next))
             if needed + len(values) > frames.capacity:
                 raise InputError(
-                    f"stream: {len(values)} frames of {m} are more than it can keep beside those of windows not scored "
-                    "yet: call updates() more often, push in place of append, or use live=True"
+                    f"{len(values)} frames of {m} are more than it can keep beside those of windows not scored yet",
+                    fix="call updates() more often, push in place of append, or use live=True",
+                    where="stream",
                 )
 
     def _drop(self, first: int) -> None:
@@ -595,29 +601,34 @@ def _checked_rates(
     for m in rates:
         if m not in clocked:
             raise InputError(
-                f"stream: a rate of {m!r} was given, expected {' or '.join(clocked)}: text comes with times"
+                f"a rate of {m!r} was given", " or ".join(clocked), "text comes with times", where="stream"
             )
     for m in needed or ():
         if m in clocked and m not in rates:
-            raise InputError(f"stream: no rate of {m} was given, and the variant needs it: rates={{'{m}': per second}}")
+            fix = f"rates={{'{m}': per second}}"
+            raise InputError(f"no rate of {m} was given, and the variant needs it", fix=fix, where="stream")
     checked = {m: exact(rates[m], f"the rate of {m}") for m in clocked if m in rates and m in (needed or clocked)}
     longest = min((inputs.modality(m).max_steps / r for m, r in checked.items()), default=window)
     for m, r in checked.items():
         most, frames = inputs.modality(m).max_steps, math.ceil(window * r)
         if frames > most:
             raise InputError(
-                f"stream: a window of {float(window):g} s holds {frames} frames of {m}, expected at most {most}: the "
-                f"longest window possible here is {_rounded_down(longest)} s"
+                f"a window of {float(window):g} s holds {frames} frames of {m}",
+                f"at most {most}",
+                f"the longest window possible here is {_rounded_down(longest)} s",
+                where="stream",
             )
         if window * r < 1:
             raise InputError(
-                f"stream: a window of {float(window):g} s is shorter than a frame of {m}, expected at least "
-                f"{float(1 / r):g} s"
+                f"a window of {float(window):g} s is shorter than a frame of {m}",
+                f"at least {float(1 / r):g} s",
+                where="stream",
             )
         if hop * max(checked.values()) < 1:
             raise InputError(
-                f"stream: a hop of {float(hop):g} s brings no new frame, expected at least "
-                f"{float(1 / max(checked.values())):g} s"
+                f"a hop of {float(hop):g} s brings no new frame",
+                f"at least {float(1 / max(checked.values())):g} s",
+                where="stream",
             )
     return checked
 

@@ -109,7 +109,7 @@ class Text:
         model = self._model
         if isinstance(text, str):
             if times is not None:
-                raise InputError("stream: one string came with text_times, expected a list with a word for each time")
+                raise InputError("one string came with text_times", "a list with a word for each time", where="stream")
             if not text.strip():
                 return Said(TEXT_TOKENS, whole=np.zeros((3, 0), np.int64))
             tokens, dropped = model.encode(text)
@@ -135,16 +135,18 @@ class Text:
     def _with_times(self, tokens: Sequence[Any], times: Any, ticks_per_second: int) -> list[tuple[int, Any]]:
         seconds = [exact(t, "a time of the text", zero=True) for t in times]
         if len(seconds) != len(tokens):
-            raise InputError(f"stream: {len(tokens)} tokens of text came with {len(seconds)} times, expected one each")
+            raise InputError(f"{len(tokens)} tokens of text came with {len(seconds)} times", "one each", where="stream")
         # A token lies in a window by its time; rounded down to a tick it lies in the same ones.
         ticks = [math.floor(t * ticks_per_second) for t in seconds]
         before = self._timed[-1][0] if self._timed else 0
         if any(b < a for a, b in zip([before, *ticks], ticks, strict=False)):
-            raise InputError("stream: the times of the text fall, expected each no earlier than the one before it")
+            raise InputError("the times of the text fall", "each no earlier than the one before it", where="stream")
         if len(self._timed) + len(ticks) > _MOST_TOKENS:
             raise InputError(
-                f"stream: {len(self._timed) + len(ticks)} tokens of text wait for their windows, expected at most "
-                f"{_MOST_TOKENS}: their times are ahead of the frames, or seconds were given in another unit"
+                f"{len(self._timed) + len(ticks)} tokens of text wait for their windows",
+                f"at most {_MOST_TOKENS}",
+                "their times are ahead of the frames, or seconds were given in another unit",
+                where="stream",
             )
         return list(zip(ticks, tokens, strict=True))
 
@@ -212,7 +214,7 @@ def exact(value: Number, what: str, *, zero: bool = False) -> Fraction:
         number = None
     if number is None or isinstance(value, bool) or number < 0 or (number == 0 and not zero):
         raise InputError(
-            f"stream: {what} is {text[:80]!r}, expected a {'number from 0 on' if zero else 'positive number'}"
+            f"{what} is {text[:80]!r}", f"a {'number from 0 on' if zero else 'positive number'}", where="stream"
         )
     return number
 

@@ -22,10 +22,8 @@ import errno
 import hashlib
 import json
 import os
-import re
-import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -34,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hcmen.base.errors import CorruptFileError, HcmenError, InputError
+from hcmen.base.files import read_small, writing_folder
 from hcmen.base.manifest import (
     MANIFEST_FILE,
     MOST_MANIFEST_BYTES,
@@ -53,7 +52,6 @@ __all__ = [
     "read_bundle",
     "write_manifest",
     "writing_bundle",
-    "writing_folder",
 ]
 
 _READ_BYTES = 1 << 20
@@ -130,7 +128,9 @@ class Bundle:
             size = os.fstat(descriptor).st_size
             if size != record.bytes:
                 raise CorruptFileError(
-                    f"{where}: {size} bytes, the manifest says {record.bytes}: copy or export the bundle again"
+                    f"{size} bytes, the manifest says {record.bytes}",
+                    fix="copy or export the bundle again",
+                    where=str(where),
                 )
             digest = hashlib.sha256()
             content = np.empty(size if keep else min(size, _READ_BYTES), np.uint8)
@@ -140,13 +140,16 @@ class Bundle:
                 part = content.data[start : start + min(_READ_BYTES, size - done)]
                 count = os.readv(descriptor, [part])
                 if count == 0:
-                    raise CorruptFileError(f"{where}: ended after {done} of {size} bytes: copy the bundle again")
+                    raise CorruptFileError(
+                        f"ended after {done} of {size} bytes", fix="copy the bundle again", where=str(where)
+                    )
                 digest.update(part[:count])
                 done += count
         if digest.hexdigest() != record.sha256:
             raise CorruptFileError(
-                f"{where}: sha256 {digest.hexdigest()[:12]}..., the manifest says {record.sha256[:12]}...: "
-                "the file was altered or damaged, copy or export the bundle again"
+                f"sha256 {digest.hexdigest()[:12]}..., the manifest says {record.sha256[:12]}...",
+                fix="the file was altered or damaged, copy or export the bundle again",
+                where=str(where),
             )
         return content if keep else content[:0]
 
@@ -215,7 +218,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     try:
         return Bundle(root, Manifest.from_json(parse_json(content)))
     except HcmenError as error:
-        raise type(error)(f"{where}: {str(error).removeprefix('manifest: ')}") from error
+        raise error.but(where=str(where)) from error
 
 
 def file_record(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> FileRecord:
@@ -260,9 +263,8 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Path:
 def writing_bundle(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
     """Gives an empty folder to write a bundle into, and puts it at `path` when the block ends well.
 
-    The folder is a sibling `.<name>.tmp-<pid>`. At the end it is verified as a reader would, flushed to the disk and
-    renamed; an older bundle at `path` is replaced then and not before. When the block raises, the folder is removed and
-    `path` is as it was. Folders that killed writers left are removed by the next one.
+    At the end it is verified as a reader would, and an older bundle at `path` is replaced then and not before. When the
+    block raises, `path` is as it was (`files.writing_folder`).
 
     Args:
         path: where the bundle shall be. A bundle or an empty folder there is replaced.
@@ -277,47 +279,6 @@ def writing_bundle(path: str | os.PathLike[str], *, force: bool = False) -> Iter
         path, check=lambda target: _check_replaceable(target, force), verify=lambda made: read_bundle(made).verify()
     ) as folder:
         yield folder
-
-
-@contextlib.contextmanager
-def writing_folder(
-    path: str | os.PathLike[str], *, check: Callable[[Path], None], verify: Callable[[Path], None]
-) -> Iterator[Path]:
-    """As `writing_bundle`, for a folder of any kind.
-
-    Args:
-        path: where the folder shall be.
-        check: raises when what is at its argument must not be replaced.
-        verify: raises when its argument, the folder written, is not as it should be.
-
-    Raises:
-        OSError: the place cannot be written.
-        HcmenError: what `check` and `verify` raise.
-    """
-    target = Path(path)
-    target = Path(os.path.realpath(target)) if target.is_symlink() else Path(os.path.abspath(target))
-    check(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        verify(temporary)
-        _flush(temporary)
-        if target.exists():
-            os.rename(target, old)
-        try:
-            os.rename(temporary, target)
-        except BaseException:
-            if old.exists():
-                os.rename(old, target)
-            raise
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _plain(value: Any) -> Any:
@@ -354,7 +315,7 @@ def _opened_beneath(root: Path, name: str) -> Iterator[int]:
         except OSError as error:
             raise _open_error(where, error) from error
         if not stat.S_ISREG(os.fstat(folders[-1]).st_mode):
-            raise CorruptFileError(f"{where}: not a regular file, expected one: copy or export the bundle again")
+            raise CorruptFileError("not a regular file", "one", "copy or export the bundle again", where=str(where))
         yield folders[-1]
     finally:
         for descriptor in folders:
@@ -363,12 +324,13 @@ def _opened_beneath(root: Path, name: str) -> Iterator[int]:
 
 def _open_error(where: Path, error: OSError) -> HcmenError:
     if error.errno == errno.ENOENT:
-        return _MissingFile(f"{where}: missing from the bundle: copy or export the bundle again")
+        return _MissingFile("missing from the bundle", fix="copy or export the bundle again", where=str(where))
     if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENOTDIR):
-        return CorruptFileError(f"{where}: a link, expected a regular file: copy the bundle with its files in it")
+        return CorruptFileError("a link", "a regular file", "copy the bundle with its files in it", where=str(where))
     if error.errno in (errno.EACCES, errno.EPERM):
-        return InputError(f"{where}: permission denied: check its owner and permissions")
-    return CorruptFileError(f"{where}: {(error.strerror or 'cannot be opened').lower()}: copy the bundle again")
+        return InputError("permission denied", fix="check its owner and permissions", where=str(where))
+    reason = (error.strerror or "cannot be opened").lower()
+    return CorruptFileError(reason, fix="copy the bundle again", where=str(where))
 
 
 def _check_replaceable(target: Path, force: bool) -> None:
@@ -388,42 +350,7 @@ def _check_replaceable(target: Path, force: bool) -> None:
 def _looks_like_bundle(folder: Path) -> bool:
     """Whether `folder` was written by us, of whatever schema and state; only then is it replaced unasked."""
     try:
-        with open(folder / MANIFEST_FILE, "rb") as file:
-            data = parse_json(file.read(MOST_MANIFEST_BYTES + 1))
+        data = parse_json(read_small(folder / MANIFEST_FILE, MOST_MANIFEST_BYTES))
     except (OSError, CorruptFileError):
         return False
     return isinstance(data, dict) and data.get("name") == NAME and "schema_version" in data and "variants" in data
-
-
-def _sweep(target: Path) -> None:
-    """Removes what killed writers left beside `target`, and puts back a bundle caught between two renames."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.(tmp|old)-(\d+)\Z")
-    for sibling in list(target.parent.iterdir()):
-        found = pattern.match(sibling.name)
-        # Our own process number on an old folder is a number used again, as containers do.
-        if not found or (int(found[2]) != os.getpid() and _alive(int(found[2]))):
-            continue
-        if found[1] == "old" and not target.exists():
-            os.rename(sibling, target)
-        else:
-            shutil.rmtree(sibling, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _flush(folder: Path) -> None:
-    """Brings every file of `folder` to the disk, so that a rename that survives a power cut has content behind it."""
-    for path in [*(p for p in folder.rglob("*") if p.is_file()), *(p for p in folder.rglob("*") if p.is_dir()), folder]:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

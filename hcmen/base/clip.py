@@ -13,11 +13,9 @@ shape, so memory is bounded too, whatever the compression ratio.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import errno
 import math
 import os
-import stat
 import struct
 import zipfile
 import zlib
@@ -29,11 +27,21 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hcmen.base.errors import CorruptFileError, InputError
+from hcmen.base.errors import CorruptFileError, InputError, did_you_mean, reason_of, shown
+from hcmen.base.files import open_regular, writing_file
 from hcmen.base.inputs import Inputs
 from hcmen.base.modalities import MODALITIES, Variant, variant_for
 
-__all__ = ["TEXT_TOKENS", "Clip", "batch_clips", "clip_from_arrays", "graph_inputs", "read_clip", "write_clip"]
+__all__ = [
+    "TEXT_TOKENS",
+    "Clip",
+    "NotAnArchive",
+    "batch_clips",
+    "clip_from_arrays",
+    "graph_inputs",
+    "read_clip",
+    "write_clip",
+]
 
 TEXT_TOKENS = "text_tokens"
 """The key of a text as a text encoder takes it, in clips and as a graph input."""
@@ -89,6 +97,10 @@ class Clip:
         return variant_for(self.present)
 
 
+class NotAnArchive(InputError):
+    """A file that does not begin as an .npz does, or not yet."""
+
+
 def read_clip(path: str | os.PathLike[str], inputs: Inputs, clean: bool = False) -> Clip:
     """Reads and checks the clip file `path` for a model that takes `inputs`.
 
@@ -106,19 +118,21 @@ def read_clip(path: str | os.PathLike[str], inputs: Inputs, clean: bool = False)
         start = file.read(8)
         size = file.seek(0, os.SEEK_END)
         if size == 0:
-            raise CorruptFileError(f"{name}: the file is empty, expected an .npz clip: write it again")
+            raise CorruptFileError("the file is empty", "an .npz clip", "write it again", where=name)
         if start.startswith(b"\x93NUMPY"):
-            raise InputError(f"{name}: a single .npy array, expected an .npz with text, audio, vision: use numpy.savez")
+            raise InputError("a single .npy array", "an .npz with text, audio, vision", "use numpy.savez", where=name)
         if not start.startswith(b"PK"):
-            raise InputError(f"{name}: not an .npz file, expected a clip with text, audio, vision: use numpy.savez")
+            raise NotAnArchive("not an .npz file", "a clip with text, audio, vision", "use numpy.savez", where=name)
         most = 4 * sum(_most_bytes(inputs, m) for m in _KEYS) + (1 << 20)
         if size > most:
-            raise InputError(f"{name}: the file has {size} bytes, expected at most {most} for this model: cut the clip")
+            raise InputError(f"the file has {size} bytes", f"at most {most} for this model", "cut the clip", where=name)
         try:
             with zipfile.ZipFile(file) as archive:
                 arrays, ignored = _read_members(name, archive, inputs)
         except _ZIP_ERRORS as error:
-            raise CorruptFileError(f"{name}: damaged .npz ({_reason(error)}): write or copy it again") from error
+            raise CorruptFileError(
+                f"damaged .npz ({reason_of(error)})", fix="write or copy it again", where=name
+            ) from error
     clip = clip_from_arrays(name, arrays, inputs, clean)
     return dataclasses.replace(clip, ignored=ignored)
 
@@ -144,7 +158,7 @@ def clip_from_arrays(name: str, arrays: Mapping[str, Any], inputs: Inputs, clean
             array = np.asarray(arrays[m])
         except ValueError as error:
             shape = "integers [3, time]" if m == TEXT_TOKENS else "float [time, features]"
-            raise InputError(f"{name}: {m} is no array ({_reason(error)}), expected {shape}: make it one") from None
+            raise InputError(f"{m} is no array ({reason_of(error)})", shape, "make it one", where=name) from None
         _check_array(name, m, array.dtype, array.shape, inputs)
         if m == TEXT_TOKENS:
             tokens = _checked_tokens(name, array, inputs)
@@ -155,15 +169,17 @@ def clip_from_arrays(name: str, arrays: Mapping[str, Any], inputs: Inputs, clean
         bad = int(values.size - np.count_nonzero(finite))
         if bad and not clean:
             raise InputError(
-                f"{name}: {m} has {bad} NaN or infinite values among {values.size}, expected finite numbers: "
-                "mend the clip, or set them to zero with --clean (clean=True)"
+                f"{m} has {bad} NaN or infinite values among {values.size}",
+                "finite numbers",
+                "mend the clip, or set them to zero with --clean (clean=True)",
+                where=name,
             )
         if bad:
             values = np.where(finite, values, np.float32(0))
             cleaned[m] = bad
         features[m] = values
     if not features and tokens is None:
-        raise InputError(f"{name}: no modality is present, expected at least one of {', '.join(_wanted(inputs))}")
+        raise InputError("no modality is present", f"at least one of {', '.join(_wanted(inputs))}", where=name)
     return Clip(name, features, cleaned, tuple(k for k in arrays if k not in _wanted(inputs)), tokens)
 
 
@@ -223,7 +239,7 @@ def graph_inputs(features: Mapping[str, NDArray[Any]], lengths: Mapping[str, NDA
 
 
 def write_clip(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Writes a clip file, whole or not at all: to a temporary sibling first, then renamed.
+    """Writes a clip file, whole or not at all.
 
     Args:
         path: the file. arrays: modality -> numbers [time, features], `text_tokens` -> integers [3, time].
@@ -237,38 +253,23 @@ def write_clip(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]])
     arrays = {k: np.asarray(x, dtype=np.int64 if k == TEXT_TOKENS else np.float32) for k, x in arrays.items()}
     if not arrays:
         raise InputError(f"{target}: no modality to write, expected at least one of {', '.join(MODALITIES)}")
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type,unused-ignore]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with writing_file(target) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type,unused-ignore]
 
 
 def _opened(name: str) -> IO[bytes]:
     """The regular file `name`, open for reading. A pipe or device is refused instead of waited for."""
     try:
-        descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        return open_regular(name)
     except OSError as error:
+        if error.errno in (errno.EISDIR, errno.EINVAL):
+            kind = "a folder" if error.errno == errno.EISDIR else "not a regular file"
+            raise InputError(kind, "an .npz clip", "give the path of a file", where=name) from error
         hints = {errno.ENOENT: "check the path", errno.EACCES: "check its owner and permissions"}
         hint = hints.get(error.errno or 0, "give the path of an .npz clip")
-        raise InputError(f"{name}: {(error.strerror or 'cannot be opened').lower()}: {hint}") from error
+        raise InputError((error.strerror or "cannot be opened").lower(), fix=hint, where=name) from error
     except ValueError as error:
-        raise InputError(f"{name!r}: {error}: give the path of an .npz clip") from error
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(descriptor)
-        kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-        raise InputError(f"{name}: {kind}, expected an .npz clip: give the path of a file")
-    return os.fdopen(descriptor, "rb")
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{name!r}: {error}", fix="give the path of an .npz clip") from error
 
 
 def _most_bytes(inputs: Inputs, modality: str) -> int:
@@ -287,20 +288,21 @@ def _check_keys(name: str, keys: Iterable[str], inputs: Inputs | None = None) ->
     present = list(keys)
     for key in present:
         if key not in _KEYS:
-            near = difflib.get_close_matches(str(key), _KEYS, n=1)
-            hint = f"did you mean '{near[0]}'? " if near else ""
-            held = ", ".join(_wanted(inputs) if inputs else _KEYS)
-            raise InputError(f"{name}: unknown key {key!r}: {hint}a clip holds {held}: remove others")
+            held = f"a clip holds {', '.join(_wanted(inputs) if inputs else _KEYS)}: remove others"
+            fix = f"{did_you_mean(str(key), _KEYS)} {held}".lstrip()
+            raise InputError(f"unknown key {shown(key)}", fix=fix, where=name)
     if inputs is None or not present or any(k in present for k in _wanted(inputs)):
         return
     if inputs.text_tokens:
         raise InputError(
-            f"{name}: only text features are present, and this model makes its own from tokens: give {TEXT_TOKENS} "
-            "[3, time], or words with hcmen-run --text"
+            "only text features are present, and this model makes its own from tokens",
+            fix=f"give {TEXT_TOKENS} [3, time], or words with hcmen-run --text",
+            where=name,
         )
     raise InputError(
-        f"{name}: only {TEXT_TOKENS} is present, and this model has no text encoder: "
-        "give text features [time, features] under 'text', or use a bundle with a text encoder"
+        f"only {TEXT_TOKENS} is present, and this model has no text encoder",
+        fix="give text features [time, features] under 'text', or use a bundle with a text encoder",
+        where=name,
     )
 
 
@@ -311,12 +313,16 @@ def _checked_tokens(name: str, array: NDArray[Any], inputs: Inputs) -> NDArray[n
         wrong = np.flatnonzero((array[row] < 0) | (array[row] >= limit))
         if wrong.size:
             raise InputError(
-                f"{name}: {what} {array[row][wrong[0]]} at step {wrong[0]}, expected 0 to {limit - 1}: "
-                "use the tokenizer of this bundle"
+                f"{what} {array[row][wrong[0]]} at step {wrong[0]}",
+                f"0 to {limit - 1}",
+                "use the tokenizer of this bundle",
+                where=name,
             )
     if np.any(array[1] != 1):
         raise InputError(
-            f"{name}: the attention mask (row 1 of {TEXT_TOKENS}) is not all ones: cut the padding off the clip"
+            f"the attention mask (row 1 of {TEXT_TOKENS}) is not all ones",
+            fix="cut the padding off the clip",
+            where=name,
         )
     return np.ascontiguousarray(array, dtype=np.int64)
 
@@ -326,32 +332,34 @@ def _check_array(name: str, modality: str, dtype: np.dtype[Any], shape: tuple[in
     sizes = inputs.text if tokens else inputs.modality(modality)
     expected = "int64 [3, time]" if tokens else f"float32 [time, {sizes.features}]"
     if dtype.hasobject:
-        raise CorruptFileError(f"{name}: {modality} holds Python objects, expected {expected}: never unpickled")
+        raise CorruptFileError(f"{modality} holds Python objects", expected, "never unpickled", where=name)
     if tokens:
         if dtype.kind not in "iu" or dtype.itemsize > 8 or dtype == np.uint64:
-            raise InputError(f"{name}: {modality} has dtype {dtype}, expected {expected}: token ids are whole numbers")
+            raise InputError(f"{modality} has dtype {dtype}", expected, "token ids are whole numbers", where=name)
         if len(shape) != 2 or shape[0] != 3:
             raise InputError(
-                f"{name}: {modality} has shape {list(shape)}, expected {expected}: ids, attention mask and token types"
+                f"{modality} has shape {list(shape)}", expected, "ids, attention mask and token types", where=name
             )
         shape = shape[::-1]
     expected = expected.removeprefix("float32 ")
     if not tokens and dtype.newbyteorder("=").name not in _FLOATS:
         raise InputError(
-            f"{name}: {modality} has dtype {dtype}, expected {', '.join(_FLOATS)}: convert it with .astype('float32')"
+            f"{modality} has dtype {dtype}", ", ".join(_FLOATS), "convert it with .astype('float32')", where=name
         )
     if len(shape) != 2:
-        raise InputError(f"{name}: {modality} has shape {list(shape)}, expected {expected}: one clip without a batch")
+        raise InputError(f"{modality} has shape {list(shape)}", expected, "one clip without a batch", where=name)
     if not tokens and shape[1] != sizes.features:
         raise InputError(
-            f"{name}: {modality} has {shape[1]} features (shape {list(shape)}), expected {expected}: "
-            "use the features this model was trained on"
+            f"{modality} has {shape[1]} features (shape {list(shape)})",
+            expected,
+            "use the features this model was trained on",
+            where=name,
         )
     if shape[0] == 0:
-        raise InputError(f"{name}: {modality} has no time step, expected 1 to {sizes.max_steps}: leave it out instead")
+        raise InputError(f"{modality} has no time step", f"1 to {sizes.max_steps}", "leave it out instead", where=name)
     if shape[0] > sizes.max_steps:
         raise InputError(
-            f"{name}: {modality} has {shape[0]} steps, expected at most {sizes.max_steps}: cut or resample the clip"
+            f"{modality} has {shape[0]} steps", f"at most {sizes.max_steps}", "cut or resample the clip", where=name
         )
 
 
@@ -360,17 +368,19 @@ def _read_members(
 ) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
     members = archive.infolist()
     if len(members) > _MAX_MEMBERS:
-        raise InputError(f"{name}: {len(members)} arrays, expected at most {len(MODALITIES)}: remove the others")
+        raise InputError(f"{len(members)} arrays", f"at most {len(MODALITIES)}", "remove the others", where=name)
     keys = [m.filename.removesuffix(".npy") for m in members]
     for key, member in zip(keys, members, strict=True):
         if not member.filename.endswith(".npy"):
-            raise InputError(f"{name}: member {member.filename!r} is no .npy array: write the clip with numpy.savez")
+            raise InputError(
+                f"member {member.filename!r} is no .npy array", fix="write the clip with numpy.savez", where=name
+            )
         if keys.count(key) > 1:
-            raise CorruptFileError(f"{name}: {key!r} is there twice, expected once: write the clip with numpy.savez")
+            raise CorruptFileError(f"{key!r} is there twice", "once", "write the clip with numpy.savez", where=name)
     _check_keys(name, keys, inputs)
     wanted = {k: m for k, m in zip(keys, members, strict=True) if k in _wanted(inputs)}
     if not wanted:
-        raise InputError(f"{name}: no modality is present, expected at least one of {', '.join(_wanted(inputs))}")
+        raise InputError("no modality is present", f"at least one of {', '.join(_wanted(inputs))}", where=name)
     headers = {key: _read_header(name, key, archive, member, inputs) for key, member in wanted.items()}
     arrays = {key: _read_array(archive, wanted[key], *header) for key, header in headers.items()}
     return arrays, tuple(k for k in keys if k not in wanted)
@@ -381,9 +391,9 @@ def _read_header(
 ) -> tuple[int, tuple[int, ...], bool, np.dtype[Any]]:
     """(header bytes, shape, Fortran order, dtype), checked, from the first kilobytes of the member."""
     if member.flag_bits & 0x1:
-        raise InputError(f"{name}: {key} is encrypted, expected a plain .npz: write the clip with numpy.savez")
+        raise InputError(f"{key} is encrypted", "a plain .npz", "write the clip with numpy.savez", where=name)
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise InputError(f"{name}: {key} is compressed by method {member.compress_type}, expected numpy.savez's own")
+        raise InputError(f"{key} is compressed by method {member.compress_type}", "numpy.savez's own", where=name)
     with archive.open(member) as stream:
         try:
             version = np.lib.format.read_magic(stream)
@@ -395,17 +405,19 @@ def _read_header(
                 raise ValueError(f".npy version {version[0]}.{version[1]}")
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
             # numpy explains allow_pickle and its limits at length here; the first sentence says enough.
-            reason = _reason(error).partition(". ")[0]
+            reason = reason_of(error, 1000).partition(". ")[0]
             raise CorruptFileError(
-                f"{name}: {key} has no valid .npy header ({reason}): write the clip again"
+                f"{key} has no valid .npy header ({reason})", fix="write the clip again", where=name
             ) from error
         header_bytes = stream.tell()
     _check_array(name, key, dtype, shape, inputs)
     needed = header_bytes + math.prod(shape) * dtype.itemsize
     if member.file_size != needed:
         raise CorruptFileError(
-            f"{name}: {key} declares {member.file_size} bytes, expected {needed} for shape {list(shape)}: "
-            "write the clip again"
+            f"{key} declares {member.file_size} bytes",
+            f"{needed} for shape {list(shape)}",
+            "write the clip again",
+            where=name,
         )
     return header_bytes, shape, fortran, dtype
 

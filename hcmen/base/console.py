@@ -26,7 +26,6 @@ Data goes to stdout; errors, warnings, notes and progress go to stderr, each as 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import json
 import os
@@ -44,7 +43,7 @@ from typing import Any, TextIO
 import click
 
 import hcmen
-from hcmen.base.errors import EXIT_INTERRUPTED, HcmenError
+from hcmen.base.errors import EXIT_INTERRUPTED, HcmenError, did_you_mean
 
 __all__ = [
     "EXIT_BROKEN_PIPE",
@@ -157,9 +156,8 @@ class Choice(click.Choice):  # type: ignore[type-arg,unused-ignore]
             return super().convert(value, param, ctx)
         except click.BadParameter:
             names = [str(c) for c in self.choices]
-            near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'? " if near else ""
-            self.fail(f"'{value}': {hint}choose from {', '.join(names)}", param, ctx)
+            hint = f"{did_you_mean(str(value), names)} choose from {', '.join(names)}".lstrip()
+            self.fail(f"'{value}': {hint}", param, ctx)
 
 
 def _color_wanted(stream: TextIO) -> bool:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import hashlib
 import json
@@ -30,7 +29,7 @@ from typing import Any
 
 from hcmen.base.bundle import Bundle
 from hcmen.base.errors import CorruptFileError, HcmenError, InputError
-from hcmen.base.files import replace_file
+from hcmen.base.files import refused, sweep, write_file
 from hcmen.base.manifest import FileRecord, JsonObject, parse_json
 from hcmen.base.modalities import VARIANTS
 
@@ -122,10 +121,9 @@ def read_engines(bundle: Bundle) -> tuple[EngineRecord, ...]:
         return () if content is None else _records_from_json(parse_json(content))
     except CorruptFileError as error:
         # What is told of a bundle's manifest does not mend this file; compiling again does.
-        reason = str(error).removeprefix("manifest: ").removeprefix(f"{where}: ").split(": copy ")[0]
-        raise CorruptFileError(f"{where}: {reason}: remove {where.parent} and run hcmen-compile again") from error
+        raise error.but(where=str(where), fix=f"remove {where.parent} and run hcmen-compile again") from error
     except HcmenError as error:
-        raise type(error)(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
+        raise error.but(where=str(where)) from error
 
 
 def write_engine(bundle: Bundle, record: EngineRecord, engine: bytes | memoryview, report: Mapping[str, Any]) -> None:
@@ -156,7 +154,7 @@ def _records_from_json(data: Any) -> tuple[EngineRecord, ...]:
     top = JsonObject("", data)
     schema = top.integer("schema_version", 1)
     if schema != SCHEMA_VERSION:
-        raise InputError(f"schema_version is {schema}, expected {SCHEMA_VERSION}: run hcmen-compile again")
+        raise InputError(f"schema_version is {schema}", str(SCHEMA_VERSION), "run hcmen-compile again")
     entries = top.value("engines", list)
     top.finish()
     if len(entries) > _MOST_ENGINES:
@@ -199,15 +197,14 @@ def _record_from_json(data: JsonObject) -> EngineRecord:
 def _index_locked(bundle: Bundle) -> Iterator[None]:
     """The engines' folder is there, and no other process writes its index within the block."""
     folder = bundle.path / ENGINES_FOLDER
-    try:
+    with _written(folder):
         folder.mkdir(exist_ok=True)
         if folder.is_symlink():
-            raise CorruptFileError(f"{folder}: a link, expected a folder: remove it")
+            raise CorruptFileError("a link", "a folder", "remove it", where=str(folder))
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise _write_error(folder, error) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+        sweep(folder)
         yield
     finally:
         os.close(descriptor)
@@ -224,13 +221,9 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Writes `content` so that a reader sees the old file or the new one; raises InputError when it cannot."""
-    try:
-        replace_file(path, content)
-    except OSError as error:
-        raise _write_error(path, error) from error
+    with _written(path):
+        write_file(path, content)
 
 
-def _write_error(path: Path, error: OSError) -> InputError:
-    reason = (error.strerror or "cannot be written").lower()
-    hint = "make room" if error.errno == errno.ENOSPC else "copy the bundle to a place that can be written"
-    return InputError(f"{path}: {reason}: {hint}")
+def _written(path: Path) -> contextlib.AbstractContextManager[None]:
+    return refused(path, fix="copy the bundle to a place that can be written")

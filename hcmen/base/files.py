@@ -1,27 +1,332 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all, and small files read whole.
+
+A file or folder is written to a temporary neighbour, `.NAME.tmp-XXXXXXXX`, which is renamed when it is whole. The
+writer holds a lock (flock) on it meanwhile. `sweep` takes a neighbour that nobody locks for one that a killed writer
+left; process numbers would not do, since a container has its own.
+
+Needs the standard library alone.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
-__all__ = ["replace_file"]
+from hcmen.base.errors import InputError, reason_of
+
+__all__ = [
+    "check_writable",
+    "open_regular",
+    "read_small",
+    "refused",
+    "replace_folder",
+    "sweep",
+    "write_file",
+    "write_files",
+    "writing_file",
+    "writing_folder",
+]
+
+_LEFT = re.compile(r"\.(.+)\.(tmp|old)-[0-9a-f]{8}\Z", re.DOTALL)
+_EXCHANGE, _AT_FDCWD = 2, -100
 
 
-def replace_file(path: Path, content: bytes | memoryview) -> None:
+@contextlib.contextmanager
+def refused(
+    where: str | os.PathLike[str], expected: str | None = None, fix: str | None = None, *, note: str | None = None
+) -> Iterator[None]:
+    """Makes an OSError of the block an InputError about `where`, with `note` behind the system's reason."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fix = f"make room, or {fix}" if fix else "make room"
+        reason = (error.strerror or reason_of(error)).lower()
+        raise InputError(f"{reason}, {note}" if note else reason, expected, fix, where=os.fspath(where)) from error
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def write_file(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
     """Writes `content` to `path` so that a reader, or a process killed at any moment, sees the old file or the new one.
 
     Raises:
         OSError: the disk is full, or the place cannot be written; nothing is left behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+    with writing_file(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def writing_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """As `write_file`, for a block that writes to the file it is given.
+
+    Raises:
+        OSError: the disk is full, or the place cannot be written; nothing is left behind.
+    """
+    path = Path(path)
+    with contextlib.ExitStack() as stack:
+        temporary, file = stack.enter_context(_temporary_file(path))
+        yield file
+        _to_disk(file)
         os.replace(temporary, path)
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes all of `files` into `folder`, or none: the first is renamed when all are on the disk.
+
+    Raises:
+        OSError: the disk is full, or the place cannot be written; what was there is as it was.
+    """
+    with contextlib.ExitStack() as stack:
+        made = {}
+        for name, content in files.items():
+            made[name], file = stack.enter_context(_temporary_file(folder / name))
+            file.write(content)
+            _to_disk(file)
+        # A folder in a file's place would stop the renames half way.
+        for name in files:
+            if (folder / name).is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{name} is a folder")
+        for name, temporary in made.items():
+            os.replace(temporary, folder / name)
+
+
+@contextlib.contextmanager
+def writing_folder(
+    path: str | os.PathLike[str],
+    *,
+    check: Callable[[Path], None] = lambda _: None,
+    verify: Callable[[Path], None] = lambda _: None,
+) -> Iterator[Path]:
+    """Gives an empty folder to write into, and puts it at `path` when the block ends well.
+
+    At the end it is flushed to the disk and renamed. A folder at `path` is replaced then and not before; a link there
+    stays, and the folder it names is replaced. When the block raises, the new folder is removed and `path` is as it
+    was. What killed writers left is removed first.
+
+    Args:
+        path: where the folder shall be.
+        check: raises when what is at its argument must not be replaced.
+        verify: raises when its argument, the folder written, is not as it should be.
+
+    Raises:
+        OSError: the place cannot be written.
+        HcmenError: what `check` and `verify` raise.
+    """
+    target = Path(path)
+    target = Path(os.path.realpath(target)) if target.is_symlink() else Path(os.path.abspath(target))
+    check(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sweep(target.parent, target.name)
+    temporary, descriptor = _new(target, folder=True)
+    try:
+        yield temporary
+        verify(temporary)
+        _flush(temporary)
+        replace_folder(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def replace_folder(made: Path, target: Path) -> None:
+    """Renames the folder `made` to its neighbour `target` and removes the folder that was there.
+
+    Where the system can exchange the two, `target` is there at every moment. Elsewhere the older folder moves aside
+    first; were the process killed then, the next `sweep` would put it back.
+
+    Raises:
+        OSError: it cannot be renamed; `target` is as it was.
+    """
+    try:
+        os.rename(made, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    else:
+        return
+    if _exchanged(made, target):
+        shutil.rmtree(made, ignore_errors=True)
+        return
+    old = target.with_name(f".{target.name}.old-{os.urandom(4).hex()}")
+    descriptor = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _locked(descriptor)
+        os.rename(target, old)
+        try:
+            os.rename(made, target)
+        except BaseException:
+            os.rename(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Removes what killed writers left in `folder`: of the file or folder `name`, or of all.
+
+    A folder that a killed writer had moved aside is put back where nothing has come in its place.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        for entry in sorted(os.listdir(folder)):
+            found = _LEFT.match(entry)
+            if found and name in (None, found[1]):
+                with contextlib.suppress(OSError):
+                    _sweep(folder / entry, folder / found[1], found[2])
+
+
+def check_writable(folder: Path) -> None:
+    """Finds out before the work whether `folder`, made where it is not there, can be written.
+
+    Raises:
+        OSError: it cannot.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _temporary_file(folder / "probe"):
+        pass
+
+
+def _sweep(left: Path, target: Path, kind: str) -> None:
+    descriptor = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is(left, descriptor):
+            return
+        if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            left.unlink()
+        elif kind == "old" and not target.exists():
+            os.rename(left, target)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _temporary_file(target: Path) -> Iterator[tuple[Path, IO[bytes]]]:
+    """A temporary neighbour of `target`, open and locked; removed at the end, unless it was renamed."""
+    temporary, descriptor = _new(target, folder=False)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield temporary, file
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _new(target: Path, *, folder: bool) -> tuple[Path, int]:
+    """A new neighbour of `target`, and the descriptor that holds its lock."""
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW
+    flags |= os.O_RDONLY | os.O_DIRECTORY if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    while True:
+        path = target.with_name(f".{target.name}.tmp-{os.urandom(4).hex()}")
+        with contextlib.suppress(FileExistsError):
+            if folder:
+                path.mkdir()
+            try:
+                descriptor = os.open(path, flags, 0o666)
+            except FileNotFoundError:
+                if not folder:
+                    raise
+                continue
+            # Between its making and its locking a sweep may have taken it for one that was left.
+            if _locked(descriptor) and _is(path, descriptor):
+                return path, descriptor
+            os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    """Locks what is open, unless another has; a file system without locks is written all the same."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _is(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchanges the names of two files or folders in one step; False where the system cannot."""
+    import ctypes
+
+    try:
+        exchange = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    if exchange(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_EXCHANGE)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(code, os.strerror(code), os.fspath(one), None, os.fspath(other))
+
+
+def _to_disk(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _flush(folder: Path) -> None:
+    """Brings every file of `folder` to the disk, so that a rename that survives a power cut has content behind it."""
+    for path in [*(p for p in folder.rglob("*") if p.is_file()), *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+    """The regular file `path`, open for reading. A pipe or device is refused instead of waited for.
+
+    Raises:
+        IsADirectoryError: a folder is there.
+        OSError: anything else that is no file, or it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+
+
+def read_small(path: str | os.PathLike[str], most: int = 256 << 20) -> bytes:
+    """The content of the regular file `path` of at most `most` bytes.
+
+    Raises:
+        OSError: it is larger, cannot be read, or is as `open_regular` refuses it.
+    """
+    with open_regular(path) as file:
+        # All of what is asked for is allocated at once; the files of /proc say that they are empty.
+        limit = min(most, max(os.fstat(file.fileno()).st_size, 1 << 16))
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"more than {limit} bytes", os.fspath(path))
+    return content

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hcmen.base.errors import unknown_name
 from hcmen.base.modalities import MODALITIES, variant_named
 from hcmen.base.settings import checked, require
 
@@ -137,7 +138,8 @@ class Inputs:
 
     def modality(self, name: str) -> FeatureConfig:
         """The feature sizes of the modality `name`."""
-        require(name in MODALITIES, f"unknown modality '{name}': choose from {', '.join(MODALITIES)}")
+        if name not in MODALITIES:
+            raise unknown_name("modality", name, MODALITIES)
         found: FeatureConfig = getattr(self, name)
         return found
 

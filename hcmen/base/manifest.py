@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from hcmen.base.errors import BackendError, CorruptFileError, InputError
+from hcmen.base.errors import BackendError, CorruptFileError, InputError, did_you_mean, reason_of, shown
 from hcmen.base.inputs import Inputs, TensorSpec
 from hcmen.base.modalities import MODALITIES, VARIANTS
 from hcmen.base.op import DOMAIN as OP_DOMAIN
@@ -180,8 +180,9 @@ class Manifest:
         schema = top.integer("schema_version", 1)
         if schema not in (1, SCHEMA_VERSION):
             raise InputError(
-                f"manifest schema_version is {schema}, expected 1 or {SCHEMA_VERSION}: upgrade hcmen, or export the "
-                "bundle again"
+                f"manifest schema_version is {schema}",
+                f"1 or {SCHEMA_VERSION}",
+                "upgrade hcmen, or export the bundle again",
             )
         if schema == 1:
             top = JsonObject("", as_schema_2(top))
@@ -192,8 +193,8 @@ class Manifest:
         if (domain, version) != (OP_DOMAIN, OP_VERSION):
             raise BackendError(
                 f"the graphs need ops '{domain}' version {version}, "
-                f"this package has '{OP_DOMAIN}' version {OP_VERSION}: "
-                f"{'upgrade hcmen' if version > OP_VERSION else 'export the bundle again'}"
+                f"this package has '{OP_DOMAIN}' version {OP_VERSION}",
+                fix="upgrade hcmen" if version > OP_VERSION else "export the bundle again",
             )
         inputs = _inputs_from_json(top)
         precision = top.one_of("precision", PRECISIONS)
@@ -227,7 +228,7 @@ class JsonObject:
     def __init__(self, where: str, data: Any):
         self.where = where
         if not isinstance(data, dict):
-            raise CorruptFileError(f"manifest: {where or 'the top'} is {_kind(data)}, expected an object")
+            raise CorruptFileError(f"{where or 'the top'} is {_kind(data)}", "an object", where="manifest")
         self.data: dict[str, Any] = data
         self._taken: set[str] = set()
 
@@ -237,50 +238,50 @@ class JsonObject:
     def value(self, key: str, kind: type) -> Any:
         """The value at `key`, of the type `kind`; raises CorruptFileError as all of these."""
         if key not in self.data:
-            raise CorruptFileError(f"manifest: key '{self._name(key)}' is missing")
+            raise CorruptFileError(f"key '{self._name(key)}' is missing", where="manifest")
         self._taken.add(key)
         value = self.data[key]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise CorruptFileError(f"manifest: '{self._name(key)}' is {_kind(value)}, expected {_kind(kind())}")
+            raise CorruptFileError(f"'{self._name(key)}' is {_kind(value)}", _kind(kind()), where="manifest")
         return value
 
     def string(self, key: str) -> str:
         """A string of at most 1000 characters."""
         value: str = self.value(key, str)
         if len(value) > 1000:
-            raise CorruptFileError(f"manifest: '{self._name(key)}' has {len(value)} characters, expected at most 1000")
+            raise CorruptFileError(f"'{self._name(key)}' has {len(value)} characters", "at most 1000", where="manifest")
         return value
 
     def one_of(self, key: str, choices: tuple[str, ...]) -> str:
         """One of the strings `choices`."""
         value = self.string(key)
         if value not in choices:
-            raise CorruptFileError(f"manifest: '{self._name(key)}' is {value!r}, expected {' or '.join(choices)}")
+            raise CorruptFileError(f"'{self._name(key)}' is {shown(value)}", " or ".join(choices), where="manifest")
         return value
 
     def integer(self, key: str, least: int, most: int = 1 << 31) -> int:
         """An integer from `least` to `most`."""
         value: int = self.value(key, int)
         if not least <= value <= most:
-            raise CorruptFileError(f"manifest: '{self._name(key)}' is {value}, expected {least} to {most}")
+            raise CorruptFileError(f"'{self._name(key)}' is {value}", f"{least} to {most}", where="manifest")
         return value
 
     def number(self, key: str, least: float, most: float) -> float:
         """A number from `least` to `most`."""
         value = self.value(key, object)
         if not isinstance(value, (int, float)):
-            raise CorruptFileError(f"manifest: '{self._name(key)}' is {_kind(value)}, expected a number")
+            raise CorruptFileError(f"'{self._name(key)}' is {_kind(value)}", "a number", where="manifest")
         if not least <= value <= most:
-            raise CorruptFileError(f"manifest: '{self._name(key)}' is {value:g}, expected {least:g} to {most:g}")
+            raise CorruptFileError(f"'{self._name(key)}' is {value:g}", f"{least:g} to {most:g}", where="manifest")
         return float(value)
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
         """A list of `count` finite numbers."""
         values = self.value(key, list)
         if len(values) != count or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
-            raise CorruptFileError(f"manifest: '{self._name(key)}' is not a list of {count} numbers")
+            raise CorruptFileError(f"'{self._name(key)}' is not a list of {count} numbers", where="manifest")
         if not all(abs(v) <= 1e38 for v in values):
-            raise CorruptFileError(f"manifest: '{self._name(key)}' holds a number beyond float32")
+            raise CorruptFileError(f"'{self._name(key)}' holds a number beyond float32", where="manifest")
         return tuple(float(v) for v in values)
 
     def object(self, key: str) -> JsonObject:
@@ -295,7 +296,8 @@ class JsonObject:
         """Refuses keys that nobody took."""
         unknown = [k for k in self.data if k not in self._taken]
         if unknown:
-            raise CorruptFileError(f"manifest: unknown key {self._name(unknown[0])!r}: copy or export the bundle again")
+            fix = f"{did_you_mean(unknown[0], self._taken)} copy or export the bundle again".lstrip()
+            raise CorruptFileError(f"unknown key {shown(self._name(unknown[0]))}", fix=fix, where="manifest")
 
 
 def _kind(value: Any) -> str:
@@ -310,18 +312,18 @@ def parse_json(content: bytes) -> Any:
         CorruptFileError: it has one of them, or is no JSON.
     """
     if len(content) > MOST_MANIFEST_BYTES:
-        raise CorruptFileError(f"manifest: more than {MOST_MANIFEST_BYTES} bytes, expected a few thousand")
+        raise CorruptFileError(f"more than {MOST_MANIFEST_BYTES} bytes", "a few thousand", where="manifest")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made: dict[str, Any] = {}
         for key, value in pairs:
             if key in made:
-                raise CorruptFileError(f"manifest: key {key!r} is there twice")
+                raise CorruptFileError(f"key {shown(key)} is there twice", where="manifest")
             made[key] = value
         return made
 
     def refuse(word: str) -> Any:
-        raise CorruptFileError(f"manifest: {word} is not a finite number")
+        raise CorruptFileError(f"{word} is not a finite number", where="manifest")
 
     def finite(digits: str) -> float:
         value = float(digits)
@@ -330,10 +332,12 @@ def parse_json(content: bytes) -> Any:
     try:
         data = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise CorruptFileError(f"manifest: not valid JSON ({reason}): copy or export the bundle again") from error
+        reason = "nested too deeply" if isinstance(error, RecursionError) else reason_of(error)
+        raise CorruptFileError(
+            f"not valid JSON ({reason})", fix="copy or export the bundle again", where="manifest"
+        ) from error
     if _depth_exceeds(data, _MAX_DEPTH):
-        raise CorruptFileError(f"manifest: nested too deeply, expected at most {_MAX_DEPTH} levels")
+        raise CorruptFileError("nested too deeply", f"at most {_MAX_DEPTH} levels", where="manifest")
     return data
 
 
@@ -361,7 +365,9 @@ def _take_record(data: JsonObject) -> FileRecord:
 
 def _check_digest(data: JsonObject) -> None:
     if not _SHA256.match(data.string("sha256")):
-        raise CorruptFileError(f"manifest: '{data.where}.sha256' is no sha256 of 64 lower-case hexadecimal digits")
+        raise CorruptFileError(
+            f"'{data.where}.sha256' is no sha256 of 64 lower-case hexadecimal digits", where="manifest"
+        )
 
 
 def check_file_name(name: str) -> None:
@@ -369,18 +375,18 @@ def check_file_name(name: str) -> None:
     parts = name.split("/")
     if len(parts) > 2 or not all(_FILE_PART.match(p) for p in parts) or name == MANIFEST_FILE:
         raise CorruptFileError(
-            f"manifest: file name {name[:200]!r} is unsafe, expected plain names inside the bundle such as full.onnx"
+            f"file name {name[:200]!r} is unsafe", "plain names inside the bundle such as full.onnx", where="manifest"
         )
 
 
 def _inputs_from_json(top: JsonObject) -> Inputs:
     values, outputs = top.value("inputs", dict), top.value("outputs", list)
     if "outputs" in values:
-        raise CorruptFileError("manifest: unknown key 'inputs.outputs': copy or export the bundle again")
+        raise CorruptFileError("unknown key 'inputs.outputs'", fix="copy or export the bundle again", where="manifest")
     try:
         return Inputs.from_json({**values, "outputs": outputs})
     except InputError as error:
-        raise CorruptFileError(f"manifest: 'inputs': {error}") from error
+        raise CorruptFileError(f"'inputs': {error}", where="manifest") from error
 
 
 def _model_from_json(data: JsonObject) -> ModelRecord:
@@ -425,16 +431,17 @@ def _tensors_from_json(data: list[Any], where: str) -> tuple[TensorSpec, ...]:
     try:
         return tuple(TensorSpec.from_json(item, f"{where}[{i}]") for i, item in enumerate(data))
     except InputError as error:
-        raise CorruptFileError(f"manifest: {error}") from error
+        raise CorruptFileError(f"{error}", where="manifest") from error
 
 
 def _variants_from_json(data: JsonObject, inputs: Inputs, precision: str) -> dict[str, VariantRecord]:
     names = [v.name for v in VARIANTS]
     for name in data.data:
         if name not in names:
-            raise CorruptFileError(f"manifest: unknown variant {name!r}, expected {', '.join(names)}")
+            fix = did_you_mean(name, names) or None
+            raise CorruptFileError(f"unknown variant {shown(name)}", ", ".join(names), fix, where="manifest")
     if not data.data:
-        raise CorruptFileError("manifest: 'variants' is empty, expected at least one")
+        raise CorruptFileError("'variants' is empty", "at least one", where="manifest")
     return {name: _variant_from_json(data.object(name), name, inputs, precision) for name in names if name in data.data}
 
 
@@ -453,7 +460,7 @@ def _variant_from_json(data: JsonObject, name: str, inputs: Inputs, precision: s
     ):
         if sorted(got, key=lambda t: t.name) != sorted(expected, key=lambda t: t.name):
             raise CorruptFileError(
-                f"manifest: '{data.where}.{what}' is {_signature(got)}, expected {_signature(expected)}"
+                f"'{data.where}.{what}' is {_signature(got)}", _signature(expected), where="manifest"
             )
     parity = JsonObject(f"{data.where}.parity", data.data["parity"])
     parity.value("passed", bool)
@@ -476,7 +483,7 @@ def _normalisation_from_json(data: JsonObject, inputs: Inputs) -> dict[str, dict
         made[m] = {key: entry.numbers(key, count) for key in ("mean", "std")}
         entry.finish()
         if min(made[m]["std"]) <= 0:
-            raise CorruptFileError(f"manifest: 'normalisation.{m}.std' holds {min(made[m]['std'])}, expected above 0")
+            raise CorruptFileError(f"'normalisation.{m}.std' holds {min(made[m]['std'])}", "above 0", where="manifest")
     data.finish()
     return made
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from hcmen.base.errors import InputError
+from hcmen.base.errors import InputError, unknown_name
 
 __all__ = ["HEADLINE_ACC2", "family_for", "floor", "mae", "pearson", "scores", "weighted_f1"]
 
@@ -53,7 +53,7 @@ def scores(truth: npt.ArrayLike, prediction: npt.ArrayLike, family: str = "mosi"
         return _mosi(y, p)
     if family == "sims":
         return _sims(y, p)
-    raise InputError(f"unknown family of measures '{family}': choose from mosi, sims")
+    raise unknown_name("family of measures", family, ("mosi", "sims"))
 
 
 def floor(truth: npt.ArrayLike, training_labels: npt.ArrayLike, family: str = "mosi") -> dict[str, float]:

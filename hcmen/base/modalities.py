@@ -6,11 +6,10 @@ output `modality_weights` `[batch, 3]`.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hcmen.base.errors import InputError
+from hcmen.base.errors import InputError, unknown_name
 
 __all__ = ["MODALITIES", "VARIANTS", "Variant", "variant_for", "variant_named"]
 
@@ -57,9 +56,7 @@ def variant_named(name: str) -> Variant:
     """
     found = _BY_NAME.get(name)
     if found is None:
-        near = difflib.get_close_matches(name, _BY_NAME, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise InputError(f"unknown variant '{name}': {hint}choose from {', '.join(_BY_NAME)}")
+        raise unknown_name("variant", name, _BY_NAME)
     return found
 
 
@@ -72,7 +69,7 @@ def variant_for(present: Iterable[str]) -> Variant:
     names = set(present)
     unknown = sorted(names - set(MODALITIES))
     if unknown:
-        raise InputError(f"unknown modality '{unknown[0]}': choose from {', '.join(MODALITIES)}")
+        raise unknown_name("modality", unknown[0], MODALITIES)
     if not names:
         raise InputError(f"no modality is present: at least one of {', '.join(MODALITIES)} is needed")
     return _BY_PRESENT[tuple(m for m in MODALITIES if m in names)]

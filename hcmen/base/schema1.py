@@ -28,7 +28,7 @@ def as_schema_2(top: JsonObject) -> dict[str, Any]:
     """
     for key in _NEW:
         if key in top.data:
-            raise CorruptFileError(f"manifest: unknown key '{key}': copy or export the bundle again")
+            raise CorruptFileError(f"unknown key '{key}'", fix="copy or export the bundle again", where="manifest")
     model = top.object("model")
     low, high = top.numbers("label_range", 2)
     tokens = None

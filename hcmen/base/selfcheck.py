@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hcmen.base.errors import BackendError, CheckFailed
+from hcmen.base.errors import BackendError, CheckFailed, reason_of
 from hcmen.base.op import SELECTIVE_SCAN
 
 __all__ = ["TOLERANCE", "SelfCheck", "operators_run", "run_selfcheck", "selective_scan_numpy", "selfcheck_inputs"]
@@ -113,10 +113,8 @@ def run_selfcheck(library: Path | None) -> SelfCheck:
     try:
         outputs, operators = operators_run(onnxruntime, MODEL.read_bytes(), inputs, library)
     except Exception as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BackendError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot run the one-node model: {first_line}"
-        ) from error
+        version = onnxruntime.__version__
+        raise BackendError(f"ONNX Runtime {version} cannot run the one-node model: {reason_of(error)}") from error
     worst = max(
         float(np.abs(got - want).max() / np.abs(want).max())
         for got, want in zip(outputs, selective_scan_numpy(**inputs, delta_softplus=True), strict=True)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from hcmen.base.errors import InputError
+from hcmen.base.errors import InputError, did_you_mean, shown
 
 __all__ = ["checked", "require"]
 
@@ -37,9 +36,8 @@ def checked(cls: type, data: Mapping[str, Any], prefix: str = "", *, whole: bool
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f", did you mean '{near[0]}'?" if near else ""
-            raise InputError(f"unknown config key '{prefix}{key}'{hint}")
+            hint = did_you_mean(str(key), fields)
+            raise InputError(f"unknown config key {shown(f'{prefix}{key}')}" + (f", {hint}" if hint else ""))
     for name, f in fields.items():
         if name not in data:
             required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
@@ -52,6 +50,6 @@ def checked(cls: type, data: Mapping[str, Any], prefix: str = "", *, whole: bool
         require(
             # In Python a bool is an int, in JSON it is not.
             isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)),
-            f"config key '{prefix}{name}' is {value!r}, expected {declared}",
+            f"config key '{prefix}{name}' is {shown(value)}, expected {declared}",
         )
     return {name: data[name] for name in fields if name in data}

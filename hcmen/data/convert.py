@@ -19,6 +19,7 @@ import click
 
 from hcmen.base.console import Console, Progress, command
 from hcmen.base.errors import CorruptFileError, InputError
+from hcmen.base.files import refused
 
 __all__ = ["convert", "main"]
 
@@ -71,11 +72,8 @@ def convert(
                 f"{source}: SHA-256 is {found}, expected {sha256.lower()}: another file, or a damaged one: get it from "
                 "its publisher again"
             )
-        try:
+        with refused(out.parent, "scratch space", "choose another place"):
             data = pickled.load()
-        except OSError as error:
-            reason = (error.strerror or "cannot be written").lower()
-            raise InputError(f"{out.parent}: {reason}, expected scratch space: free some, or choose another") from error
         splits = {name: open_split(data, name, str(source)) for name in SPLITS}
         total = sum(4 * raw.size for split in splits.values() for raw in split.raw.values())
         done = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hcmen.base.console import Choice, Console, command
-from hcmen.base.errors import InputError
+from hcmen.base.errors import InputError, did_you_mean, unknown_name
 from hcmen.base.modalities import MODALITIES
 from hcmen.data import SPLITS
 
@@ -124,11 +123,7 @@ def _modalities(value: str) -> set[str]:
     names = [name.strip() for name in value.split(",")]
     for name in names:
         if name not in MODALITIES:
-            near = difflib.get_close_matches(name, MODALITIES, n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'? " if near else ""
-            raise click.UsageError(
-                f"--modalities: unknown modality '{name}': {hint}choose from {', '.join(MODALITIES)}"
-            )
+            raise click.UsageError(f"--modalities: {unknown_name('modality', name, MODALITIES)}")
     return set(names)
 
 
@@ -151,9 +146,9 @@ def _chosen(where: str, names: Sequence[str], indices: Sequence[int], ids: Seque
     for name in ids:
         places = [i for i, other in enumerate(names) if other == name]
         if not places:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f": did you mean '{near[0]}'?" if near else f", its first is '{names[0]}'"
-            raise InputError(f"{where}: has no sample called '{name}'{hint}")
+            hint = did_you_mean(name, names)
+            what = f"has no sample called '{name}'" + ("" if hint else f", its first is '{names[0]}'")
+            raise InputError(what, fix=hint, where=where)
         if len(places) > 1:
             first, second = places[:2]
             raise InputError(f"{where}: samples {first} and {second} are both called '{name}': choose with --index")

@@ -10,16 +10,14 @@
 The names are MMSA's keys, so a folder is checked by the same code as a pickle. The numbers are what the reader makes
 of the pickle: cleaned, float32, zero beyond the lengths.
 
-A folder appears whole or not at all: it is written to a temporary neighbour, `.NAME.tmp-PID`, and renamed. The arrays
-are written rather than mapped, since a full disk ends a process that writes through a map.
+A folder appears whole or not at all (hcmen/base/files.py). The arrays are written rather than mapped, since a full disk
+ends a process that writes through a map.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -28,7 +26,8 @@ from typing import Any
 import numpy as np
 
 import hcmen
-from hcmen.base.errors import CorruptFileError, InputError
+from hcmen.base.errors import CorruptFileError, InputError, reason_of, shown
+from hcmen.base.files import check_writable, read_small, refused, sweep, writing_folder
 from hcmen.base.inputs import Inputs
 from hcmen.base.modalities import MODALITIES
 from hcmen.data import SPLITS, MultimodalDataset, Split
@@ -89,14 +88,9 @@ def check_free(out: Path, force: bool) -> None:
             raise InputError(f"{out}: holds files and no {INDEX}, so it is no data set to replace: choose another name")
         if not force:
             raise InputError(f"{out}: holds a data set already: replace it with --force, or choose another name")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(out, "tmp")
-        probe = _neighbour(out, "tmp")
-        probe.mkdir()
-        probe.rmdir()
-    except OSError as error:
-        raise _unwritable(out, error) from error
+    with _written(out):
+        check_writable(out.parent)
+        sweep(out.parent, out.name)
 
 
 def write_folder(
@@ -123,23 +117,15 @@ def write_folder(
     """
     needed = sum(4 * raw.size for split in splits.values() for raw in split.raw.values())
     needed += sum(8 * split.text_bert.size for split in splits.values() if split.text_bert is not None)
-    temporary = _neighbour(out, "tmp")
-    try:
+    with _written(out):
         free = shutil.disk_usage(out.parent).free
         if needed > free:
             raise InputError(
                 f"{out}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: free some space or choose another "
                 "place"
             )
-        temporary.mkdir()
-        index = _write(temporary, splits, source, release, on_bytes)
-        _swap(temporary, out)
-    except OSError as error:
-        raise _unwritable(out, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _sweep(out, "old")
-    return index
+        with writing_folder(out) as temporary:
+            return _write(temporary, splits, source, release, on_bytes)
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -203,63 +189,16 @@ def _write_array(path: Path, key: str, shape: tuple[int, ...], pieces: Iterable[
         np.lib.format.write_array_header_1_0(file, header)
         for piece in pieces:
             file.write(np.ascontiguousarray(piece, dtype).data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _write_json(path: Path, data: Any) -> None:
     with open(path, "w", encoding="ascii") as file:
         json.dump(data, file, indent=2 if isinstance(data, dict) else None, allow_nan=False)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
-def _swap(temporary: Path, out: Path) -> None:
-    """Renames `temporary` to `out`; what was there is moved aside first, and back if that fails."""
-    if not out.exists():
-        os.rename(temporary, out)
-        return
-    aside = _neighbour(out, "old")
-    os.rename(out, aside)
-    try:
-        os.rename(temporary, out)
-    except BaseException:
-        os.rename(aside, out)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _neighbour(out: Path, kind: str) -> Path:
-    return out.with_name(f".{out.name}.{kind}-{os.getpid()}")
-
-
-def _sweep(out: Path, kind: str) -> None:
-    """Removes what processes left that were killed."""
-    pattern = re.compile(rf"\.{re.escape(out.name)}\.{kind}-(\d+)")
-    for path in out.parent.iterdir():
-        match = pattern.fullmatch(path.name)
-        if match and not _alive(int(match[1])):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _unwritable(out: Path, error: OSError) -> InputError:
-    reason = (error.strerror or "cannot be written").lower()
-    return InputError(
-        f"{out}: {reason}, expected a place for the converted data set: free some space or choose another"
-    )
+def _written(out: Path) -> contextlib.AbstractContextManager[None]:
+    return refused(out, "a place for the converted data set", "choose another place")
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -267,20 +206,21 @@ def _unwritable(out: Path, error: OSError) -> InputError:
 
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
-    try:
-        index = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         raise InputError(
             f"{folder}: is a directory without {INDEX}, expected a data file or a folder that hcmen-convert wrote"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{path}: {(error.strerror or 'cannot be read').lower()}, expected a data set") from error
+        )
+    try:
+        with refused(path, "a data set"):
+            index = json.loads(read_small(path))
     except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path}: not JSON ({str(error)[:100]}): convert the data file again") from error
+        raise CorruptFileError(
+            f"not JSON ({reason_of(error, 100)})", fix="convert the data file again", where=str(path)
+        ) from error
     found = index.get("schema_version") if isinstance(index, dict) else None
     if found != SCHEMA_VERSION:
         raise CorruptFileError(
-            f"{path}: schema_version is {found!r}, expected {SCHEMA_VERSION}: convert the data file again"
+            f"{path}: schema_version is {shown(found)}, expected {SCHEMA_VERSION}: convert the data file again"
         )
     cleaned, splits = index.get("cleaned"), index.get("splits")
     names = {_IDS, *(f"{key}.npy" for key in _ARRAYS)}
@@ -304,7 +244,7 @@ def _map_split(folder: Path, split: str, index: Mapping[str, Any]) -> dict[str, 
         path = folder / split / name
         with contextlib.suppress(OSError):
             size = path.stat().st_size
-            if size == expected:
+            if size == expected and path.is_file():
                 continue
             raise CorruptFileError(
                 f"{path}: has {size} bytes, {INDEX} says {expected}: truncated or altered, convert the data file again"
@@ -315,9 +255,11 @@ def _map_split(folder: Path, split: str, index: Mapping[str, Any]) -> dict[str, 
     }
     path = folder / split / _IDS
     try:
-        data["id"] = json.loads(path.read_bytes())
+        data["id"] = json.loads(read_small(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path}: no list of names ({str(error)[:100]}): convert the data file again") from error
+        raise CorruptFileError(
+            f"{path}: no list of names ({reason_of(error, 100)}): convert the data file again"
+        ) from error
     return data
 
 
@@ -327,7 +269,7 @@ def _map_array(path: Path, key: str) -> RawArray:
         # Not np.load, which would open a zip archive of that name as well. Arrays of objects are refused here.
         array = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, SyntaxError, TypeError, EOFError) as error:
-        reason = " ".join(str(error).split())[:100]
+        reason = reason_of(error, 100)
         raise CorruptFileError(f"{path}: damaged ({reason}): convert the data file again") from error
     if array.dtype != dtype or array.ndim != rank or not array.flags.c_contiguous:
         raise CorruptFileError(

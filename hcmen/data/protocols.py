@@ -11,7 +11,6 @@ it. docs/protocols.md has the definitions on one page.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hcmen.base.errors import InputError
+from hcmen.base.errors import InputError, unknown_name
 from hcmen.base.modalities import MODALITIES, VARIANTS, Variant
 from hcmen.data import IntArray, Split
 
@@ -186,9 +185,7 @@ def protocol_named(name: str) -> Protocol:
     """
     found = PROTOCOLS.get(name)
     if found is None:
-        near = difflib.get_close_matches(name, PROTOCOLS, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise InputError(f"unknown protocol '{name}': {hint}choose from {', '.join(PROTOCOLS)}")
+        raise unknown_name("protocol", name, PROTOCOLS)
     return found
 
 

@@ -20,7 +20,6 @@ own.
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hcmen.base.errors import InputError
+from hcmen.base.files import writing_file
 from hcmen.base.inputs import Inputs
 from hcmen.base.modalities import MODALITIES
 from hcmen.data import SPLITS
@@ -114,14 +114,8 @@ def write_synthetic(path: str | Path, data: Mapping[str, Any]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            pickle.dump(dict(data), file, protocol=4)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing_file(path) as file:
+        pickle.dump(dict(data), file, protocol=4)
 
 
 def _make_world(inputs: Inputs, generator: np.random.Generator) -> _World:

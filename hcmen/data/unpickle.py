@@ -28,16 +28,16 @@ import mmap
 import os
 import pickle
 import re
-import stat
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from hcmen.base.errors import CorruptFileError, InputError
+from hcmen.base.errors import CorruptFileError, InputError, reason_of, shown
+from hcmen.base.files import open_regular
 
 __all__ = ["MappedPickle", "load_pickle"]
 
@@ -85,14 +85,10 @@ class MappedPickle:
         self.path, self._scratch = path, scratch
         self._maps: list[mmap.mmap] = []
         try:
-            # Not to wait for whoever writes to a pipe.
-            self._file: BinaryIO = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
+            self._file = open_regular(path)
             with contextlib.ExitStack() as on_error:
                 on_error.callback(self._file.close)
-                status = os.fstat(self._file.fileno())
-                if not stat.S_ISREG(status.st_mode):
-                    raise InputError(f"{path}: not a regular file, expected a data file in MMSA's layout")
-                self.size = status.st_size
+                self.size = os.fstat(self._file.fileno()).st_size
                 if os.pread(self._file.fileno(), 4, 0) == b"PK\x03\x04":
                     raise CorruptFileError(
                         f"{path}: a zip archive, expected a pickle of MMSA's layout: unpack it first"
@@ -232,7 +228,7 @@ class _DType:
     def __init__(self, code: Any, *_: Any) -> None:
         code = code.decode("ascii") if isinstance(code, bytes) else code
         if not isinstance(code, str) or not _DTYPE.fullmatch(code):
-            raise _Forbidden(f"an array of dtype {code!r}")
+            raise _Forbidden(f"an array of dtype {shown(code)}")
         self.code, self.order = code, "|"
 
     def __setstate__(self, state: Any) -> None:
@@ -266,7 +262,7 @@ class _Array:
             raise _Forbidden("an array without a dtype")
         sizes_fit = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
         if not sizes_fit or len(shape) > _MAX_RANK:
-            raise _Forbidden(f"an array of shape {shape!r}")
+            raise _Forbidden(f"an array whose shape is no tuple of at most {_MAX_RANK} sizes")
         if dtype.is_object:
             if not isinstance(data, list) or len(shape) != 1 or len(data) != shape[0]:
                 raise _Forbidden("an array of objects that is not a plain list of them")
@@ -312,7 +308,7 @@ def _no_direct_call(*_: Any) -> Any:
 
 def _encode(text: Any, codec: Any = "latin1") -> bytes | memoryview:
     if not isinstance(text, (str, _LongText)) or codec not in ("latin1", "latin-1"):
-        raise _Forbidden(f"_codecs.encode with codec {codec!r}")
+        raise _Forbidden(f"_codecs.encode with codec {shown(codec)}")
     return text.latin1() if isinstance(text, _LongText) else text.encode("latin1")
 
 
@@ -368,7 +364,7 @@ class _Reader(pickle._Unpickler):
             ) from None
         except _DAMAGE as error:
             raise CorruptFileError(
-                f"{self._path}: truncated, damaged or not a pickle ({type(error).__name__}: {str(error)[:100]}): "
+                f"{self._path}: truncated, damaged or not a pickle ({type(error).__name__}: {reason_of(error, 100)}): "
                 "get the file from its publisher again and check its SHA-256"
             ) from None
 

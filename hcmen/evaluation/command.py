@@ -21,6 +21,7 @@ import click
 
 from hcmen.base.console import Choice, Console, command
 from hcmen.base.errors import InputError
+from hcmen.base.files import check_writable, refused, sweep, write_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,7 +98,8 @@ def main(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if not no_pictures:
         import matplotlib  # noqa: F401  found missing before the work rather than after it
-    _check_writable(out)
+    with refused(out, "a folder that can be written", "choose another --out"):
+        check_writable(out)
     report = evaluate(
         list(checkpoints) or ([] if bundle else [Path("build/train")]),
         bundle,
@@ -392,52 +394,19 @@ def _kind(dataset: MultimodalDataset) -> tuple[Any, ...]:
 def write_together(folder: Path, files: Mapping[str, bytes], owned: Sequence[str] = ()) -> None:
     """Writes all of `files` into `folder`, or none of them.
 
-    All are written and flushed to temporary neighbours before the first is renamed into place. Then those of the names
-    `owned` that are not among `files` are removed, so that the folder never mixes two evaluations.
+    Then those of the names `owned` that are not among `files` are removed, so that the folder never mixes two
+    evaluations.
 
     Raises:
         InputError: the place cannot be written; what was there is as it was.
     """
-    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
-    try:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, content in files.items():
-                with open(temporary[name], "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-            # A folder in a file's place would stop the renames half way.
-            for name in files:
-                if (folder / name).is_dir():
-                    raise IsADirectoryError(None, f"{name} is a folder")
-            for name in files:
-                os.replace(temporary[name], folder / name)
-        finally:
-            for path in temporary.values():
-                with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
+    with refused(folder, "a folder that can be written", "choose another --out"):
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+        write_files(folder, files)
         for name in owned:
             if name not in files:
                 (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-
-
-def _check_writable(folder: Path) -> None:
-    """Finds out before the work whether `folder` can be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}.tmp"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-
-
-def _unwritable(folder: Path, error: OSError) -> InputError:
-    reason = (error.strerror or "cannot be written").lower()
-    return InputError(f"{folder}: {reason}, expected a folder that can be written: choose another --out")
 
 
 def _machine() -> dict[str, Any]:

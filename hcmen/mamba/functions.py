@@ -18,7 +18,7 @@ from typing import Any
 import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from hcmen.base.errors import InputError
+from hcmen.base.errors import InputError, shown, unknown_name
 from hcmen.base.op import CAUSAL_CONV1D, DOMAIN, PARSER_ATTRIBUTES, SELECTIVE_SCAN, VERSION, Operator
 
 __all__ = ["SCAN_BODIES", "add_functions", "strip_functions"]
@@ -47,7 +47,7 @@ def add_functions(model: ModelProto, scan_body: str = "scan") -> ModelProto:
             opset is too old; the message names the node.
     """
     if scan_body not in SCAN_BODIES:
-        raise InputError(f"unknown scan body '{scan_body}': choose from {', '.join(SCAN_BODIES)}")
+        raise unknown_name("scan body", scan_body, SCAN_BODIES)
     opset = _opset(model)
     signatures: dict[str, tuple[dict[str, Any], str]] = {}
     for node, shape_of in _nodes(model):
@@ -165,7 +165,7 @@ def _attributes(node: NodeProto, defaults: dict[str, Any]) -> dict[str, Any]:
 def _expect(node: NodeProto, values: dict[str, Any], name: str, allowed: tuple[Any, ...]) -> None:
     if values[name] not in allowed or isinstance(values[name], float):
         want = " or ".join(repr(a) if isinstance(a, str) else str(a) for a in allowed)
-        raise InputError(f"{_label(node)}: attribute '{name}' is {values[name]!r}, expected {want}")
+        raise InputError(f"{_label(node)}: attribute '{name}' is {shown(values[name])}, expected {want}")
 
 
 def _kernel_attributes(node: NodeProto, op: Operator) -> dict[str, Any]:

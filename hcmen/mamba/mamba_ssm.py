@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hcmen.base.errors import reason_of
+
 __all__ = ["conv_limit", "mamba_conv", "mamba_function", "mamba_scan", "scan_limit"]
 
 _MAMBA = {
@@ -33,7 +35,7 @@ def mamba_function(operation: str) -> tuple[Callable[..., Any] | None, str | Non
         return None, f"{package} does not load: it needs {error.name}"
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
         # A build for another PyTorch or CUDA shows itself as any of these.
-        return None, f"{package} does not load: {' '.join(str(error).split())[:200]}"
+        return None, f"{package} does not load: {reason_of(error)}"
 
 
 def scan_limit(

@@ -33,7 +33,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from hcmen.base.errors import BackendError, InputError
+from hcmen.base.errors import BackendError, InputError, unknown_name
 from hcmen.base.library import load_library
 from hcmen.mamba import native, native_cuda
 from hcmen.mamba.mamba_ssm import conv_limit, mamba_conv, mamba_function, mamba_scan, scan_limit
@@ -61,7 +61,7 @@ def implementation(name: str) -> Iterator[None]:
         InputError: there is no such implementation.
     """
     if name not in IMPLEMENTATIONS:
-        raise InputError(f"unknown scan implementation '{name}': choose from {', '.join(IMPLEMENTATIONS)}")
+        raise unknown_name("scan implementation", name, IMPLEMENTATIONS)
     token = _chosen.set(name)
     try:
         yield

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from hcmen.base.errors import BackendError, InputError
+from hcmen.base.errors import BackendError, InputError, shown
 from hcmen.base.op import CAUSAL_CONV1D, DOMAIN, PARSER_ATTRIBUTES, SELECTIVE_SCAN, Attribute, Tensor
 from hcmen.mamba.ptx import Kernel, PtxCompiler, checked_architecture, driver_version, ptx_compiler, sources
 
@@ -185,7 +185,7 @@ def _is_on(node: NodeProto, given: dict[str, Any], attribute: Attribute) -> bool
     value = given.get(attribute.name, choices[0])
     if value not in choices or isinstance(value, float):
         raise InputError(
-            f"{node.op_type} '{node.name}': attribute '{attribute.name}' is {value!r}, "
+            f"{node.op_type} '{node.name}': attribute '{attribute.name}' is {shown(value)}, "
             f"expected {' or '.join(map(str, attribute.choices))}"
         )
     return bool(value != choices[0])

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hcmen.base.errors import BackendError, CorruptFileError, InputError
+from hcmen.base.errors import BackendError, CorruptFileError, InputError, reason_of
 from hcmen.base.inputs import Inputs
 
 __all__ = ["Encoded", "Tokenizer"]
@@ -51,7 +51,7 @@ class Tokenizer:
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
         except Exception as error:  # tokenizers raises plain Exception
-            raise CorruptFileError(f"{where}: no tokenizer ({_reason(error)}): export the bundle again") from error
+            raise CorruptFileError(f"{where}: no tokenizer ({reason_of(error)}): export the bundle again") from error
         self._where = where
         self._steps = inputs.text.max_steps
         self._vocabulary = inputs.text_tokens.vocabulary
@@ -70,7 +70,7 @@ class Tokenizer:
         try:
             encoding = self._tokenizer.encode(text)
         except Exception as error:  # as above; an unpaired surrogate, for one
-            raise InputError(f"the text cannot be read ({_reason(error)}), expected Unicode text") from error
+            raise InputError(f"the text cannot be read ({reason_of(error)}), expected Unicode text") from error
         ids, types = (np.array(row, np.int64) for row in (encoding.ids, encoding.type_ids))
         dropped = max(0, len(ids) - self._steps)
         if dropped:
@@ -82,7 +82,3 @@ class Tokenizer:
                 f"{self._vocabulary - 1}: export the bundle again"
             )
         return Encoded(np.stack([ids, np.ones_like(ids), types]), dropped)
-
-
-def _reason(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]

@@ -6,13 +6,12 @@ Others are told of with `register`.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hcmen.base.errors import InputError
+from hcmen.base.errors import InputError, unknown_name
 
 __all__ = ["DEFAULT", "Kind", "named", "register"]
 
@@ -61,7 +60,5 @@ def named(name: str) -> Kind:
     found = _KINDS.get(name)
     if found is None:
         known = list(dict.fromkeys((*OURS, *_KINDS)))
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise InputError(f"unknown model kind '{name[:100]}': {hint}choose from {', '.join(known)}")
+        raise unknown_name("model kind", name, known)
     return found

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hcmen.base.errors import BackendError, CorruptFileError, InputError
+from hcmen.base.errors import BackendError, CorruptFileError, InputError, reason_of, shown
+from hcmen.base.files import read_small, refused
 from hcmen.models.contract import MASKED
 from hcmen.models.text_encoder_config import TextEncoderConfig
 
@@ -99,26 +100,23 @@ def read_sizes(folder: Path) -> tuple[TextEncoderConfig, int]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder, expected a BERT with config.json, weights and vocabulary")
     path = folder / "config.json"
+    if not path.exists():
+        raise InputError(f"{folder}: has no config.json, expected a folder that BertModel.save_pretrained wrote")
     try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(
-            f"{folder}: has no config.json, expected a folder that BertModel.save_pretrained wrote"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{path}: {(error.strerror or 'cannot be read').lower()}: check its owner") from error
+        with refused(path, fix="check its owner"):
+            found = json.loads(read_small(path))
     except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path}: not JSON ({str(error)[:100]}): copy the folder again") from error
+        raise CorruptFileError(f"{path}: not JSON ({reason_of(error, 100)}): copy the folder again") from error
     kind = found.get("model_type") if isinstance(found, dict) else None
     if kind != "bert":
-        raise InputError(f"{path}: model_type is {kind!r}, expected 'bert': choose a BERT")
+        raise InputError(f"{path}: model_type is {shown(kind)}, expected 'bert': choose a BERT")
     position = found.get("position_embedding_type", "absolute")
     if position != "absolute" or found.get("is_decoder"):
         raise InputError(f"{path}: expected a bidirectional BERT with absolute positions: choose another")
     unknown = _token_id(folder, _UNKNOWN)
     hidden = found.get("hidden_size", 768)
     if type(hidden) is not int or hidden < 1:
-        raise InputError(f"{path}: hidden_size is {hidden!r}, expected a positive whole number")
+        raise InputError(f"{path}: hidden_size is {shown(hidden)}, expected a positive whole number")
     sizes = {ours: found.get(theirs, default) for theirs, ours, default in _SIZES}
     try:
         return TextEncoderConfig.from_json({**sizes, "unknown_token": unknown}), hidden
@@ -179,16 +177,16 @@ def _tokenizer(folder: Path) -> Any:
     path = whole if whole.is_file() else words
     try:
         if path is whole:
-            return tokenizers.Tokenizer.from_str(whole.read_text(encoding="utf-8"))
+            return tokenizers.Tokenizer.from_str(read_small(whole).decode())
         lower = True
         about = folder / "tokenizer_config.json"
         if about.is_file():
-            lower = json.loads(about.read_bytes()).get("do_lower_case", True) is not False
-        vocabulary = {word: i for i, word in enumerate(words.read_text(encoding="utf-8").splitlines())}
+            lower = json.loads(read_small(about)).get("do_lower_case", True) is not False
+        vocabulary = {word: i for i, word in enumerate(read_small(words).decode().splitlines())}
         made = tokenizers.implementations.BertWordPieceTokenizer(vocabulary, lowercase=lower)
         return tokenizers.Tokenizer.from_str(made.to_str())
     except Exception as error:  # tokenizers raises plain Exception
-        reason = " ".join(str(error).split())[:100]
+        reason = reason_of(error, 100)
         raise CorruptFileError(f"{path}: no vocabulary ({reason}): copy the folder again") from error
 
 
@@ -215,7 +213,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
                 raise ValueError("it is no dictionary of tensors")
             return tensors
         except Exception as error:  # torch.load and safetensors raise some ten kinds
-            reason = " ".join(str(error).split())[:100]
+            reason = reason_of(error, 100)
             raise CorruptFileError(f"{path}: truncated or no weights ({reason}): copy the folder again") from error
     if (folder / "model.safetensors.index.json").is_file():
         raise InputError(

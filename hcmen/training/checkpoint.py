@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 import hcmen
-from hcmen.base.errors import CorruptFileError, InputError
-from hcmen.base.files import replace_file
+from hcmen.base.errors import CorruptFileError, InputError, reason_of, shown
+from hcmen.base.files import read_small, refused, write_file
 from hcmen.models import registry
 from hcmen.models.contract import Model
 from hcmen.training.config import TrainConfig
@@ -42,6 +42,7 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 CHECKPOINT, CONFIG, STATE = "checkpoint.safetensors", "config.json", "last.safetensors"
+_MOST_BYTES = 16 << 30
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -50,11 +51,8 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         InputError: the disk is full, or the place cannot be written.
     """
-    try:
-        replace_file(path, content)
-    except OSError as error:
-        reason = (error.strerror or "cannot be written").lower()
-        raise InputError(f"{path}: {reason}, {len(content)} bytes were to be written: choose another --out") from error
+    with refused(path, fix="choose another --out", note=f"{len(content)} bytes were to be written"):
+        write_file(path, content)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -105,7 +103,7 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]
     try:
         kind = registry.named(str(config.get("kind", registry.DEFAULT)))
     except InputError as error:
-        raise InputError(f"{folder / CONFIG}: {error}") from error
+        raise error.but(where=str(folder / CONFIG)) from error
     path = folder / CHECKPOINT
     content = _read(path)
     digest = hashlib.sha256(content).hexdigest()
@@ -119,7 +117,7 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]
         model = kind.module(kind.config.from_json(config["model"]))
         model.load_state_dict(safetensors.torch.load(content))
     except (KeyError, TypeError, ValueError, RuntimeError, InputError, safetensors.SafetensorError) as error:
-        reason = f"lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+        reason = f"lacks {error}" if isinstance(error, KeyError) else reason_of(error)
         raise CorruptFileError(f"{folder}: {CONFIG} does not describe {CHECKPOINT}: {reason}; train again") from error
     return model.eval(), config
 
@@ -169,22 +167,21 @@ def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        reason = (error.strerror or "cannot be read").lower()
-        raise InputError(f"{path}: {reason}, expected a checkpoint: run hcmen-train --out {path.parent}") from error
+    with refused(path, "a checkpoint", f"run hcmen-train --out {path.parent}"):
+        return read_small(path, _MOST_BYTES)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(_read(path))
     except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path}: not JSON ({str(error)[:100]}): train again, or restore the file") from error
+        raise CorruptFileError(
+            f"{path}: not JSON ({reason_of(error, 100)}): train again, or restore the file"
+        ) from error
     found = config.get("schema_version") if isinstance(config, dict) else None
     if found != SCHEMA_VERSION:
         raise CorruptFileError(
-            f"{path}: schema_version is {found!r}, expected {SCHEMA_VERSION}: written by another version of hcmen"
+            f"{path}: schema_version is {shown(found)}, expected {SCHEMA_VERSION}: written by another version of hcmen"
         )
     assert isinstance(config, dict)
     return config

@@ -18,6 +18,7 @@ import click
 
 from hcmen.base.console import Choice, Console, command
 from hcmen.base.errors import InputError
+from hcmen.base.files import check_writable, refused, sweep
 from hcmen.training.config import AUXILIARIES, MIXES, PRECISIONS, TrainConfig, train_setting
 from hcmen.training.presets import PRESETS, preset_named
 from hcmen.training.report import draw_curves, scores_text, test_scores
@@ -189,7 +190,8 @@ def main(
         dataset = _load_data(source, model_config.inputs, train_config.seed, console)
         if ranks.first:
             out.mkdir(parents=True, exist_ok=True)
-            _sweep(out)
+            for folder in (out, out / CLIPS):
+                sweep(folder)
         trainer = Trainer(model_config, train_config, dataset, out, source, ranks, None if resume else text_encoder)
         if resume:
             trainer.resume()
@@ -276,26 +278,14 @@ def _check_free(out: Path, force: bool) -> None:
         raise InputError(
             f"{out}: holds {there[0]} of a run already: --resume it, start over with --force, or choose another --out"
         )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".writable.{os.getpid()}.tmp"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        reason = (error.strerror or "cannot be written").lower()
-        raise InputError(f"{out}: {reason}, expected a folder that can be written: choose another --out") from error
+    with refused(out, "a folder that can be written", "choose another --out"):
+        check_writable(out)
 
 
 def _clear(out: Path) -> None:
     """Removes what an earlier run left, so that the folder never mixes two runs."""
     for path in (*(out / name for name in _OUTPUTS), *(out / CLIPS).glob("*.npz")):
         path.unlink(missing_ok=True)
-
-
-def _sweep(out: Path) -> None:
-    """Removes half-written files, which a process that is killed cannot do itself."""
-    for left in (*(p for name in _OUTPUTS for p in out.glob(f".{name}.*.tmp")), *(out / CLIPS).glob(".*.npz.tmp-*")):
-        left.unlink(missing_ok=True)
 
 
 def _load_data(source: Mapping[str, Any], inputs: Inputs, seed: int, console: Console) -> MultimodalDataset:

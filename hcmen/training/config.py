@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hcmen.base.errors import InputError
+from hcmen.base.errors import InputError, did_you_mean
 from hcmen.base.settings import checked, require
 from hcmen.models.contract import MixingConfig
 
@@ -159,9 +158,8 @@ def train_setting(text: str) -> tuple[str, int | float | bool | str]:
     fields = {f.name: str(f.type) for f in dataclasses.fields(TrainConfig)}
     require(bool(sign), f"'{text}' is no setting, expected name=value")
     if name not in fields:
-        near = difflib.get_close_matches(name, fields, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(fields)}"
-        raise InputError(f"unknown training setting '{name}': {hint}")
+        fix = did_you_mean(name, fields) or f"choose from {', '.join(fields)}"
+        raise InputError(f"unknown training setting '{name}'", fix=fix)
     kind = fields[name]
     found: int | float | bool | str | None = None
     if kind == "bool":

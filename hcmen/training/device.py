@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hcmen.base.errors import BackendError, InputError
+from hcmen.base.errors import BackendError, unknown_name
 
 __all__ = ["DEVICES", "choose_device", "device_of", "moved"]
 
@@ -20,7 +20,7 @@ def choose_device(name: str, index: int = 0) -> torch.device:
         BackendError: "cuda" was named and there is none, or not as many.
     """
     if name not in DEVICES:
-        raise InputError(f"unknown device '{name}': choose from {', '.join(DEVICES)}")
+        raise unknown_name("device", name, DEVICES)
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field
 
-from hcmen.base.errors import InputError
+from hcmen.base.errors import unknown_name
 from hcmen.models import registry
 from hcmen.models.contract import Config
 from hcmen.training.config import TrainConfig
@@ -40,7 +39,5 @@ def preset_named(name: str) -> Preset:
     """The preset called `name`; raises InputError with the nearest name if there is none."""
     found = PRESETS.get(name)
     if found is None:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise InputError(f"unknown preset '{name}': {hint}choose from {', '.join(PRESETS)}")
+        raise unknown_name("preset", name, PRESETS)
     return found

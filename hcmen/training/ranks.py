@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,14 +27,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from hcmen.base.console import describe_error, end_at_once
-from hcmen.base.errors import BackendError, InputError
+from hcmen.base.console import end_at_once
+from hcmen.base.errors import BackendError, InputError, reason_of
 from hcmen.training.device import choose_device
 
 __all__ = ["Ranks", "gather_outputs", "joined", "launched"]
-
-_ENDED, _HEARD = "hcmen/ended", "hcmen/heard"
 
 
 class Ranks:
@@ -45,9 +43,8 @@ class Ranks:
         rank: the number of this process. world: how many there are. device: where this one computes.
     """
 
-    def __init__(self, device: torch.device | None = None, rank: int = 0, world: int = 1, store: Any = None) -> None:
+    def __init__(self, device: torch.device | None = None, rank: int = 0, world: int = 1) -> None:
         self.device, self.rank, self.world = device or torch.device("cpu"), rank, world
-        self._store = store
 
     @property
     def first(self) -> bool:
@@ -109,39 +106,15 @@ class Ranks:
                 "files"
             )
 
-    def claim(self, code: int) -> int | None:
-        """Called by a process that ends early, with its exit code: None if it is the one to say why.
-
-        The first to call is; the others get its exit code, with which they are to end in silence.
-        """
-        if self._store is None:
-            return None
-        mine = f"{self.rank}:{code}"
-        try:
-            first = self._store.compare_set(_ENDED, "", mine).decode()
-        except RuntimeError:
-            # The process that kept the store is gone, and cannot have said anything.
-            return None
-        if first == mine:
-            return None
-        with contextlib.suppress(RuntimeError):
-            self._store.add(_HEARD, 1)
-        return int(first.partition(":")[2])
-
-    def wait_for_the_others(self) -> None:
-        """Keeps the store that says who failed open until all have looked, where this process holds it; 5 s at most.
-
-        Under torchrun the launcher holds it.
-        """
-        if self._store is None or not self.first or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            return
-        late = time.monotonic() + 5.0
-        with contextlib.suppress(RuntimeError):
-            while self._store.add(_HEARD, 0) < self.world - 1 and time.monotonic() < late:
-                time.sleep(0.02)
-
 
 class _Gather(torch.autograd.Function):
+    """What PyTorch has of the kind gives the same gradients (two processes: bit for bit; three: to rounding).
+
+    But `nn.functional.all_gather` is deprecated in 2.13 and warns. What is to replace it lies in a private module, had
+    another name before 2.13 and takes 1.3 to 1.5 times as long over gloo. A process that ends meanwhile is a
+    RuntimeError of the backward pass in both, which nothing tells from any other.
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: Ranks, count: int) -> Tensor:
         ctx.ranks, ctx.count = ranks, count
@@ -202,8 +175,8 @@ def launched() -> bool:
 def joined(device: str) -> Iterator[Ranks]:
     """The ranks of this run, on `device` (see `choose_device`): one, unless a launcher says otherwise.
 
-    An error within the block ends all processes, the others with the next thing they exchange. The first to fail raises
-    its error, for the command line to tell; the others raise SystemExit with the same exit code.
+    An error within the block ends all processes, the others by a BackendError at the next thing they exchange. torchrun
+    names the first to fail by what is recorded for it here.
 
     Raises:
         BackendError: the device is not there, or the other processes cannot be reached.
@@ -222,14 +195,10 @@ def joined(device: str) -> Iterator[Ranks]:
         yield ranks
         # Nobody takes down connections that another may still use.
         _together(dist.barrier)
-    except BaseException as error:
-        code = ranks.claim(describe_error(error)[1])
-        _leave()
-        if code is None:
-            ranks.wait_for_the_others()
-            raise
-        raise SystemExit(code) from error
-    else:
+    except Exception as error:
+        get_error_handler().record_exception(error)
+        raise
+    finally:
         _leave()
 
 
@@ -251,21 +220,15 @@ def _join(device: str) -> Ranks:
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    except BackendError as error:
-        code = Ranks(None, rank, world, store).claim(error.exit_code)
-        if code is None:
-            raise
-        raise SystemExit(code) from error
     except (RuntimeError, ValueError) as error:
         raise _unreachable(error) from error
-    return Ranks(chosen, rank, world, store)
+    return Ranks(chosen, rank, world)
 
 
 def _unreachable(error: Exception) -> BackendError:
-    reason = " ".join(str(error).split())[:200]
     return BackendError(
-        f"the other processes of this run cannot be reached ({reason}): start it with torchrun, or unset RANK and "
-        "WORLD_SIZE"
+        f"the other processes of this run cannot be reached ({reason_of(error)})",
+        fix="start it with torchrun, or unset RANK and WORLD_SIZE",
     )
 
 
@@ -275,8 +238,8 @@ def _together(operation: Callable[..., Any], *arguments: Any, **options: Any) ->
         operation(*arguments, **options)
     except RuntimeError as error:
         # Gloo begins with a place in its sources.
-        reason = re.sub(r"^\[[^]]*\] *", "", " ".join(str(error).split())).partition(". ")[0][:150]
+        reason = re.sub(r"^\[[^]]*\] *", "", reason_of(error)).partition(". ")[0][:150]
         raise BackendError(
-            f"another process of this run has ended or does not answer ({reason}): see what stopped it, then go on "
-            "with --resume"
+            f"another process of this run has ended or does not answer ({reason})",
+            fix="see what stopped it, then go on with --resume",
         ) from error

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hcmen.base.engines import EngineRecord
-from hcmen.base.errors import BackendError
+from hcmen.base.errors import BackendError, reason_of
 from hcmen.base.library import library_folders
 from hcmen.base.manifest import OP_DOMAIN, OP_VERSION
 from hcmen.base.op import OPERATORS
@@ -55,7 +55,7 @@ class Flavour:
                 f"{error.name} is not installed, and {self.title} engines need it: {self.install}"
             ) from error
         except ImportError as error:
-            raise BackendError(f"{self.module} does not load ({_shortened(str(error))}): install it again") from error
+            raise BackendError(f"{self.module} does not load ({reason_of(error, 400)}): install it again") from error
         if parsed_version(module.__version__) < self.oldest:
             raise BackendError(
                 f"{self.title} is {module.__version__}, expected {_dotted(self.oldest)} or later: upgrade it"
@@ -222,7 +222,7 @@ def _load_problem(path: Path) -> str:
     try:
         ctypes.CDLL(str(path))
     except OSError as error:
-        return _shortened(str(error))
+        return reason_of(error, 400)
     return "TensorRT takes it for no plugin library"
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from hcmen.base.errors import InputError
+from hcmen.base.errors import InputError, unknown_name
 
 __all__ = ["BACKENDS", "Options", "Ort", "OrtCuda", "TensorRT", "backend_options"]
 
@@ -99,7 +99,7 @@ def backend_options(backend: str | Options, keywords: Mapping[str, Any]) -> Opti
         return backend
     made = BACKENDS.get("ort" if backend == "auto" else backend)
     if made is None:
-        raise InputError(f"unknown backend '{backend}': choose from {', '.join(('auto', *BACKENDS))}")
+        raise unknown_name("backend", backend, ("auto", *BACKENDS))
     has = {name: {field.name for field in fields(options)} for name, options in BACKENDS.items()}
     for option, value in list(given.items()):
         homes = [f"'{name}'" for name, options in has.items() if option in options]

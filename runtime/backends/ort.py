@@ -39,7 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hcmen.base.bundle import SharedFile
-from hcmen.base.errors import BackendError, CorruptFileError, HcmenError
+from hcmen.base.errors import BackendError, CorruptFileError, HcmenError, reason_of
 from hcmen.base.library import library_path
 from hcmen.base.manifest import OP_DOMAIN
 from hcmen.runtime.backends.cores import physical_cores
@@ -262,6 +262,6 @@ def _load_error(error: Exception, where: str, version: str) -> HcmenError:
 
 def _reason(error: BaseException) -> str:
     """The error's text on one line of bearable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = reason_of(error, 1000)
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", text)
     return text if len(text) <= 400 else text[:397] + "..."

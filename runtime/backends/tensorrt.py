@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from hcmen.base.bundle import Bundle
 from hcmen.base.engines import EngineRecord, read_engines
-from hcmen.base.errors import BackendError, CorruptFileError, InputError
+from hcmen.base.errors import BackendError, CorruptFileError, InputError, unknown_name
 from hcmen.base.manifest import VariantRecord
 from hcmen.runtime.backends.cuda import Buffer, Cuda, Graph, Stream
 from hcmen.runtime.backends.flavour import TENSORRT, Flavour, TrtModule
@@ -293,7 +293,7 @@ class TrtBackend:
         self.options = options or TensorRT()
         self.precision = self.options.precision
         if self.precision is not None and self.precision not in TOLERANCES:
-            raise InputError(f"unknown precision '{self.precision}': choose from {', '.join(TOLERANCES)}")
+            raise unknown_name("precision", self.precision, TOLERANCES)
         self.tensorrt = TrtModule(flavour)
         self.cuda = Cuda()
         self.version = self.tensorrt.version
@@ -356,9 +356,7 @@ def _read_engine(bundle: Bundle, record: EngineRecord) -> memoryview:
     try:
         return bundle.read(record.engine).data
     except CorruptFileError as error:
-        raise CorruptFileError(
-            f"{str(error).rsplit(': ', 1)[0]}: compile it again with hcmen-compile --force"
-        ) from error
+        raise error.but(fix="compile it again with hcmen-compile --force") from error
 
 
 def _bytes(dtype: np.dtype[Any], shape: Iterable[Any]) -> int:

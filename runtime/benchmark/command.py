@@ -257,7 +257,7 @@ def _emit(
     said: Sequence[str],
 ) -> None:
     """Tables or JSON on stdout, the files, and the warnings that came with measuring."""
-    from hcmen.base.files import replace_file
+    from hcmen.base.files import write_file
     from hcmen.runtime.benchmark.text import tables
 
     comparison = {"verdicts": [v.to_json() for v in verdicts], "unmatched": list(unmatched)}
@@ -267,12 +267,12 @@ def _emit(
         if line not in said:
             console.warn(line)
     if "json" in targets:
-        replace_file(targets["json"], (json.dumps(whole, allow_nan=False) + "\n").encode())
+        write_file(targets["json"], (json.dumps(whole, allow_nan=False) + "\n").encode())
         console.note(f"written: {targets['json']}")
     if "html" in targets:
         from hcmen.runtime.benchmark.page import page
 
-        replace_file(targets["html"], page(data, verdicts, unmatched).encode())
+        write_file(targets["html"], page(data, verdicts, unmatched).encode())
         console.note(f"written: {targets['html']}")
 
 

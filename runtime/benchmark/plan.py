@@ -14,7 +14,18 @@ from hcmen.base.errors import InputError
 from hcmen.runtime.benchmark.cold import Cold, cold_kinds, floor_kind, measure_cold
 from hcmen.runtime.benchmark.measure import Probe, Settings, measure
 from hcmen.runtime.benchmark.peers import CHILD, PEERS, PeerProcess, PeerRunner, check_checkpoint
-from hcmen.runtime.benchmark.rows import FUNCTIONS, Arrays, Measured, OrtRunner, Row, Runner, Work, failed, make_work
+from hcmen.runtime.benchmark.rows import (
+    FUNCTIONS,
+    Arrays,
+    BatchTooLarge,
+    Measured,
+    OrtRunner,
+    Row,
+    Runner,
+    Work,
+    failed,
+    make_work,
+)
 from hcmen.runtime.predictor import Predictor
 
 __all__ = ["Plan", "labels"]
@@ -171,7 +182,7 @@ class Plan:
             try:
                 self._work[key] = make_work(bundle, row.variant, row.batch, self.folder, self.clip, self.settings.seed)
             except InputError as error:
-                if self.clip is not None and not str(error).startswith("batch"):
+                if self.clip is not None and not isinstance(error, BatchTooLarge):
                     raise
                 failed(measured, error)
                 return measured

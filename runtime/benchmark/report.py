@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from hcmen.base.bundle import Bundle
-from hcmen.base.errors import CorruptFileError, HcmenError, InputError
+from hcmen.base.errors import CorruptFileError, InputError, reason_of, shown
+from hcmen.base.files import read_small, refused
 from hcmen.base.manifest import MANIFEST_FILE, parse_json
 from hcmen.runtime.benchmark.cold import STEPS, Cold
 from hcmen.runtime.benchmark.measure import Settings
@@ -42,7 +43,7 @@ def row_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 def describe_bundle(label: str, bundle: Bundle) -> dict[str, Any]:
     """A bundle as the document names it; its manifest's sha256 stands for all of it, since it holds every other."""
     manifest = bundle.manifest
-    content = (bundle.path / MANIFEST_FILE).read_bytes()
+    content = read_small(bundle.path / MANIFEST_FILE, _MAX_BYTES)
     return {
         "label": label,
         "path": str(bundle.path),
@@ -229,29 +230,25 @@ def read_document(path: str | os.PathLike[str]) -> dict[str, Any]:
         CorruptFileError: damaged, or no document of hcmen-bench.
     """
     where = os.fspath(path)
-    try:
-        with open(path, "rb") as file:
-            content = file.read(_MAX_BYTES + 1)
-    except OSError as error:
-        reason = (error.strerror or "cannot be read").lower()
-        raise InputError(f"{where}: {reason}, expected a JSON file that hcmen-bench --out wrote") from error
-    if len(content) > _MAX_BYTES:
-        raise CorruptFileError(f"{where}: more than {_MAX_BYTES >> 20} MiB, expected a JSON file of hcmen-bench --out")
+    with refused(where, "a JSON file that hcmen-bench --out wrote"):
+        content = read_small(path, _MAX_BYTES)
     try:
         data = parse_json(content)
-    except HcmenError as error:
-        raise CorruptFileError(f"{where}: {str(error).removeprefix('manifest: ')}: not of hcmen-bench --out") from error
+    except CorruptFileError as error:
+        raise error.but(where=where, fix="not of hcmen-bench --out") from error
     if not isinstance(data, dict) or data.get("what") != WHAT:
         raise CorruptFileError(f"{where}: not a report of hcmen-bench, expected what hcmen-bench --out wrote")
     if data.get("schema_version") != SCHEMA_VERSION:
         raise InputError(
-            f"{where}: schema_version is {data.get('schema_version')!r}, expected {SCHEMA_VERSION}: "
-            "written by another version of hcmen, measure again"
+            f"schema_version is {shown(data.get('schema_version'))}",
+            str(SCHEMA_VERSION),
+            "written by another version of hcmen, measure again",
+            where=where,
         )
     try:
         _check_document(data)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        what = f"lacks {error}" if isinstance(error, KeyError) else reason_of(error)
         raise CorruptFileError(f"{where}: damaged report of hcmen-bench ({what}): measure again") from error
     return data
 
@@ -339,12 +336,8 @@ def document_path(path: str) -> Path:
     target = Path(path)
     if target.is_dir():
         raise InputError(f"{path}: is a folder, expected a file name")
-    try:
+    with refused(target.parent, fix="choose another place"):
         target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"{target.parent}: {(error.strerror or 'cannot be made').lower()}: choose another place"
-        ) from error
     effective = os.access in os.supports_effective_ids
     if not os.access(target.parent, os.W_OK | os.X_OK, effective_ids=effective):
         raise InputError(f"{target.parent}: may not be written: choose another place")

@@ -329,13 +329,18 @@ def make_work(bundle: Bundle, variant: str, batch: int, folder: Path, clip: str 
     return Work([batch_clips(clips, present)], files, batch, "full-length clips, random features")
 
 
+class BatchTooLarge(InputError):
+    """The batch, and not the clip, cannot be had."""
+
+
 def _check_memory(batch: int, clip_bytes: int) -> None:
     # The clips, their batch, and at least as much again inside the graph.
     needed, free = 3 * batch * clip_bytes / (1 << 20), free_memory_mib()
     if free is not None and needed > _SPARE * free:
-        raise InputError(
-            f"batch {batch}: its inputs need {needed / 1024:.1f} GiB and {free / 1024:.1f} GiB are free: "
-            "take a smaller one"
+        raise BatchTooLarge(
+            f"its inputs need {needed / 1024:.1f} GiB and {free / 1024:.1f} GiB are free",
+            fix="take a smaller one",
+            where=f"batch {batch}",
         )
 
 

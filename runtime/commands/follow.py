@@ -171,12 +171,13 @@ class _Follower:
             if self.gaps:
                 self._skip(frames)
         except HcmenError as error:
-            self._problem(type(error)(f"{path}: {str(error).removeprefix('stream: ')}"))
+            where = path if error.where in (None, "stream") else f"{path}: {error.where}"
+            self._problem(error.but(where=where))
         self._mention(path, clip.ignored)
 
     def _read(self, path: str) -> Clip | None:
         """The chunk, once it is whole; None after a line about what is wrong with it."""
-        from hcmen.base.clip import read_clip
+        from hcmen.base.clip import NotAnArchive, read_clip
 
         first = since = time.monotonic()
         before, told = (-1, -1), False
@@ -184,7 +185,7 @@ class _Follower:
             try:
                 return read_clip(path, self.inputs, self.model.clean)
             except HcmenError as error:
-                growing = isinstance(error, CorruptFileError) or "not an .npz file" in str(error)
+                growing = isinstance(error, (CorruptFileError, NotAnArchive))
                 now = time.monotonic()
                 try:
                     state = os.stat(path)

@@ -478,22 +478,6 @@ def test_an_empty_folder_and_a_link_to_a_bundle_are_written_through(tmp_path):
     read_bundle(tmp_path / "new" / "deep" / "b").verify()
 
 
-def test_a_failed_rename_puts_the_older_bundle_back(tmp_path, monkeypatch):
-    path = make_bundle(tmp_path / "b", ("full",))
-    rename = os.rename
-
-    def fail_on_the_new_one(source, target):
-        if ".tmp-" in str(source):
-            raise OSError(5, "Input/output error")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", fail_on_the_new_one)
-    with pytest.raises(OSError, match="Input/output"):
-        make_bundle(path, ("text_only",))
-    assert list(read_bundle(path).manifest.variants) == ["full"]
-    assert os.listdir(tmp_path) == ["b"]
-
-
 WRITER = """
     import sys, time
     from hcmen.base.bundle import writing_bundle
@@ -514,8 +498,7 @@ def test_a_killed_writer_leaves_no_bundle_and_the_next_one_clears_up(tmp_path, n
     assert writer.stdout.readline() == b"writing\n"
     with pytest.raises(InputError, match="no such folder"):
         read_bundle(tmp_path / "b")
-    leftover = tmp_path / f".b.tmp-{writer.pid}"
-    assert leftover.exists()
+    (leftover,) = tmp_path.iterdir()
     make_bundle(tmp_path / "b", ("full",))  # a writer that is alive keeps its folder
     assert leftover.exists()
     writer.send_signal(number)
@@ -527,20 +510,11 @@ def test_a_killed_writer_leaves_no_bundle_and_the_next_one_clears_up(tmp_path, n
 
 
 def test_a_bundle_caught_between_two_renames_is_put_back(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait(20)
     make_bundle(tmp_path / "b", ("full",))
-    (tmp_path / "b").rename(tmp_path / f".b.old-{dead.pid}")
+    (tmp_path / "b").rename(tmp_path / ".b.old-01234567")
     with pytest.raises(InputError, match="no manifest"), writing_bundle(tmp_path / "b"):
         assert list(read_bundle(tmp_path / "b").manifest.variants) == ["full"]
     assert os.listdir(tmp_path) == ["b"]
-
-
-def test_folders_with_like_names_are_left_alone(tmp_path):
-    for name in (".b.tmp-x", ".b.tmp-1x", ".bb.tmp-999999", "b.tmp-999999"):
-        (tmp_path / name).mkdir()
-    make_bundle(tmp_path / "b", ("full",))
-    assert sorted(os.listdir(tmp_path)) == [".b.tmp-1x", ".b.tmp-x", ".bb.tmp-999999", "b", "b.tmp-999999"]
 
 
 def test_creation_time_is_kept_as_text(tmp_path):

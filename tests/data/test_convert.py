@@ -267,13 +267,6 @@ def test_a_killed_conversion_leaves_nothing_half_written(
     assert names(tmp_path) == ["set", "set.pkl"]
 
 
-def test_what_a_living_process_writes_is_let_be(tmp_path: Path, source: Path) -> None:
-    other = tmp_path / f".set.tmp-{os.getppid()}"
-    other.mkdir()
-    convert(source, tmp_path / "set")
-    assert other.exists()
-
-
 def test_a_full_disk_is_told_of_before(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

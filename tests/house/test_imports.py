@@ -163,6 +163,7 @@ def test_the_runtime_names_the_exporter_in_two_places_only():
         "hcmen.runtime.benchmark.command",
         "hcmen.runtime.commands.doctor",
         "hcmen.export.commands.export",
+        "hcmen.export.commands.compile",
         "hcmen.training.command",
         "hcmen.data.convert",
         "hcmen.data.cut",

@@ -85,7 +85,9 @@ def test_ptx_is_made_without_a_gpu_and_assembles(
     assert architecture in compiler.architectures
     cases = [scan_of(SCANS[0]), conv_of(CONVS[2])]
     if isinstance(compiler, ptx.Nvrtc):  # the quick one
-        cases = [*map(scan_of, SCANS), *map(conv_of, CONVS)]
+        largest = scan_kernel(ScanSwitches(1, 0, 1, 1), channel=64, state=trt_aot.MOST_STATES, group=1, half=False)
+        wide = conv_kernel(ConvSwitches(1, 0), channel=64, width=32, half=False)
+        cases = [*map(scan_of, SCANS), *map(conv_of, CONVS), largest, wide]
     for kernel in cases:
         text = compiler.ptx(kernel, architecture)
         assert f".target sm_{architecture}" in text
@@ -111,26 +113,12 @@ def assemble(ptx: str, architecture: int, folder: Path) -> None:
     assert "0 bytes spill stores, 0 bytes spill loads" in done.stderr
 
 
-def test_the_largest_kernels_spill_nothing(tmp_path: Path) -> None:
-    compiler = compiler_or_skip(ptx.Nvrtc)
-    switches = ScanSwitches(True, False, True, True)
-    most = scan_kernel(switches, channel=64, state=trt_aot.MOST_STATES, group=1, half=False)
-    wide = conv_kernel(ConvSwitches(True, False), channel=64, width=32, half=False)
-    for kernel in (most, wide):
-        assemble(compiler.ptx(kernel, 87), 87, tmp_path)
-
-
 def test_kernels_have_names_of_their_own() -> None:
     base: dict[str, Any] = {"channel": 8, "state": 4, "group": 2, "half": False}
-    changes = [{}, {"channel": 10}, {"state": 5}, {"group": 1}, {"half": True}]
-    scans = [scan_kernel(switches, **{**base, **change}) for change in changes for switches in trt_aot.SCAN_NAMES]
-    convs = [
-        conv_kernel(switches, channel=8, width=width, half=half)
-        for width in (3, 4)
-        for half in (False, True)
-        for switches in trt_aot.CONV_NAMES
-    ]
-    names = [kernel.name for kernel in (*scans, *convs)]
+    scan_sizes = [base | change for change in ({}, {"channel": 10}, {"state": 5}, {"group": 1}, {"half": True})]
+    conv_sizes = [{"channel": 8, "width": width, "half": half} for width in (3, 4) for half in (False, True)]
+    names = [scan_kernel(switches, **sizes).name for sizes in scan_sizes for switches in trt_aot.SCAN_NAMES]
+    names += [conv_kernel(switches, **sizes).name for sizes in conv_sizes for switches in trt_aot.CONV_NAMES]
     assert len(set(names)) == len(names) == 5 * 16 + 4 * 4
     assert all(re.fullmatch(r"[a-z_][a-z_0-9]*", name) for name in names)
     assert len(set(trt_aot.SCAN_NAMES.values()) | set(trt_aot.CONV_NAMES.values())) == 20
@@ -247,24 +235,23 @@ def test_errors_of_the_compilers_are_one_line(monkeypatch: pytest.MonkeyPatch, t
 # --- the model ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("switches", list(trt_aot.SCAN_NAMES), ids=trt_aot.SCAN_NAMES.get)
-def test_scans_are_renamed_by_their_switches(switches: ScanSwitches) -> None:
-    flags = {name: getattr(switches, name) for name in ("delta_softplus", "reverse", "gated", "stateful")}
-    model = scan_model(8, 4, functions=False, **flags)
+NAMES: dict[Any, str] = {**trt_aot.SCAN_NAMES, **trt_aot.CONV_NAMES}
+
+
+@pytest.mark.parametrize("switches", NAMES, ids=NAMES.get)
+def test_nodes_are_renamed_by_their_switches(switches: ScanSwitches | ConvSwitches) -> None:
+    if isinstance(switches, ScanSwitches):
+        model = scan_model(8, 4, functions=False, **vars(switches))
+    else:
+        activation = "silu" if switches.silu else "none"
+        model = conv_model(8, 4, activation=activation, reverse=switches.reverse, functions=False)
     node = model.graph.node[0]
     before = list(node.input), list(node.output), node.name, node.domain
     assert prepare(model) is model
     assert (list(node.input), list(node.output), node.name, node.domain) == before
-    assert node.op_type == trt_aot.SCAN_NAMES[switches]
+    assert node.op_type == NAMES[switches]
     given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     assert given == {"aot": 1, "plugin_namespace": b"hcmen", "plugin_version": b"1"}
-
-
-@pytest.mark.parametrize("switches", list(trt_aot.CONV_NAMES), ids=trt_aot.CONV_NAMES.get)
-def test_convolutions_are_renamed_by_their_switches(switches: ConvSwitches) -> None:
-    activation = "silu" if switches.silu else "none"
-    model = prepare(conv_model(8, 4, activation=activation, reverse=switches.reverse, functions=False))
-    assert model.graph.node[0].op_type == trt_aot.CONV_NAMES[switches]
 
 
 def test_defaults_subgraphs_and_other_nodes() -> None:

@@ -147,7 +147,7 @@ def test_what_is_forgotten_is_given_back(fake):
         buffer.upload(8, stream)
     graph.launch()
     stream.wait()
-    assert fake.alive == {"memory": 2, "streams": 1, "executables": 1}
+    assert fake.alive == {"device": 1, "host": 1, "stream": 1, "executable": 1}
     del graph, buffer, stream
     assert fake.alive == {}
 
@@ -161,7 +161,7 @@ def test_a_capture_that_fails_leaves_nothing(fake):
     said = "cudaGraphInstantiateWithFlags failed with cudaErrorStreamCaptureUnsupported"
     with pytest.raises(BackendError, match=said), Graph(cuda, stream):
         pass
-    assert fake.alive == {"streams": 1}
+    assert fake.alive == {"stream": 1}
     stream.wait()  # the stream is as good as before
 
 

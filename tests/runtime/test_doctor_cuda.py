@@ -27,24 +27,20 @@ class Driver:
         ctypes.cast(place, ctypes.POINTER(kind))[0] = value
         return 0
 
-    def cuDriverGetVersion(self, version: Any) -> int:
-        return self._put(version, ctypes.c_int, 12060)
-
-    def cuDeviceGetCount(self, count: Any) -> int:
-        return self._put(count, ctypes.c_int, 2)
-
-    def cuDeviceGet(self, device: Any, number: int) -> int:
-        return self._put(device, ctypes.c_int, number + 5)
-
     def cuDeviceGetName(self, name: Any, size: int, device: Any) -> int:
         name.value = f"Device {device.value}".encode()
         return 0
 
-    def cuDeviceTotalMem_v2(self, memory: Any, device: Any) -> int:
-        return self._put(memory, ctypes.c_size_t, 8 << 30)
-
-    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:
-        return self._put(value, ctypes.c_int, {75: 8, 76: 7}[attribute])
+    def __getattr__(self, name: str) -> Any:
+        values = {
+            "cuDriverGetVersion": (ctypes.c_int, lambda: 12060),
+            "cuDeviceGetCount": (ctypes.c_int, lambda: 2),
+            "cuDeviceGet": (ctypes.c_int, lambda number: number + 5),
+            "cuDeviceTotalMem_v2": (ctypes.c_size_t, lambda device: 8 << 30),
+            "cuDeviceGetAttribute": (ctypes.c_int, lambda attribute, device: {75: 8, 76: 7}[attribute]),
+        }
+        kind, value = values[name]
+        return lambda place, *arguments: self._put(place, kind, value(*arguments))
 
 
 def test_devices_are_read_from_the_driver():

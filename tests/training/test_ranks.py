@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from helpers.micro import MICRO
 from helpers.ranks import Done, environment, free_port, run
 
 import hcmen.data.synthetic
+from hcmen.base.errors import InputError
 from hcmen.data.mmsa import dataset_from_mmsa
 from hcmen.data.synthetic import make_synthetic
 from hcmen.models.hcmen.losses import AlignmentLoss
 from hcmen.training import command as train
+from hcmen.training import ranks
 from hcmen.training import trainer as training
 from hcmen.training.checkpoint import load_state
 from hcmen.training.config import TrainConfig
@@ -276,30 +279,38 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, lis
     return folder, {name: [one[i] for one in said] for i, name in enumerate(ENDS)}
 
 
+GONE = (3, "another process of this run has ended or does not answer .*: see what stopped it, then go on with --resume")
+SILENT = (2, "")
+
+
+def same(code: int, message: str) -> tuple[tuple[int, str], tuple[int, str]]:
+    return (code, message), (code, message)
+
+
 @pytest.mark.parametrize(
-    ("end", "code", "message"),
+    ("end", "expected"),
     [
-        ("input error in the second", 2, "the file has gone"),
-        ("full disk in the first", 2, "no space left"),
-        ("Ctrl-C in the second", 130, "interrupted"),
-        ("Ctrl-C in both", 130, "interrupted"),
-        ("a loss that is none", 1, r"the (loss|gradient) is (nan|inf) in epoch 1, step .*there is no checkpoint"),
-        ("other data", 2, "process 1 has other data than process 0: give every process of a run the same"),
-        ("a folder with a run", 2, "holds config.json of a run already: --resume it"),
-        ("nothing to resume", 2, "holds no last.safetensors to resume from"),
-        ("a wrong option", 2, "'x' is not a valid integer"),
-        ("a wrong setting", 2, "--set epoch=1: unknown training setting 'epoch': did you mean 'epochs'?"),
+        ("input error in the second", (GONE, (2, "the file has gone"))),
+        ("full disk in the first", ((2, "no space left"), GONE)),
+        ("Ctrl-C in the second", (GONE, (130, "interrupted"))),
+        ("Ctrl-C in both", same(130, "interrupted")),
+        ("a loss that is none", same(1, r"the (loss|gradient) is (nan|inf) in epoch 1, step .*there is no checkpoint")),
+        ("other data", same(2, "process 1 has other data than process 0: give every process of a run the same")),
+        ("a folder with a run", ((2, "holds config.json of a run already: --resume it"), GONE)),
+        ("nothing to resume", same(2, "holds no last.safetensors to resume from")),
+        ("a wrong option", ((2, "'x' is not a valid integer"), SILENT)),
+        ("a wrong setting", ((2, "--set epoch=1: unknown training setting 'epoch': did you mean 'epochs'?"), SILENT)),
     ],
 )
-def test_an_end_of_one_ends_both_with_one_line(end: str, code: int, message: str, ended: Any) -> None:
-    done = ended[1][end]
-    assert [d.code for d in done] == [code, code]
-    found = errors(done)
-    assert len(found) == 1, found
-    assert re.search(message, found[0])
-    assert not any(d.out for d in done)
+def test_an_end_of_one_ends_both(end: str, expected: tuple[tuple[int, str], ...], ended: Any) -> None:
+    """Each with its own exit code and at most one line of error."""
+    for done, (code, message) in zip(ended[1][end], expected, strict=True):
+        assert (done.code, done.out) == (code, "")
+        found = errors([done])
+        assert len(found) == bool(message), found
+        assert re.search(message, found[0] if found else "")
     # Nothing else either, besides what the first says of its progress.
-    assert all(line.startswith("error:") for line in done[1].err.splitlines())
+    assert all(line.startswith("error:") for line in ended[1][end][1].err.splitlines())
 
 
 def test_the_first_alone_talks_and_writes(ended: Any) -> None:
@@ -332,7 +343,7 @@ training.Trainer._step = changed
 
 
 def test_a_killed_process_ends_the_other_and_the_run_goes_on(ended: Any, tmp_path: Path) -> None:
-    """The first is killed, which also keeps the list of who failed. Two go on as if nothing had been, bit for bit."""
+    """Two go on as if nothing had been, bit for bit."""
     done = run(2, COMMAND.format(change=KILL.format(victim=0)), "--out", tmp_path / "train", "-q")
     assert [d.code for d in done] == [-9, 3]
     assert len(done[1].err.splitlines()) == 1, done[1].err
@@ -342,6 +353,20 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(ended: Any, tmp_pat
     done = run(2, COMMAND.format(change=""), "--out", tmp_path / "train", "--resume", "-q")
     assert [d.code for d in done] == [0, 0], [d.err for d in done]
     assert numbers(tmp_path / "train") == numbers(ended[0] / "nothing")
+
+
+def test_torchrun_is_told_who_failed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the file that its agent reads; a summary without it blames whoever it polls first."""
+    monkeypatch.setattr(ranks, "_join", lambda device: Ranks(None, 1, 2))
+    monkeypatch.setattr(ranks, "end_at_once", lambda: None)
+    monkeypatch.setattr(ranks, "_leave", lambda: None)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    with warnings.catch_warnings(), pytest.raises(InputError, match="has gone"), ranks.joined("cpu"):
+        raise InputError("the file has gone")
+    told = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert told["message"] == "InputError: the file has gone"
 
 
 # --- torchrun ---------------------------------------------------------------------------------------------------------

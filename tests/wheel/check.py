@@ -30,6 +30,7 @@ FORBIDDEN = ("torch", "onnx", "safetensors", "transformers")
 _PROBE = """
 import importlib.metadata, importlib.util, json, platform
 from hcmen.base.library import library_isa, library_path
+from hcmen.data.published import PUBLISHED  # read from a table that the wheel must carry
 print(json.dumps({
     "machine": platform.machine(), "python": platform.python_version(), "libc": platform.libc_ver()[1],
     "isa": library_isa(), "library_bytes": library_path().stat().st_size,

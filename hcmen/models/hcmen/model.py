@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hcmen.base.errors import InputError
+from hcmen.base.errors import InputError, unknown_name
 from hcmen.base.inputs import FeatureConfig
 from hcmen.base.modalities import MODALITIES
 from hcmen.models.contract import MASKED, Prediction
@@ -283,7 +283,7 @@ class HCMEN(nn.Module):
         batch = None
         for m, x in features.items():
             if m not in MODALITIES:
-                raise InputError(f"unknown modality '{m}': choose from {', '.join(MODALITIES)}")
+                raise unknown_name("modality", m, MODALITIES)
             expected = self.config.modality(m).features
             if m == "text" and self.text_encoder is not None and not x.is_floating_point():
                 if x.dtype != torch.int64 or x.dim() != 3 or x.shape[1] != 3 or x.shape[2] < 1:
