@@ -4,7 +4,7 @@ Work is queued on PyTorch's current stream; working memory comes from PyTorch's 
 captured in a CUDA graph. Backward is float32, as on the CPU: half-precision inputs are widened, their gradients
 narrowed.
 
-No GPU has run this file yet: its tests run it over kernels emulated on the host, tests/gpu on a device.
+Its tests run it over kernels emulated on the host, tests/gpu on a device.
 """
 
 from __future__ import annotations

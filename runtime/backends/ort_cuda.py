@@ -8,7 +8,7 @@ With `cuda_graph` each input shape gets buffers of its own, whose addresses stay
 first run finds the shapes of the outputs, the next ones record the graph, and all later ones replay it. This needs
 every node of a model on the device.
 
-No GPU has run this file yet; tests/runtime/test_ort_cuda.py runs it over a runtime that takes the CPU for the device.
+tests/runtime/test_ort_cuda.py runs it over a runtime that takes the CPU for the device, tests/gpu on one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class OrtCudaBackend(OrtBackend):
     """
 
     name = "ort-cuda"
-    _maps = False  # weights end up on the device, and no GPU has tried
+    _maps = False  # weights end up on the device
 
     def __init__(self, options: OrtCuda | None = None, *, device: int = 0):
         options = options or OrtCuda()

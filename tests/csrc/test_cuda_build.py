@@ -56,9 +56,9 @@ def test_no_kernel_spills(built):
                 kernel = kernels[f"scan_forward_kernel<{dtype}, {states}, 1, {mode}>"]
                 # Three blocks of 128 threads fit a multiprocessor, and four of most kernels.
                 assert kernel.registers <= (168 if states == 12 else 128)
-    assert len(kernels) == 68
+    assert len(kernels) == len(built[1]) == 63
     assert {k.architecture for k in kernels.values()} == {ARCHITECTURE}
-    assert [k.name for k in kernels.values() if k.spill_bytes] == []
+    assert [k.name for k in kernels.values() if k.spill_bytes or k.stack_bytes] == []
 
 
 @needs_nvcc

@@ -487,7 +487,7 @@ def test_the_workspace_of_gradients_is_that_of_their_chunks(library: ctypes.CDLL
     case = ScanCase(time=64)
     arrays = scan_arrays(case)
     scan = scan_structure(case, arrays, address)
-    gradients = {**gradient_arrays(case, arrays), "dy": np.ones_like(arrays["u"])}
+    gradients = {**gradient_arrays(arrays), "dy": np.ones_like(arrays["u"])}
     grad = scan_gradients_structure(gradients, address)
     sizes = {c: workspace_bytes(library, "selective_scan", scan, CudaLaunch(steps_per_chunk=c), 1) for c in (8, 16, -1)}
     assert sizes[8] > sizes[16] > sizes[-1] > 0

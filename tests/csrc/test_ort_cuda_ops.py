@@ -55,7 +55,7 @@ def test_a_long_sequence_takes_memory_once_and_keeps_it(library):
     control = ctypes.CDLL(str(library))
     control.emulation_launches.restype = ctypes.c_uint64
     run = session(scan_model(4, 4, stateful=True, delta_softplus=True, functions=False), library)
-    for time, launches in ((100, 1), (1100, 3), (1100, 3), (2100, 3), (1500, 3)):
+    for time, launches in ((50, 1), (1100, 3), (1100, 3), (2100, 3), (1500, 3)):
         case = ScanCase(1, time, 4, 4, None, gated=False)
         feeds = scan_arrays(case)
         before = control.emulation_launches()

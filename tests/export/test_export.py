@@ -244,7 +244,9 @@ def test_manifest_and_golden_set_hold_what_was_measured(exported):
     manifest = bundle.manifest
     assert list(manifest.variants) == [v.name for v in VARIANTS]
     assert manifest.source["epoch"] == 3
-    assert manifest.model == CONFIG
+    assert manifest.model.kind == CONFIG.kind
+    assert dict(manifest.model.config) == CONFIG.to_json()
+    assert manifest.inputs == CONFIG.inputs
     for name, record in manifest.variants.items():
         assert record.parity["passed"] is True
         assert record.parity["clips"] >= 16
@@ -287,7 +289,7 @@ def test_one_variant_alone(exported, tmp_path):
     manifest = export_bundle(exported[0], tmp_path / "bundle", [variant_named("vision_only")])
     assert list(manifest.variants) == ["vision_only"]
     files = sorted(p.relative_to(tmp_path / "bundle").as_posix() for p in (tmp_path / "bundle").rglob("*.*"))
-    assert files == ["golden/vision_only.npz", "manifest.json", "vision_only.onnx", "weights.bin"]
+    assert files == ["README.md", "golden/vision_only.npz", "manifest.json", "vision_only.onnx", "weights.bin"]
     assert (tmp_path / "bundle" / "weights.bin").stat().st_size < (exported[1] / "weights.bin").stat().st_size
     with pytest.raises(InputError, match="'full' is not in this bundle, it has vision_only"):
         read_bundle(tmp_path / "bundle").variant("full")

@@ -106,7 +106,7 @@ def test_products_that_stay_float32(opened):
     with_weights = {name for n in stayed for name in n.input if name in weights}
     assert any("head" in name for name in with_weights)
     shapes = {t.name: list(t.dims) for t in model.graph.initializer}
-    width = opened.manifest.model.width
+    width = opened.manifest.model.config["width"]
     for n in stayed:
         for name in n.input:
             if len(shapes.get(name, [])) == 2:

@@ -181,8 +181,10 @@ def readable_name(mangled: str) -> str:
     match = re.search(r"\d+([a-z_]+_kernel)(I.*?E(?=E?v))?", mangled)
     if match is None:
         return mangled
-    arguments = re.findall(r"6__half|(?<=I)f|Li\d+", match[2] or "")
-    shown = [{"6__half": "half", "f": "float"}.get(a, a.removeprefix("Li")) for a in arguments]
+    arguments = re.findall(r"6__half|(?<=I)f|Li\d+|Lb[01]", match[2] or "")
+    shown = [
+        {"6__half": "half", "f": "float", "Lb0": "false", "Lb1": "true"}.get(a, a.removeprefix("Li")) for a in arguments
+    ]
     return match[1] + (f"<{', '.join(shown)}>" if shown else "")
 
 

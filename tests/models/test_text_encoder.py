@@ -639,7 +639,7 @@ def test_words_are_scored_as_their_tokens(exported: Path):
         assert spoken.score == model({"text_tokens": tokens, **extra}).score
 
 
-def test_words_with_times_are_encoded_window_by_window(exported: Path):
+def test_words_with_times_are_encoded_window_by_window(exported: Path, config: ModelConfig):
     """Of more words than the model takes the last ones are kept; tokens with times are taken as they come."""
     model = load(exported)
     audio = np.random.default_rng(0).standard_normal((100, 3)).astype(np.float32)
@@ -655,7 +655,7 @@ def test_words_with_times_are_encoded_window_by_window(exported: Path):
     stream.push(text="the film is good " * 10)
     (update,) = stream.push(audio=audio[40:50])
     assert (update.score, update.cut) == (model({"audio": audio[40:50], "text": "the film is good " * 10}).score, 30)
-    tokens = some_tokens(model.config, [6], 6)[0].numpy()
+    tokens = some_tokens(config, [6], 6)[0].numpy()
     stream.push(text=tokens, text_times=[2.5, 2.6, 2.7, 2.99, 3.0, 3.4])
     for update, a, b in zip(stream.push(audio=audio[50:70]), (0, 4), (4, 6), strict=True):
         frames = audio[60:70] if a else audio[50:60]

@@ -256,7 +256,7 @@ BUNDLES = [
     Case("doubled key", at("manifest.json", raw(b'{"name": 1, "name": 2}')), 5, ("'name' is there twice",)),
     Case("NaN in it", at("manifest.json", raw(b'{"name": NaN}')), 5, ("NaN is not a finite number",)),
     Case("deep nesting", at("manifest.json", raw(b"[" * 100_000)), 5, ("manifest.json",)),
-    Case("newer schema", edit(schema_version=2), 2, ("schema_version is 2, expected 1: upgrade hcmen",)),
+    Case("newer schema", edit(schema_version=3), 2, ("schema_version is 3, expected 1 or 2: upgrade hcmen",)),
     Case("schema is text", edit(schema_version="1"), 5, ("'schema_version' is a string, expected an integer",)),
     Case("newer op", edit(op__version=2), 3, ("'hcmen' version 2, this package has 'hcmen' version 1",)),
     Case("other op domain", edit(op__domain="com.other"), 3, ("need ops 'com.other' version 1",)),
@@ -270,7 +270,7 @@ BUNDLES = [
     Case(
         "altered manifest", edit(weights__sha256="0" * 64), 5, ("weights.bin: sha256", "the manifest says 000000000000")
     ),
-    Case("other model", edit(model__text={"features": 7, "max_steps": 12}), 5, ("not a list of 7 numbers",)),
+    Case("other model", edit(inputs__text={"features": 7, "max_steps": 12}), 5, ("not a list of 7 numbers",)),
     Case("weights missing", at("weights.bin", Path.unlink), 5, ("weights.bin: missing from the bundle",)),
     Case("weights altered", at("weights.bin", flip), 5, ("weights.bin: sha256", "altered or damaged")),
     Case("weights cut", at("weights.bin", lambda p: p.write_bytes(b"1")), 5, ("1 bytes, the manifest says 52",)),

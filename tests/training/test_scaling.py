@@ -154,7 +154,7 @@ def test_what_is_bfloat16_and_what_is_not(tmp_path: Path, dataset, monkeypatch: 
     softmax, op = torch.Tensor.softmax, torch.ops.hcmen.selective_scan
     monkeypatch.setattr(torch.Tensor, "softmax", lambda x, *a, **k: note("softmax", x) or softmax(x, *a, **k))
     scanned = native._scan_arguments
-    monkeypatch.setattr(native, "_scan_arguments", lambda *a: note("scan", *a[:7]) or scanned(*a))
+    monkeypatch.setattr(native, "_scan_arguments", lambda *a: note("scan", *a[0][:7]) or scanned(*a))
     monkeypatch.setattr(scan, "selective_scan_ref", lambda *_, **__: pytest.fail("the slow scan ran"))
     trainer.model.train()
     trainer._step(1, 0, dataset.splits["train"], np.arange(10))
