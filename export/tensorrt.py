@@ -33,7 +33,8 @@ from hcmen.base.console import Console, one_line
 from hcmen.base.engines import PLUGINS, PRECISIONS, EngineRecord, read_engines, write_engine, write_whole
 from hcmen.base.errors import BackendError, CheckFailed, CorruptFileError, InputError, unknown_name
 from hcmen.base.files import read_small, refused
-from hcmen.base.manifest import OP_DOMAIN, FileRecord, VariantRecord
+from hcmen.base.manifest import OP_DOMAIN, VariantRecord
+from hcmen.base.records import FileRecord
 from hcmen.runtime.backends.cuda import Cuda
 from hcmen.runtime.backends.flavour import TENSORRT, Flavour, TrtModule
 from hcmen.runtime.backends.tensorrt import TrtSession

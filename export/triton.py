@@ -29,7 +29,7 @@ from hcmen.base.errors import CorruptFileError, InputError
 from hcmen.base.files import read_small
 from hcmen.base.inputs import TensorSpec
 from hcmen.base.library import LIBRARY_NAME, library_path
-from hcmen.base.manifest import parse_json
+from hcmen.base.records import parse_json
 from hcmen.export.weights import embedded_model
 
 __all__ = ["SERVER_ROOT", "model_config", "write_repository"]

@@ -33,17 +33,9 @@ from numpy.typing import NDArray
 
 from hcmen.base.errors import CorruptFileError, HcmenError, InputError
 from hcmen.base.files import read_small, writing_folder
-from hcmen.base.manifest import (
-    MANIFEST_FILE,
-    MOST_MANIFEST_BYTES,
-    NAME,
-    FileRecord,
-    Manifest,
-    VariantRecord,
-    check_file_name,
-    parse_json,
-)
+from hcmen.base.manifest import NAME, Manifest, VariantRecord
 from hcmen.base.modalities import variant_named
+from hcmen.base.records import MANIFEST_FILE, MOST_MANIFEST_BYTES, FileRecord, check_file_name, parse_json
 
 __all__ = [
     "Bundle",

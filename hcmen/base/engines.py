@@ -30,8 +30,8 @@ from typing import Any
 from hcmen.base.bundle import Bundle
 from hcmen.base.errors import CorruptFileError, HcmenError, InputError
 from hcmen.base.files import refused, sweep, write_file
-from hcmen.base.manifest import FileRecord, JsonObject, parse_json
 from hcmen.base.modalities import VARIANTS
+from hcmen.base.records import FileRecord, JsonObject, parse_json
 
 __all__ = [
     "ENGINES_FOLDER",

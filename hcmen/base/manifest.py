@@ -1,69 +1,42 @@
 """The manifest of a bundle: what manifest.json says, and how it is read without being trusted.
 
-It is read with every key, type and value checked (`Manifest.from_json`), out of JSON without its traps (`parse_json`).
+It is read with every key, type and value checked (`Manifest.from_json`), out of what `records.parse_json` gives.
 Schema 2 is written. Schema 1, which held the configuration of one model, is read as what it means in schema 2.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from hcmen.base.errors import BackendError, CorruptFileError, InputError, did_you_mean, reason_of, shown
+from hcmen.base.errors import BackendError, CorruptFileError, InputError, did_you_mean, shown
 from hcmen.base.inputs import Inputs, TensorSpec
 from hcmen.base.modalities import MODALITIES, VARIANTS
 from hcmen.base.op import DOMAIN as OP_DOMAIN
 from hcmen.base.op import IR_VERSION, OPSET
 from hcmen.base.op import VERSION as OP_VERSION
+from hcmen.base.records import FileRecord, JsonObject
 from hcmen.base.schema1 import as_schema_2
 
 __all__ = [
-    "MANIFEST_FILE",
-    "MOST_MANIFEST_BYTES",
     "NAME",
     "OP_DOMAIN",
     "OP_VERSION",
     "PRECISIONS",
     "SCHEMA_VERSION",
-    "FileRecord",
     "FrontEnd",
-    "JsonObject",
     "Manifest",
     "ModelRecord",
     "Score",
     "VariantRecord",
-    "check_file_name",
-    "parse_json",
 ]
 
 SCHEMA_VERSION = 2
 NAME = "hcmen"
-MANIFEST_FILE = "manifest.json"
 PRECISIONS = ("fp32", "fp16", "int8")
-MOST_MANIFEST_BYTES = 16 << 20
-_MAX_DEPTH = 32
-_MAX_FILE_BYTES = 8 << 30
-
-
-_SHA256 = re.compile(r"[0-9a-f]{64}\Z")
-
-
-_FILE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}\Z")
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """A file of the bundle: its path relative to the bundle with `/` between parts, its sha256 and its size."""
-
-    file: str
-    sha256: str
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -222,161 +195,10 @@ class Manifest:
         return manifest
 
 
-class JsonObject:
-    """A JSON object whose keys are taken one by one; `finish` refuses the ones that nobody took."""
-
-    def __init__(self, where: str, data: Any):
-        self.where = where
-        if not isinstance(data, dict):
-            raise CorruptFileError(f"{where or 'the top'} is {_kind(data)}", "an object", where="manifest")
-        self.data: dict[str, Any] = data
-        self._taken: set[str] = set()
-
-    def _name(self, key: str) -> str:
-        return f"{self.where}.{key}" if self.where else key
-
-    def value(self, key: str, kind: type) -> Any:
-        """The value at `key`, of the type `kind`; raises CorruptFileError as all of these."""
-        if key not in self.data:
-            raise CorruptFileError(f"key '{self._name(key)}' is missing", where="manifest")
-        self._taken.add(key)
-        value = self.data[key]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise CorruptFileError(f"'{self._name(key)}' is {_kind(value)}", _kind(kind()), where="manifest")
-        return value
-
-    def string(self, key: str) -> str:
-        """A string of at most 1000 characters."""
-        value: str = self.value(key, str)
-        if len(value) > 1000:
-            raise CorruptFileError(f"'{self._name(key)}' has {len(value)} characters", "at most 1000", where="manifest")
-        return value
-
-    def one_of(self, key: str, choices: tuple[str, ...]) -> str:
-        """One of the strings `choices`."""
-        value = self.string(key)
-        if value not in choices:
-            raise CorruptFileError(f"'{self._name(key)}' is {shown(value)}", " or ".join(choices), where="manifest")
-        return value
-
-    def integer(self, key: str, least: int, most: int = 1 << 31) -> int:
-        """An integer from `least` to `most`."""
-        value: int = self.value(key, int)
-        if not least <= value <= most:
-            raise CorruptFileError(f"'{self._name(key)}' is {value}", f"{least} to {most}", where="manifest")
-        return value
-
-    def number(self, key: str, least: float, most: float) -> float:
-        """A number from `least` to `most`."""
-        value = self.value(key, object)
-        if not isinstance(value, (int, float)):
-            raise CorruptFileError(f"'{self._name(key)}' is {_kind(value)}", "a number", where="manifest")
-        if not least <= value <= most:
-            raise CorruptFileError(f"'{self._name(key)}' is {value:g}", f"{least:g} to {most:g}", where="manifest")
-        return float(value)
-
-    def numbers(self, key: str, count: int) -> tuple[float, ...]:
-        """A list of `count` finite numbers."""
-        values = self.value(key, list)
-        if len(values) != count or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
-            raise CorruptFileError(f"'{self._name(key)}' is not a list of {count} numbers", where="manifest")
-        if not all(abs(v) <= 1e38 for v in values):
-            raise CorruptFileError(f"'{self._name(key)}' holds a number beyond float32", where="manifest")
-        return tuple(float(v) for v in values)
-
-    def object(self, key: str) -> JsonObject:
-        """The object at `key`."""
-        return JsonObject(self._name(key), self.value(key, dict))
-
-    def record(self) -> FileRecord:
-        """The keys of a file record, among others that may be there."""
-        return _take_record(self)
-
-    def finish(self) -> None:
-        """Refuses keys that nobody took."""
-        unknown = [k for k in self.data if k not in self._taken]
-        if unknown:
-            fix = f"{did_you_mean(unknown[0], self._taken)} copy or export the bundle again".lstrip()
-            raise CorruptFileError(f"unknown key {shown(self._name(unknown[0]))}", fix=fix, where="manifest")
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "an integer"}
-    return names.get(type(value), "null" if value is None else "a number")
-
-
-def parse_json(content: bytes) -> Any:
-    """JSON without its traps: no duplicate keys, no NaN or infinity, no excess of size or depth.
-
-    Raises:
-        CorruptFileError: it has one of them, or is no JSON.
-    """
-    if len(content) > MOST_MANIFEST_BYTES:
-        raise CorruptFileError(f"more than {MOST_MANIFEST_BYTES} bytes", "a few thousand", where="manifest")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in made:
-                raise CorruptFileError(f"key {shown(key)} is there twice", where="manifest")
-            made[key] = value
-        return made
-
-    def refuse(word: str) -> Any:
-        raise CorruptFileError(f"{word} is not a finite number", where="manifest")
-
-    def finite(digits: str) -> float:
-        value = float(digits)
-        return value if math.isfinite(value) else refuse(digits[:40])
-
-    try:
-        data = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else reason_of(error)
-        raise CorruptFileError(
-            f"not valid JSON ({reason})", fix="copy or export the bundle again", where="manifest"
-        ) from error
-    if _depth_exceeds(data, _MAX_DEPTH):
-        raise CorruptFileError("nested too deeply", f"at most {_MAX_DEPTH} levels", where="manifest")
-    return data
-
-
-def _depth_exceeds(data: Any, limit: int) -> bool:
-    level = [data]
-    for _ in range(limit):
-        level = [v for d in level for v in (d.values() if isinstance(d, dict) else d if isinstance(d, list) else ())]
-        if not level:
-            return False
-    return True
-
-
 def _record_from_json(data: JsonObject) -> FileRecord:
-    record = _take_record(data)
+    record = data.record()
     data.finish()
     return record
-
-
-def _take_record(data: JsonObject) -> FileRecord:
-    record = FileRecord(data.string("file"), data.string("sha256"), data.integer("bytes", 1, _MAX_FILE_BYTES))
-    check_file_name(record.file)
-    _check_digest(data)
-    return record
-
-
-def _check_digest(data: JsonObject) -> None:
-    if not _SHA256.match(data.string("sha256")):
-        raise CorruptFileError(
-            f"'{data.where}.sha256' is no sha256 of 64 lower-case hexadecimal digits", where="manifest"
-        )
-
-
-def check_file_name(name: str) -> None:
-    """Raises CorruptFileError unless `name` is a plain file name, below the bundle or one folder in it."""
-    parts = name.split("/")
-    if len(parts) > 2 or not all(_FILE_PART.match(p) for p in parts) or name == MANIFEST_FILE:
-        raise CorruptFileError(
-            f"file name {name[:200]!r} is unsafe", "plain names inside the bundle such as full.onnx", where="manifest"
-        )
 
 
 def _inputs_from_json(top: JsonObject) -> Inputs:
@@ -418,9 +240,7 @@ def _front_ends_from_json(data: JsonObject) -> dict[str, FrontEnd]:
         if m not in data.data:
             continue
         entry = data.object(m)
-        digest = entry.value("sha256", object)
-        if digest is not None:
-            _check_digest(entry)
+        digest = None if entry.value("sha256", object) is None else entry.digest("sha256")
         made[m] = FrontEnd(entry.string("extractor"), MappingProxyType(entry.value("settings", dict)), digest)
         entry.finish()
     data.finish()
@@ -447,7 +267,7 @@ def _variants_from_json(data: JsonObject, inputs: Inputs, precision: str) -> dic
 
 def _variant_from_json(data: JsonObject, name: str, inputs: Inputs, precision: str) -> VariantRecord:
     record = VariantRecord(
-        graph=_take_record(data),
+        graph=data.record(),
         golden=_record_from_json(data.object("golden")),
         inputs=_tensors_from_json(data.value("inputs", list), f"{data.where}.inputs"),
         outputs=_tensors_from_json(data.value("outputs", list), f"{data.where}.outputs"),

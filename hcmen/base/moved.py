@@ -7,25 +7,25 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["moved"]
+__all__ = ["moved", "warn_of"]
+
+
+def warn_of(change: str) -> None:
+    """Warns of `change`, in the name of the code that called what calls this."""
+    warnings.warn(f"{change}, the old name ends with version 0.2", DeprecationWarning, stacklevel=3)
 
 
 def moved(old: str, *new: str) -> Callable[[str], Any]:
     """The `__getattr__` of the module `old`, whose content lies in the modules `new`; each use of a name warns."""
 
     def find(name: str) -> Any:
+        modules = [importlib.import_module(module) for module in new if name == "__all__" or name[:2] != "__"]
         if name == "__all__":  # of a star import, whose names are asked for one by one after it
-            return [listed for module in new for listed in importlib.import_module(module).__all__]
-        if not name.startswith("__"):
-            for module in new:
-                found = importlib.import_module(module)
-                if hasattr(found, name):
-                    warnings.warn(
-                        f"{old} is now {module}: import {name} from there, the old name ends with version 0.2",
-                        DeprecationWarning,
-                        stacklevel=2,
-                    )
-                    return getattr(found, name)
+            return [listed for module in modules for listed in module.__all__]
+        for module in sorted(modules, key=lambda m: name not in m.__all__):
+            if hasattr(module, name):
+                warn_of(f"{old} is now {module.__name__}: import {name} from there")
+                return getattr(module, name)
         raise AttributeError(f"module {old!r} has no attribute {name!r}")
 
     return find

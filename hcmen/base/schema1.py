@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hcmen.base.errors import CorruptFileError
 from hcmen.base.inputs import OUTPUTS
 from hcmen.base.modalities import MODALITIES
-
-if TYPE_CHECKING:
-    from hcmen.base.manifest import JsonObject
+from hcmen.base.records import JsonObject
 
 __all__ = ["KIND", "as_schema_2"]
 

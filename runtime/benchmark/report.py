@@ -19,7 +19,7 @@ import numpy as np
 from hcmen.base.bundle import Bundle
 from hcmen.base.errors import CorruptFileError, InputError, reason_of, shown
 from hcmen.base.files import read_small, refused
-from hcmen.base.manifest import MANIFEST_FILE, parse_json
+from hcmen.base.records import MANIFEST_FILE, parse_json
 from hcmen.runtime.benchmark.cold import STEPS, Cold
 from hcmen.runtime.benchmark.measure import Settings
 from hcmen.runtime.benchmark.rows import Measured

@@ -21,8 +21,9 @@ from helpers.small_bundle import INPUTS, make_bundle, manifest
 import hcmen.base.bundle
 from hcmen.base.bundle import file_record, read_bundle, write_manifest, writing_bundle
 from hcmen.base.errors import BackendError, CorruptFileError, HcmenError, InputError
-from hcmen.base.manifest import FileRecord, Manifest, ModelRecord
+from hcmen.base.manifest import Manifest, ModelRecord
 from hcmen.base.modalities import VARIANTS
+from hcmen.base.records import FileRecord
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import hcmen.base.engines
 from hcmen.base.bundle import Bundle, read_bundle
 from hcmen.base.engines import EngineRecord, read_engines, write_engine
 from hcmen.base.errors import CorruptFileError, InputError
-from hcmen.base.manifest import FileRecord
+from hcmen.base.records import FileRecord
 
 
 def record_of(bundle: Bundle, content: bytes, variant: str = "full", sm: int = 87) -> EngineRecord:

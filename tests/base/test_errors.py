@@ -29,8 +29,9 @@ from hcmen.base.errors import (
     shown,
     unknown_name,
 )
-from hcmen.base.manifest import Manifest, parse_json
+from hcmen.base.manifest import Manifest
 from hcmen.base.modalities import variant_for, variant_named
+from hcmen.base.records import parse_json
 from hcmen.data.folder import read_folder
 from hcmen.models import registry
 from hcmen.models.hcmen.config import ModelConfig

@@ -22,6 +22,8 @@ USED = [
     ("hcmen.clip", "TEXT_TOKENS", "hcmen.base.clip"),
     ("hcmen.bundle", "read_bundle", "hcmen.base.bundle"),
     ("hcmen.bundle", "Manifest", "hcmen.base.manifest"),
+    ("hcmen.bundle", "FileRecord", "hcmen.base.records"),
+    ("hcmen.bundle", "TensorSpec", "hcmen.base.inputs"),
     ("hcmen.config", "ModelConfig", "hcmen.models.hcmen.config"),
     ("hcmen.config", "FeatureConfig", "hcmen.base.inputs"),
     ("hcmen.config", "TrainConfig", "hcmen.training.config"),
@@ -44,6 +46,20 @@ def test_an_old_name_works_and_warns_of_the_new_place(old, name, new):
     assert scope[name] is getattr(importlib.import_module(new), name)
     # Blamed on the line that imports, or nobody would be shown it.
     assert [w.filename for w in caught] == [__file__]
+
+
+def test_the_tensors_of_a_graph_are_told_by_their_old_names():
+    from hcmen.base.inputs import FeatureConfig
+    from hcmen.models.hcmen.config import ModelConfig
+
+    bundle = importlib.import_module("hcmen.bundle")
+    config = ModelConfig(FeatureConfig(8, 10), FeatureConfig(5, 16), FeatureConfig(4, 16))
+    with pytest.warns(DeprecationWarning, match=r"is now model\.inputs\.of_variant\(variant\)") as caught:
+        inputs = bundle.expected_inputs(config, "audio_only")
+    with pytest.warns(DeprecationWarning, match=r"is now hcmen\.base\.inputs\.OUTPUTS") as caught_then:
+        outputs = bundle.expected_outputs()
+    assert (inputs, outputs) == (config.inputs.of_variant("audio_only"), config.inputs.outputs)
+    assert [w.filename for w in (*caught, *caught_then)] == [__file__, __file__]
 
 
 @pytest.mark.parametrize("old", sorted(OLD_NAMES))

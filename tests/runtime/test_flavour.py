@@ -15,7 +15,7 @@ import pytest
 from hcmen.base.bundle import Bundle, read_bundle
 from hcmen.base.engines import FLAVOURS, EngineRecord, read_engines, write_engine
 from hcmen.base.errors import BackendError, CorruptFileError
-from hcmen.base.manifest import FileRecord
+from hcmen.base.records import FileRecord
 from hcmen.runtime.backends.flavour import TENSORRT, Flavour, TrtModule
 from hcmen.runtime.backends.tensorrt import choose_engine
 
