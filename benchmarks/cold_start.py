@@ -7,6 +7,10 @@ onnxruntime (what no runtime on top of them can undercut), one that imports the 
 PyTorch on the same clip. Then one process step by step: where the time goes, and what one session and sessions of all
 variants cost in memory. That is proportional set size, in which a page of the weights that several sessions have mapped
 counts once.
+
+    python benchmarks/cold_start.py ... --version before=OLD/bin/python --version now=NEW/bin/python --old-bundle BUNDLE
+
+sets two installed versions beside each other, on a bundle that both of them read.
 """
 
 from __future__ import annotations
@@ -118,31 +122,19 @@ def measure(command: list[str]) -> tuple[float, float]:
     return seconds, usage.ru_maxrss / 1024
 
 
-def main() -> None:
-    """Runs the rounds and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bundle", type=Path, default=Path("build/bundle"))
-    parser.add_argument("--train", type=Path, default=Path("build/train"))
-    parser.add_argument("--clip", type=Path, default=Path("samples/clip.npz"))
-    parser.add_argument("--large", type=Path, help="another bundle to go through step by step, of the MOSI preset")
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--out", type=Path)
-    a = parser.parse_args()
-
-    commands = {
-        "import numpy and onnxruntime": [sys.executable, "-c", "import numpy, onnxruntime"],
-        "import hcmen.runtime as well": [
-            *(sys.executable, "-c", "import numpy, onnxruntime, hcmen.runtime.predictor, hcmen.runtime.backends.ort"),
-        ],
-        "hcmen-run": [str(Path(sys.executable).parent / "hcmen-run"), str(a.clip), "--bundle", str(a.bundle)],
-        "eager PyTorch": [sys.executable, "-c", EAGER, str(a.train), str(a.clip)],
-    }
+def in_turns(commands: dict[str, list[str]], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """What `measure` gives for every command and round; each round runs all of them."""
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for command in commands.values():
         measure(command)  # the first run fills the file cache
-    for _ in range(a.rounds):
+    for _ in range(rounds):
         for name, command in commands.items():
             samples[name].append(measure(command))
+    return samples
+
+
+def rows_of(samples: dict[str, list[tuple[float, float]]]) -> list[dict[str, Any]]:
+    """Medians and worst of every process, printed as they are made."""
     rows: list[dict[str, Any]] = []
     for name, values in samples.items():
         seconds, mebibytes = zip(*values, strict=True)
@@ -157,9 +149,58 @@ def main() -> None:
             }
         )
         print(
-            f"{name:30}  {rows[-1]['seconds_median']:6.3f} s  {rows[-1]['peak_resident_mib_median']:7.1f} MiB  "
+            f"{name:36}  {rows[-1]['seconds_median']:6.3f} s  {rows[-1]['peak_resident_mib_median']:7.1f} MiB  "
             f"(medians of {len(values)})"
         )
+    return rows
+
+
+def side_by_side(pythons: dict[str, str], bundle: Path, clip: Path, rounds: int) -> dict[str, Any]:
+    """Two installed versions in turns, and the median of the ratios of their rounds, with its quartiles."""
+    old, new = pythons
+    kinds = {
+        "import hcmen.runtime": lambda python: [python, "-c", "import hcmen.runtime"],
+        "import the predictor": lambda python: [python, "-c", "import hcmen.runtime.predictor"],
+        "hcmen-run": lambda python: [str(Path(python).parent / "hcmen-run"), str(clip), "--bundle", str(bundle)],
+    }
+    commands = {f"{kind}, {name}": of(python) for kind, of in kinds.items() for name, python in pythons.items()}
+    samples = in_turns(commands, rounds)
+    ratios = {}
+    for kind in kinds:
+        pairs = zip(samples[f"{kind}, {new}"], samples[f"{kind}, {old}"], strict=True)
+        low, middle, high = statistics.quantiles([x[0] / y[0] for x, y in pairs], n=4)
+        ratios[f"{kind}, {new} / {old}"] = {"median": round(middle, 3), "quartiles": [round(low, 3), round(high, 3)]}
+    print(json.dumps(ratios, indent=1))
+    return {"rows": rows_of(samples), "ratios_of_seconds": ratios}
+
+
+def main() -> None:
+    """Runs the rounds and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bundle", type=Path, default=Path("build/bundle"))
+    parser.add_argument("--train", type=Path, default=Path("build/train"))
+    parser.add_argument("--clip", type=Path, default=Path("samples/clip.npz"))
+    parser.add_argument("--large", type=Path, help="another bundle to go through step by step, of the MOSI preset")
+    parser.add_argument("--version", action="append", default=[], metavar="NAME=PYTHON", help="an environment, twice")
+    parser.add_argument("--old-bundle", type=Path, help="what --version runs, a bundle that every version reads")
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--out", type=Path)
+    a = parser.parse_args()
+
+    commands = {
+        "import numpy and onnxruntime": [sys.executable, "-c", "import numpy, onnxruntime"],
+        "import hcmen.runtime as well": [
+            *(sys.executable, "-c", "import numpy, onnxruntime, hcmen.runtime.predictor, hcmen.runtime.backends.ort"),
+        ],
+        "hcmen-run": [str(Path(sys.executable).parent / "hcmen-run"), str(a.clip), "--bundle", str(a.bundle)],
+        "eager PyTorch": [sys.executable, "-c", EAGER, str(a.train), str(a.clip)],
+    }
+    samples = in_turns(commands, a.rounds)
+    rows = rows_of(samples)
+    versions = None
+    if a.version:
+        pythons = dict(version.split("=", 1) for version in a.version)
+        versions = side_by_side(pythons, a.old_bundle, a.clip, a.rounds)
     detail = {"demo": step_by_step(a.bundle, a.clip, a.rounds)}
     if a.large:
         with tempfile.TemporaryDirectory() as folder:
@@ -174,6 +215,7 @@ def main() -> None:
             "machine": describe(),
             "rows": rows,
             "step_by_step": detail,
+            **({"versions": versions} if versions else {}),
         }
         a.out.write_text(json.dumps(result, indent=2) + "\n")
 

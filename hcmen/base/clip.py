@@ -330,9 +330,10 @@ def _checked_tokens(name: str, array: NDArray[Any], inputs: Inputs) -> NDArray[n
 def _check_array(name: str, modality: str, dtype: np.dtype[Any], shape: tuple[int, ...], inputs: Inputs) -> None:
     tokens = modality == TEXT_TOKENS
     sizes = inputs.text if tokens else inputs.modality(modality)
-    expected = "int64 [3, time]" if tokens else f"float32 [time, {sizes.features}]"
+    expected = "int64 [3, time]" if tokens else f"[time, {sizes.features}]"
     if dtype.hasobject:
-        raise CorruptFileError(f"{modality} holds Python objects", expected, "never unpickled", where=name)
+        wanted = expected if tokens else f"float32 {expected}"
+        raise CorruptFileError(f"{modality} holds Python objects", wanted, "never unpickled", where=name)
     if tokens:
         if dtype.kind not in "iu" or dtype.itemsize > 8 or dtype == np.uint64:
             raise InputError(f"{modality} has dtype {dtype}", expected, "token ids are whole numbers", where=name)
@@ -341,7 +342,6 @@ def _check_array(name: str, modality: str, dtype: np.dtype[Any], shape: tuple[in
                 f"{modality} has shape {list(shape)}", expected, "ids, attention mask and token types", where=name
             )
         shape = shape[::-1]
-    expected = expected.removeprefix("float32 ")
     if not tokens and dtype.newbyteorder("=").name not in _FLOATS:
         raise InputError(
             f"{modality} has dtype {dtype}", ", ".join(_FLOATS), "convert it with .astype('float32')", where=name
