@@ -79,9 +79,13 @@ def test_foreign_errors_and_values_are_told_briefly() -> None:
     assert [shown(v) for v in ("x", b"x", 3, None, True)] == ["'x'", "b'x'", "3", "None", "True"]
     assert [shown(v) for v in ([[]], {"a": 1}, (1,))] == ["of type list", "of type dict", "of type tuple"]
     assert len(shown("x" * 10**6)) < 210
+    assert [shown(v) for v in ([1, 0.5], [], [1] * 9, [None])] == ["[1, 0.5]", "[]", "of type list", "of type list"]
+    assert [shown(v) for v in (1 << 40000, [-1 << 400])] == ["a number of 40001 bits", "[a number of 401 bits]"]
 
 
-@pytest.mark.parametrize(("name", "near"), [("ful", "full"), ("text_mising", "text_missing"), ("xyz", ""), ("", "")])
+@pytest.mark.parametrize(
+    ("name", "near"), [("ful", "full"), ("text_mising", "text_missing"), ("FULL", "full"), ("xyz", ""), ("", "")]
+)
 def test_a_close_name_is_suggested(name: str, near: str) -> None:
     names = ["full", "text_missing", "text_only"]
     assert did_you_mean(name, names) == (f"did you mean '{near}'?" if near else "")

@@ -319,8 +319,8 @@ def test_a_variant_whose_parity_failed_at_export_is_warned_of(tmp_path, monkeypa
 
 
 def test_wrong_arguments_are_refused(shared_bundle):
-    for backend in ("openvino", "Ort", ""):
-        with pytest.raises(InputError, match=r"unknown backend .*: choose from auto, ort"):
+    for backend, hint in (("openvino", ""), ("Ort", r"did you mean 'ort'\? "), ("", "")):
+        with pytest.raises(InputError, match=f"unknown backend '{backend}': {hint}choose from auto, ort"):
             load(shared_bundle, backend=backend)
     for threads in (0, -1, 5000):
         with pytest.raises(InputError, match=f"threads is {threads}, expected 1 to 1024"):
