@@ -10,13 +10,14 @@ from typing import Any
 __all__ = ["moved", "warn_of"]
 
 
-def warn_of(change: str) -> None:
-    """Warns of `change`, in the name of the code that called what calls this."""
-    warnings.warn(f"{change}, the old name ends with version 0.2", DeprecationWarning, stacklevel=3)
+def warn_of(change: str, level: int = 3) -> None:
+    """Warns of `change`, in the name of the code that called what calls this, or of `level` calls from here."""
+    warnings.warn(f"{change}, the old name ends with version 0.2", DeprecationWarning, stacklevel=level)
 
 
 def moved(old: str, *new: str) -> Callable[[str], Any]:
-    """The `__getattr__` of the module `old`, whose content lies in the modules `new`; each use of a name warns."""
+    """The `__getattr__` of module `old`, whose content lies in the modules `new`: its import warns, and each name."""
+    warn_of(f"{old} is now {' and '.join(new)}", level=4)
 
     def find(name: str) -> Any:
         modules = [importlib.import_module(module) for module in new if name == "__all__" or name[:2] != "__"]

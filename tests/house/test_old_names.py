@@ -38,6 +38,25 @@ def test_every_old_name_is_tried():
     assert {old for old, _, _ in USED} == OLD_NAMES
 
 
+@pytest.fixture(autouse=True)
+def imported_before():
+    """The old modules are there, as after a first import, which warns by itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for old in OLD_NAMES:
+            importlib.import_module(old)
+
+
+@pytest.mark.parametrize("old", sorted(OLD_NAMES))
+def test_the_import_alone_warns(old, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"import {old}\n")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert f"{script}:1: DeprecationWarning: {old} is now hcmen." in done.stderr
+    assert all(new in done.stderr for name, _, new in USED if name == old)
+
+
 @pytest.mark.parametrize(("old", "name", "new"), USED)
 def test_an_old_name_works_and_warns_of_the_new_place(old, name, new):
     scope: dict[str, object] = {}
