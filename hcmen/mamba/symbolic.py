@@ -40,6 +40,7 @@ def symbolic_scan(
         zeros = torch.zeros(batch, channel, A.shape[1])
         inputs.append(zeros if initial_state is None else initial_state)
     attributes: dict[str, Any] = {
+        "reverse": 0,  # its place alone: in this order a graph has the bytes that it always had
         **PARSER_ATTRIBUTES,
         **{name: int(on) for name, on in switches.items()},
         "gated": int(z is not None),
@@ -67,9 +68,9 @@ def symbolic_conv(x: Tensor, weight: Tensor, bias: Tensor, *, activation: str, r
     """One hcmen::CausalConv1d node for a call of `causal_conv1d`."""
     taps = weight.shape[1]
     attributes: dict[str, Any] = {
+        "reverse": int(reverse),
         **PARSER_ATTRIBUTES,
         "activation": activation,
-        "reverse": int(reverse),
         # As Conv wants them: its attributes in the model-local function are bound to these by reference.
         "group": x.shape[2],
         "pads": [0, taps - 1] if reverse else [taps - 1, 0],
