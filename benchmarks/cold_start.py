@@ -8,9 +8,10 @@ PyTorch on the same clip. Then one process step by step: where the time goes, an
 variants cost in memory. That is proportional set size, in which a page of the weights that several sessions have mapped
 counts once.
 
-    python benchmarks/cold_start.py ... --version before=OLD/bin/python --version now=NEW/bin/python --old-bundle BUNDLE
+    python benchmarks/cold_start.py --version NAME=PYTHON --version NAME=PYTHON --bundle BUNDLE --out FILE
 
-sets two installed versions beside each other, on a bundle that both of them read.
+sets two installed versions beside each other, on a bundle that both of them read, and adds that to the file. A name may
+be a commit's.
 """
 
 from __future__ import annotations
@@ -159,8 +160,8 @@ def side_by_side(pythons: dict[str, str], bundle: Path, clip: Path, rounds: int)
     """Two installed versions in turns, and the median of the ratios of their rounds, with its quartiles."""
     old, new = pythons
     kinds = {
-        "import hcmen.runtime": lambda python: [python, "-c", "import hcmen.runtime"],
-        "import the predictor": lambda python: [python, "-c", "import hcmen.runtime.predictor"],
+        "import hcmen.runtime": lambda python: [python, "-I", "-c", "import hcmen.runtime"],
+        "import the predictor": lambda python: [python, "-I", "-c", "import hcmen.runtime.predictor"],
         "hcmen-run": lambda python: [str(Path(python).parent / "hcmen-run"), str(clip), "--bundle", str(bundle)],
     }
     commands = {f"{kind}, {name}": of(python) for kind, of in kinds.items() for name, python in pythons.items()}
@@ -171,7 +172,7 @@ def side_by_side(pythons: dict[str, str], bundle: Path, clip: Path, rounds: int)
         low, middle, high = statistics.quantiles([x[0] / y[0] for x, y in pairs], n=4)
         ratios[f"{kind}, {new} / {old}"] = {"median": round(middle, 3), "quartiles": [round(low, 3), round(high, 3)]}
     print(json.dumps(ratios, indent=1))
-    return {"rows": rows_of(samples), "ratios_of_seconds": ratios}
+    return {"machine": describe(), "rows": rows_of(samples), "ratios_of_seconds": ratios}
 
 
 def main() -> None:
@@ -182,10 +183,16 @@ def main() -> None:
     parser.add_argument("--clip", type=Path, default=Path("samples/clip.npz"))
     parser.add_argument("--large", type=Path, help="another bundle to go through step by step, of the MOSI preset")
     parser.add_argument("--version", action="append", default=[], metavar="NAME=PYTHON", help="an environment, twice")
-    parser.add_argument("--old-bundle", type=Path, help="what --version runs, a bundle that every version reads")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
+
+    if a.version:
+        pythons = dict(version.split("=", 1) for version in a.version)
+        result = json.loads(a.out.read_text())
+        result["versions"] = side_by_side(pythons, a.bundle, a.clip, a.rounds)
+        a.out.write_text(json.dumps(result, indent=2) + "\n")
+        return
 
     commands = {
         "import numpy and onnxruntime": [sys.executable, "-c", "import numpy, onnxruntime"],
@@ -197,10 +204,6 @@ def main() -> None:
     }
     samples = in_turns(commands, a.rounds)
     rows = rows_of(samples)
-    versions = None
-    if a.version:
-        pythons = dict(version.split("=", 1) for version in a.version)
-        versions = side_by_side(pythons, a.old_bundle, a.clip, a.rounds)
     detail = {"demo": step_by_step(a.bundle, a.clip, a.rounds)}
     if a.large:
         with tempfile.TemporaryDirectory() as folder:
@@ -215,7 +218,6 @@ def main() -> None:
             "machine": describe(),
             "rows": rows,
             "step_by_step": detail,
-            **({"versions": versions} if versions else {}),
         }
         a.out.write_text(json.dumps(result, indent=2) + "\n")
 
