@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from hcmen.base.errors import BackendError, CorruptFileError, InputError, did_you_mean, shown
 from hcmen.base.inputs import Inputs, TensorSpec
@@ -50,16 +50,14 @@ class VariantRecord:
     parity: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class ModelRecord:
+class ModelRecord(NamedTuple):
     """Which model it was: its kind and its configuration, for whoever wants to build it again. Nobody runs by it."""
 
     kind: str
     config: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """What the checkpoint reached: each measure, of one variant, on one split of one data set.
 
     protocol: what was hidden, such as "variants" (the absent modalities of a variant, of every sample).
@@ -72,8 +70,7 @@ class Score:
     measures: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class FrontEnd:
+class FrontEnd(NamedTuple):
     """What made the features of a modality: an extractor, its settings, and the sha256 of its weights (None: none)."""
 
     extractor: str
@@ -128,8 +125,8 @@ class Manifest:
             "inputs": inputs,
             "outputs": outputs,
             "model": {"kind": self.model.kind, "config": dict(self.model.config)},
-            "scores": [{**vars(score), "measures": dict(score.measures)} for score in self.scores],
-            "front_ends": {m: {**vars(e), "settings": dict(e.settings)} for m, e in self.front_ends.items()},
+            "scores": [{**score._asdict(), "measures": dict(score.measures)} for score in self.scores],
+            "front_ends": {m: {**e._asdict(), "settings": dict(e.settings)} for m, e in self.front_ends.items()},
             "normalisation": {
                 m: {key: list(values) for key, values in statistics.items()}
                 for m, statistics in self.normalisation.items()

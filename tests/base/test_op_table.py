@@ -111,7 +111,11 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_python_and_cpp_have_the_same_operators(native: Any) -> None:
     assert (native["domain"], native["version"]) == (op.DOMAIN, str(op.VERSION))
     assert native["parser"] == list(op.PARSER_ATTRIBUTES)
-    ours = json.loads(json.dumps([dataclasses.asdict(operator) for operator in OPERATORS.values()]))
+    parts = ("attributes", "inputs", "outputs")
+    tables = [
+        o._asdict() | {part: [x._asdict() for x in getattr(o, part)] for part in parts} for o in OPERATORS.values()
+    ]
+    ours = json.loads(json.dumps(tables))
     for theirs in native["operators"]:
         theirs["others"] = [name for name in theirs["others"] if name]
         for attribute in theirs["attributes"]:
