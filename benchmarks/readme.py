@@ -357,7 +357,8 @@ def machines(names: list[str]) -> str:
     for name in names:
         data = result(name)
         m = data["machine"] if "machine" in data else data["mosi"]["machine"]  # precision.json has one for each part
-        groups.setdefault(m["cpu"], []).append((name, m))
+        isa = f", {m['kernels_isa']} kernels" if "kernels_isa" in m else ""
+        groups.setdefault(m["cpu"] + isa, []).append((name, m))
     lines = []
     for cpu, own in groups.items():
         m = max((m for _, m in own if "compiler" in m), key=lambda m: m["date"])
