@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from hcmen.base.bundle import Bundle
 from hcmen.base.errors import CorruptFileError, reason_of
+from hcmen.base.npy import undisturbed
 from hcmen.runtime.compare import Comparison, compare
 
 __all__ = ["SelfTest", "Session", "golden_test", "read_golden"]
@@ -91,8 +92,7 @@ def read_golden(content: NDArray[np.uint8], where: str) -> list[Arrays]:
                 raise CorruptFileError(f"{where}: {len(members)} arrays of {declared} bytes, expected far fewer")
             for member in members:
                 case, _, name = member.filename.removesuffix(".npy").partition("/")
-                with archive.open(member) as stream:
-                    cases.setdefault(case, {})[name] = np.lib.format.read_array(stream, allow_pickle=False)
+                cases.setdefault(case, {})[name] = undisturbed(_read_member, archive, member)
     except CorruptFileError:
         raise
     except Exception as error:  # zipfile, zlib and numpy each raise errors of their own on damage
@@ -101,3 +101,9 @@ def read_golden(content: NDArray[np.uint8], where: str) -> list[Arrays]:
     if not cases:
         raise CorruptFileError(f"{where}: no case in it, expected at least one: export the bundle again")
     return [cases[key] for key in sorted(cases)]
+
+
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
+    with archive.open(member) as stream:
+        array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+    return array

@@ -31,6 +31,7 @@ from hcmen.base.errors import CorruptFileError, InputError, did_you_mean, reason
 from hcmen.base.files import open_regular, writing_file
 from hcmen.base.inputs import Inputs
 from hcmen.base.modalities import MODALITIES, Variant, variant_for
+from hcmen.base.npy import undisturbed
 
 __all__ = [
     "TEXT_TOKENS",
@@ -381,7 +382,7 @@ def _read_members(
     wanted = {k: m for k, m in zip(keys, members, strict=True) if k in _wanted(inputs)}
     if not wanted:
         raise InputError("no modality is present", f"at least one of {', '.join(_wanted(inputs))}", where=name)
-    headers = {key: _read_header(name, key, archive, member, inputs) for key, member in wanted.items()}
+    headers = {key: undisturbed(_read_header, name, key, archive, member, inputs) for key, member in wanted.items()}
     arrays = {key: _read_array(archive, wanted[key], *header) for key, header in headers.items()}
     return arrays, tuple(k for k in keys if k not in wanted)
 

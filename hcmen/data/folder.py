@@ -30,6 +30,7 @@ from hcmen.base.errors import CorruptFileError, InputError, reason_of, shown
 from hcmen.base.files import check_writable, read_small, refused, sweep, writing_folder
 from hcmen.base.inputs import Inputs
 from hcmen.base.modalities import MODALITIES
+from hcmen.base.npy import undisturbed
 from hcmen.data import SPLITS, MultimodalDataset, Split
 from hcmen.data.layout import RawArray, RawSplit, open_split, whole_numbers, with_tokens
 
@@ -267,7 +268,7 @@ def _map_array(path: Path, key: str) -> RawArray:
     dtype, rank = _ARRAYS[key]
     try:
         # Not np.load, which would open a zip archive of that name as well. Arrays of objects are refused here.
-        array = np.lib.format.open_memmap(path, mode="r")
+        array = undisturbed(np.lib.format.open_memmap, path, "r")
     except (OSError, ValueError, SyntaxError, TypeError, EOFError) as error:
         reason = reason_of(error, 100)
         raise CorruptFileError(f"{path}: damaged ({reason}): convert the data file again") from error
