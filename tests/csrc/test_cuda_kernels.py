@@ -350,8 +350,13 @@ def test_plans_fit_every_device(library: ctypes.CDLL) -> None:
         (ScanCase(256, 500, 2048, 8), 1, 8, 1, 1),
         (ScanCase(256, 500, 2048, 64), 4, 16, 1, 1),
         (ScanCase(16, 500, 2048, 16), 1, 16, 1, 1),
-        # Half as many warps as are wanted, once two lanes share a channel: still no step twice.
-        (ScanCase(16, 4096, 512, 16), 2, 8, 1, 1),
+        # Fewer, but warps enough once two lanes share a channel: still no step twice.
+        (ScanCase(16, 4096, 1280, 16), 2, 8, 1, 1),
+        (ScanCase(16, 200, 640, 16), 2, 8, 1, 1),
+        # A little fewer still, and cutting is worth it, the more so the longer the sequence.
+        (ScanCase(16, 200, 512, 16), 1, 16, 1, 7),
+        (ScanCase(16, 500, 1024, 16), 1, 16, 1, 4),
+        (ScanCase(16, 4096, 512, 16), 1, 16, 1, 16),
         # Few channels and steps: the states of a channel over four lanes, its steps over warps.
         (ScanCase(1, 50, 512, 16), 4, 4, 13, 1),
         (ScanCase(1, 64, 2048, 8), 4, 4, 16, 1),
