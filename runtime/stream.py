@@ -566,6 +566,7 @@ class Stream:
             )
         )
         with self._lock:
+            self._ignored.update(m for m in result.ignored if m in MODALITIES)
             counts = self._counts
             self._counts = dataclasses.replace(counts, scored=counts.scored + 1, late=counts.late + (late > 0))
 

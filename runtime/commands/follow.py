@@ -71,7 +71,7 @@ _EPILOG = (
     "--variant",
     default="auto",
     show_default=True,
-    help="Which graph: auto takes the one for exactly what each window has.",
+    help="Which graph: auto takes the one for exactly what each window has, or else the best that the bundle has.",
 )
 @model_options
 def main(

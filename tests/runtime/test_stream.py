@@ -586,10 +586,21 @@ def test_a_variant_that_is_not_in_the_bundle_is_refused(tmp_path):
     model = load(make_bundle(tmp_path / "b", ("audio_only",)))
     with pytest.raises(InputError, match="'text_missing' is not in this bundle"):
         model.stream("text_missing", window="0.5", hop=1, rates={"audio": 30, "vision": 20})
+
+
+def test_auto_does_without_what_no_variant_of_the_bundle_takes(tmp_path):
+    from helpers.small_bundle import make_bundle
+
+    model = load(make_bundle(tmp_path / "b", ("audio_only",)))
     stream = model.stream("auto", window="0.5", hop=1, rates={"audio": 30, "vision": 20})
-    with pytest.raises(InputError, match="'text_missing' is not in this bundle"):
-        stream.push(audio=np.ones((15, 3)), vision=np.ones((10, 4)))
-    assert stream.counts == Counts(failed=1)
+    (update,) = stream.push(audio=np.ones((15, 3)), vision=np.ones((10, 4)))
+    assert update.variant == "audio_only"
+    assert update.frames == {"audio": 15}
+    assert stream.ignored == ("vision",)
+    stream.skip("audio", until=2)
+    with pytest.raises(InputError, match=r"has vision alone, .*\(audio_only\) need more: add 'vision_only'"):
+        stream.push(vision=np.ones((20, 4)))
+    assert stream.counts == Counts(scored=1, failed=1)
 
 
 def test_modalities_that_the_variant_does_without_are_ignored_and_told(model):
