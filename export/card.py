@@ -62,6 +62,7 @@ def card(manifest: Manifest) -> str:
         f"({inputs.label_max_means}) from text, audio and vision, any of which may be missing. One ONNX graph for each "
         "variant below; `manifest.json` lists every file with its sha256.",
         "",
+        *_synthetic(manifest),
         "    hcmen-run CLIP.npz --bundle FOLDER      hcmen-run --self-test --bundle FOLDER",
         "",
         "| input | features per step | most steps |",
@@ -92,6 +93,16 @@ def card(manifest: Manifest) -> str:
         + ", ".join(f"{tool} {version}" for tool, version in manifest.versions.items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _synthetic(manifest: Manifest) -> list[str]:
+    """What has to be said of a model that never saw a recording."""
+    if not any(score.data == "synthetic" for score in manifest.scores):
+        return []
+    return [
+        "Trained on the synthetic set of the demo. It shows how hcmen works; on real recordings it means nothing.",
+        "",
+    ]
 
 
 def _columns(manifest: Manifest) -> list[tuple[str, dict[str, float]]]:

@@ -34,9 +34,11 @@ from hcmen.base.bundle import Bundle, SharedFile, read_bundle
 from hcmen.base.clip import TEXT_TOKENS, Clip, batch_clips, clip_from_arrays, read_clip
 from hcmen.base.errors import BackendError, CheckFailed, HcmenError, InputError
 from hcmen.base.modalities import MODALITIES, Variant, variant_named
+from hcmen.base.shipped import chosen_bundle
 from hcmen.media.words import Encoded, Tokenizer
 from hcmen.runtime.backends import forks
 from hcmen.runtime.backends.options import Options, Ort, OrtCuda, TensorRT, backend_options
+from hcmen.runtime.best import best_variant
 from hcmen.runtime.compare import GRAPH_BOUNDS
 from hcmen.runtime.golden import SelfTest, golden_test
 
@@ -141,7 +143,8 @@ class Predictor:
 
         Args:
             clips: a path, a `Clip`, a dict of arrays, or a list of those.
-            variant: which graph; "auto" takes the one for exactly the modalities that each clip carries.
+            variant: which graph; "auto" takes the one for exactly the modalities that each clip carries, or where the
+                bundle lacks it the best one that needs no others; `Result.ignored` says what was left out.
 
         Raises:
             InputError: a clip or the variant cannot be used, such as a variant that needs what the clip lacks.
@@ -404,9 +407,7 @@ class Predictor:
 
     def _variant(self, clip: Clip, chosen: Variant | None) -> str:
         if chosen is None:
-            name = clip.variant.name
-            self.bundle.variant(name)
-            return name
+            return best_variant(self.bundle.manifest, clip.present, clip.name)
         absent = [m for m in chosen.present if m not in clip.present]
         if absent:
             why = ""
@@ -432,12 +433,17 @@ def _ort_backend(options: Ort | OrtCuda) -> OrtBackend:
 
 
 def load(
-    bundle: str | os.PathLike[str], *, backend: str | Options = "auto", clean: bool = False, **options: Any
+    bundle: str | os.PathLike[str] | None = None,
+    *,
+    backend: str | Options = "auto",
+    clean: bool = False,
+    **options: Any,
 ) -> Predictor:
     """Opens the bundle in the folder `bundle`; graphs are loaded when they are first needed.
 
     Args:
-        bundle: a folder that hcmen-export wrote. The others: see `Predictor`.
+        bundle: a folder that hcmen-export wrote; None takes build/bundle, or the demo's where nothing is there.
+        The others: see `Predictor`.
 
     Raises:
         InputError: no bundle there, or an argument that cannot be used.
@@ -445,7 +451,8 @@ def load(
         BackendError: the backend is missing, or the bundle needs another version of the ops.
     """
     # Graphs are opened later, when the working directory may be another one.
-    return Predictor(read_bundle(os.path.abspath(bundle)), backend=backend, clean=clean, **options)
+    path = os.path.abspath(chosen_bundle(bundle, lambda _: None))
+    return Predictor(read_bundle(path), backend=backend, clean=clean, **options)
 
 
 def _trim() -> None:

@@ -1,13 +1,15 @@
 """The main job, end to end: train, export the seven variants, score a clip on each, check it against PyTorch.
 
 Run by `make demo`. Everything lands in build/: train/ (checkpoint, curves), bundle/ (what a device needs) and demo/
-(the table below as text and as a picture).
+(the table below as text and as a picture). With --ship checkpoint and bundle are put into the package as well, as the
+ones that commands take where a user has made none.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -15,9 +17,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from hcmen.base.bundle import read_bundle, write_manifest
 from hcmen.base.clip import batch_clips, read_clip
 from hcmen.base.console import aligned
+from hcmen.base.files import writing_folder
 from hcmen.base.modalities import VARIANTS, variant_named
+from hcmen.base.shipped import BUNDLE, DEMO
+from hcmen.base.typed import as_typed, from_here
 from hcmen.runtime import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,10 +34,10 @@ HEADER = ("variant", "score", "eager score", "difference", "latency", "graph fil
 
 def run(*arguments: str | Path, capture: bool = False) -> str:
     """Runs one of our commands, its progress on this terminal; ends the demo with its exit code if it fails."""
-    command, *rest = map(str, arguments)
-    print(f"\n$ {command} {' '.join(rest)}", file=sys.stderr, flush=True)
+    command, *rest = (from_here(a) if isinstance(a, Path) else a for a in arguments)
+    print(f"\n$ {as_typed(command, *rest)}", file=sys.stderr, flush=True)
     done = subprocess.run(
-        [COMMANDS / command, *rest], cwd=ROOT, check=False, text=True, stdout=subprocess.PIPE if capture else None
+        [COMMANDS / command, *rest], check=False, text=True, stdout=subprocess.PIPE if capture else None
     )
     if done.returncode:
         sys.exit(done.returncode)
@@ -121,17 +127,56 @@ def as_picture(rows: list[dict[str, Any]], footer: str, path: Path) -> None:
     plt.close(figure)
 
 
+_ABOUT = """# The demo's checkpoint and bundle
+
+`train/` and `bundle/` are what `make demo` makes in build/: a small HCMEN that was trained for half a minute on a
+synthetic set. Commands take them where no other was named and none was made. They show how hcmen works, and mean
+nothing on real recordings; bundle/README.md has the figures. `train/clips/` holds clips to score.
+
+Made by `samples/demo.py --ship`. Do not edit: every file has its sha256 in config.json or manifest.json.
+"""
+
+
+def ship(train: Path, bundle: Path, target: Path = DEMO) -> None:
+    """Puts a checkpoint and its bundle into the package, whole or not at all, in place of those there."""
+    from hcmen.export.card import CARD, card
+
+    made = read_bundle(bundle)
+    made.verify()
+    report = json.loads((train / "report.json").read_text())
+    with writing_folder(target) as folder:
+        shutil.copytree(train / "clips", folder / "train" / "clips")
+        for name in ("checkpoint.safetensors", "config.json"):
+            shutil.copyfile(train / name, folder / "train" / name)
+        # Where it was trained is of no use to others.
+        (folder / "train" / "report.json").write_text(json.dumps({**report, "checkpoint": train.name}, indent=2) + "\n")
+        (folder / "bundle" / "golden").mkdir(parents=True)
+        for record in made.records():
+            shutil.copyfile(bundle / record.file, folder / "bundle" / record.file)
+        write_manifest(folder / "bundle", made.manifest)
+        (folder / "bundle" / CARD).write_text(card(made.manifest), encoding="utf-8")
+        (folder / "README.md").write_text(_ABOUT)
+
+
+def next_commands(clip: Path, bundle: Path) -> str:
+    """What to type next, as it can be typed from here."""
+    named = () if from_here(bundle) == str(BUNDLE) else ("--bundle", from_here(bundle))
+    lines = [as_typed("hcmen-run", from_here(clip), *named), as_typed("hcmen-run", "--self-test", *named)]
+    return "Next:    " + "\n         ".join(lines)
+
+
 def main() -> None:
     """Trains, exports, runs, and writes build/demo/table.{txt,json,png}."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", type=Path, default=ROOT / "build", help="where everything is written")
     parser.add_argument("--clip", type=Path, default=ROOT / "samples" / "clip.npz")
+    parser.add_argument("--ship", action="store_true", help="put checkpoint and bundle into the package as well")
     arguments = parser.parse_args()
     train, bundle, demo = (arguments.build / name for name in ("train", "bundle", "demo"))
 
     started = time.monotonic()
     run("hcmen-train", "--preset", "tiny", "--out", train, "--force")
-    run("hcmen-export", "--checkpoint", train, "--bundle", bundle)
+    run("hcmen-export", "--checkpoint", train, "--bundle", bundle, "--force")
     rows = score_every_variant(arguments.clip, train, bundle)
     minutes = (time.monotonic() - started) / 60
 
@@ -147,7 +192,10 @@ def main() -> None:
     (demo / "table.txt").write_text(f"{text}\n\n{footer}\n")
     (demo / "table.json").write_text(json.dumps({"schema_version": 1, "rows": rows, "minutes": minutes}, indent=2))
     as_picture(rows, footer, demo / "table.png")
-    print(f"\n{text}\n\n{footer}\nPicture: {demo / 'table.png'}")
+    print(f"\n{text}\n\n{footer}\nPicture: {from_here(demo / 'table.png')}\n{next_commands(arguments.clip, bundle)}")
+    if arguments.ship:
+        ship(train, bundle)
+        print(f"Shipped: {from_here(DEMO)}")
 
 
 if __name__ == "__main__":

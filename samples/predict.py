@@ -1,6 +1,6 @@
 """Scores a clip from Python.
 
-python samples/predict.py [BUNDLE [CLIP]]
+python samples/predict.py [BUNDLE [CLIP]]         BUNDLE is build/bundle, or else the demo's
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> None:
     """Scores one clip with all it carries, then as if its audio had been lost."""
     arguments = sys.argv[1:]
-    model = load(arguments[0] if arguments else ROOT / "build" / "bundle")
+    model = load(arguments[0] if arguments else None)
     clip = arguments[1] if len(arguments) > 1 else ROOT / "samples" / "clip.npz"
 
     result = model(clip)

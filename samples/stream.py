@@ -1,6 +1,6 @@
 """Scores a clip as if it came live: frames in small chunks, a window of one second every quarter of a second.
 
-python samples/stream.py [BUNDLE [CLIP]]
+python samples/stream.py [BUNDLE [CLIP]]         BUNDLE is build/bundle, or else the demo's
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ RATES = {"audio": 20, "vision": "14.985"}
 def main() -> None:
     """Pushes a tenth of a second at a time, then what is left of the last window."""
     arguments = sys.argv[1:]
-    with load(arguments[0] if arguments else ROOT / "build" / "bundle") as model:
+    with load(arguments[0] if arguments else None) as model:
         clip = read_clip(arguments[1] if len(arguments) > 1 else ROOT / "samples" / "clip.npz", model.inputs)
         frames = {m: x for m, x in clip.features.items() if m in RATES}
         stream = model.stream("auto", window=1, hop="0.25", rates={m: RATES[m] for m in frames})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +13,12 @@ from hcmen.base.console import Choice, Console, aligned, command
 from hcmen.base.engines import PRECISIONS
 from hcmen.base.errors import HcmenError, InputError
 from hcmen.base.modalities import variant_named
+from hcmen.base.records import MANIFEST_FILE
+from hcmen.base.shipped import BUNDLE, DEMO, chosen_bundle
+from hcmen.base.typed import as_typed, from_here
 
 if TYPE_CHECKING:
+    from hcmen.base.bundle import Bundle
     from hcmen.export.tensorrt import Built
 
 __all__ = ["main"]
@@ -25,7 +30,7 @@ _EPILOG = (
 
 
 @command("hcmen-compile", epilog=_EPILOG)
-@click.argument("bundle", default="build/bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--variant", "variants", multiple=True, help="A variant to compile; repeatable. Default: all in the bundle."
 )
@@ -55,7 +60,7 @@ _EPILOG = (
 @click.option("--force", is_flag=True, help="Build again what is there already.")
 def main(
     console: Console,
-    bundle: Path,
+    bundle: Path | None,
     variants: tuple[str, ...],
     precision: str,
     plugin: str,
@@ -67,8 +72,9 @@ def main(
     timing_cache: Path | None,
     force: bool,
 ) -> None:
-    """Compiles the graphs of BUNDLE (default: build/bundle) to TensorRT engines, for this GPU and this TensorRT.
+    """Compiles the graphs of BUNDLE to TensorRT engines, for this GPU and this TensorRT.
 
+    Without BUNDLE it is build/bundle, and where nothing is there the demo's is copied to it first.
     Every engine scores the golden set before it is kept. One that is further from the eager model than the bound allows
     is not written, and the exit code is 1. Needs no PyTorch.
     """
@@ -86,6 +92,7 @@ def main(
         timing_cache=timing_cache,
         force=force,
     )
+    bundle = chosen_bundle(bundle, console.note, "BUNDLE")
     opened = read_bundle(bundle)
     if opened.manifest.precision != "fp32":
         raise InputError(
@@ -96,6 +103,10 @@ def main(
     for name in chosen:
         opened.variant(name)
     compiler = Compiler(opened, options, console)
+    if bundle == DEMO / "bundle":
+        # Engines lie in the bundle, and this one in the package.
+        bundle = _copied(opened, console)
+        compiler = Compiler(read_bundle(bundle), options, console)
     console.note(f"TensorRT {compiler.tensorrt.version}, GPU of sm {compiler.cuda.sm}, CUDA {compiler.cuda.runtime}")
     built: list[Built] = []
     for i, name in enumerate(chosen, 1):
@@ -114,8 +125,29 @@ def main(
             "bundle": str(bundle),
             "engines": [{**b.record.to_json(), "fresh": b.fresh, "seconds": round(b.seconds, 3)} for b in built],
         },
-        "\n".join([*_table(built), "", f"Next: hcmen-run CLIP.npz --bundle {bundle} --backend tensorrt"]),
+        "\n".join([*_table(built), "", f"Next: {_next(bundle, chosen, opened, precision)}"]),
     )
+
+
+def _copied(opened: Bundle, console: Console) -> Path:
+    """Copies the verified files of a bundle, and its card, to build/bundle."""
+    from hcmen.base.bundle import writing_bundle
+
+    names = [record.file for record in opened.records()]
+    with writing_bundle(BUNDLE) as folder:
+        opened.verify()
+        for name in (*names, MANIFEST_FILE, "README.md"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(opened.path / name, folder / name)
+    console.note(f"{BUNDLE}: a copy of the demo's bundle, for its engines")
+    return BUNDLE
+
+
+def _next(bundle: Path, compiled: Sequence[str], opened: Bundle, precision: str) -> str:
+    """What to type next: the golden set through the engines."""
+    variant = [] if len(compiled) == len(opened.manifest.variants) else ["--variant", compiled[0]]
+    engines = ["--backend", "tensorrt", "--precision", precision]
+    return as_typed("hcmen-run", "--self-test", "--bundle", from_here(bundle), *variant, *engines)
 
 
 def _table(built: Sequence[Built]) -> list[str]:

@@ -10,6 +10,8 @@ import click
 from hcmen.base.console import Choice, Console, command
 from hcmen.base.manifest import PRECISIONS
 from hcmen.base.modalities import VARIANTS, variant_named
+from hcmen.base.shipped import BUNDLE, chosen_checkpoint
+from hcmen.base.typed import as_typed, from_here
 from hcmen.export.bundle import export_bundle
 from hcmen.export.report import table
 
@@ -20,16 +22,19 @@ __all__ = ["main"]
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
-    default=Path("build/train"),
-    show_default=True,
-    help="The folder that hcmen-train wrote.",
+    help="The folder that hcmen-train wrote.  [default: build/train if it is there, else the demo's]",
 )
 @click.option(
     "--bundle",
     type=click.Path(path_type=Path),
     help="Where the bundle is put, whole or not at all.  [default: build/bundle, or build/bundle-PRECISION]",
 )
-@click.option("--variant", "variants", multiple=True, help="A variant to export; repeatable. Default: all seven.")
+@click.option(
+    "--variant",
+    "variants",
+    multiple=True,
+    help="A variant to export; repeatable. What else a bundle of this checkpoint has stays. Default: all seven.",
+)
 @click.option(
     "--precision",
     type=Choice(list(PRECISIONS)),
@@ -50,10 +55,14 @@ __all__ = ["main"]
 @click.option(
     "--triton-root", default="/models", show_default=True, help="The path under which the server sees that folder."
 )
-@click.option("--force", is_flag=True, help="Replace a folder at --bundle or --triton even if it is something else.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace what is at --bundle or --triton, even if it is of another checkpoint or something else.",
+)
 def main(
     console: Console,
-    checkpoint: Path,
+    checkpoint: Path | None,
     bundle: Path | None,
     variants: tuple[str, ...],
     precision: str,
@@ -71,7 +80,8 @@ def main(
     # Threads that spin while they wait make each other wait on shared cores; read once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     chosen = [variant_named(name) for name in dict.fromkeys(variants)] or list(VARIANTS)
-    bundle = bundle or Path("build/bundle" if precision == "fp32" else f"build/bundle-{precision}")
+    checkpoint = chosen_checkpoint(checkpoint, console.note)
+    bundle = bundle or (BUNDLE if precision == "fp32" else BUNDLE.with_name(f"{BUNDLE.name}-{precision}"))
     manifest = export_bundle(checkpoint, bundle, chosen, precision=precision, data=data, console=console, force=force)
     models = _write_triton(bundle, triton, triton_root, force) if triton is not None else None
     rows = {name: v.parity for name, v in manifest.variants.items()}
@@ -87,9 +97,15 @@ def main(
             **({} if models is None else {"triton": {"repository": str(triton), "models": models}}),
         },
         table(manifest)
-        + f"\n\nBundle: {bundle}\nNext:   hcmen-run CLIP.npz --bundle {bundle}"
+        + f"\n\nBundle: {bundle}\nNext:   {_next(checkpoint, bundle)}"
         + ("" if models is None else f"\nTriton: {triton}, {len(models)} models, to be mounted at {triton_root}"),
     )
+
+
+def _next(checkpoint: Path, bundle: Path) -> str:
+    """What to type next: it scores a clip that training left beside the checkpoint, or else the golden set."""
+    clip = next(iter(sorted((checkpoint / "clips").glob("*.npz"))), None)
+    return as_typed("hcmen-run", "--self-test" if clip is None else from_here(clip), "--bundle", from_here(bundle))
 
 
 def _write_triton(bundle: Path, target: Path, server_root: str, force: bool) -> list[str]:

@@ -36,11 +36,13 @@ from hcmen.base.files import read_small, writing_folder
 from hcmen.base.manifest import NAME, Manifest, VariantRecord
 from hcmen.base.modalities import variant_named
 from hcmen.base.records import MANIFEST_FILE, MOST_MANIFEST_BYTES, FileRecord, check_file_name, parse_json
+from hcmen.base.shipped import or_the_demo
 
 __all__ = [
     "Bundle",
     "SharedFile",
     "file_record",
+    "looks_like_bundle",
     "read_bundle",
     "write_manifest",
     "writing_bundle",
@@ -198,13 +200,16 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     root = Path(path)
     if not root.is_dir():
         what = "not a folder" if root.exists() else "no such folder"
-        raise InputError(f"{root}: {what}, expected a bundle: make one with hcmen-export --bundle {root}")
+        raise InputError(
+            f"{root}: {what}, expected a bundle: make one with hcmen-export --bundle {root}{or_the_demo(root)}"
+        )
     try:
         with _opened_beneath(root, MANIFEST_FILE) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
             content = file.read(MOST_MANIFEST_BYTES + 1)
     except _MissingFile as error:
         raise InputError(
             f"{root}: no {MANIFEST_FILE} in it, expected a bundle: make one with hcmen-export --bundle {root}"
+            f"{or_the_demo(root)}"
         ) from error
     where = root / MANIFEST_FILE
     try:
@@ -330,7 +335,7 @@ def _check_replaceable(target: Path, force: bool) -> None:
         return
     if not target.is_dir():
         raise InputError(f"{target}: a file is there, expected a folder for the bundle: choose another place")
-    if not any(target.iterdir()) or _looks_like_bundle(target):
+    if not any(target.iterdir()) or looks_like_bundle(target):
         return
     here = Path.cwd()
     if target == here or target in here.parents or target == Path.home():
@@ -339,7 +344,7 @@ def _check_replaceable(target: Path, force: bool) -> None:
         raise InputError(f"{target}: a folder that is no bundle: choose another place, or replace it (--force)")
 
 
-def _looks_like_bundle(folder: Path) -> bool:
+def looks_like_bundle(folder: Path) -> bool:
     """Whether `folder` was written by us, of whatever schema and state; only then is it replaced unasked."""
     try:
         data = parse_json(read_small(folder / MANIFEST_FILE, MOST_MANIFEST_BYTES))

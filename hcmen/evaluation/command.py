@@ -22,6 +22,7 @@ import click
 from hcmen.base.console import Choice, Console, command
 from hcmen.base.errors import InputError
 from hcmen.base.files import check_writable, refused, sweep, write_files
+from hcmen.base.shipped import chosen_checkpoint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,7 +48,8 @@ _PACKAGES = ("hcmen", "numpy", "torch", "onnxruntime")
     "checkpoints",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="A folder that hcmen-train wrote; several give mean and deviation.  [default: build/train]",
+    help="A folder that hcmen-train wrote; several give mean and deviation.  [default: build/train if it is there, "
+    "else the demo's]",
 )
 @click.option(
     "--bundle",
@@ -101,7 +103,7 @@ def main(
     with refused(out, "a folder that can be written", "choose another --out"):
         check_writable(out)
     report = evaluate(
-        list(checkpoints) or ([] if bundle else [Path("build/train")]),
+        list(checkpoints) or ([] if bundle else [chosen_checkpoint(None, console.note)]),
         bundle,
         data=data,
         split=split,

@@ -26,6 +26,7 @@ from torch import Tensor
 import hcmen
 from hcmen.base.errors import CorruptFileError, InputError, reason_of, shown
 from hcmen.base.files import read_small, refused, write_file
+from hcmen.base.shipped import or_the_demo
 from hcmen.models import registry
 from hcmen.models.contract import Model
 from hcmen.training.config import TrainConfig
@@ -167,7 +168,7 @@ def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> bytes:
-    with refused(path, "a checkpoint", f"run hcmen-train --out {path.parent}"):
+    with refused(path, "a checkpoint", f"run hcmen-train --out {path.parent}{or_the_demo(path.parent)}"):
         return read_small(path, _MOST_BYTES)
 
 

@@ -57,7 +57,9 @@ _EPILOG = (
     help="What a user would run instead; repeatable: eager PyTorch on our kernels or on the reference scan, "
     "torch.compile of either (compiles for minutes), or functions: plain ONNX Runtime without our library.",
 )
-@click.option("--checkpoint", default="build/train", show_default=True, help="The eager model for --against.")
+@click.option(
+    "--checkpoint", help="The eager model for --against.  [default: the bundle's own, in build/train or of the demo]"
+)
 @click.option("--rounds", default=30, show_default=True, type=click.IntRange(0, 100_000), help="Turns of each row.")
 @click.option(
     "--calls", default=10, show_default=True, type=click.IntRange(1, 100_000), help="Timed calls of a turn, at most."
@@ -90,7 +92,7 @@ def main(
     clip: str | None,
     golden: bool,
     against: tuple[str, ...],
-    checkpoint: str,
+    checkpoint: str | None,
     rounds: int,
     calls: int,
     warm_up: int | None,
@@ -107,7 +109,8 @@ def main(
 ) -> None:
     """Measures bundles: latency, throughput, loading, cold start, memory; side by side, with the noise.
 
-    A BUNDLE is a folder that hcmen-export wrote, build/bundle by default. Several are measured in turns.
+    A BUNDLE is a folder that hcmen-export wrote; by default build/bundle if it is there, else the demo's. Several are
+    measured in turns.
     """
     for name in variants:
         variant_named(name)
@@ -124,6 +127,7 @@ def main(
             "--precision chooses engines of --backend tensorrt; a bundle has one precision: name several bundles"
         )
     from hcmen.base.bundle import read_bundle
+    from hcmen.base.shipped import chosen_bundle, chosen_checkpoint
     from hcmen.runtime.benchmark.machine import machine, machine_warnings
     from hcmen.runtime.benchmark.measure import Settings
     from hcmen.runtime.benchmark.plan import Plan, labels
@@ -142,8 +146,12 @@ def main(
         _emit(console, data, verdicts, unmatched, targets, doubts)
         _finish(data, 0, verdicts, fail_slower)
         return
-    paths = bundles or ("build/bundle",)
+    paths = bundles or (os.fspath(chosen_bundle(None, console.note, "BUNDLE")),)
     opened = dict(zip(labels(paths), (read_bundle(os.path.abspath(path)) for path in paths), strict=True))
+    eager = Path(checkpoint or "")
+    if set(against) - {"functions"}:
+        wanted = next(iter(opened.values())).manifest.source.get("checkpoint_sha256")
+        eager = chosen_checkpoint(checkpoint, console.note, sha256=wanted)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hcmen-bench-")))
         plan = Plan(
@@ -155,7 +163,7 @@ def main(
             batches=(0,) if golden else batches or (1,),
             clip=clip,
             against=against,
-            checkpoint=checkpoint,
+            checkpoint=os.fspath(eager),
             settings=Settings(rounds, calls, warm_up, loads, seed),
             cold_rounds=cold_rounds if cold else 0,
             folder=folder,

@@ -22,12 +22,12 @@ import click
 import hcmen
 from hcmen.base.console import Console, command, one_line
 from hcmen.base.errors import BackendError, CheckFailed, CorruptFileError, HcmenError
+from hcmen.base.shipped import chosen_bundle
 from hcmen.runtime.backends import Ort, OrtCuda
 from hcmen.runtime.commands.doctor_rows import FAILED, INFO, OK, SKIPPED, Row
 
 __all__ = ["check_machine", "main"]
 
-DEFAULT_BUNDLE = "build/bundle"
 # Distributions that all install the package `onnxruntime`, each over the files of the other.
 _ORT_DISTRIBUTIONS = (
     "onnxruntime",
@@ -54,13 +54,13 @@ _INSTRUCTION_SETS = (
 
 @command("hcmen-doctor")
 @click.option(
-    "--bundle", help=f"A bundle to verify and self-test. Default: {DEFAULT_BUNDLE}, if there is one.", default=None
+    "--bundle", help="A bundle to verify and self-test.  [default: build/bundle if it is there, else the demo's]"
 )
 def main(console: Console, bundle: str | None) -> None:
     """Checks this machine: what is installed and what works. Exit code 1 if anything failed."""
     rows = []
     with console.progress("checking", 24, "rows") as bar:
-        for row in check_machine(bundle):
+        for row in check_machine(bundle, console.note):
             rows.append(row)
             bar.advance()
     failed = [r for r in rows if r.status == FAILED]
@@ -73,12 +73,13 @@ def main(console: Console, bundle: str | None) -> None:
         raise CheckFailed(f"{len(failed)} of {len(rows)} checks failed: {', '.join(r.name for r in failed)}")
 
 
-def check_machine(bundle: str | None = None) -> Iterator[Row]:
+def check_machine(bundle: str | None = None, note: Callable[[str], None] = lambda _: None) -> Iterator[Row]:
     """All findings, in the order in which one may be the cause of the next.
 
     Args:
-        bundle: a bundle that must be sound; None looks at `DEFAULT_BUNDLE` if it is there.
+        bundle: a bundle that must be sound; None takes build/bundle, or else the demo's, and tells `note`.
     """
+    path = os.fspath(chosen_bundle(bundle, note))
     version = platform.python_version()
     python_ok = sys.version_info >= (3, 10)
     yield Row("python", OK if python_ok else FAILED, f"{version}, {sys.executable}", "" if python_ok else "use 3.10+")
@@ -106,10 +107,13 @@ def check_machine(bundle: str | None = None) -> Iterator[Row]:
             else:
                 yield Row(f"{op}, kernel", SKIPPED, "needs the kernel library")
     yield from _cuda()
-    yield _bundle(bundle, can_run=ort.status == OK)
+    if bundle is None and not os.path.lexists(path):
+        yield Row("bundle", INFO, f"none at {path}; name one with --bundle")
+    else:
+        yield _bundle(path, can_run=ort.status == OK)
     from hcmen.runtime.commands.doctor_tensorrt import tensorrt_rows
 
-    yield from tensorrt_rows(bundle or (DEFAULT_BUNDLE if Path(DEFAULT_BUNDLE).is_dir() else None))
+    yield from tensorrt_rows(path if os.path.isdir(path) else None)
     torch = find_spec("torch") is not None
     torch_version = _version("torch") if torch else None
     what = f"{torch_version or 'installed'}, for hcmen-train, hcmen-export and --check" if torch else "not installed"
@@ -328,11 +332,7 @@ def _ran(operators: tuple[str, ...]) -> str:
     return f"{operators[0]}" if len(operators) == 1 else f"{len(operators)} standard nodes"
 
 
-def _bundle(given: str | None, *, can_run: bool) -> Row:
-    path = given or DEFAULT_BUNDLE
-    if given is None and not Path(path).is_dir():
-        return Row("bundle", INFO, f"none at {path}; name one with --bundle")
-
+def _bundle(path: str, *, can_run: bool) -> Row:
     def check() -> str:
         from hcmen.base.bundle import read_bundle
 

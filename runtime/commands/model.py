@@ -30,13 +30,16 @@ def model_options(function: Callable[..., None]) -> Callable[..., None]:
             show_default=True,
             help="auto, ort, ort-cuda or tensorrt; a named one never falls back.",
         ),
-        click.option("--bundle", default="build/bundle", show_default=True, help="The folder that hcmen-export wrote."),
+        click.option(
+            "--bundle",
+            help="The folder that hcmen-export wrote.  [default: build/bundle if it is there, else the demo's]",
+        ),
     ):
         function = option(function)
     return function
 
 
-def opened_model(console: Console, bundle: str, cuda_graph: bool, **options: Any) -> Predictor:
+def opened_model(console: Console, bundle: str | None, cuda_graph: bool, **options: Any) -> Predictor:
     """The model that the options name.
 
     Args:
@@ -46,10 +49,10 @@ def opened_model(console: Console, bundle: str, cuda_graph: bool, **options: Any
         InputError, CorruptFileError, BackendError: as `Predictor` and `read_bundle`.
     """
     from hcmen.base.bundle import read_bundle
+    from hcmen.base.shipped import chosen_bundle
     from hcmen.runtime.predictor import Predictor
 
-    model = Predictor(read_bundle(bundle), cuda_graph=cuda_graph or None, **options)
-    console.detail(
-        f"bundle {bundle}, backend {model.backend.name} {model.backend.version}, {model.backend.threads} threads"
-    )
+    model = Predictor(read_bundle(chosen_bundle(bundle, console.note)), cuda_graph=cuda_graph or None, **options)
+    backend = model.backend
+    console.detail(f"bundle {model.bundle.path}, backend {backend.name} {backend.version}, {backend.threads} threads")
     return model

@@ -14,7 +14,7 @@ import click
 
 from hcmen.base.console import Command, Console, command, one_line
 from hcmen.base.errors import CheckFailed, HcmenError, InputError
-from hcmen.base.modalities import MODALITIES, variant_named
+from hcmen.base.modalities import MODALITIES, variant_for, variant_named
 from hcmen.runtime.commands.model import model_options, opened_model
 
 if TYPE_CHECKING:
@@ -62,11 +62,14 @@ class _Run(Command):
     "--variant",
     default="auto",
     show_default=True,
-    help="Which graph: auto takes the one for exactly what each clip carries. With --self-test: which one to test.",
+    help="Which graph: auto takes the one for exactly what each clip carries, or else the best that the bundle has. "
+    "With --self-test: which one to test.",
 )
 @model_options
 @click.option("--check", is_flag=True, help="Compare every score with the eager PyTorch model (needs torch).")
-@click.option("--checkpoint", default="build/train", show_default=True, help="The eager model for --check.")
+@click.option(
+    "--checkpoint", help="The eager model for --check.  [default: the bundle's own, in build/train or of the demo]"
+)
 @click.option(
     "--self-test", is_flag=True, help="Run the bundle's golden inputs and compare; needs neither clips nor torch."
 )
@@ -76,7 +79,7 @@ def main(
     words: str | None,
     variant: str,
     check: bool,
-    checkpoint: str,
+    checkpoint: str | None,
     self_test: bool,
     **options: Any,
 ) -> None:
@@ -91,7 +94,7 @@ def main(
         variant_named(variant)
     paths, errors = _expand(clips)
     model = opened_model(console, **options)
-    checker = _EagerCheck(model.bundle, checkpoint) if check else None
+    checker = _EagerCheck(model.bundle, _checkpoint_of(console, model.bundle, checkpoint)) if check else None
 
     tests: list[SelfTest] = []
     if self_test:
@@ -116,7 +119,7 @@ def main(
     checks = checker.reports(model) if checker else {}
     eager = {i: checker.scores[i] for i, _ in results} if checker else {}
     _emit(console, model, results, eager, errors, tests, checks)
-    _mention(console, [result for _, result in results])
+    _mention(console, model, variant, [result for _, result in results])
     _finish(console, errors, tests, checks)
 
 
@@ -162,19 +165,26 @@ def _with_words(console: Console, model: Predictor, words: str, paths: Sequence[
     return replace(clip, text_tokens=tokens, ignored=ignored)
 
 
+def _checkpoint_of(console: Console, bundle: Bundle, named: str | None) -> Path:
+    from hcmen.base.shipped import chosen_checkpoint
+
+    return chosen_checkpoint(named, console.note, sha256=bundle.manifest.source.get("checkpoint_sha256"))
+
+
 class _EagerCheck:
     """Compares every run of a graph with the eager model of a checkpoint, batch by batch."""
 
-    def __init__(self, bundle: Bundle, checkpoint: str):
+    def __init__(self, bundle: Bundle, checkpoint: Path):
         from importlib.util import find_spec
 
         from hcmen.base.errors import BackendError
+        from hcmen.base.shipped import or_the_demo
 
-        self.checkpoint = Path(checkpoint)
+        self.checkpoint = checkpoint
         if not self.checkpoint.is_dir():
             raise InputError(
                 f"{checkpoint}: no such checkpoint folder, expected what hcmen-train wrote: "
-                "name it with --checkpoint, or use --self-test, which needs none"
+                f"name it with --checkpoint, or use --self-test, which needs none{or_the_demo(checkpoint)}"
             )
         if find_spec("torch") is None:
             raise BackendError(
@@ -307,14 +317,24 @@ def _report_lines(title: str, reports: Mapping[str, Mapping[str, Comparison]]) -
     return lines
 
 
-def _mention(console: Console, results: Sequence[Result]) -> None:
-    """Notes what was left out, and what was mended, once per kind."""
+def _mention(console: Console, model: Predictor, asked: str, results: Sequence[Result]) -> None:
+    """Tells what was left out, and what was mended, once per kind. asked: the variant that was asked for."""
     ignored: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for r in results:
         if r.ignored:
             ignored.setdefault((r.ignored, r.variant), []).append(r.name)
     for (keys, variant), names in ignored.items():
         more = f" and {len(names) - 1} more clips" if len(names) > 1 else ""
+        lost = [m for m in keys if m in MODALITIES]
+        wanted = variant_for((*variant_named(variant).present, *lost)).name
+        if asked == "auto" and wanted not in model.variants:
+            console.warn(
+                f"{names[0]}{more}: scored without {' and '.join(lost)}, by '{variant}': '{wanted}' is not in the "
+                f"bundle {model.bundle.path}: add it with hcmen-export --variant {wanted}"
+            )
+            keys = tuple(key for key in keys if key not in lost)
+        if not keys:
+            continue
         console.note(f"note: {names[0]}{more}: variant '{variant}' ignores {' and '.join(keys)}, which the clip has")
     cleaned = [(r.name, sum(r.cleaned.values())) for r in results if r.cleaned]
     if cleaned:

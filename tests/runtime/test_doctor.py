@@ -13,6 +13,7 @@ from helpers.small_bundle import make_bundle
 import hcmen.base.library as library
 import hcmen.base.selfcheck as selfcheck
 import hcmen.runtime.commands.doctor as doctor
+from hcmen.base import shipped
 from hcmen.base.errors import BackendError
 from hcmen.runtime.commands.doctor import check_machine, main
 from hcmen.runtime.commands.doctor_rows import Row
@@ -86,7 +87,7 @@ def test_a_missing_library_fails_and_the_functions_still_pass(monkeypatch):
     assert found["SelectiveScan, function"].status == found["CausalConv1d, function"].status == "ok"
     done = run(main)
     assert done.code == 1
-    assert done.lines == [f"error: 1 of {len(NAMES)} checks failed: kernel library"]
+    assert done.lines[1:] == [f"error: 1 of {len(NAMES)} checks failed: kernel library"]
     assert "fix: reinstall hcmen with a C++17 compiler present" in done.out
 
 
@@ -157,9 +158,14 @@ def test_a_bundle_with_wrong_weights_fails_its_self_test(tmp_path):
     assert row.detail.endswith("self-test failed for full, text_only")
 
 
-def test_the_default_bundle_is_looked_at_if_there_is_one(monkeypatch, tmp_path):
+def test_the_bundle_is_that_of_the_working_directory_or_the_demo(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert rows()["bundle"] == Row("bundle", "info", "none at build/bundle; name one with --bundle")
+    found = rows()["bundle"]
+    assert found.status == "ok"
+    assert found.detail.startswith(f"{shipped.DEMO / 'bundle'}: 7 variants, ")
+    with monkeypatch.context() as stripped:
+        stripped.setattr(shipped, "DEMO", tmp_path / "none")
+        assert rows()["bundle"] == Row("bundle", "info", "none at build/bundle; name one with --bundle")
     make_bundle(tmp_path / "build" / "bundle", ("text_only",))
     found = rows()["bundle"]
     assert found.status == "ok"
