@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hcmen.base.clip import Clip
     from hcmen.base.inputs import Inputs
     from hcmen.base.manifest import Manifest
+    from hcmen.export.kept import Kept
     from hcmen.export.reduced import LabelledData, Reduced
 
 __all__ = ["INT8_SLACK", "export_bundle"]
@@ -46,20 +47,24 @@ def export_bundle(
 ) -> Manifest:
     """Writes the bundle of a checkpoint folder and returns its manifest, measured parity included.
 
+    Where a bundle of the same checkpoint and precision is there, its other variants stay.
+
     Args:
         checkpoint, bundle: the folders. variants: which graphs.
         precision: one of hcmen.base.manifest.PRECISIONS.
         data: an MMSA file or folder that judges fp16 and int8; what the checkpoint was trained on if None.
-        force: replace a folder at `bundle` that is no bundle, too.
+        force: replace a folder at `bundle` that is no bundle, or a bundle whose variants cannot stay (kept.py).
 
     Raises:
-        InputError, CorruptFileError: the checkpoint is missing or damaged, or something else is at `bundle`; the data
-            is missing, does not fit, or is not needed; a weight is beyond float16.
+        InputError, CorruptFileError: the checkpoint is missing or damaged, or something else is at `bundle`, such as
+            the bundle of another checkpoint; the data is missing, does not fit, or is not needed; a weight is beyond
+            float16.
         BackendError: a graph cannot be exported or run here.
         CheckFailed: a graph differs from the eager model by more than the bound; nothing is written.
         OSError: the bundle cannot be written.
     """
     from hcmen.base.bundle import write_manifest, writing_bundle
+    from hcmen.export.kept import kept_of
     from hcmen.export.parity import parity_clips
     from hcmen.export.variants import export_variant
     from hcmen.training.checkpoint import load_checkpoint
@@ -70,6 +75,15 @@ def export_bundle(
     if precision == "fp32" and data is not None:
         raise InputError(f"--data {data} judges --precision fp16 and int8, fp32 needs none: leave it out")
     model, about = load_checkpoint(checkpoint)
+    kept = kept_of(
+        bundle,
+        variants,
+        checkpoint_sha256=about["weights"]["sha256"],
+        precision=precision,
+        inputs=model.config.inputs,
+        force=force,
+        note=console.note,
+    )
     labelled = None if precision == "fp32" else _labelled(checkpoint, about, model, data, console)
     clips = parity_clips(model.config.inputs, _recorded_clips(checkpoint, model))
     with writing_bundle(bundle, force=force) as folder:
@@ -81,25 +95,28 @@ def export_bundle(
         for i, variant in enumerate(variants, 1):
             console.note(f"[{i}/{len(variants)}] eager outputs of {variant.name}, in float32 and float64")
             _write_golden(model, variant, clips, folder)
+        kept.copy_golden(folder)
         if model.config.inputs.text_tokens is not None:
-            _copy_tokenizer(checkpoint, folder, console)
+            _copy_tokenizer(checkpoint, folder, kept, console)
 
         def manifest_of(parity: Mapping[str, Mapping[str, Any]]) -> Manifest:
             return _manifest(model, about, checkpoint, folder, precision, parity)
 
         if labelled is None:
-            parity = _measured(folder, {v.name: graph for v, graph in graphs.items()}, len(clips), manifest_of, console)
+            made = {v.name: graph for v, graph in graphs.items()}
+            parity = _measured(folder, made, kept, len(clips), manifest_of, console)
         else:
             from hcmen.export.reduced import Reduced
 
             reduced = Reduced(model, graphs, precision, labelled, console)
-            parity = _judged(folder, model, graphs, reduced, labelled, clips, manifest_of, console)
+            parity = _judged(folder, model, graphs, kept, reduced, labelled, clips, manifest_of, console)
         manifest = manifest_of(parity)
         if not all(p["passed"] for p in parity.values()):
             console.block(table(manifest))
             raise CheckFailed(failure(precision, parity))
         write_manifest(folder, manifest)
         (folder / CARD).write_text(card(manifest), encoding="utf-8")
+        kept.check_unchanged()
     return manifest
 
 
@@ -115,27 +132,38 @@ def _labelled(
 def _measured(
     folder: Path,
     graphs: Mapping[str, ModelProto],
+    kept: Kept,
     clips: int,
     manifest_of: Callable[[Mapping[str, Mapping[str, Any]]], Manifest],
     console: Console,
 ) -> dict[str, dict[str, Any]]:
-    """Writes graphs and weights into `folder`; what they say to the golden set there, against the eager model."""
+    """Writes graphs and weights into `folder`; what they say to the golden set there, against the eager model.
+
+    The graphs that stay are run as well, since their weights have moved; their records stay as they were.
+    """
     from hcmen.base.bundle import write_manifest
     from hcmen.mamba.graph import share_weights
 
-    share_weights(graphs, folder)
+    every = {**graphs, **kept.graphs()}
+    # In one order, so that a bundle made variant by variant is the one that is made at once.
+    share_weights({v.name: every[v.name] for v in VARIANTS if v.name in every}, folder)
     # The runtime reads nothing that no manifest lists, so the graphs are measured under a first one.
-    unmeasured = manifest_of({name: {"passed": False} for name in graphs})
+    unmeasured = manifest_of({**{name: {"passed": False} for name in graphs}, **kept.parity})
     if unmeasured.precision == "int8":
         # Its bound is what this measures: until then as wide as scores are.
         widest = {"passed": False, "atol": _label_width(unmeasured.inputs), "rtol": 0.0}
-        unmeasured = manifest_of(dict.fromkeys(graphs, widest))
+        unmeasured = manifest_of({**dict.fromkeys(graphs, widest), **kept.parity})
     write_manifest(folder, unmeasured)
     parity = {}
     for i, (name, report) in enumerate(_measure(folder, clips), 1):
-        parity[name] = report
         worst = figure(report["outputs"]["score"]["max_abs"])
-        console.note(f"[{i}/{len(graphs)}] parity of {name}: largest score difference {worst}")
+        console.note(f"[{i}/{len(every)}] parity of {name}: largest score difference {worst}")
+        if name in kept.names and not report["passed"]:
+            raise CheckFailed(
+                f"{kept.target}: '{name}', which would stay, no longer agrees with its golden set (largest score "
+                f"difference {worst}): export all variants (leave --variant out)"
+            )
+        parity[name] = dict(kept.parity[name]) if name in kept.names else report
     return parity
 
 
@@ -143,6 +171,7 @@ def _judged(
     folder: Path,
     model: Any,
     graphs: Mapping[Variant, ModelProto],
+    kept: Kept,
     reduced: Reduced,
     labelled: LabelledData,
     clips: Sequence[Clip],
@@ -164,7 +193,7 @@ def _judged(
     while True:
         made = reduced.graphs(keep)
         size = {v: {"got": made[v.name].ByteSize(), "fp32": graph.ByteSize()} for v, graph in graphs.items()}
-        parity = _measured(folder, made, len(clips), manifest_of, console)
+        parity = _measured(folder, made, kept, len(clips), manifest_of, console)
         device = load(folder)
         for variant in graphs:
             report = parity[variant.name]
@@ -231,10 +260,14 @@ def _recorded_clips(checkpoint: Path, model: Any) -> list[Clip]:
     return [read_clip(path, model.config.inputs) for path in sorted((checkpoint / "clips").glob("*.npz"))]
 
 
-def _copy_tokenizer(checkpoint: Path, folder: Path, console: Console) -> None:
+def _copy_tokenizer(checkpoint: Path, folder: Path, kept: Kept, console: Console) -> None:
     """Copies the tokenizer that training left beside the checkpoint; without one the bundle takes token ids alone."""
     source = checkpoint / "tokenizer.json"
     if not source.is_file():
+        there = kept.tokenizer()
+        if there is not None:
+            (folder / "tokenizer.json").write_bytes(there)
+            return
         console.warn(f"{source}: missing, so this bundle will take token ids and no words (hcmen-run --text)")
         return
     content = read_small(source)

@@ -448,7 +448,7 @@ def test_an_int8_export_from_end_to_end(train, tmp_path):
     assert table.code == 0
     assert "MAE int8" in table.out
     assert "0.01" not in table.err
-    assert f"hcmen-run CLIP.npz --bundle {Path('build/bundle-int8')}" in table.out
+    assert f"hcmen-run --self-test --bundle {Path('build/bundle-int8')}" in table.out
 
 
 def test_a_float16_export(train, tmp_path):
@@ -467,6 +467,20 @@ def test_a_float16_export(train, tmp_path):
     assert bundle.manifest.weights.bytes < read_bundle(tmp_path / "single").manifest.weights.bytes
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_variant_that_stays_keeps_what_was_judged_of_it(train, tmp_path, precision):
+    assert exported(train, "--precision", precision, "--bundle", "b").code == 0
+    before = read_bundle(tmp_path / "b").manifest
+    more = ("--precision", precision, "--bundle", "b", "--variant", "audio_only")
+    done = run(command.main, "--checkpoint", train, *more)
+    assert done.code == 0, done.err
+    after = read_bundle(tmp_path / "b").manifest
+    assert list(after.variants) == ["text_only", "audio_only"]
+    assert after.variants["text_only"].parity == before.variants["text_only"].parity
+    assert after.variants["text_only"].golden == before.variants["text_only"].golden
+    assert all(t.passed for t in load(tmp_path / "b").self_test())
+
+
 def test_float32_stays_what_it_was(train, tmp_path):
     done = exported(train)
     assert done.code == 0, done.err
@@ -483,7 +497,7 @@ def test_a_metric_that_moves_too_far_writes_nothing(train, tmp_path, monkeypatch
     small_bundle.make_bundle(tmp_path / "old")
     before = (tmp_path / "old" / "manifest.json").read_bytes()
     monkeypatch.setitem(reduced.MOST_MOVED, precision, 1e-12)
-    done = exported(train, "--precision", precision, "--bundle", "old", "--quiet")
+    done = exported(train, "--precision", precision, "--bundle", "old", "--quiet", "--force")
     assert done.code == 1
     assert f"{precision} moves the MAE of text_only too far: of 'text_only' by" in done.lines[-1]
     assert "24 validation clips, allowed 0.0%; no bundle was written: use --precision" in done.lines[-1]
