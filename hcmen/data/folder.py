@@ -32,7 +32,7 @@ from hcmen.base.inputs import Inputs
 from hcmen.base.modalities import MODALITIES
 from hcmen.base.npy import undisturbed
 from hcmen.data import SPLITS, MultimodalDataset, Split
-from hcmen.data.layout import RawArray, RawSplit, open_split, whole_numbers, with_tokens
+from hcmen.data.layout import Fit, RawArray, RawSplit, fitted, open_split, whole_numbers, with_tokens
 
 __all__ = ["INDEX", "check_free", "map_arrays", "read_folder", "write_folder"]
 
@@ -49,8 +49,8 @@ _ARRAYS = {
 _OPTIONAL = {"text_bert.npy"}
 
 
-def read_folder(folder: Path, inputs: Inputs) -> MultimodalDataset:
-    """The data set in `folder`, checked against the sizes and label range of `inputs`; features stay on disk.
+def read_folder(folder: Path, inputs: Inputs | Fit) -> MultimodalDataset:
+    """The data set in `folder`, checked against `inputs` as `read_mmsa` says; features stay on disk.
 
     Raises:
         InputError: `folder` holds no data set, or not the one `inputs` is for.
@@ -58,6 +58,7 @@ def read_folder(folder: Path, inputs: Inputs) -> MultimodalDataset:
     """
     index = _read_index(folder)
     data = {name: _map_split(folder, name, index) for name in SPLITS}
+    inputs = fitted(inputs, data, str(folder))
     splits = {}
     for name in SPLITS:
         raw = open_split(data, name, str(folder), inputs)

@@ -29,15 +29,29 @@ import numpy as np
 import numpy.typing as npt
 
 from hcmen.base.errors import InputError
-from hcmen.base.inputs import Inputs, TokenConfig
+from hcmen.base.inputs import FeatureConfig, Inputs, TokenConfig
 from hcmen.base.modalities import MODALITIES
 from hcmen.data import SPLITS, FloatArray, IntArray, Split, TextTokens
 
-__all__ = ["Piece", "RawArray", "RawSplit", "checked_tokens", "open_split", "whole_numbers", "with_tokens"]
+__all__ = [
+    "LABEL_SLACK",
+    "Fit",
+    "Piece",
+    "RawArray",
+    "RawSplit",
+    "Sizes",
+    "checked_tokens",
+    "fitted",
+    "open_split",
+    "whole_numbers",
+    "with_tokens",
+]
 
 RawArray = npt.NDArray[Any]
 
 
+LABEL_SLACK = 1e-4
+"""Labels are averages of several annotators, stored as they came out: the last bits may be beyond the range."""
 # Stored bytes per piece. A piece passes through a handful of temporaries of its size.
 _PIECE_BYTES = 1 << 23
 
@@ -62,6 +76,38 @@ def open_split(data: Any, split: str, name: str, inputs: Inputs | None = None) -
     given = {m: n for m in MODALITIES if (n := _given_lengths(members, where, m, raw[m])) is not None}
     tokens = _text_bert(members, where, raw["text"])
     return RawSplit(labels, _ids(members.get("id", list(range(len(labels)))), where, len(labels)), raw, given, tokens)
+
+
+class Sizes(NamedTuple):
+    """What the splits of a data set have in common: {m: features, most steps of any split}, and the range of labels."""
+
+    modalities: Mapping[str, FeatureConfig]
+    label_min: float
+    label_max: float
+
+
+Fit = Callable[[Sizes], Inputs]
+"""Makes the inputs of a model for data of such sizes."""
+
+
+def fitted(inputs: Inputs | Fit, data: Any, name: str) -> Inputs:
+    """`inputs`, or what it makes of the sizes of `data`, a dict of MMSA's layout that `name` stands for in messages.
+
+    Raises:
+        InputError: as `open_split`, or the splits differ in their features.
+    """
+    if isinstance(inputs, Inputs):
+        return inputs
+    splits = {s: open_split(data, s, name) for s in SPLITS}
+    found = {}
+    for m in MODALITIES:
+        widths = {s: split.raw[m].shape[2] for s, split in splits.items()}
+        if len(set(widths.values())) > 1:
+            told = ", ".join(f"{width} in {s}" for s, width in widths.items())
+            raise InputError(f"{name}: {m} has {told} features per step, expected equally many in every split")
+        found[m] = FeatureConfig(widths[SPLITS[0]], max(split.raw[m].shape[1] for split in splits.values()))
+    labels = np.concatenate([split.labels for split in splits.values()])
+    return inputs(Sizes(found, float(labels.min()), float(labels.max())))
 
 
 def with_tokens(split: Split, raw: RawSplit, limits: TokenConfig | None, where: str) -> Split:
@@ -318,9 +364,8 @@ def _labels(value: Any, where: str, inputs: Inputs | None) -> FloatArray:
         if wrong.size:
             raise InputError(f"{where}: the label of sample {wrong[0]} is {labels[wrong[0]]:g}, expected a number")
         return labels
-    # Labels are averages of several annotators, stored as they came out: allow the last bits.
-    slack = 1e-4
-    wrong = np.flatnonzero(~((labels >= inputs.label_min - slack) & (labels <= inputs.label_max + slack)))
+    low, high = inputs.label_min - LABEL_SLACK, inputs.label_max + LABEL_SLACK
+    wrong = np.flatnonzero(~((labels >= low) & (labels <= high)))
     if wrong.size:
         raise InputError(
             f"{where}: the label of sample {wrong[0]} is {labels[wrong[0]]:g}, expected "

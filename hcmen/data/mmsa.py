@@ -14,14 +14,16 @@ from hcmen.base.inputs import Inputs
 from hcmen.base.modalities import MODALITIES
 from hcmen.data import SPLITS, FloatArray, IntArray, MultimodalDataset, Split
 from hcmen.data.folder import read_folder
-from hcmen.data.layout import RawSplit, open_split, with_tokens
+from hcmen.data.layout import Fit, RawSplit, fitted, open_split, with_tokens
 from hcmen.data.unpickle import load_pickle
 
 __all__ = ["dataset_from_mmsa", "read_mmsa"]
 
 
-def read_mmsa(path: str | Path, inputs: Inputs) -> MultimodalDataset:
+def read_mmsa(path: str | Path, inputs: Inputs | Fit) -> MultimodalDataset:
     """The data set in the MMSA file `path`, checked against the sizes and label range of `inputs`.
+
+    A function for `inputs` is called with the sizes of the data, and makes the inputs to check it against.
 
     `path` may also be a folder that hcmen-convert wrote. The numbers are the same; those of the folder stay on disk,
     as read-only maps.
@@ -36,12 +38,13 @@ def read_mmsa(path: str | Path, inputs: Inputs) -> MultimodalDataset:
     return dataset_from_mmsa(load_pickle(path), str(path), inputs)
 
 
-def dataset_from_mmsa(data: Any, name: str, inputs: Inputs) -> MultimodalDataset:
+def dataset_from_mmsa(data: Any, name: str, inputs: Inputs | Fit) -> MultimodalDataset:
     """The data set in `data`, a dict of MMSA's layout; `name` is what error messages call it.
 
     Raises:
         InputError: as `read_mmsa`.
     """
+    inputs = fitted(inputs, data, name)
     cleaned = dict.fromkeys(MODALITIES, 0)
     splits = {}
     for s in SPLITS:

@@ -20,12 +20,13 @@ from hcmen.base.console import Choice, Console, command
 from hcmen.base.errors import InputError
 from hcmen.base.files import check_writable, refused, sweep
 from hcmen.training.config import AUXILIARIES, MIXES, PRECISIONS, TrainConfig, train_setting
-from hcmen.training.presets import PRESETS, preset_named
+from hcmen.training.presets import PRESETS, preset_for, preset_named, sized
 from hcmen.training.report import draw_curves, scores_text, test_scores
 
 if TYPE_CHECKING:
     from hcmen.base.inputs import Inputs
     from hcmen.data import MultimodalDataset, Split
+    from hcmen.data.layout import Fit, Sizes
     from hcmen.models.contract import Config
 
 __all__ = ["load_checkpoint", "main"]
@@ -59,7 +60,11 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]
     type=click.Path(path_type=Path),
     help="MMSA data file (.pkl), or its folder from hcmen-convert; the synthetic set if not given.",
 )
-@click.option("--preset", type=Choice(list(PRESETS)), help="Model sizes and training settings.  [default: tiny]")
+@click.option(
+    "--preset",
+    type=Choice(list(PRESETS)),
+    help="Architecture and training settings; the sizes are those of --data.  [default: what fits --data; else tiny]",
+)
 @click.option("--epochs", type=click.IntRange(min=1), help="Passes over the training split; the preset's if not given.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Samples per optimiser step, over all processes.")
 @click.option("--micro-batches", type=click.IntRange(min=1), help="Pieces a batch is computed in.  [default: 1]")
@@ -175,19 +180,14 @@ def main(
         tokenizer = None
         if resume:
             model_config, train_config, source = _resumed_settings(out, preset, given, data, text_encoder)
+            dataset = _load_data(source, model_config.inputs, train_config.seed, console)
         else:
             if ranks.first:
                 _check_free(out, force)
-            chosen = preset_named(preset or "tiny")
-            model_config, train_config = chosen.model, dataclasses.replace(chosen.train, **given)
-            source = {
-                "preset": chosen.name,
-                "data": str(data.resolve()) if data else None,
-                "text_encoder": str(text_encoder.resolve()) if text_encoder else None,
-            }
-            if text_encoder is not None:
-                model_config, tokenizer = _with_text_encoder(model_config, text_encoder, chosen.name)
-        dataset = _load_data(source, model_config.inputs, train_config.seed, console)
+            start = _Start(preset, data, text_encoder, console)
+            dataset = start.dataset(given)
+            model_config, train_config, source = start.model, start.train, start.source
+            tokenizer = start.tokenizer
         if ranks.first:
             out.mkdir(parents=True, exist_ok=True)
             for folder in (out, out / CLIPS):
@@ -223,14 +223,63 @@ def main(
 # --- settings and data ----------------------------------------------------------------------------------------------
 
 
-def _with_text_encoder(config: Any, folder: Path, preset: str) -> tuple[Config, bytes]:
-    """`config` with the BERT in `folder` for its text, and the content of its tokenizer.json."""
+class _Start:
+    """What a run begins with: model and training settings, where both come from, the tokenizer of a text encoder."""
+
+    model: Any
+    train: TrainConfig
+    tokenizer: bytes | None = None
+
+    def __init__(self, preset: str | None, data: Path | None, text_encoder: Path | None, console: Console) -> None:
+        self.preset, self.data, self.text_encoder, self.console = preset, data, text_encoder, console
+        self.source: dict[str, Any] = {}
+
+    def dataset(self, given: Mapping[str, Any]) -> MultimodalDataset:
+        """The data, once the settings are chosen: by the file's sizes, where there is a file."""
+        if self.data is None:
+            self._choose(self.preset or "tiny", given, None)
+            return _load_data(self.source, self.model.inputs, self.train.seed, self.console)
+
+        def fit(sizes: Sizes) -> Inputs:
+            name, why = preset_for(sizes) if self.preset is None else (self.preset, "")
+            self._choose(name, given, sizes)
+            self._tell(sizes, why)
+            return self.model.inputs
+
+        return _load_file(self.data.resolve(), fit, self.console)
+
+    def _choose(self, name: str, given: Mapping[str, Any], sizes: Sizes | None) -> None:
+        chosen = preset_named(name)
+        self.model = chosen.model if sizes is None else sized(chosen.model, sizes)
+        self.train = dataclasses.replace(chosen.train, **given)
+        paths = {"data": self.data, "text_encoder": self.text_encoder}
+        self.source = {"preset": chosen.name, **{k: str(path.resolve()) if path else None for k, path in paths.items()}}
+        if self.text_encoder is not None:
+            who = f"preset {chosen.name} expects" if sizes is None else f"{self.data} has"
+            self.model, self.tokenizer = _with_text_encoder(self.model, self.text_encoder, who)
+
+    def _tell(self, sizes: Sizes, why: str) -> None:
+        told = "; ".join(f"{m} {x.features} features, {x.max_steps} steps" for m, x in sizes.modalities.items())
+        self.console.note(f"sizes from {self.data}: {told}")
+        chosen = f", chosen by the {why} of the data; --preset names another" if why else ""
+        inputs = self.model.inputs
+        self.console.note(
+            f"preset {self.source['preset']}: its architecture, training settings and label range "
+            f"{inputs.label_min:g} to {inputs.label_max:g}{chosen}"
+        )
+
+
+def _with_text_encoder(config: Any, folder: Path, who: str) -> tuple[Config, bytes]:
+    """`config` with the BERT in `folder` for its text, and the content of its tokenizer.json.
+
+    who: says how many text features there are, for a message.
+    """
     from hcmen.models.text_encoder import read_sizes, read_tokenizer
 
     encoder, hidden = read_sizes(folder)
     if hidden != config.text.features:
         raise InputError(
-            f"{folder}: the hidden size is {hidden}, preset {preset} expects {config.text.features} text features: "
+            f"{folder}: the hidden size is {hidden}, {who} {config.text.features} text features: "
             "choose a BERT of that size"
         )
     return dataclasses.replace(config, text_encoder=encoder), read_tokenizer(folder)
@@ -289,13 +338,19 @@ def _clear(out: Path) -> None:
 
 
 def _load_data(source: Mapping[str, Any], inputs: Inputs, seed: int, console: Console) -> MultimodalDataset:
-    from hcmen.data.mmsa import dataset_from_mmsa, read_mmsa
+    from hcmen.data.mmsa import dataset_from_mmsa
     from hcmen.data.synthetic import SAMPLES, make_synthetic
 
     if source["data"] is None:
         console.note(f"no --data: training on the synthetic set of preset {source['preset']}")
         return dataset_from_mmsa(make_synthetic(inputs, SAMPLES[source["preset"]], seed), "synthetic", inputs)
-    dataset = read_mmsa(source["data"], inputs)
+    return _load_file(source["data"], inputs, console)
+
+
+def _load_file(path: str | Path, inputs: Inputs | Fit, console: Console) -> MultimodalDataset:
+    from hcmen.data.mmsa import read_mmsa
+
+    dataset = read_mmsa(path, inputs)
     for m, count in dataset.cleaned.items():
         if count:
             console.note(f"{m}: {count} stored values were NaN or infinite and count as 0")
