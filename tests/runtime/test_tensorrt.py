@@ -23,7 +23,7 @@ import pytest
 from helpers import fake_tensorrt
 from helpers.command import run
 from helpers.fake_cuda import FakeCuda
-from helpers.fake_tensorrt import OPS, compiled, machine
+from helpers.fake_tensorrt import OPS, compile_main, compiled, machine
 from helpers.processes import loaded_after
 
 import hcmen.runtime.backends.cuda
@@ -585,3 +585,29 @@ def test_compile_and_run_without_torch(micro_bundle, tmp_path):
 )
 def test_versions(text, numbers):
     assert parsed_version(text) == numbers
+
+
+def test_without_a_bundle_the_demo_is_copied_for_its_engines(monkeypatch, tmp_path):
+    from hcmen.base.shipped import BUNDLE, DEMO
+
+    def contents(folder: Path) -> dict[str, bytes]:
+        return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    monkeypatch.chdir(tmp_path)
+    before = contents(DEMO / "bundle")
+    refused = run(compile_main, "--variant", "audio_only", "--opt-batch", "99")
+    assert refused.code == 2
+    assert not BUNDLE.exists()
+    machine(monkeypatch, tmp_path, "10.13.3.9")
+    done = run(compile_main, "--variant", "audio_only", "--precision", "fp16")
+    assert done.code == 0, done.err
+    assert contents(DEMO / "bundle") == before
+    made = contents(BUNDLE)
+    assert before.items() <= made.items()
+    assert {name.split("/")[0] for name in made.keys() - before.keys()} == {"engines"}
+    last = done.out.splitlines()[-1]
+    assert last.endswith(
+        "hcmen-run --self-test --bundle build/bundle --variant audio_only --backend tensorrt --precision fp16"
+    )
+    arguments = last.partition("hcmen-run ")[2].split()
+    assert run(run_main, *arguments).code == 0

@@ -1,6 +1,6 @@
 """Builds the sdist and the wheel, asks auditwheel what the wheel may be called, and installs it with what it needs.
 
-Both hold the Python files of this checkout, all of them and no others.
+Both hold the Python files of this checkout and the demo's checkpoint and bundle, all of them and no others.
 """
 
 from __future__ import annotations
@@ -42,18 +42,25 @@ def auditwheel(folder: Path) -> dict[str, str]:
     return {}
 
 
+def counts(name: str) -> bool:
+    """Whether a file that is installed as `name` is Python, or of the demo."""
+    return name.endswith(".py") or name.startswith("hcmen/demo/")
+
+
 def source_names() -> set[str]:
-    """The Python files of this checkout under the names that they are installed as, such as hcmen/runtime/stream.py."""
+    """The files of this checkout that count, under the names that they are installed as."""
     packages = {"hcmen": "hcmen", "hcmen/export": "export", "hcmen/runtime": "runtime"}
-    return {
+    installed = (
         f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
         for package, folder in packages.items()
-        for path in (ROOT / folder).rglob("*.py")
-    }
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file()
+    )
+    return {name for name in installed if counts(name)}
 
 
 def check_names(what: Path, found: set[str], expected: set[str]) -> None:
-    """Raises RuntimeError if `what` holds other Python files than it should."""
+    """Raises RuntimeError if `what` holds other files that count than it should."""
     if found != expected:
         raise RuntimeError(f"{what.name}: lacks {sorted(expected - found)}, has {sorted(found - expected)} beside")
 
@@ -69,10 +76,10 @@ def build_sdist(folder: Path, tools: Path) -> Path:
     run([sys.executable, "-c", f"import os; os.chdir({str(ROOT)!r}); {code}"], PYTHONPATH=str(tools))
     (sdist,) = folder.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames() if name.endswith(".py")}
+        names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
     packaged = {name for name in names if name.split("/")[0] in ("hcmen", "export", "runtime")}
     installed = {name if name.startswith("hcmen/") else f"hcmen/{name}" for name in packaged}
-    check_names(sdist, installed, source_names())
+    check_names(sdist, {name for name in installed if counts(name)}, source_names())
     return sdist
 
 
@@ -103,7 +110,8 @@ def build_wheel(
 def describe_wheel(wheel: Path, objdump: str = "objdump") -> dict[str, Any]:
     """Its name, its sizes, and what its library asks of the machine."""
     with zipfile.ZipFile(wheel) as archive:
-        check_names(wheel, {name for name in archive.namelist() if name.endswith(".py")}, source_names())
+        names = {name for name in archive.namelist() if counts(name) and not name.endswith("/")}
+        check_names(wheel, names, source_names())
         (library,) = (i for i in archive.infolist() if i.filename.endswith("/libhcmen_ops.so"))
         unpacked = archive.extract(library, wheel.parent / "content")
         size = sum(i.file_size for i in archive.infolist())
