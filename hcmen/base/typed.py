@@ -36,12 +36,10 @@ def _program(command: str) -> list[str]:
     if ours:
         return [shlex.quote(_with_folder(ours[0]))]
     name = command.partition("-")[2]
-    python = shutil.which("python") or ""
-    return [
-        "python" if _same(python, sys.executable) else shlex.quote(_with_folder(Path(sys.executable))),
-        *("-m", "hcmen"),
-        *([name] if name else []),
-    ]
+    # The interpreters of virtual environments are links to one program, so it is their place that counts.
+    bare = shutil.which("python") == sys.executable
+    python = "python" if bare else shlex.quote(_with_folder(Path(sys.executable)))
+    return [python, "-m", "hcmen", *([name] if name else [])]
 
 
 def _script_folders() -> list[Path]:

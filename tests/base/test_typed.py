@@ -65,6 +65,10 @@ def test_without_scripts_it_is_a_module(scripts, tmp_path, monkeypatch):
     line = as_typed("hcmen-run", "--version")
     assert line.endswith(" -m hcmen run --version")
     assert shell(line).startswith("hcmen-run ")
+    # Another environment's python, which is a link to the same program, does not have hcmen.
+    (tmp_path / "python").symlink_to(os.path.realpath(sys.executable))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert as_typed("hcmen-run", "--version") == line
 
 
 def test_a_folder_that_is_gone_is_no_error(scripts, tmp_path, monkeypatch):

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from hcmen.base.shipped import DEMO as SHIPPED
+
+DEMO_BUNDLE = SHIPPED / "bundle"
 DEMO = Path(__file__).resolve().parents[2] / "samples" / "demo.py"
 
 
@@ -44,3 +49,16 @@ def test_a_failing_command_ends_the_demo_with_its_exit_code(demo, capfd):
         demo.run("hcmen-run", "nowhere.npz", "--bundle", "/nonexistent", capture=True)
     assert stop.value.code == 2
     assert "no such folder" in capfd.readouterr().err
+
+
+def test_the_commands_that_it_prints_can_be_typed(demo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for bundle in (DEMO_BUNDLE, tmp_path / "build" / "bundle"):
+        if not bundle.exists():
+            shutil.copytree(DEMO_BUNDLE, bundle)
+        lines = demo.next_commands(DEMO.with_name("clip.npz"), bundle).removeprefix("Next:").splitlines()
+        assert len(lines) == 2
+        for line in lines:
+            done = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        assert ("--bundle" in lines[0]) == (bundle == DEMO_BUNDLE)
