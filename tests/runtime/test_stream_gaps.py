@@ -277,7 +277,7 @@ def test_numbers_beyond_all_bounds_are_refused_at_once(model, what, number):
 @pytest.mark.parametrize("zero", ["0e99999999", "0.0E-99999999", "-0.0", "0/7", 0.0])
 def test_a_zero_is_zero_however_it_is_written(zero):
     assert exact(zero, "delay", zero=True) == 0
-    with pytest.raises(InputError, match="delay is .*positive number, from 1e-12 to 1e12"):
+    with pytest.raises(InputError, match=r"delay is .*positive number, from 1e-12 to 1e12"):
         exact(zero, "delay")
 
 
