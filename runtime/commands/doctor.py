@@ -24,6 +24,7 @@ from hcmen.base.console import Console, command, one_line
 from hcmen.base.errors import BackendError, CheckFailed, CorruptFileError, HcmenError
 from hcmen.runtime.backends import Ort, OrtCuda
 from hcmen.runtime.commands.doctor_rows import FAILED, INFO, OK, SKIPPED, Row
+from hcmen.runtime.commands.model import trust_engines_option
 
 __all__ = ["check_machine", "main"]
 
@@ -56,11 +57,12 @@ _INSTRUCTION_SETS = (
 @click.option(
     "--bundle", help=f"A bundle to verify and self-test. Default: {DEFAULT_BUNDLE}, if there is one.", default=None
 )
-def main(console: Console, bundle: str | None) -> None:
+@trust_engines_option()
+def main(console: Console, bundle: str | None, trust_engines: bool) -> None:
     """Checks this machine: what is installed and what works. Exit code 1 if anything failed."""
     rows = []
     with console.progress("checking", 24, "rows") as bar:
-        for row in check_machine(bundle):
+        for row in check_machine(bundle, trust_engines=trust_engines):
             rows.append(row)
             bar.advance()
     failed = [r for r in rows if r.status == FAILED]
@@ -73,11 +75,12 @@ def main(console: Console, bundle: str | None) -> None:
         raise CheckFailed(f"{len(failed)} of {len(rows)} checks failed: {', '.join(r.name for r in failed)}")
 
 
-def check_machine(bundle: str | None = None) -> Iterator[Row]:
+def check_machine(bundle: str | None = None, *, trust_engines: bool = False) -> Iterator[Row]:
     """All findings, in the order in which one may be the cause of the next.
 
     Args:
         bundle: a bundle that must be sound; None looks at `DEFAULT_BUNDLE` if it is there.
+        trust_engines: run engines of others too.
     """
     version = platform.python_version()
     python_ok = sys.version_info >= (3, 10)
@@ -109,7 +112,7 @@ def check_machine(bundle: str | None = None) -> Iterator[Row]:
     yield _bundle(bundle, can_run=ort.status == OK)
     from hcmen.runtime.commands.doctor_tensorrt import tensorrt_rows
 
-    yield from tensorrt_rows(bundle or (DEFAULT_BUNDLE if Path(DEFAULT_BUNDLE).is_dir() else None))
+    yield from tensorrt_rows(bundle or (DEFAULT_BUNDLE if Path(DEFAULT_BUNDLE).is_dir() else None), trust=trust_engines)
     torch = find_spec("torch") is not None
     torch_version = _version("torch") if torch else None
     what = f"{torch_version or 'installed'}, for hcmen-train, hcmen-export and --check" if torch else "not installed"
@@ -132,6 +135,9 @@ def _cuda() -> Iterator[Row]:
     except BackendError as error:
         path = None
         yield Row("cuda kernels", INFO, f"not built: {one_line(error)}")
+    except HcmenError as error:
+        path = None
+        yield Row("cuda kernels", FAILED, one_line(error), "name a library that nobody else can write: docs/cuda.md")
     else:
 
         def load() -> str:
