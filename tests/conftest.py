@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import sys
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+# A library that a group may write is refused, and some umasks let groups write all that is made.
+os.umask(0o022)
 
 # A shell starts its background jobs with Ctrl-C ignored, and child processes would inherit that; some are tested on it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
