@@ -227,3 +227,12 @@ def test_without_a_home_nothing_is_compiled_and_only_the_trusted_runs(ready, cli
     assert done.code == 5
     assert "this user has no key to tell by whom (nor a home folder)" in done.lines[-1]
     assert scored(ready, clip, "--trust-engines").code == 0
+
+
+def test_a_self_test_opens_no_foreign_engine_either(ready, clip, state):
+    """One line for one reason, whatever is asked for and however many clips wait."""
+    state.unlink()
+    for arguments in (("--self-test", "--variant", "full"), ("--variant", "full"), (clip, clip)):
+        done = scored(ready, clip, *arguments)
+        assert (done.code, done.out) == (5, "")
+        assert len({line for line in done.lines if line.startswith("error: ")}) == 1
