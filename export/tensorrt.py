@@ -35,6 +35,7 @@ from hcmen.base.errors import BackendError, CheckFailed, CorruptFileError, Input
 from hcmen.base.files import read_small, refused
 from hcmen.base.manifest import OP_DOMAIN, VariantRecord
 from hcmen.base.records import FileRecord
+from hcmen.base.trust import made_key
 from hcmen.runtime.backends.cuda import Cuda
 from hcmen.runtime.backends.flavour import TENSORRT, Flavour, TrtModule
 from hcmen.runtime.backends.tensorrt import TrtSession
@@ -112,6 +113,7 @@ class Compiler:
 
     Raises:
         BackendError: TensorRT, the GPU, onnx or the plugin is missing, or too old for the options.
+        InputError, CorruptFileError: the key that signs engines cannot be made or used.
     """
 
     def __init__(self, bundle: Bundle, options: Options, console: Console | None = None, flavour: Flavour = TENSORRT):
@@ -123,6 +125,7 @@ class Compiler:
         self.cuda = Cuda()
         self._trt = self.tensorrt.module
         self._check_options()
+        self._key = made_key()  # what was built for an hour and cannot be signed would be lost
         self._weights: Any = None
         self._plugin_path: Path | None = None
 
@@ -226,6 +229,9 @@ class Compiler:
                 asked.best_batch,
             )
             if not alike or record.plugin not in (self.options.plugin, "none"):
+                return None
+            if not record.signed_with(self._key):
+                self.console.note(f"  {name} was not compiled here by this user and is built again")
                 return None
             with contextlib.suppress(CorruptFileError):
                 self.bundle.file(record.engine)

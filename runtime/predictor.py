@@ -96,7 +96,8 @@ class Predictor:
             `TensorRT(...)` (engines that hcmen-compile made on this device), from `hcmen.runtime.backends`; or a name,
             "ort", "ort-cuda", "tensorrt", or "auto", which is "ort".
         clean: set NaN and infinity in clips to zero, and count them, instead of refusing them.
-        options: those of the backend, as keywords beside its name: threads, prepack, spin, cuda_graph, precision.
+        options: those of the backend, as keywords beside its name: threads, prepack, spin, cuda_graph, precision,
+            trust_engines.
 
     Raises:
         InputError: no such backend, a value out of range, or an option that the backend does not have.

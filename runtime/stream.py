@@ -9,6 +9,8 @@ in it lie the frames from ceil(start * r) to ceil(end * r) - 1. All times are wh
 fraction of a second that divides every one of them, and are counted in whole numbers of any size: nothing is rounded
 but the seconds that an `Update` shows, and nothing drifts. A float is taken for the decimal that it prints as.
 
+A gap costs nothing, however long: windows that hold no frame and no token are counted and passed over in one step.
+
 A window is cut out, made a `Clip` and given to the `Predictor`, which is what an offline call does, so the scores are
 those of the offline call to the last bit. docs/streaming.md says what is guaranteed.
 """
@@ -31,7 +33,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hcmen.base.clip import TEXT_TOKENS, Clip, clip_from_arrays
-from hcmen.base.errors import HcmenError, InputError
+from hcmen.base.errors import HcmenError, InputError, shown
 from hcmen.base.inputs import FeatureConfig, Inputs
 from hcmen.base.modalities import MODALITIES, variant_named
 from hcmen.runtime.stream_buffers import Frames, Number, Said, Text, exact
@@ -43,6 +45,12 @@ __all__ = ["Counts", "Stream", "Update"]
 
 _MOST_BUFFER_BYTES = 1 << 30
 _MOST_STEPS = 1 << 40  # no bound on a chunk but what its sender had in memory
+_MOST_FRAME = 1 << 62
+"""The largest number of a frame: numbers are kept as int64."""
+_FAR_AHEAD_SECONDS = 60
+"""How far text may lie ahead of the frames, beyond a window and the delay, before its clock is doubted."""
+_MOST_OVERLAP = 10_000
+"""Windows over one moment, where text is the only clock; frames bound them by the steps that the model takes."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,8 @@ class Counts:
     """What became of the windows so far. scored: each an `Update`. late: those of them that took longer than a hop.
 
     dropped: passed over by a live stream, since they were late already and a newer one was ready. starved: a modality
-    that the variant needs had no frame in them, or no modality had. failed: the model raised an error.
+    that the variant needs had no frame in them, or no modality had; a text without times alone makes no window. failed:
+    the model raised an error.
     """
 
     scored: int = 0
@@ -145,6 +154,13 @@ class Stream:
                     where="stream",
                 )
             self._frames[m] = Frames(int(self._ticks / rate), features, capacity)
+        if not per_second and length / step > _MOST_OVERLAP:
+            raise InputError(
+                f"a hop of {float(step):g} s lays {math.ceil(length / step)} windows over every token",
+                f"at most {_MOST_OVERLAP}",
+                "choose a longer hop",
+                where="stream",
+            )
         self._text = Text(model, wanted=needed is None or "text" in needed)
         self._free = _without_limits(model.inputs)
 
@@ -205,13 +221,16 @@ class Stream:
                 one ends it.
             arrived: when the chunk came, by `time.perf_counter`, if that was before this call.
 
+        Warns (RuntimeWarning), once each: a modality lags behind; the times of the text are of another clock than the
+        frames', or come after all windows that they lie in.
+
         Raises:
             InputError: a chunk does not fit the model, or has NaN or infinite values and the model's `clean` is off;
                 nothing of the call was taken in then. Or the stream has ended.
             HcmenError: scoring a window failed, the first if several did. The others were scored, and their updates
                 are returned by the next call.
         """
-        arrived = time.perf_counter() if arrived is None else arrived
+        arrived = _checked_arrival(arrived)
         chunk = self._checked(audio, vision, text, text_times)
         if self.live:
             self._take_in(chunk, arrived)
@@ -237,7 +256,7 @@ class Stream:
         Raises:
             InputError: also, with `live` off, when frames of windows not scored yet would be lost.
         """
-        arrived = time.perf_counter() if arrived is None else arrived
+        arrived = _checked_arrival(arrived)
         self._take_in(self._checked(audio, vision, text, text_times), arrived)
 
     def updates(self) -> list[Update]:
@@ -249,6 +268,8 @@ class Stream:
     def skip(self, modality: str, *, frames: int | None = None, until: Number | None = None) -> None:
         """Tells that frames were lost: the next ones pushed lie later by that much. Windows are scored without them.
 
+        A gap of any length costs the same: windows in which nothing is left count as `starved`, in one step.
+
         Args:
             modality: audio or vision; or text, with `until`, to tell that nothing was said up to then.
             frames: how many were lost. until: or the second from which the next frames are; one of the two.
@@ -258,6 +279,8 @@ class Stream:
         """
         if (frames is None) == (until is None):
             raise InputError("skip: give either frames or until")
+        if frames is not None and (not isinstance(frames, (int, np.integer)) or isinstance(frames, bool)):
+            raise InputError(f"skip: frames is of type {type(frames).__name__}", "a whole number from 0 on")
         ticks = None if until is None else exact(until, "until", zero=True) * self._ticks
         with self._lock:
             self._check_open()
@@ -273,9 +296,11 @@ class Stream:
                         f"skip: {modality} is at {found.next * found.ticks / self._ticks:g} s already, expected a "
                         "later time, or a number of frames from 0 on"
                     )
+                if number > _MOST_FRAME:
+                    raise InputError(f"skip: {modality} would go on beyond frame 2^62", "an earlier time")
                 found.next = number
-            newly = self._note_arrival(time.perf_counter())
-        self._warn(newly)
+            told = self._note_arrival(time.perf_counter())
+        self._warn(told)
 
     def flush(self, *, partial: bool = False) -> list[Update]:
         """The source has ended: the updates of the windows that still waited for a modality or for the delay.
@@ -299,6 +324,7 @@ class Stream:
                 last = self._last_window() if partial and not self._closed else None
             if last is not None:
                 self._score(last)
+            self._warn([t for t in [self._text.never_counted(self._ticks)] if t and self._frames and self._next])
             return self._made()
 
     def close(self) -> None:
@@ -369,11 +395,12 @@ class Stream:
         step = min(self._hop, self._patience)
         left = dict(chunk.frames)
         said = chunk.said
+        reach = max(((self._frames[m].next + len(x)) * self._frames[m].ticks for m, x in left.items()), default=0)
         edge = 0
         while True:
             starts = [self._frames[m].next * self._frames[m].ticks for m in left]
             edge = max(edge, min(starts, default=0)) + step
-            piece = _Chunk(said=said)
+            piece = _Chunk(said=said, reach=reach)
             for m in list(left):
                 count = -(-edge // self._frames[m].ticks) - self._frames[m].next
                 if count > 0:
@@ -390,23 +417,22 @@ class Stream:
             self._check_open()
             if not self.live:
                 self._check_room(chunk)
+            told: list[str] = []
             if chunk.said is not None:
                 self._text.add(chunk.said)
             for m, values in chunk.frames.items():
                 self._frames[m].append(values)
             self._drop(max(f.lost_before(self._hop) for f in self._frames.values()) if self._frames else 0)
-            newly = self._note_arrival(arrived)
-        self._warn(newly)
+            if chunk.said is not None and self._frames:
+                furthest = max(chunk.reach, *self._reached().values())
+                ahead = furthest + self._window + self._delay + _FAR_AHEAD_SECONDS * self._ticks
+                told = self._text.of_another_clock(furthest, ahead, self._next * self._hop, self._ticks)
+            told += self._note_arrival(arrived)
+        self._warn(told)
 
-    def _warn(self, lagging: Sequence[str]) -> None:
-        for m in lagging:
-            what = "windows are scored without it" if self._needed is None else "windows without it are passed over"
-            warnings.warn(
-                f"stream: {m} lags more than {self._patience / self._ticks:g} s behind, {what}: check its source and "
-                "rate, and tell of lost frames with skip()",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+    def _warn(self, told: Sequence[str]) -> None:
+        for text in told:
+            warnings.warn(f"stream: {text}", RuntimeWarning, stacklevel=4)
 
     def _check_open(self) -> None:
         if self._ended:
@@ -434,7 +460,7 @@ class Stream:
             self._arrivals.popleft()
 
     def _note_arrival(self, arrived: float) -> list[str]:
-        """Remembers when windows became ready; the modalities that have now come to lag."""
+        """Remembers when windows became ready; a warning for each modality that has now come to lag."""
         ready = self._ready()
         if ready > (self._arrivals[-1][0] if self._arrivals else self._next):
             self._arrivals.append((ready, arrived))
@@ -443,7 +469,12 @@ class Stream:
         stalled = frozenset(m for m, t in reached.items() if furthest - t > self._patience)
         newly = sorted(stalled - self._stalled)
         self._stalled = stalled
-        return newly
+        what = "windows are scored without it" if self._needed is None else "windows without it are passed over"
+        return [
+            f"{m} lags more than {self._patience / self._ticks:g} s behind, {what}: check its source and rate, and "
+            "tell of lost frames with skip()"
+            for m in newly
+        ]
 
     def _reached(self) -> dict[str, int]:
         """modality -> the tick up to which it is known. Text has no frames, so it counts where nothing else does."""
@@ -483,6 +514,9 @@ class Stream:
         while self._next < ready:
             waited = time.perf_counter() - self._arrivals[0][1] if self._arrivals else 0.0
             self._drop(ready - 1 if self.live and waited > self._hop / self._ticks else 0)
+            self._pass_empty(ready)
+            if self._next >= ready:
+                return None
             start = self._next * self._hop
             window = self._cut_out(start, start + self._window, partial=False)
             self._next += 1
@@ -491,6 +525,20 @@ class Stream:
             if window is not None:
                 return window
         return None
+
+    def _pass_empty(self, ready: int) -> None:
+        """Counts the windows before `ready` that hold no frame and no token as starved, up to the next that may."""
+        start = self._next * self._hop
+        found = [self._text.next_tick(start), *(f.next_tick(start) for f in self._frames.values())]
+        ticks = [t for t in found if t is not None]
+        # The first window that ends after the tick; with a hop beyond the window it may begin after it too.
+        first = (min(ticks) - self._window) // self._hop + 1 if ticks else ready
+        empty = max(0, min(first, ready) - self._next)
+        self._counts = dataclasses.replace(self._counts, starved=self._counts.starved + empty)
+        self._missed += empty
+        self._next += empty
+        self._drop(0)
+        self._forget()
 
     def _last_window(self) -> _Window | None:
         start = self._next * self._hop
@@ -510,7 +558,8 @@ class Stream:
             values = frames.between(-(-start // frames.ticks), -(-end // frames.ticks))
             if len(values):
                 features[m] = values.copy()
-        said, words, cut = self._text.between(start, end)
+        # Nobody knows whether an utterance without times still holds where no frame is.
+        said, words, cut = self._text.between(start, end, whole=bool(features))
         present = {*features, *(["text"] if said or words else [])}
         arrived = self._arrivals[0][1] if self._arrivals and not partial else time.perf_counter()
         if not present or (self._needed is not None and not present.issuperset(self._needed)):
@@ -588,10 +637,26 @@ class _Window:
 
 @dataclass
 class _Chunk:
-    """Checked input. frames: modality -> float32 [time, features]."""
+    """Checked input. frames: modality -> float32 [time, features]. reach: the tick that later pieces of it come to."""
 
     frames: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     said: Said | None = None
+    reach: int = 0
+
+
+def _checked_arrival(arrived: float | None) -> float:
+    """The time of `time.perf_counter` at which a chunk came; raises InputError for one that cannot be."""
+    now = time.perf_counter()
+    if arrived is None:
+        return now
+    if isinstance(arrived, bool) or not isinstance(arrived, (int, float, np.number)) or not -math.inf < arrived <= now:
+        raise InputError(
+            f"arrived is {shown(arrived)}",
+            f"a time up to now, {now:.3f}",
+            "take it from time.perf_counter()",
+            where="stream",
+        )
+    return float(arrived)
 
 
 def _checked_rates(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hcmen.base.clip import TEXT_TOKENS, clip_from_arrays
-from hcmen.base.errors import InputError
+from hcmen.base.errors import InputError, shown
 from hcmen.base.inputs import Inputs
 
 if TYPE_CHECKING:
@@ -26,7 +28,9 @@ Number = int | float | str | Fraction | Decimal
 """A time or a rate: "30000/1001" and 29.97 are taken as they are written."""
 
 _MOST_TOKENS = 1 << 16
+_MOST_INT64 = (1 << 63) - 1
 _WORDS = "words"
+_ZERO = re.compile(r"[+-]?(0+\.?0*|\.0+)(e[+-]?[0-9]+)?(/[1-9][0-9]*)?", re.I)
 
 
 @dataclass
@@ -78,12 +82,22 @@ class Frames:
 
     def between(self, first: int, last: int) -> NDArray[np.float32]:
         """A view [time, features] of the frames numbered from `first` to before `last` that are there."""
-        start, end = np.searchsorted(self._numbers[self._first : self._last], [first, last])
-        return self._values[self._first + start : self._first + end]
+        start, end = self._places(first, last)
+        return self._values[start:end]
+
+    def next_tick(self, tick: int) -> int | None:
+        """When the first frame from `tick` on that is there lies; None without one."""
+        (place,) = self._places(-(-tick // self.ticks))
+        return int(self._numbers[place]) * self.ticks if place < self._last else None
 
     def forget(self, number: int) -> None:
         """Lets go of the frames before `number`."""
-        self._first += int(np.searchsorted(self._numbers[self._first : self._last], number))
+        (self._first,) = self._places(number)
+
+    def _places(self, *numbers: int) -> list[int]:
+        """Where in the buffers the frames of these numbers are, or would be; a number may be of any size."""
+        kept = [min(n, _MOST_INT64) for n in numbers]
+        return [self._first + int(i) for i in np.searchsorted(self._numbers[self._first : self._last], kept)]
 
     def clear(self) -> None:
         """Gives the memory back."""
@@ -103,6 +117,10 @@ class Text:
         self._whole: NDArray[Any] | None = None
         self._cut = 0  # tokens of `_whole` that did not fit
         self._timed: deque[tuple[int, Any]] = deque()
+        self._newest = 0  # the tick of the last token that came with a time
+        self._latest = 0  # the tick of the first token of the last chunk
+        self._came = self._counted = 0  # tokens with times, and those that lay in a window
+        self._told: set[str] = set()
 
     def checked(self, text: str | Sequence[str] | ArrayLike, times: Any, free: Inputs, ticks_per_second: int) -> Said:
         """`text` as it can be added; raises InputError."""
@@ -124,7 +142,11 @@ class Text:
             array = np.asarray(None)
         key = TEXT_TOKENS if array.dtype.kind in "iu" else "text"
         if array.size == 0:
-            return Said(key, whole=array) if times is None else Said(key, timed=[])
+            return (
+                Said(key, whole=array)
+                if times is None
+                else Said(key, timed=self._with_times([], times, ticks_per_second))
+            )
         clip = clip_from_arrays("stream", {key: array}, model.inputs if times is None else free, model.clean)
         values: NDArray[Any] = array.astype(np.float32 if key == "text" else np.int64)
         if times is None:
@@ -133,21 +155,29 @@ class Text:
         return Said(key, timed=self._with_times([np.array(step) for step in steps], times, ticks_per_second))
 
     def _with_times(self, tokens: Sequence[Any], times: Any, ticks_per_second: int) -> list[tuple[int, Any]]:
-        seconds = [exact(t, "a time of the text", zero=True) for t in times]
-        if len(seconds) != len(tokens):
-            raise InputError(f"{len(tokens)} tokens of text came with {len(seconds)} times", "one each", where="stream")
-        # A token lies in a window by its time; rounded down to a tick it lies in the same ones.
-        ticks = [math.floor(t * ticks_per_second) for t in seconds]
-        before = self._timed[-1][0] if self._timed else 0
-        if any(b < a for a, b in zip([before, *ticks], ticks, strict=False)):
-            raise InputError("the times of the text fall", "each no earlier than the one before it", where="stream")
-        if len(self._timed) + len(ticks) > _MOST_TOKENS:
+        try:
+            count = len(times)
+        except TypeError:
+            raise InputError(f"text_times is of type {type(times).__name__}", "a list", where="stream") from None
+        if count != len(tokens):
+            raise InputError(f"{len(tokens)} tokens of text came with {count} times", "one each", where="stream")
+        if len(self._timed) + count > _MOST_TOKENS:
             raise InputError(
-                f"{len(self._timed) + len(ticks)} tokens of text wait for their windows",
+                f"{len(self._timed) + count} tokens of text wait for their windows",
                 f"at most {_MOST_TOKENS}",
                 "their times are ahead of the frames, or seconds were given in another unit",
                 where="stream",
             )
+        seconds = [exact(t, "a time of the text", zero=True) for t in times]
+        # A token lies in a window by its time; rounded down to a tick it lies in the same ones.
+        ticks = [math.floor(t * ticks_per_second) for t in seconds]
+        for before, tick in zip([self._newest, *ticks], ticks, strict=False):
+            if tick < before:
+                raise InputError(
+                    f"the times of the text fall from {before / ticks_per_second:g} to {tick / ticks_per_second:g} s",
+                    "each no earlier than the one before it",
+                    where="stream",
+                )
         return list(zip(ticks, tokens, strict=True))
 
     def add(self, said: Said) -> None:
@@ -160,22 +190,67 @@ class Text:
             self._timed.clear()
         self._kind, self._whole = said.kind, None
         self._timed.extend(said.timed)
-        if self._timed:
-            self.until = max(self.until, self._timed[-1][0])
+        self._came += len(said.timed)
+        if said.timed:
+            self._latest, self._newest = said.timed[0][0], said.timed[-1][0]
+            self.until = max(self.until, self._newest)
 
-    def between(self, start: int, end: int) -> tuple[dict[str, NDArray[Any]], Sequence[str], int]:
+    def between(
+        self, start: int, end: int, *, whole: bool = True
+    ) -> tuple[dict[str, NDArray[Any]], Sequence[str], int]:
         """The text of a window as arrays, or as words; and how many tokens did not fit.
 
-        Of tokens with times the last ones are taken, of a text that was given whole the first.
+        Of tokens with times the last ones are taken, of a text that was given whole the first. whole: whether the
+        window may have such a text.
         """
         if self._whole is not None and self._whole.size:
-            return {self._kind: self._whole}, (), self._cut
-        tokens = [token for tick, token in self._timed if start <= tick < end]
+            return ({self._kind: self._whole}, (), self._cut) if whole else ({}, (), 0)
+        until_end = itertools.takewhile(lambda timed: timed[0] < end, self._timed)
+        tokens = [token for tick, token in until_end if tick >= start]
+        self._counted += len(tokens)
         if self._kind == _WORDS or not tokens:
             return {}, tokens, 0
         most = self._model.inputs.text.max_steps
         array = np.stack(tokens[-most:], axis=0 if self._kind == "text" else 1)
         return {self._kind: array}, (), max(0, len(tokens) - most)
+
+    def next_tick(self, tick: int) -> int | None:
+        """When the first token with a time from `tick` on lies; None without one."""
+        return next((t for t, _ in self._timed if t >= tick), None)
+
+    def of_another_clock(self, frames: int, ahead: int, passed: int, ticks_per_second: int) -> list[str]:
+        """Warnings, each once in a stream, about tokens whose times cannot be those of the frames.
+
+        Args:
+            frames: the tick that the frames have reached. ahead: from where on a token is too far ahead of them.
+            passed: the start of the first window that is neither scored nor passed over.
+        """
+        told = []
+        at, now = (f"{t / ticks_per_second:.12g}" for t in (self._newest, frames))
+        if self._timed and self._timed[0][0] > ahead and "ahead" not in self._told:
+            self._told.add("ahead")
+            told.append(
+                f"text is stamped up to {at} s where the frames are at {now} s, so it counts in no window: give "
+                "text_times in seconds of the frames' clock, which starts at 0"
+            )
+        if self._timed and self._latest < passed and "late" not in self._told:
+            self._told.add("late")
+            told.append(
+                f"text stamped {self._latest / ticks_per_second:.12g} s came after the windows that it lies in, "
+                f"with the frames at {now} s: give a delay if it comes late, or text_times of the frames' clock"
+            )
+        return told
+
+    def never_counted(self, ticks_per_second: int) -> str | None:
+        """A warning where tokens with times came and none lay in a window, unless one was given before."""
+        if not self._came or self._counted or self._told:
+            return None
+        self._told.add("never")
+        return (
+            f"none of {self._came} tokens of text lay in a window, the last is stamped "
+            f"{self._newest / ticks_per_second:.12g} s: give text_times in seconds of the frames' clock, which starts "
+            "at 0"
+        )
 
     def encoded(self, words: Sequence[str]) -> tuple[NDArray[np.int64], int]:
         """Tokens of the last words that fit, and how many words did not."""
@@ -203,19 +278,25 @@ def exact(value: Number, what: str, *, zero: bool = False) -> Fraction:
         value: a number or its text. what: what to call it in messages. zero: whether it may be 0.
 
     Raises:
-        InputError: not a number, not positive, or beyond 1e12 or below 1e-12.
+        InputError: not a number, not positive, beyond 1e12, or below 1e-12; with `zero`, above 0 and below 1e-30.
     """
-    text = str(value).strip()
+    least = 1e-30 if zero else 1e-12  # a difference of two times may be next to nothing
+    number = None
+    try:
+        text = str(value).strip()
+    except ValueError:  # a whole number of more than 4,300 digits
+        text = shown(value)
     try:
         parts = [float(part) for part in text.split("/")]
-        sound = len(text) <= 64 and all(p == 0 or 1e-12 <= abs(p) <= 1e12 for p in parts)
-        number = Fraction(text) if sound else None
+        if len(text) <= 64 and all(least <= abs(p) <= 1e12 for p in parts):
+            number = Fraction(text)
+        elif zero and len(text) <= 64 and _ZERO.fullmatch(text):
+            number = Fraction(0)  # Fraction multiplies out the power of ten behind a zero too
     except (ValueError, ZeroDivisionError):
-        number = None
-    if number is None or isinstance(value, bool) or number < 0 or (number == 0 and not zero):
-        raise InputError(
-            f"{what} is {text[:80]!r}", f"a {'number from 0 on' if zero else 'positive number'}", where="stream"
-        )
+        pass
+    if number is None or isinstance(value, bool) or number < 0:
+        expected = "a number from 0 on, at most 1e12" if zero else "a positive number, from 1e-12 to 1e12"
+        raise InputError(f"{what} is {text[:80]!r}", expected, where="stream")
     return number
 
 

@@ -2,20 +2,20 @@
 
 The library is built only when asked for, with CMake's HCMEN_CUDA=ON and nvcc; see docs/cuda.md. It carries the CUDA
 runtime inside and loads on a machine without a GPU, where its functions report what CUDA says. The environment variable
-HCMEN_CUDA_LIBRARY names another file.
+HCMEN_CUDA_LIBRARY names another file, by an absolute path on whose way nobody but its user and root may write.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hcmen.base.errors import BackendError, InputError
 from hcmen.base.library import ConvArguments, ConvGradients, ScanArguments, ScanGradients, library_folders
+from hcmen.base.trust import library_from_environment
 
 __all__ = [
     "BACKWARD_STATES",
@@ -90,12 +90,11 @@ def cuda_library_path() -> Path:
 
     Raises:
         BackendError: it is in none of the places searched; the message lists them.
+        InputError, CorruptFileError: HCMEN_CUDA_LIBRARY names it in a way that is not safe.
     """
-    named = os.environ.get("HCMEN_CUDA_LIBRARY")
-    if named:
-        if not Path(named).is_file():
-            raise BackendError(f"HCMEN_CUDA_LIBRARY is '{named}', expected a file: {_FIX}")
-        return Path(named).resolve()
+    named = library_from_environment("HCMEN_CUDA_LIBRARY", _FIX)
+    if named is not None:
+        return named
     places = [folder / LIBRARY_NAME for folder in library_folders()]
     for place in places:
         if place.is_file():

@@ -6,8 +6,8 @@
 
 An engine is made long after the bundle's manifest.json was written, and a bundle is replaced whole when it is exported
 again, so the index is a file apart; its engines say of which export they were made. An engine is native code: only one
-that is listed, of the listed sha256, is ever given to TensorRT. As with the manifest, the index guards against damage
-and mistakes; who can write the index can also write the engines.
+that is listed, of the listed sha256, and signed here, is ever given to TensorRT. Each entry is signed by whoever
+compiled it (hcmen/base/trust.py), so that devices may share a bundle and each runs its own engines.
 
 The index is written last and whole, so that a killed compile leaves the engines that were listed before, or a gap
 that the next compile fills.
@@ -19,10 +19,11 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import hmac
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -32,6 +33,7 @@ from hcmen.base.errors import CorruptFileError, HcmenError, InputError
 from hcmen.base.files import refused, sweep, write_file
 from hcmen.base.modalities import VARIANTS
 from hcmen.base.records import FileRecord, JsonObject, parse_json
+from hcmen.base.trust import made_key, signature
 
 __all__ = [
     "ENGINES_FOLDER",
@@ -67,6 +69,7 @@ class EngineRecord:
     graph_sha256, weights_sha256: of the export that it was made from.
     parity: what was measured on the golden set before the engine was accepted.
     flavour: of the TensorRT that built it, one of `FLAVOURS`; not in the index where it is "tensorrt".
+    signature: of all the rest, by the key of who compiled it; empty where it is unsigned.
     """
 
     engine: FileRecord
@@ -86,6 +89,7 @@ class EngineRecord:
     created: str
     parity: Mapping[str, Any]
     flavour: str = "tensorrt"
+    signature: str = field(default="", compare=False)
 
     @staticmethod
     def file_name(variant: str, precision: str, sm: int, tensorrt: str, flavour: str = "tensorrt") -> str:
@@ -100,9 +104,14 @@ class EngineRecord:
             self.weights_sha256,
         )
 
+    def signed_with(self, key: bytes | None) -> bool:
+        """Whether the signature is that of `key` over this very record."""
+        return key is not None and hmac.compare_digest(self.signature.encode(), signature(key, self.to_json()).encode())
+
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the index."""
+        """As it stands in the index, without the signature."""
         data = dataclasses.asdict(dataclasses.replace(self, parity={}))
+        del data["signature"]
         if self.flavour == "tensorrt":
             del data["flavour"]
         return {**data.pop("engine"), **data, "parity": dict(self.parity)}
@@ -110,6 +119,8 @@ class EngineRecord:
 
 def read_engines(bundle: Bundle) -> tuple[EngineRecord, ...]:
     """The engines beside `bundle` as their index lists them, none if nothing was compiled; no engine is opened.
+
+    Whose they are is not asked here: `EngineRecord.signed_with` tells.
 
     Raises:
         InputError: the index is of another version of hcmen, or may not be read.
@@ -127,21 +138,24 @@ def read_engines(bundle: Bundle) -> tuple[EngineRecord, ...]:
 
 
 def write_engine(bundle: Bundle, record: EngineRecord, engine: bytes | memoryview, report: Mapping[str, Any]) -> None:
-    """Writes an engine, its report beside it, and lists it in the index in the place of one of the same name.
+    """Writes an engine, its report beside it, and lists it, signed, in the index in the place of one of the same name.
+
+    The other entries stay as they are: an engine of another machine is not made this user's.
 
     Args:
         record: its `engine` says where to; sha256 and size must be those of `engine`.
         report: what shall be known of how it was built; goes into the .json beside it, with the record.
 
     Raises:
-        InputError: the place cannot be written.
-        CorruptFileError: the index that is there is damaged.
+        InputError: the place cannot be written, nor this user's key made.
+        CorruptFileError: the index that is there is damaged, or the key is unsafe.
     """
     content = memoryview(engine).cast("B")
     if (hashlib.sha256(content).hexdigest(), len(content)) != (record.engine.sha256, record.engine.bytes):
         raise InputError(f"{record.engine.file}: the record is of another engine")
     path = bundle.path / record.engine.file
     with _index_locked(bundle):
+        record = dataclasses.replace(record, signature=signature(made_key(), record.to_json()))
         others = [r for r in read_engines(bundle) if r.engine.file != record.engine.file]
         # Out of the index first: were the process killed after the engine is replaced, the index would tell of another.
         _write_index(bundle, others)
@@ -185,6 +199,7 @@ def _record_from_json(data: JsonObject) -> EngineRecord:
         created=data.string("created"),
         parity=MappingProxyType(data.value("parity", dict)),
         flavour=data.one_of("flavour", tuple(FLAVOURS)) if "flavour" in data.data else "tensorrt",
+        signature=data.string("signature") if "signature" in data.data else "",
     )
     data.finish()
     expected = EngineRecord.file_name(record.variant, record.precision, record.sm, record.tensorrt, record.flavour)
@@ -211,7 +226,7 @@ def _index_locked(bundle: Bundle) -> Iterator[None]:
 
 
 def _write_index(bundle: Bundle, records: list[EngineRecord]) -> None:
-    entries = [r.to_json() for r in sorted(records, key=lambda r: r.engine.file)]
+    entries = [{**r.to_json(), "signature": r.signature} for r in sorted(records, key=lambda r: r.engine.file)]
     _write_json(bundle.path / INDEX_FILE, {"schema_version": SCHEMA_VERSION, "engines": entries})
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from hcmen.base.errors import BackendError
+from hcmen.base.errors import BackendError, InputError, shown
+from hcmen.base.trust import check_nobody_else_writes
 
 __all__ = [
     "Kernel",
@@ -148,12 +149,24 @@ def _nvrtc_candidates() -> Iterator[str]:
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(root) for root in (spec.submodule_search_locations or [] if spec else [])]
     wheels = [path for root in folders for path in (*root.glob("cu[0-9]*/lib"), *root.glob("cuda_nvrtc/lib"))]
-    toolkits = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "lib64"]
-    for folder in (*wheels, *toolkits):
+    for folder in (*wheels, _toolkit() / "lib64"):
         # Not the builtins, nor pip's alternative build.
         found = [path for path in folder.glob("libnvrtc.so.*") if re.fullmatch(r"libnvrtc\.so\.\d+", path.name)]
         yield from map(str, sorted(found, key=lambda path: int(path.suffix[1:]), reverse=True))
     yield from ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
+
+
+def _toolkit() -> Path:
+    """The folder of the CUDA toolkit; what CUDA_HOME names is as safe as a library that a variable names."""
+    named = os.environ.get("CUDA_HOME")
+    if not named:
+        return Path("/usr/local/cuda")
+    if not os.path.isabs(named):
+        raise InputError(f"CUDA_HOME is {shown(named)}", "an absolute path")
+    folder = Path(named)
+    for library in folder.glob("lib64/libnvrtc*.so*"):
+        check_nobody_else_writes(library, "CUDA_HOME")
+    return folder
 
 
 class Nvcc:

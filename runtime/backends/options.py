@@ -66,11 +66,13 @@ class TensorRT:
 
     precision: which engines, "fp32" or "fp16"; None for fp16 where it was compiled, else fp32.
     cuda_graph: capture input shapes that come again, and replay them. An engine of plugin "function" never does.
+    trust_engines: run engines that this user did not compile on this machine too. An engine is native code.
     """
 
     name: ClassVar[str] = "tensorrt"
     precision: str | None = None
     cuda_graph: bool = True
+    trust_engines: bool = False
 
 
 Options = Ort | OrtCuda | TensorRT
@@ -107,7 +109,7 @@ def backend_options(backend: str | Options, keywords: Mapping[str, Any]) -> Opti
             raise TypeError(f"no backend has an option {option!r}")
         if option in has[made.name]:
             continue
-        if (option, value) != ("cuda_graph", False):  # which says what is so
+        if (option, value) not in (("cuda_graph", False), ("trust_engines", False)):  # which say what is so
             raise InputError(
                 f"{option} is an option of the backend {' or '.join(homes)}, got backend '{backend}': leave it out"
             )

@@ -3,9 +3,9 @@
 tensorrt is imported when the first backend is made and not before; CUDA is called through ctypes
 (hcmen/runtime/backends/cuda.py), so that neither PyTorch nor a Python package of CUDA's is needed.
 
-An engine is native code. Only one that the bundle's engine index lists is loaded, from bytes whose sha256 was checked
-in memory, and only if it was made from this export, for this GPU and by this TensorRT; all else is refused in one line
-that says how to compile it again.
+An engine is native code. Only one that the bundle's engine index lists, signed with this user's key, is loaded, from
+bytes whose sha256 was checked in memory, and only if it was made from this export, for this GPU and by this TensorRT;
+all else is refused in one line that says how to compile it again. `trust_engines` takes engines of others too.
 
 Data goes through page-locked host memory. A size that comes again is captured as a CUDA graph, copies included, and is
 one launch from then on; sizes that come once are queued the plain way. Batches beyond the engine's are run in parts.
@@ -26,6 +26,7 @@ from hcmen.base.bundle import Bundle
 from hcmen.base.engines import EngineRecord, read_engines
 from hcmen.base.errors import BackendError, CorruptFileError, InputError, unknown_name
 from hcmen.base.manifest import VariantRecord
+from hcmen.base.trust import engine_key, key_path
 from hcmen.runtime.backends.cuda import Buffer, Cuda, Graph, Stream
 from hcmen.runtime.backends.flavour import TENSORRT, Flavour, TrtModule
 from hcmen.runtime.backends.options import TensorRT
@@ -304,11 +305,12 @@ class TrtBackend:
         Raises:
             InputError: the bundle lacks the variant.
             BackendError: no engine for this device is there, or it cannot be loaded.
-            CorruptFileError: the engine or the index is damaged.
+            CorruptFileError: the engine or the index is damaged, or the engine is another's.
         """
         record = bundle.variant(variant)
         flavour = self.tensorrt.flavour
-        engine = choose_engine(bundle, variant, self.precision, self.cuda.sm, self.version, flavour)
+        trust = self.options.trust_engines
+        engine = choose_engine(bundle, variant, self.precision, self.cuda.sm, self.version, flavour, trust=trust)
         if engine.plugin == "library" and not engine.plugin_embedded:
             self.tensorrt.load_plugins(flavour.plugin_library())
         return TrtSession(
@@ -326,13 +328,24 @@ class TrtBackend:
 
 
 def choose_engine(
-    bundle: Bundle, variant: str, precision: str | None, sm: int, version: str, flavour: Flavour = TENSORRT
+    bundle: Bundle,
+    variant: str,
+    precision: str | None,
+    sm: int,
+    version: str,
+    flavour: Flavour = TENSORRT,
+    *,
+    trust: bool = False,
 ) -> EngineRecord:
     """The engine of `variant` that this device can run: of its own GPU and version before a compatible one, fp16 first.
 
+    Args:
+        trust: take one that this user did not compile on this machine too.
+
     Raises:
         BackendError: there is none; the message says what there is and what to do.
-        CorruptFileError, InputError: as `read_engines`.
+        CorruptFileError: there are engines of others alone; or as `read_engines` and `engine_key`.
+        InputError: as those.
     """
     wanted = f" --precision {precision}" if precision else ""
     compile_ = f"hcmen-compile {bundle.path} --variant {variant}{wanted}"
@@ -349,7 +362,28 @@ def choose_engine(
         raise BackendError(
             f"{bundle.path / newest.engine.file}: {problems[newest.engine.file]}: run {compile_} on this device"
         )
+    if not trust:
+        key = engine_key()
+        own = [r for r in fitting if r.signed_with(key)]
+        if not own:
+            raise _foreign(bundle, max(fitting, key=lambda r: r.created), key, compile_)
+        fitting = own
     return min(fitting, key=lambda r: ((r.sm, r.tensorrt) != (sm, version), r.precision != "fp16", r.engine.file))
+
+
+def _foreign(bundle: Bundle, record: EngineRecord, key: bytes | None, compile_: str) -> CorruptFileError:
+    if not record.signature:
+        what = "not signed"
+    elif key is None:
+        what = f"signed, and this user has no key to tell by whom ({key_path() or 'nor a home folder'})"
+    else:
+        what = "signed by another user or on another machine, or altered since"
+    return CorruptFileError(
+        what,
+        "an engine that this user compiled here",
+        f"run {compile_} on this device, or run native code of others with --trust-engines (trust_engines=True)",
+        where=str(bundle.path / record.engine.file),
+    )
 
 
 def _read_engine(bundle: Bundle, record: EngineRecord) -> memoryview:

@@ -71,19 +71,24 @@ def cold_kinds(
     backend: str,
     checkpoint: str | None = None,
     child: str = "",
+    *,
+    trust_engines: bool = False,
 ) -> list[Cold]:
     """The kinds of process of one bundle.
 
     Args:
-        label, bundle: its name in the report and its folder. clips: variant -> clip file. threads, backend: of the
-            predictor. checkpoint, child: for "eager", the folder and the module that runs it; None leaves it out.
+        label, bundle: its name in the report and its folder. clips: variant -> clip file. threads, backend,
+            trust_engines: of the predictor. checkpoint, child: for "eager", the folder and the module that runs it;
+            None leaves it out.
     """
     boot = [sys.executable, "-c", _BOOT]
 
     def made(kind: str, *words: str) -> Cold:
         return Cold(label, kind, threads, [*boot, *words])
 
-    options = json.dumps({"bundle": bundle, "threads": threads, "backend": backend})
+    options = json.dumps(
+        {"bundle": bundle, "threads": threads, "backend": backend, "trust_engines": trust_engines or None}
+    )
     kinds = [made(variant, "run", options, json.dumps({variant: clip})) for variant, clip in clips.items()]
     if len(clips) > 1:
         kinds.append(made(ALL_VARIANTS, "run", options, json.dumps(clips)))

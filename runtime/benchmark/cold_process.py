@@ -55,7 +55,8 @@ def _run(options: str, clips: str) -> list[int]:
     if given["backend"] in ("auto", "ort"):
         import onnxruntime  # noqa: F401 (the backend's own import, made here to be told apart from loading)
     imported = time.monotonic_ns()
-    model = load(given["bundle"], threads=given["threads"], backend=given["backend"])
+    bundle = given.pop("bundle")
+    model = load(bundle, **given)
     files: dict[str, str] = json.loads(clips)
     for variant in files:
         model.kernels(variant)

@@ -20,6 +20,7 @@ from hcmen.base.console import Choice, Console, command
 from hcmen.base.errors import CheckFailed, HcmenError, InputError
 from hcmen.base.modalities import variant_named
 from hcmen.runtime.backends.options import BACKENDS
+from hcmen.runtime.commands.model import trust_engines_option
 
 if TYPE_CHECKING:
     from hcmen.runtime.benchmark.judge import Verdict
@@ -46,6 +47,7 @@ _EPILOG = (
 @click.option(
     "--precision", "precisions", multiple=True, help="With tensorrt: which engines, fp32 or fp16; repeatable."
 )
+@trust_engines_option()
 @click.option("--threads", multiple=True, type=int, help="Worker threads; repeatable. Default: the physical cores.")
 @click.option("--batch", "batches", multiple=True, type=int, help="Clips at once; repeatable. Default: 1.")
 @click.option("--clip", help="A clip file to run. Default: clips of the greatest length, random features.")
@@ -87,6 +89,7 @@ def main(
     variants: tuple[str, ...],
     backends: tuple[str, ...],
     precisions: tuple[str, ...],
+    trust_engines: bool,
     threads: tuple[int, ...],
     batches: tuple[int, ...],
     clip: str | None,
@@ -122,6 +125,8 @@ def main(
         raise InputError("--fail-slower needs an earlier run to be slower than: give --compare OLD.json")
     if rounds == 0 and not cold:
         raise InputError("--rounds 0 measures nothing without --cold: give rounds, or --cold")
+    if trust_engines and "tensorrt" not in backends:
+        raise InputError("--trust-engines is for engines of --backend tensorrt: leave it out")
     if precisions and "tensorrt" not in backends:
         raise InputError(
             "--precision chooses engines of --backend tensorrt; a bundle has one precision: name several bundles"
@@ -159,6 +164,7 @@ def main(
             variants=variants,
             backends=backends or ("ort",),
             precisions=precisions,
+            trust_engines=trust_engines,
             threads=threads,
             batches=(0,) if golden else batches or (1,),
             clip=clip,

@@ -54,6 +54,7 @@ class Plan:
 
     bundles: label -> opened. variants, threads: all, and the physical cores, where empty. batches: 0 is the golden set.
     against: PEERS and FUNCTIONS. folder: for clips and arrays. cold_rounds: 0 for none.
+    trust_engines: as of `TensorRT`.
 
     Raises:
         InputError: a bundle lacks a variant, a clip does not fit, or the checkpoint is another one.
@@ -73,6 +74,7 @@ class Plan:
     settings: Settings
     cold_rounds: int
     folder: Path
+    trust_engines: bool = False
     measured: list[Measured] = field(default_factory=list)
     colds: list[Cold] = field(default_factory=list)
     probe_ns: list[int] = field(default_factory=list)
@@ -162,7 +164,7 @@ class Plan:
     def _make(self, bundle: Bundle, engine: str, precision: str, threads: int | None) -> Predictor:
         if engine == "tensorrt":
             wanted = precision if precision in self.precisions else None
-            return Predictor(bundle, backend=engine, precision=wanted)
+            return Predictor(bundle, backend=engine, precision=wanted, trust_engines=self.trust_engines)
         model = Predictor(bundle, backend="ort" if engine == FUNCTIONS else engine, threads=threads)
         if engine == FUNCTIONS:
             # Before a session is made: without the library they take the functions that the graphs carry.
@@ -205,6 +207,7 @@ class Plan:
                 backend,
                 self.checkpoint if "eager" in self.against and bundle is next(iter(self.bundles.values())) else None,
                 CHILD,
+                trust_engines=self.trust_engines,
             )
 
     def run(self, progress: Callable[[str], None]) -> None:

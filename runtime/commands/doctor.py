@@ -25,6 +25,7 @@ from hcmen.base.errors import BackendError, CheckFailed, CorruptFileError, Hcmen
 from hcmen.base.shipped import chosen_bundle
 from hcmen.runtime.backends import Ort, OrtCuda
 from hcmen.runtime.commands.doctor_rows import FAILED, INFO, OK, SKIPPED, Row
+from hcmen.runtime.commands.model import trust_engines_option
 
 __all__ = ["check_machine", "main"]
 
@@ -56,11 +57,12 @@ _INSTRUCTION_SETS = (
 @click.option(
     "--bundle", help="A bundle to verify and self-test.  [default: build/bundle if it is there, else the demo's]"
 )
-def main(console: Console, bundle: str | None) -> None:
+@trust_engines_option()
+def main(console: Console, bundle: str | None, trust_engines: bool) -> None:
     """Checks this machine: what is installed and what works. Exit code 1 if anything failed."""
     rows = []
     with console.progress("checking", 24, "rows") as bar:
-        for row in check_machine(bundle, console.note):
+        for row in check_machine(bundle, console.note, trust_engines=trust_engines):
             rows.append(row)
             bar.advance()
     failed = [r for r in rows if r.status == FAILED]
@@ -73,11 +75,14 @@ def main(console: Console, bundle: str | None) -> None:
         raise CheckFailed(f"{len(failed)} of {len(rows)} checks failed: {', '.join(r.name for r in failed)}")
 
 
-def check_machine(bundle: str | None = None, note: Callable[[str], None] = lambda _: None) -> Iterator[Row]:
+def check_machine(
+    bundle: str | None = None, note: Callable[[str], None] = lambda _: None, *, trust_engines: bool = False
+) -> Iterator[Row]:
     """All findings, in the order in which one may be the cause of the next.
 
     Args:
         bundle: a bundle that must be sound; None takes build/bundle, or else the demo's, and tells `note`.
+        trust_engines: run engines of others too.
     """
     path = os.fspath(chosen_bundle(bundle, note))
     version = platform.python_version()
@@ -113,7 +118,7 @@ def check_machine(bundle: str | None = None, note: Callable[[str], None] = lambd
         yield _bundle(path, can_run=ort.status == OK)
     from hcmen.runtime.commands.doctor_tensorrt import tensorrt_rows
 
-    yield from tensorrt_rows(path if os.path.isdir(path) else None)
+    yield from tensorrt_rows(path if os.path.isdir(path) else None, trust=trust_engines)
     torch = find_spec("torch") is not None
     torch_version = _version("torch") if torch else None
     what = f"{torch_version or 'installed'}, for hcmen-train, hcmen-export and --check" if torch else "not installed"
@@ -136,6 +141,9 @@ def _cuda() -> Iterator[Row]:
     except BackendError as error:
         path = None
         yield Row("cuda kernels", INFO, f"not built: {one_line(error)}")
+    except HcmenError as error:
+        path = None
+        yield Row("cuda kernels", FAILED, one_line(error), "name a library that nobody else can write: docs/cuda.md")
     else:
 
         def load() -> str:

@@ -24,11 +24,11 @@ __all__ = ["tensorrt_rows"]
 _COMPILE = "run hcmen-compile on this device"
 
 
-def tensorrt_rows(bundle: str | None) -> Iterator[Row]:
+def tensorrt_rows(bundle: str | None, *, trust: bool = False) -> Iterator[Row]:
     """The findings, each the possible cause of the next.
 
     Args:
-        bundle: the folder whose engines are looked at; None for none.
+        bundle: the folder whose engines are looked at; None for none. trust: run engines of others too.
     """
     driver = find_driver()
     yield Row("nvidia driver", INFO, driver or "none")
@@ -39,7 +39,7 @@ def tensorrt_rows(bundle: str | None) -> Iterator[Row]:
     tensorrt = _tensorrt(TENSORRT)
     yield tensorrt
     yield _plugins(TENSORRT) if tensorrt.status == OK else Row("tensorrt plugins", INFO, "need TensorRT")
-    yield _engines(bundle, cuda if tensorrt.status == OK else None, TENSORRT)
+    yield _engines(bundle, cuda if tensorrt.status == OK else None, TENSORRT, trust)
 
 
 def _gpu(driver: str | None) -> tuple[Row, Cuda | None]:
@@ -81,7 +81,7 @@ def _plugins(flavour: Flavour) -> Row:
     return Row(name, OK, f"{' and '.join(PLUGIN_OPS)}, {path.stat().st_size / 1024:.0f} KiB, {path}")
 
 
-def _engines(bundle: str | None, cuda: Cuda | None, flavour: Flavour) -> Row:
+def _engines(bundle: str | None, cuda: Cuda | None, flavour: Flavour, trust: bool) -> Row:
     """Whether the engines are as listed, which fit this device, and whether those score the golden set rightly."""
     if bundle is None:
         return Row("engines", INFO, "no bundle")
@@ -106,9 +106,9 @@ def _engines(bundle: str | None, cuda: Cuda | None, flavour: Flavour) -> Row:
         pairs = sorted({(r.variant, r.precision) for r in records})
         fitting, unfit = [], []
         for variant, precision in pairs:
-            backend = TrtBackend(TensorRT(precision), flavour)
+            backend = TrtBackend(TensorRT(precision, trust_engines=trust), flavour)
             try:
-                choose_engine(opened, variant, precision, backend.cuda.sm, backend.version, flavour)
+                choose_engine(opened, variant, precision, backend.cuda.sm, backend.version, flavour, trust=trust)
             except HcmenError as error:
                 unfit.append(one_line(error))
                 continue

@@ -12,7 +12,7 @@ from hcmen.base.console import Console
 if TYPE_CHECKING:
     from hcmen.runtime.predictor import Predictor
 
-__all__ = ["model_options", "opened_model"]
+__all__ = ["model_options", "opened_model", "trust_engines_option"]
 
 
 def model_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -21,6 +21,7 @@ def model_options(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--clean", is_flag=True, help="Set NaN and infinity in clips to zero instead of refusing them."),
         click.option("--threads", type=int, help="Worker threads. Default: the physical cores."),
         click.option("--precision", help="fp32 or fp16: which engines of hcmen-compile the backend tensorrt takes."),
+        trust_engines_option(),
         click.option(
             "--cuda-graph", is_flag=True, help="With ort-cuda: record a graph once per input shape, then replay it."
         ),
@@ -39,7 +40,18 @@ def model_options(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-def opened_model(console: Console, bundle: str | None, cuda_graph: bool, **options: Any) -> Predictor:
+def trust_engines_option() -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The option of every command that opens engines."""
+    return click.option(
+        "--trust-engines",
+        is_flag=True,
+        help="With tensorrt: run engines that this user did not compile here too. They are native code.",
+    )
+
+
+def opened_model(
+    console: Console, bundle: str | None, cuda_graph: bool, trust_engines: bool, **options: Any
+) -> Predictor:
     """The model that the options name.
 
     Args:
@@ -52,7 +64,12 @@ def opened_model(console: Console, bundle: str | None, cuda_graph: bool, **optio
     from hcmen.base.shipped import chosen_bundle
     from hcmen.runtime.predictor import Predictor
 
-    model = Predictor(read_bundle(chosen_bundle(bundle, console.note)), cuda_graph=cuda_graph or None, **options)
+    model = Predictor(
+        read_bundle(chosen_bundle(bundle, console.note)),
+        cuda_graph=cuda_graph or None,
+        trust_engines=trust_engines or None,
+        **options,
+    )
     backend = model.backend
     console.detail(f"bundle {model.bundle.path}, backend {backend.name} {backend.version}, {backend.threads} threads")
     return model

@@ -90,6 +90,19 @@ def test_a_library_that_does_not_load_fails(monkeypatch, tmp_path):
     assert found["SelectiveScan, cuda"].detail == "needs a device"
 
 
+@pytest.mark.parametrize("unsafe", ["relative", "written by others"])
+def test_a_library_that_may_not_be_trusted_fails(monkeypatch, tmp_path, unsafe):
+    library = tmp_path / "library.so"
+    library.write_bytes(b"")
+    library.chmod(0o666)
+    monkeypatch.chdir(tmp_path)
+    pretend(monkeypatch, device=True, provider=True, library=Path("library.so") if unsafe == "relative" else library)
+    found = rows()
+    assert found["cuda kernels"].status == "FAILED"
+    assert ("expected an absolute path" if unsafe == "relative" else "chmod go-w") in found["cuda kernels"].detail
+    assert found["SelectiveScan, cuda"].detail == "needs the kernels"
+
+
 @pytest.mark.parametrize("error", [0.0, 1e-3])
 def test_the_kernel_is_run_and_its_numbers_compared(monkeypatch, tmp_path, error):
     """Over a backend that answers in NumPy: what is looked at is the comparison."""

@@ -275,6 +275,26 @@ def test_a_chunk_that_comes_out_of_order_is_told(shared_bundle, folder, process)
     assert f"warning: {folder / '4.npz'}: came after later names and is left out: names must rise" in err
 
 
+def test_numbers_far_apart_are_an_order_and_no_lost_time(shared_bundle, folder):
+    for number, arrays in zip(("7", "9" * 30, "1" + "0" * 200), chunks(3), strict=True):
+        write_clip(folder / f"chunk-{number}.npz", arrays)
+    (folder / "end").touch()
+    done = follow(shared_bundle, folder, "--format", "json", "--gaps")
+    assert done.code == 0
+    assert told(done.out) == by_stream(shared_bundle, chunks(3))
+
+
+@pytest.mark.parametrize("number", ["1e-300", "1e300", "1e-99999999", "nan", "-1", "1/0", "9" * 5000])
+@pytest.mark.parametrize("option", ["--window", "--hop", "--rate"])
+def test_numbers_beyond_all_bounds_are_one_line(shared_bundle, folder, option, number):
+    given = {"--window": "0.5", "--hop": "0.25", "--rate": "audio=30"}
+    given[option] = f"audio={number}" if option == "--rate" else number
+    done = run(main, folder, "--bundle", shared_bundle, *(word for pair in given.items() for word in pair))
+    assert done.code == 2
+    assert done.out == ""
+    assert re.search(r"positive number, from 1e-12 to 1e12", done.err)
+
+
 def test_hidden_files_folders_and_others_are_no_chunks(shared_bundle, ended):
     (ended / ".chunk-1.npz").write_bytes(b"half a file")
     (ended / ".chunk-1.npz.tmp-7").write_bytes(b"half a file")

@@ -34,6 +34,7 @@ from hcmen.base.clip import write_clip
 from hcmen.base.engines import read_engines
 from hcmen.base.errors import BackendError, CorruptFileError, InputError
 from hcmen.base.inputs import Inputs
+from hcmen.base.trust import made_key, signature
 from hcmen.export.tensorrt import Compiler, Options, profile_shapes
 from hcmen.runtime import load
 from hcmen.runtime.backends import TensorRT
@@ -453,9 +454,15 @@ def index(change: Callable[[Any, Any], Any]) -> Provoke:
 
 
 def listed(m: Machine, content: bytes) -> None:
-    """An engine of that content, as the index says it should be."""
+    """An engine of that content, as the index says it should be, signed by this user."""
+
+    def signed(_: Any, entry: Any) -> None:
+        entry.update(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+        del entry["signature"]
+        entry["signature"] = signature(made_key(), entry)
+
     m.engine.write_bytes(content)
-    index(lambda _, e: e.update(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content)))(m)
+    index(signed)(m)
 
 
 def of_another_graph(m: Machine) -> None:
