@@ -52,6 +52,8 @@ cuda-architectures:
 # Installed in place: a change of Python code needs no reinstall, a change of C++ code does, and make sees to it.
 # torch comes first: from the environment or local wheels if they have it, then from its own index if that answers.
 $(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)
+	@case "$$PWD" in *[\"\$$\;\:\\]*) \
+	  echo 'make: CMake or Python stumbles over one of " $$ ; : \ in the path of this folder: move it' >&2; exit 1;; esac
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@set -e; pip="$(BIN)/python -m pip install --constraint constraints.txt"; index="$(TORCH_INDEX)"; \
 	if test -z "$$index" || $$pip --quiet --no-deps --no-index torch 2>/dev/null; then :; \
