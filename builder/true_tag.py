@@ -1,8 +1,8 @@
 """Gives a wheel the manylinux tag that is true of its libraries.
 
 scikit-build-core names a wheel linux_x86_64. No package index takes that, and it does not say where the wheel runs. The
-symbols that the libraries ask of the C library say it: manylinux_2_35 is every Linux with glibc 2.35 or newer
-(PEP 600). A wheel keeps its tag where a library asks for more than the C library, or where `readelf` is missing; stderr says so.
+symbols that the libraries ask of the C library say it: manylinux_2_35 is every Linux with glibc 2.35 or newer. A wheel
+keeps its tag where a library asks for more than the C library, or where `readelf` is missing; stderr says so.
 """
 
 from __future__ import annotations

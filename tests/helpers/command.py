@@ -73,7 +73,8 @@ def without_privileges() -> Iterator[None]:
     """Held to the permissions of files within the block, as an ordinary user is: they do not bind root otherwise.
 
     Root stays the owner of its files and may still enter its own folders, in which the checkout may lie. Where it lies
-    in a folder of somebody else that is closed to others, root becomes that owner. Skips the test where permissions bind nobody, or nothing could be imported.
+    in a folder of somebody else that is closed to others, root becomes that owner. Skips the test where permissions
+    bind nobody, or where nothing could be imported.
     """
     package = Path(hcmen.__file__)
     user, owner = os.geteuid(), package.stat().st_uid

@@ -156,11 +156,11 @@ def test_the_check_fails_where_hcmen_does(tmp_path):
 
 def test_both_architectures_are_built_and_checked():
     tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["build-system"]["backend-path"] == ["builder"]
     settings = project["tool"]["cibuildwheel"]
     assert all(b.endswith("-manylinux_*") for b in settings["build"])
     assert (ROOT / settings["test-command"].split()[1].replace("{project}/", "")) == CHECK
-    workflow = (ROOT / ".github" / "workflows" / "wheels.yml").read_text()
+    workflow = (ROOT / ".github" / "workflows" / "wheels.yml").read_text(encoding="utf-8")
     assert "ubuntu-24.04-arm" in workflow
     assert "cibuildwheel" in workflow
