@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 INDEX = "https://download.pytorch.org/whl/cpu"
-ODD = "it's a plàce, (1) & b #2"
+ODD = os.fsdecode("it's a plàce, (1) & b #2".encode())  # also where the locale knows no à
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 # Stands for the Python of .venv: writes its arguments down, and fails where the test says so.
