@@ -45,7 +45,7 @@ def make(folder: Path, *arguments: str, **environment: str) -> tuple[subprocess.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "TORCH_INDEX"))}
     command = ["make", "--no-print-directory", *arguments]
     done = subprocess.run(
-        command, cwd=folder, env={**inherited, **environment}, capture_output=True, text=True, encoding="utf-8"
+        command, cwd=folder, env={**inherited, **environment}, capture_output=True, text=True, errors="replace"
     )
     calls = folder / "calls"
     return done, calls.read_text(encoding="utf-8").splitlines() if calls.exists() else []
