@@ -158,7 +158,7 @@ def main() -> None:
     }
     results: dict[str, Any] = {"schema_version": 1, "machine": describe(), "settings": settings, "runs": []}
     if a.out.exists():
-        results = json.loads(a.out.read_text())
+        results = json.loads(a.out.read_text(encoding="utf-8"))
         if results["settings"] != settings:
             sys.exit(f"{a.out}: was made with {results['settings']}, not {settings}: choose another --out")
     done = {(r["arm"], r["samples"], r["seed"]) for r in results["runs"]}
@@ -185,6 +185,7 @@ def main() -> None:
                 write_json(a.out, results)
                 write_whole(a.out.with_suffix(".md"), table(results).encode())
                 print(f"{name}, {samples} samples, seed {seed}: {json.dumps(run)}", file=sys.stderr)
+    sys.stdout.reconfigure(errors="replace")  # the table has signs that not every locale has
     print(table(results), end="")
 
 

@@ -253,7 +253,7 @@ class Peer:
         from models.lnln import build_model
 
         tiny = preset_named("tiny").model
-        args = yaml.safe_load((source / "configs" / "train_mosi.yaml").read_text())
+        args = yaml.safe_load((source / "configs" / "train_mosi.yaml").read_text(encoding="utf-8"))
         args["base"] |= {
             "seed": seed,
             "lr": learning_rate,
@@ -552,7 +552,7 @@ def results_file(path: Path, settings: Mapping[str, Any], beginning: Mapping[str
     """The results in `path`, to be changed; written again with table and picture. One process at a time is in here."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _lock(path, "", wait=True):
-        results = json.loads(path.read_text()) if path.exists() else copy.deepcopy(dict(beginning))
+        results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else copy.deepcopy(dict(beginning))
         before = json.dumps(results)
         # More seeds may be added later; the first one chose the settings.
         seeds = results["settings"]["seeds"]
@@ -680,6 +680,7 @@ def main() -> None:
             if not any(_done_here(a.out, run, do, lambda: results_file(a.out, settings, beginning)) for run in todo):
                 # Others are at work on all of it, and what comes next depends on what they find.
                 time.sleep(5)
+    sys.stdout.reconfigure(errors="replace")  # the table has signs that not every locale has
     print(table(results), end="")
 
 

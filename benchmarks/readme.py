@@ -1,7 +1,7 @@
-"""Writes the figures of README.md from docs/results/*.json, so that the two cannot drift apart.
+"""Writes figures from docs/results/*.json: six sentences of README.md, and the whole of docs/results.md.
 
-python benchmarks/readme.py           rewrites the part between the two markers
-python benchmarks/readme.py --check   exits with 1 if it would change
+python benchmarks/readme.py           rewrites the part of README.md between the two markers, and docs/results.md
+python benchmarks/readme.py --check   exits with 1 if it would change one of them
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- figures: written by benchmarks/readme.py -->", "<!-- end of figures -->"
+MARKERS = {
+    part: (f"<!-- {part}: written by benchmarks/readme.py -->", f"<!-- end of {part} -->")
+    for part in ("score", "figures")
+}
 
 
 def result(name: str) -> dict[str, Any]:
     """The JSON docs/results/<name>.json."""
-    return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
+    return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_bytes())
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -107,7 +110,7 @@ def kernels(here: dict[str, Any], elsewhere: list[dict[str, Any]], ulp: dict[str
         f"Scan of 256 channels, µs per step at {' / '.join(format(r['steps'], ',') for r in length)} steps: "
         f"{' / '.join(format(r['one_thread_us_per_step'], '.2f') for r in length)} on one thread, "
         f"{' / '.join(format(r['two_thread_us_per_step'], '.2f') for r in length)} on two "
-        "([picture](docs/results/scan_linear.png)). Few channels are cut in time: "
+        "([picture](results/scan_linear.png)). Few channels are cut in time: "
         + ", ".join(f"{r['channels']} x {r['steps']:,} {r['two_threads_over_one']:.2f} x" for r in few)
         + " as fast on two threads. Over all 2^32 float32 values, on every instruction set: "
         + ", ".join(f"{name} within {error:.2f} ulp" for name, error in worst.items())
@@ -167,7 +170,7 @@ def graphs(data: dict[str, Any]) -> str:
         "Of its time: "
         f"{top}. Time per step on `audio_only` from {growth[0]['steps']} to {growth[-1]['steps']:,} steps: "
         f"{' / '.join(format(r['us_per_step'], '.1f') for r in growth)} µs.\n\n"
-        "![Share of time and of arithmetic by variant; time against length](docs/results/graph.png)"
+        "![Share of time and of arithmetic by variant; time against length](results/graph.png)"
     )
 
 
@@ -188,7 +191,7 @@ def reduced(data: dict[str, Any]) -> str:
         f"{one('bert', 'fp16')}. "
         f"On the demo's small trained model int8 is slower ({min(slower):.2f} to {max(slower):.2f} times) and "
         "moves the "
-        f"MAE by at most {100 * moved:.2f} % ([table](docs/results/precision.md), [how](docs/precision.md))."
+        f"MAE by at most {100 * moved:.2f} % ([table](results/precision.md), [how](precision.md))."
     )
 
 
@@ -200,7 +203,7 @@ def long_life(soak: dict[str, Any], stream: dict[str, Any]) -> str:
         f"{soak['calls']:,} calls of varying shapes from {soak['threads']} threads on {soak['models']} models "
         f"({soak['sessions']} sessions): resident memory rises by {soak['slopes']['resident_bytes']['rise']} "
         "bytes, heap "
-        f"by {slope['per_call']:.2f} bytes per call ([picture](docs/results/soak.png)). A stream of "
+        f"by {slope['per_call']:.2f} bytes per call ([picture](results/soak.png)). A stream of "
         f"{mosi['n']:,} windows of "
         f"{mosi['window_seconds']:.0f} s at MOSI's size{busy}: {mosi['counts']['late']} late, "
         "latency median "
@@ -244,7 +247,7 @@ def bench(quiet: dict[str, Any], busy: dict[str, Any]) -> str:
         f"{quiet['comparisons']} where nothing else ran, {busy['false_verdicts']} of {busy['comparisons']} on a busy "
         f"machine; it would have called {seen(quiet)} % and {seen(busy)} % of true slowdowns by 10 / 20 / 50 %. Beside "
         "eager PyTorch, `torch.compile` and ONNX Runtime without our library: "
-        "[bench.json](docs/results/bench.json), to be read with `hcmen-bench --show`."
+        "[bench.json](results/bench.json), to be read with `hcmen-bench --show`."
     )
 
 
@@ -345,9 +348,9 @@ def peer(data: dict[str, Any]) -> str:
         )
     return (
         "Steps dropped at r = 0.0 to 0.9, the same holes for both, one synthetic set, the same small text encoder: "
-        f"test MAE of HCMEN {found['hcmen']}; of LNLN {found['lnln']} ([table](docs/results/peer_lnln.md), "
-        "[how](docs/protocols.md#beside-a-peer)).\n\n"
-        "![MAE against the share of dropped steps](docs/results/peer_lnln.png)"
+        f"test MAE of HCMEN {found['hcmen']}; of LNLN {found['lnln']} ([table](results/peer_lnln.md), "
+        "[how](protocols.md#beside-a-peer)).\n\n"
+        "![MAE against the share of dropped steps](results/peer_lnln.png)"
     )
 
 
@@ -367,55 +370,133 @@ def machines(names: list[str]) -> str:
             f"- {cpu}, {m['logical_cores']} cores (shared), {m['compiler']}, {versions}, {m['date']}: "
             f"{', '.join(name for name, _ in own)}"
         )
-    return "Machines:\n\n" + "\n".join(lines)
+    return "\n".join(lines)
 
 
-def figures() -> str:
-    """The whole part between the markers."""
+def cuda(scans: dict[str, Any], whole: dict[str, Any]) -> str:
+    """The CUDA scan beside mamba_ssm's, and the whole model, on a GPU."""
+    rows = []
+    for direction, dtype in (("forward", "float32"), ("forward", "float16"), ("backward", "float32")):
+        ratios = gains(scans, direction, dtype)
+        below = f"{sum(r < 1 for r in ratios)} of {len(ratios)}"
+        rows.append([f"{direction}, {dtype}", f"{min(ratios):.2f} to {max(ratios):.2f}", below])
+    versions = whole["machine"]["versions"]
+    took = whole["whole_model"]["milliseconds"]
+    return (
+        f"The CUDA scan on {scans['device']['name']}, device time beside the kernel of mamba_ssm "
+        f"{scans['mamba_ssm'].split(',')[0]}, 16 states with softplus and gate; batches of 1 to 256, 512 and 2,048 "
+        f"channels, 50 to 4,096 steps ([how](cuda.md)):\n\n"
+        f"{table(['direction, type', 'times as fast', 'sizes below 1.0'], rows)}\n\n"
+        f"The whole model of MOSI's sizes, from host to host on ONNX Runtime: one clip takes "
+        f"{took['plain']['batch 1']:.1f} ms, 32 take {took['plain']['batch 32']:.1f} ms; with `--cuda-graph` "
+        f"{took['cuda graph']['batch 1']:.1f} and {took['cuda graph']['batch 32']:.1f} ms.\n\n"
+        f"The tests of the GPU passed there with PyTorch {versions['torch']} and onnxruntime-gpu "
+        f"{versions['onnxruntime-gpu']} ([gpu.json](results/gpu.json))."
+    )
+
+
+def gains(scans: dict[str, Any], direction: str, dtype: str) -> list[float]:
+    """How many times as fast as mamba_ssm's kernel ours is, for each size."""
+    own = [c for c in scans["cases"] if (c["direction"], c["dtype"]) == (direction, dtype)]
+    return [c["times_faster_than_mamba_ssm"] for c in own if c.get("times_faster_than_mamba_ssm")]
+
+
+def results() -> str:
+    """The page docs/results.md."""
     scans, cold = result("scan_cpu"), result("cold_start")
-    parts = [
-        scan(scans),
-        kernels(scans, [result("scan_cpu_xeon")], result("ulp")),
-        graphs(result("graph")),
-        cold_start(cold),
-        reduced(result("precision")),
-        long_life(result("soak"), result("stream")),
-        runtimes(result("ort_matrix")),
-        f"{arm(result('arm_qemu'), result('wheel'))} {instructions(result('instruction_counts'))}",
-        bench(result("bench_noise"), result("bench_noise_busy")),
-        training(result("demo_training")),
-        peer(result("peer_lnln")),
-        "What sample mixing, and each part of the model, is worth on the synthetic set, over seeds and training-set "
-        "sizes: [mixing](docs/results/mixing_study.md), [ablations](docs/results/ablation_study.md).",
-        speed(result("training_speed")),
-        text_encoder(result("text_encoder")),
-        machines(
-            [
-                *("scan_cpu", "graph", "cold_start", "soak", "stream", "bench", "bench_noise", "wheel"),
-                *("instruction_counts", "scan_cpu_xeon", "ulp", "precision", "demo_training", "peer_lnln"),
-                *("training_speed", "text_encoder"),
-            ]
-        ),
-        "The files in `docs/results` hold every figure and the command that made it.",
+    parts = {
+        "The selective scan on a CPU": [scan(scans), kernels(scans, [result("scan_cpu_xeon")], result("ulp"))],
+        "The selective scan on a GPU": [cuda(result("scan_cuda"), result("gpu"))],
+        "The exported graphs": [graphs(result("graph")), cold_start(cold), reduced(result("precision"))],
+        "Memory and streams": [long_life(result("soak"), result("stream"))],
+        "Runtimes and processors": [
+            runtimes(result("ort_matrix")),
+            f"{arm(result('arm_qemu'), result('wheel'))} {instructions(result('instruction_counts'))}",
+        ],
+        "How far a comparison is to be believed": [bench(result("bench_noise"), result("bench_noise_busy"))],
+        "What the model learns": [
+            training(result("demo_training")),
+            peer(result("peer_lnln")),
+            "What sample mixing, and each part of the model, is worth on the synthetic set, over seeds and "
+            "training-set sizes: [mixing](results/mixing_study.md), [ablations](results/ablation_study.md).",
+        ],
+        "What training costs": [speed(result("training_speed")), text_encoder(result("text_encoder"))],
+        "Machines": [
+            machines(
+                [
+                    *("scan_cpu", "graph", "cold_start", "soak", "stream", "bench", "bench_noise", "wheel"),
+                    *("instruction_counts", "scan_cpu_xeon", "ulp", "precision", "demo_training", "peer_lnln"),
+                    *("training_speed", "text_encoder"),
+                ]
+            ),
+        ],
+    }
+    head = (
+        "# Results\n\n<!-- written by benchmarks/readme.py: do not edit -->\n\n"
+        "The files in [results/](results) hold every figure and the command that made it. Times are medians."
+    )
+    return "\n\n".join([head, *(f"## {title}\n\n" + "\n\n".join(own) for title, own in parts.items())]) + "\n"
+
+
+def summary() -> str:
+    """Six sentences for the README, each with its machine."""
+    scans, graph, cold, cuda_scans = result("scan_cpu"), result("graph"), result("cold_start"), result("scan_cuda")
+    case = next(c for c in scans["cases"] if (c["channels"], c["steps"], c["states"]) == (512, 500, 16))
+    took = {r["method"]: r["median_ms"] for r in case["runs"] if r["threads"] == 1}
+    full = graph["variants"]["full"]
+    start = {r["process"]: r for r in cold["rows"]}
+    ours, eager = start["hcmen-run"], start["eager PyTorch"]
+    ratios = gains(cuda_scans, "forward", "float32")
+    matrix = result("ort_matrix")
+    versions = [r["onnxruntime"] for r in matrix["runtimes"]]
+    trained = result("demo_training")
+    test = trained["test"]["full"]
+    lines = [
+        f"The scan of 512 channels and 500 steps takes {took['native']:.2f} ms on an {scans['machine']['cpu']} thread, "
+        f"{took['onnx_scan'] / took['native']:.0f} times as fast as ONNX's own `Scan`.",
+        f"The exported model of MOSI's size scores a clip in {full['median_ms']['hcmen']:.1f} ms on an "
+        f"{graph['machine']['cpu']}, {full['eager_native_over_ours']:.1f} times as fast as eager PyTorch.",
+        f"`hcmen-run` scores its first clip within {ours['seconds_median']:.2f} s and "
+        f"{ours['peak_resident_mib_median']:.0f} MiB on an {cold['machine']['cpu']}, eager PyTorch within "
+        f"{eager['seconds_median']:.1f} s and {eager['peak_resident_mib_median']:.0f} MiB.",
+        f"The float32 CUDA scan is {min(ratios):.1f} to {max(ratios):.1f} times as fast as mamba_ssm's kernel on an "
+        f"{cuda_scans['device']['name']}, over {len(ratios)} sizes.",
+        f"One library and one file per case ran in ONNX Runtime {versions[0]} to {versions[-1]} on an "
+        f"{matrix['machine']['processor'].replace('(R)', '').removesuffix(' Processor')}, {len(versions)} versions in "
+        "all.",
+        f"The demo's model, trained on an {trained['machine']['cpu']}, has a mean absolute error of "
+        f"{test['hcmen']['mae']:.2f} on its synthetic test set, linear regression {test['linear']['mae']:.2f}.",
     ]
-    return "\n\n".join(parts)
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def score() -> str:
+    """What the clip of the samples gets by the demo's model, which the README shows as a picture too."""
+    full = next(row["score"] for row in result("demo")["rows"] if row["variant"] == "full")
+    return f"With the demo's model the clip gets {full:.2f} of -3 (negative) to 3 (positive)."
+
+
+def written() -> dict[Path, str]:
+    """What README.md and docs/results.md have to hold."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for (begin, end), content in zip(MARKERS.values(), (score(), summary()), strict=True):
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n\n{content}\n\n{end}{rest.partition(end)[2]}"
+    return {readme: text, ROOT / "docs" / "results.md": results()}
 
 
 def main() -> None:
-    """Rewrites README.md, or checks it."""
+    """Rewrites README.md and docs/results.md, or checks them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if README.md is stale")
+    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if one of them is stale")
     arguments = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    fresh = f"{before}{BEGIN}\n\n{figures()}\n\n{END}{after}"
-    if fresh == text:
-        return
-    if arguments.check:
-        sys.exit("README.md does not quote docs/results as it is: run python benchmarks/readme.py")
-    readme.write_text(fresh)
+    stale = {p: text for p, text in written().items() if not p.exists() or p.read_text(encoding="utf-8") != text}
+    if arguments.check and stale:
+        names = " and ".join(str(path.relative_to(ROOT)) for path in stale)
+        sys.exit(f"not as docs/results is, which they quote: {names}: run python benchmarks/readme.py")
+    for path, text in stale.items():
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

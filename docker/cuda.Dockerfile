@@ -24,6 +24,7 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY pyproject.toml constraints.txt CMakeLists.txt README.md LICENSE ./
+COPY builder builder
 COPY hcmen hcmen
 COPY export export
 COPY runtime runtime

@@ -22,6 +22,7 @@ RUN apt-get update \
  && useradd --uid 10001 --create-home hcmen
 WORKDIR /src
 COPY pyproject.toml constraints.txt CMakeLists.txt README.md LICENSE ./
+COPY builder builder
 COPY hcmen hcmen
 COPY export export
 COPY runtime runtime

@@ -232,7 +232,7 @@ def test_graph_inputs_must_be_those_of_the_variant(document):
     ],
 )
 def test_traps_of_json_are_refused(bundle, text, why):
-    (bundle / "manifest.json").write_text(text)
+    (bundle / "manifest.json").write_text(text, encoding="utf-8")
     with pytest.raises(CorruptFileError, match=why):
         read_bundle(bundle)
 

@@ -125,7 +125,8 @@ def test_control_characters_never_reach_the_terminal():
 
 def process(script: str, **options: object) -> subprocess.CompletedProcess:
     code = "from hcmen.base.console import command\n" + textwrap.dedent(script)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, **options)
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False, **options)
 
 
 def test_sigterm_after_an_error_adds_no_line():

@@ -108,7 +108,7 @@ Parts = tuple[type[HcmenError], str, str | None, str | None]
 def manifest(**changes: Any) -> Callable[[Path], Any]:
     def read(folder: Path) -> Any:
         path = make_bundle(folder / "b", ("full",)) / "manifest.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}))
         return read_bundle(path.parent)
 
     return read
@@ -281,7 +281,7 @@ def test_nobody_edits_a_message_as_text() -> None:
         f"{path.relative_to(ROOT)}:{line}"
         for folder in ("hcmen", "runtime", "export")
         for path in sorted((ROOT / folder).rglob("*.py"))
-        for line in edits(ast.parse(path.read_text()))
+        for line in edits(ast.parse(path.read_text(encoding="utf-8")))
     ]
     assert not found
 

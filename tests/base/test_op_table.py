@@ -131,7 +131,7 @@ def test_python_and_cpp_have_the_same_structures(native: Any) -> None:
 
 
 def test_the_table_of_cpp_needs_no_header() -> None:
-    assert "#include" not in (CSRC / "op_table.h").read_text()
+    assert "#include" not in (CSRC / "op_table.h").read_text(encoding="utf-8")
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def test_the_table_of_cpp_needs_no_header() -> None:
 
 def tables(operator: Operator) -> Iterator[tuple[list[str], list[list[str]]]]:
     """The tables in the section of docs/op.md about `operator`: head and rows, of cells without their backticks."""
-    section = re.split(r"^## ", (ROOT / "docs" / "op.md").read_text(), flags=re.M)
+    section = re.split(r"^## ", (ROOT / "docs" / "op.md").read_text(encoding="utf-8"), flags=re.M)
     (text,) = (part for part in section if part.startswith(f"{operator.name}\n"))
     for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
         head, _, *rows = ([cell.strip() for cell in line.strip("|\n").split("|")] for line in block.splitlines())
@@ -177,7 +177,7 @@ def test_words_have_the_same_tensors() -> None:
 
 
 def test_words_have_the_same_signature() -> None:
-    text = (ROOT / "docs" / "op.md").read_text()
+    text = (ROOT / "docs" / "op.md").read_text(encoding="utf-8")
     for operator in OPERATORS.values():
 
         def listed(tensors: tuple[op.Tensor, ...]) -> str:
@@ -204,7 +204,7 @@ def test_words_have_the_same_attributes() -> None:
             assert default.strip("`") == str(attribute.choices[0])
         for row in (told[name] for name in op.PARSER_ATTRIBUTES):
             assert set(re.findall(r"`(\w+)`", row[2])) <= set(op.PARSER_ATTRIBUTES.values())
-    text = (ROOT / "docs" / "op.md").read_text()
+    text = (ROOT / "docs" / "op.md").read_text(encoding="utf-8")
     assert f"domain `{op.DOMAIN}`, version {op.VERSION}" in text
     assert f"opset {op.OPSET}, IR {op.IR_VERSION}" in text
 
@@ -231,7 +231,7 @@ def test_the_walk_sees_a_list_that_is_written_again() -> None:
 def test_inputs_domain_and_version_are_written_in_one_place(path: Path) -> None:
     if path == ROOT / "hcmen" / "base" / "op.py":
         return
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     required = {tensor.name for tensor in SELECTIVE_SCAN.inputs if tensor.only_with is None}
     for node, found in strings(tree):
         assert not required <= set(found), f"line {node.lineno}: {found}"  # type: ignore[attr-defined]

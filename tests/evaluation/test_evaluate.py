@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -472,8 +473,11 @@ def test_an_altered_checkpoint(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written(checkpoints: list[Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused(evaluated("--checkpoint", checkpoints[0], "--out", tmp_path / "file"), 2, "choose another --out")
-    with open_folder() as folder, without_privileges():
-        refused(evaluated("--checkpoint", checkpoints[0], "--out", folder / "out"), 2, "choose another --out")
+    with open_folder() as folder:
+        checkpoint = shutil.copytree(checkpoints[0], folder / "train")
+        folder.chmod(0o555)
+        with without_privileges():
+            refused(evaluated("--checkpoint", checkpoint, "--out", folder / "out"), 2, "choose another --out")
 
 
 def test_files_are_written_all_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

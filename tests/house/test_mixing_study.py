@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ def study(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, str(SCRIPT), "--epochs", "1", "--held-out", "8", "8", "--out", str(out), *arguments],
         capture_output=True,
         text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
         timeout=120,
         check=False,
     )
@@ -27,7 +30,7 @@ def test_one_epoch_of_it(tmp_path: Path) -> None:
     few = ("--sizes", "12", "--arms", "none", "ms-mix", "--seeds")
     begun = study(out, *few, "0")
     assert begun.returncode == 0, begun.stderr
-    before = json.loads(out.read_text())
+    before = json.loads(out.read_bytes())
     assert [(r["arm"], r["samples"], r["seed"]) for r in before["runs"]] == [("none", 12, 0), ("ms-mix", 12, 0)]
     assert before["runs"][0]["full"] != before["runs"][1]["full"]
 
@@ -36,13 +39,16 @@ def test_one_epoch_of_it(tmp_path: Path) -> None:
     out.write_text(json.dumps(before))
     went_on = study(out, *few, "0", "1")
     assert went_on.returncode == 0, went_on.stderr
-    runs = json.loads(out.read_text())["runs"]
+    runs = json.loads(out.read_bytes())["runs"]
     assert runs[:2] == before["runs"]
     assert [(r["arm"], r["seed"]) for r in runs] == [("none", 0), ("ms-mix", 0), ("none", 1), ("ms-mix", 1)]
 
-    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in out.with_suffix(".md").read_text().splitlines()]
+    rows = [
+        [c.strip() for c in line.split("|")[1:-1]]
+        for line in out.with_suffix(".md").read_text(encoding="utf-8").splitlines()
+    ]
     found = {row[1]: row for row in rows if len(row) == 7 and row[0] == "12"}
-    assert went_on.stdout == out.with_suffix(".md").read_text()
+    assert went_on.stdout == out.with_suffix(".md").read_text(encoding="utf-8")
     for name in ("none", "ms-mix"):
         one, two = (r["missing"]["mae"] for r in runs if r["arm"] == name)
         assert found[name][2] == "2"

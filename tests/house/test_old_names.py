@@ -101,7 +101,7 @@ def test_nothing_of_ours_imports_an_old_name():
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     assert len(files) > 200
     users = {
-        str(path.relative_to(ROOT)): sorted(OLD_NAMES & set(dict(imports_of(ast.parse(path.read_text()), path.name))))
+        str(path.relative_to(ROOT)): sorted(OLD_NAMES & set(dict(imports_of(ast.parse(path.read_bytes()), path.name))))
         for path in files
     }
     assert {path: names for path, names in users.items() if names} == {}

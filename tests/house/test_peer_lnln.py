@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def test_the_bert_is_one_that_transformers_reads(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     for name in ("a", "b"):
         peer_lnln.write_bert(tmp_path / name)
-    words = (tmp_path / "a" / "vocab.txt").read_text().splitlines()
+    words = (tmp_path / "a" / "vocab.txt").read_text(encoding="utf-8").splitlines()
     assert [words.index(w) for w in ("[PAD]", "[UNK]", "[CLS]", "[SEP]")] == [0, 100, 101, 102]
     assert len(set(words)) == len(words) > max(int(DATA[s]["text_bert"][:, 0].max()) for s in DATA)
     one, two = (transformers.BertModel.from_pretrained(tmp_path / name).eval() for name in ("a", "b"))
@@ -241,8 +242,8 @@ def test_results_are_added_by_whoever_comes(tmp_path: Path) -> None:
     for rate in (1e-3, 2e-3):
         with peer_lnln.results_file(out, SETTINGS, results([])) as found:
             found["runs"].append(run("hcmen", rate))
-    assert [r["learning_rate"] for r in json.loads(out.read_text())["runs"]] == [1e-3, 2e-3]
-    assert out.with_suffix(".md").read_text() == peer_lnln.table(json.loads(out.read_text()))
+    assert [r["learning_rate"] for r in json.loads(out.read_bytes())["runs"]] == [1e-3, 2e-3]
+    assert out.with_suffix(".md").read_text(encoding="utf-8") == peer_lnln.table(json.loads(out.read_bytes()))
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     for wrong in ({"epochs": 3}, {"seeds": [0]}, {"seeds": [1, 0, 2]}):
         with (
@@ -252,7 +253,7 @@ def test_results_are_added_by_whoever_comes(tmp_path: Path) -> None:
             pass
     with peer_lnln.results_file(out, {**SETTINGS, "seeds": [0, 1, 2]}, results([])) as found:
         found["runs"].append(run("hcmen", 1e-3, 2))
-    kept = json.loads(out.read_text())
+    kept = json.loads(out.read_bytes())
     assert kept["settings"]["seeds"] == [0, 1, 2]
     assert len(kept["runs"]) == 3
 
@@ -274,7 +275,7 @@ def test_a_run_is_done_once(tmp_path: Path) -> None:
     for _ in range(2):
         assert peer_lnln._done_here(out, wanted, do, opened)
     assert done == [wanted]
-    assert json.loads(out.read_text())["runs"] == [run("hcmen", 1e-3)]
+    assert json.loads(out.read_bytes())["runs"] == [run("hcmen", 1e-3)]
 
 
 def test_a_folder_that_is_no_checkout(tmp_path: Path) -> None:
@@ -282,6 +283,8 @@ def test_a_folder_that_is_no_checkout(tmp_path: Path) -> None:
         [sys.executable, str(SCRIPT), "--lnln", str(tmp_path), "--out", str(tmp_path / "x.json")],
         capture_output=True,
         text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
         timeout=120,
         check=False,
     )

@@ -53,7 +53,7 @@ def _ruff_order(name: str) -> tuple[int, str]:
 @pytest.mark.parametrize("name", CHECKED)
 def test_public_functions_and_methods_are_documented(name):
     missing = []
-    for node in ast.walk(ast.parse(ALL[name].read_text())):
+    for node in ast.walk(ast.parse(ALL[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             missing += [
                 f"{node.name}.{f.name}"

@@ -1,4 +1,4 @@
-"""The README quotes docs/results as they are, and its commands exist."""
+"""The README is short and plain, and quotes docs/results as they are, as docs/results.md does."""
 
 from __future__ import annotations
 
@@ -10,25 +10,96 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+MOST_WORDS, MOST_WORDS_OF_A_SENTENCE = 1000, 25
 
 
-def test_figures_are_those_of_the_results():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "readme.py"), "--check"], capture_output=True, text=True, check=False
+def prose(text: str) -> list[str]:
+    """The sentences of a page: of its paragraphs and list items, without code blocks, comments, tables and headings."""
+    text = re.sub(r"^```.*?^```$|<!--.*?-->|^#[^\n]*|^\|[^\n]*", "\n", text, flags=re.M | re.S)
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)  # a link is its words
+    parts = re.split(r"\n\s*\n|^- ", text, flags=re.M)
+    return [s for part in parts for s in re.split(r"(?<=[.!?])\**\s+(?=[^a-z])", " ".join(part.split())) if s]
+
+
+def words(sentence: str) -> list[str]:
+    """The words of a sentence; what has no letter or digit is none."""
+    return [word for word in sentence.split() if re.search(r"\w", word)]
+
+
+def test_sentences_are_found():
+    text = (
+        "# No\n\nOne two. Three `a.b` four?\n\n- Five [six](x.md)\n  seven.\n- Eight\n\n```\nno. No\n```\n| no | no |\n"
     )
+    assert prose(text) == ["One two.", "Three `a.b` four?", "Five six seven.", "Eight"]
+
+
+def test_the_readme_is_read_in_a_few_minutes():
+    assert len(words(README)) <= MOST_WORDS
+
+
+def test_sentences_are_short():
+    assert len(prose(README)) > 40
+    long = {s: len(words(s)) for s in prose(README) if len(words(s)) > MOST_WORDS_OF_A_SENTENCE}
+    assert long == {}
+
+
+def test_the_order_is_that_of_a_reader():
+    headings = ["Two commands", "Quick start", "Figures", "What was never run", "More"]
+    assert re.findall(r"^## (.*)$", README, re.M) == headings
+    figures = README.partition("<!-- figures:")[2].partition("<!-- end of figures")[0]
+    assert len(re.findall("^- ", figures, re.M)) == 6
+    assert not re.search(r"^\|", README, re.M), "tables are for docs/results.md"
+
+
+@pytest.mark.parametrize("stale", ["README.md", "docs/results.md"])
+def test_figures_are_those_of_the_results(stale, tmp_path):
+    """And the check sees a figure that is not."""
+    check = [sys.executable, str(ROOT / "benchmarks" / "readme.py"), "--check"]
+    done = subprocess.run(check, capture_output=True, text=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
 
+    for folder in ("benchmarks", "docs"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "docs" / "results").symlink_to(ROOT / "docs" / "results")
+    script = tmp_path / "benchmarks" / "readme.py"
+    script.write_bytes((ROOT / "benchmarks" / "readme.py").read_bytes())
+    for name, text in (("README.md", README), ("docs/results.md", RESULTS)):
+        wrong = re.sub(r" \d\.\d\d? ms", " 77 ms", text, count=1) if name == stale else text
+        (tmp_path / name).write_text(wrong, encoding="utf-8")
+    check[1] = str(script)
+    done = subprocess.run(check, capture_output=True, text=True, encoding="utf-8", check=False)
+    assert done.returncode == 1
+    assert f"quote: {stale}: run" in done.stderr
+    subprocess.run(check[:2], check=True)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == README
+    assert (tmp_path / "docs" / "results.md").read_text(encoding="utf-8") == RESULTS
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", README))))
-def test_links_lead_somewhere(target):
-    assert (ROOT / target).exists()
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKS = [
+    (page, target, anchor)
+    for page in PAGES
+    for target, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8"))
+]
 
 
-@pytest.mark.parametrize("line", re.findall(r"^(hcmen-\w+ .*?)\s*(?:#.*)?$", README, re.M))
-def test_commands_take_the_options_shown(line):
-    name, *arguments = line.split()
-    shown = subprocess.run(
-        [Path(sys.executable).parent / name, "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    assert all(option in shown for option in arguments if option.startswith("--"))
+def anchors(page: Path) -> set[str]:
+    """What a link into a page may name: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(("page", "target", "anchor"), LINKS, ids=lambda x: x.name if isinstance(x, Path) else x)
+def test_links_lead_somewhere(page, target, anchor):
+    to = page.parent / target if target else page
+    assert to.exists()
+    if anchor:
+        assert anchor in anchors(to)
+
+
+def test_every_page_can_be_found():
+    """From the README, by one link."""
+    linked = {(page.parent / target).resolve() for page, target, _ in LINKS if page.name == "README.md" and target}
+    assert [page.name for page in PAGES if page.resolve() not in linked] == ["README.md"]

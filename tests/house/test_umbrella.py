@@ -20,10 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_commands_are_those_that_are_installed_and_those_that_there_are():
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
     modules = {f"hcmen-{name}": f"{home.module}:main" for name, home in COMMANDS.items()}
     assert scripts == {"hcmen": "hcmen.__main__:main", **modules}
-    written = {name for name, path in ALL.items() if '\n@command("hcmen-' in path.read_text()}
+    written = {name for name, path in ALL.items() if '\n@command("hcmen-' in path.read_text(encoding="utf-8")}
     assert {home.module for home in COMMANDS.values()} == written
 
 

@@ -425,9 +425,11 @@ def test_output_that_may_not_be_written():
         (folder / "other").mkdir()
         (folder / "other" / "thesis.txt").write_text("x")
         before = tree(folder)
+        folder.chmod(0o555)
         with without_privileges():
             denied = run(write, folder / "bundle")
             below_a_file = run(write, folder / "file" / "bundle")
+        folder.chmod(0o755)
         on_a_file = run(write, folder / "file")
         on_other_things = run(write, folder / "other")
         after = tree(folder)

@@ -45,7 +45,7 @@ C_TYPES = {
 @needs_header
 @pytest.mark.parametrize("name", sorted(SIGNATURES))
 def test_every_signature_is_that_of_the_header(name):
-    text = re.sub(r"/\*.*?\*/|__dv\(\w*\)", "", HEADER.read_text(), flags=re.S)
+    text = re.sub(r"/\*.*?\*/|__dv\(\w*\)", "", HEADER.read_text(encoding="utf-8", errors="replace"), flags=re.S)
     found = re.search(rf"^extern [^\n;]*cudaError_t CUDARTAPI {name}\(([^;]*?)\);", text, re.M)
     assert found, f"{name} is not in {HEADER}"
     declared = [d for part in found[1].split(",") if (d := part.strip()) != "void"]

@@ -86,7 +86,7 @@ def build_sdist(folder: Path, tools: Path) -> Path:
 def build_wheel(
     folder: Path, tools: Path, platform: str | None = None, toolchain: Path | None = None, source: Path = ROOT
 ) -> Path:
-    """The wheel in `folder`, under the tag that auditwheel finds for it.
+    """The wheel in `folder`, under the tag that builder/true_tag.py gave it and auditwheel finds too.
 
     Args:
         platform: another platform than this one, such as "linux-aarch64", which `toolchain` compiles for.
@@ -104,6 +104,8 @@ def build_wheel(
     (built,) = (folder / "built").glob("*.whl")
     run(["auditwheel", "repair", "-w", folder, built], **auditwheel(tools))
     (wheel,) = folder.glob("*.whl")
+    if wheel.name != built.name:
+        raise RuntimeError(f"the wheel was built as {built.name}, and auditwheel finds {wheel.name}")
     return wheel
 
 
@@ -115,13 +117,24 @@ def describe_wheel(wheel: Path, objdump: str = "objdump") -> dict[str, Any]:
         (library,) = (i for i in archive.infolist() if i.filename.endswith("/libhcmen_ops.so"))
         unpacked = archive.extract(library, wheel.parent / "content")
         size = sum(i.file_size for i in archive.infolist())
+    needs = library_needs(Path(unpacked), objdump)
+    check_tag(wheel, needs)
     return {
         "file": wheel.name,
         "bytes": wheel.stat().st_size,
         "unpacked_bytes": size,
         "library_bytes": library.file_size,
-        **library_needs(Path(unpacked), objdump),
+        **needs,
     }
+
+
+def check_tag(wheel: Path, needs: Mapping[str, Any]) -> None:
+    """Raises RuntimeError if the wheel does not say which C library it `needs`: manylinux_2_35 is glibc 2.35."""
+    expected = f"-manylinux_{needs['glibc'].replace('.', '_')}_"
+    if expected not in wheel.name:
+        raise RuntimeError(
+            f"{wheel.name}: its library asks for glibc {needs['glibc']}, expected {expected} in the name"
+        )
 
 
 def library_needs(library: Path, objdump: str = "objdump") -> dict[str, Any]:
