@@ -36,6 +36,7 @@ from hcmen.base.errors import BackendError, CheckFailed, HcmenError, InputError
 from hcmen.base.modalities import MODALITIES, Variant, variant_named
 from hcmen.media.words import Encoded, Tokenizer
 from hcmen.runtime.backends import forks
+from hcmen.runtime.backends.limits import check_time_limit
 from hcmen.runtime.backends.options import Options, Ort, OrtCuda, TensorRT, backend_options
 from hcmen.runtime.compare import GRAPH_BOUNDS
 from hcmen.runtime.golden import SelfTest, golden_test
@@ -94,16 +95,25 @@ class Predictor:
             `TensorRT(...)` (engines that hcmen-compile made on this device), from `hcmen.runtime.backends`; or a name,
             "ort", "ort-cuda", "tensorrt", or "auto", which is "ort".
         clean: set NaN and infinity in clips to zero, and count them, instead of refusing them.
-        options: those of the backend, as keywords beside its name: threads, prepack, spin, cuda_graph, precision.
+        time_limit: seconds that loading a graph, and each run of it, may take; None for no limit.
+        options: those of the backend, as keywords beside its name: threads, prepack, spin, map, cuda_graph, precision.
 
     Raises:
         InputError: no such backend, a value out of range, or an option that the backend does not have.
         BackendError: the backend is not installed or does not work.
     """
 
-    def __init__(self, bundle: Bundle, *, backend: str | Options = "auto", clean: bool = False, **options: Any):
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        backend: str | Options = "auto",
+        clean: bool = False,
+        time_limit: float | None = None,
+        **options: Any,
+    ):
         chosen = backend_options(backend, options)
-        self._options: dict[str, Any] = {"backend": chosen, "clean": clean}
+        self._options: dict[str, Any] = {"backend": chosen, "clean": clean, "time_limit": check_time_limit(time_limit)}
         self.bundle = bundle
         self.inputs = bundle.manifest.inputs
         self.clean = clean
@@ -120,6 +130,7 @@ class Predictor:
                 chosen = dataclasses.replace(chosen, prepack=True)
             self.backend = _ort_backend(chosen)
             self._open = partial(self._open_graph, self.backend)
+        self.backend.time_limit = time_limit
         self._sessions: dict[str, OrtSession | TrtSession] = {}
         self._weights: SharedFile | NDArray[np.uint8] | None = None
         self._tokenizer: Tokenizer | None = None
@@ -319,11 +330,14 @@ class Predictor:
         record = self.bundle.variant(variant)
         manifest = self.bundle.manifest
         if self._weights is None:
-            shared = backend.maps_weights
+            shared = backend.maps_weights and (
+                self._options["backend"].map or not self.bundle.others_may_write(manifest.weights)
+            )
             self._weights = SharedFile(self.bundle, manifest.weights) if shared else self.bundle.read(manifest.weights)
         where = str(self.bundle.path / record.graph.file)
         model = self.bundle.read(record.graph).tobytes()
         session = backend.session(model, self._weights, manifest.weights.file, where)
+        session.hold_to(record)
         if manifest.precision == "int8":
             session.tolerance = (float(record.parity["atol"]), float(record.parity["rtol"]))
         else:
@@ -432,7 +446,12 @@ def _ort_backend(options: Ort | OrtCuda) -> OrtBackend:
 
 
 def load(
-    bundle: str | os.PathLike[str], *, backend: str | Options = "auto", clean: bool = False, **options: Any
+    bundle: str | os.PathLike[str],
+    *,
+    backend: str | Options = "auto",
+    clean: bool = False,
+    time_limit: float | None = None,
+    **options: Any,
 ) -> Predictor:
     """Opens the bundle in the folder `bundle`; graphs are loaded when they are first needed.
 
@@ -445,7 +464,8 @@ def load(
         BackendError: the backend is missing, or the bundle needs another version of the ops.
     """
     # Graphs are opened later, when the working directory may be another one.
-    return Predictor(read_bundle(os.path.abspath(bundle)), backend=backend, clean=clean, **options)
+    made = read_bundle(os.path.abspath(bundle))
+    return Predictor(made, backend=backend, clean=clean, time_limit=time_limit, **options)
 
 
 def _trim() -> None:

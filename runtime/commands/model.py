@@ -19,6 +19,17 @@ def model_options(function: Callable[..., None]) -> Callable[..., None]:
     """Adds the options that `opened_model` takes."""
     for option in (
         click.option("--clean", is_flag=True, help="Set NaN and infinity in clips to zero instead of refusing them."),
+        click.option(
+            "--time-limit",
+            type=float,
+            metavar="SECONDS",
+            help="How long loading a graph, and each run of it, may take. Default: no limit.",
+        ),
+        click.option(
+            "--no-map",
+            is_flag=True,
+            help="Read the weights instead of mapping them: for a bundle that may be cut short while it runs.",
+        ),
         click.option("--threads", type=int, help="Worker threads. Default: the physical cores."),
         click.option("--precision", help="fp32 or fp16: which engines of hcmen-compile the backend tensorrt takes."),
         click.option(
@@ -36,7 +47,7 @@ def model_options(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-def opened_model(console: Console, bundle: str, cuda_graph: bool, **options: Any) -> Predictor:
+def opened_model(console: Console, bundle: str, cuda_graph: bool, no_map: bool, **options: Any) -> Predictor:
     """The model that the options name.
 
     Args:
@@ -48,7 +59,7 @@ def opened_model(console: Console, bundle: str, cuda_graph: bool, **options: Any
     from hcmen.base.bundle import read_bundle
     from hcmen.runtime.predictor import Predictor
 
-    model = Predictor(read_bundle(bundle), cuda_graph=cuda_graph or None, **options)
+    model = Predictor(read_bundle(bundle), cuda_graph=cuda_graph or None, map=False if no_map else None, **options)
     console.detail(
         f"bundle {bundle}, backend {model.backend.name} {model.backend.version}, {model.backend.threads} threads"
     )
