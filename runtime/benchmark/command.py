@@ -20,6 +20,7 @@ from hcmen.base.console import Choice, Console, command
 from hcmen.base.errors import CheckFailed, HcmenError, InputError
 from hcmen.base.modalities import variant_named
 from hcmen.runtime.backends.options import BACKENDS
+from hcmen.runtime.commands.model import time_limit_option
 
 if TYPE_CHECKING:
     from hcmen.runtime.benchmark.judge import Verdict
@@ -57,6 +58,7 @@ _EPILOG = (
     help="What a user would run instead; repeatable: eager PyTorch on our kernels or on the reference scan, "
     "torch.compile of either (compiles for minutes), or functions: plain ONNX Runtime without our library.",
 )
+@time_limit_option
 @click.option("--checkpoint", default="build/train", show_default=True, help="The eager model for --against.")
 @click.option("--rounds", default=30, show_default=True, type=click.IntRange(0, 100_000), help="Turns of each row.")
 @click.option(
@@ -90,6 +92,7 @@ def main(
     clip: str | None,
     golden: bool,
     against: tuple[str, ...],
+    time_limit: float | None,
     checkpoint: str,
     rounds: int,
     calls: int,
@@ -159,6 +162,7 @@ def main(
             settings=Settings(rounds, calls, warm_up, loads, seed),
             cold_rounds=cold_rounds if cold else 0,
             folder=folder,
+            time_limit=time_limit,
         )
         here = machine(plan.packages)
         described = [describe_bundle(label, bundle) for label, bundle in opened.items()]

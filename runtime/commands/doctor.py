@@ -24,6 +24,7 @@ from hcmen.base.console import Console, command, one_line
 from hcmen.base.errors import BackendError, CheckFailed, CorruptFileError, HcmenError
 from hcmen.runtime.backends import Ort, OrtCuda
 from hcmen.runtime.commands.doctor_rows import FAILED, INFO, OK, SKIPPED, Row
+from hcmen.runtime.commands.model import time_limit_option
 
 __all__ = ["check_machine", "main"]
 
@@ -56,11 +57,12 @@ _INSTRUCTION_SETS = (
 @click.option(
     "--bundle", help=f"A bundle to verify and self-test. Default: {DEFAULT_BUNDLE}, if there is one.", default=None
 )
-def main(console: Console, bundle: str | None) -> None:
+@time_limit_option
+def main(console: Console, bundle: str | None, time_limit: float | None) -> None:
     """Checks this machine: what is installed and what works. Exit code 1 if anything failed."""
     rows = []
     with console.progress("checking", 24, "rows") as bar:
-        for row in check_machine(bundle):
+        for row in check_machine(bundle, time_limit):
             rows.append(row)
             bar.advance()
     failed = [r for r in rows if r.status == FAILED]
@@ -73,11 +75,12 @@ def main(console: Console, bundle: str | None) -> None:
         raise CheckFailed(f"{len(failed)} of {len(rows)} checks failed: {', '.join(r.name for r in failed)}")
 
 
-def check_machine(bundle: str | None = None) -> Iterator[Row]:
+def check_machine(bundle: str | None = None, time_limit: float | None = None) -> Iterator[Row]:
     """All findings, in the order in which one may be the cause of the next.
 
     Args:
         bundle: a bundle that must be sound; None looks at `DEFAULT_BUNDLE` if it is there.
+        time_limit: seconds of each load and run of its graphs.
     """
     version = platform.python_version()
     python_ok = sys.version_info >= (3, 10)
@@ -106,7 +109,7 @@ def check_machine(bundle: str | None = None) -> Iterator[Row]:
             else:
                 yield Row(f"{op}, kernel", SKIPPED, "needs the kernel library")
     yield from _cuda()
-    yield _bundle(bundle, can_run=ort.status == OK)
+    yield _bundle(bundle, time_limit, can_run=ort.status == OK)
     from hcmen.runtime.commands.doctor_tensorrt import tensorrt_rows
 
     yield from tensorrt_rows(bundle or (DEFAULT_BUNDLE if Path(DEFAULT_BUNDLE).is_dir() else None))
@@ -328,7 +331,7 @@ def _ran(operators: tuple[str, ...]) -> str:
     return f"{operators[0]}" if len(operators) == 1 else f"{len(operators)} standard nodes"
 
 
-def _bundle(given: str | None, *, can_run: bool) -> Row:
+def _bundle(given: str | None, time_limit: float | None, *, can_run: bool) -> Row:
     path = given or DEFAULT_BUNDLE
     if given is None and not Path(path).is_dir():
         return Row("bundle", INFO, f"none at {path}; name one with --bundle")
@@ -344,7 +347,7 @@ def _bundle(given: str | None, *, can_run: bool) -> Row:
             return f"{what}; not run, needs onnxruntime"
         from hcmen.runtime.predictor import Predictor
 
-        tests = list(Predictor(bundle).self_test())
+        tests = list(Predictor(bundle, time_limit=time_limit).self_test())
         failed = [t for t in tests if not t.passed]
         if failed:
             raise CheckFailed(f"{what}; self-test failed for {', '.join(t.variant for t in failed)}")

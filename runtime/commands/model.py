@@ -12,19 +12,22 @@ from hcmen.base.console import Console
 if TYPE_CHECKING:
     from hcmen.runtime.predictor import Predictor
 
-__all__ = ["model_options", "opened_model"]
+__all__ = ["model_options", "opened_model", "time_limit_option"]
+
+
+time_limit_option = click.option(
+    "--time-limit",
+    type=float,
+    metavar="SECONDS",
+    help="How long loading a graph, and each run of it, may take. Default: no limit.",
+)
 
 
 def model_options(function: Callable[..., None]) -> Callable[..., None]:
     """Adds the options that `opened_model` takes."""
     for option in (
         click.option("--clean", is_flag=True, help="Set NaN and infinity in clips to zero instead of refusing them."),
-        click.option(
-            "--time-limit",
-            type=float,
-            metavar="SECONDS",
-            help="How long loading a graph, and each run of it, may take. Default: no limit.",
-        ),
+        time_limit_option,
         click.option(
             "--no-map",
             is_flag=True,
