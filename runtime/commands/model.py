@@ -15,12 +15,10 @@ if TYPE_CHECKING:
 __all__ = ["model_options", "opened_model", "time_limit_option"]
 
 
-time_limit_option = click.option(
-    "--time-limit",
-    type=float,
-    metavar="SECONDS",
-    help="How long loading a graph, and each run of it, may take. Default: no limit.",
-)
+def time_limit_option(function: Callable[..., None]) -> Callable[..., None]:
+    """Adds --time-limit, for `Predictor`."""
+    told = "How long loading a graph, and each run of it, may take. Default: no limit."
+    return click.option("--time-limit", type=float, metavar="SECONDS", help=told)(function)
 
 
 def model_options(function: Callable[..., None]) -> Callable[..., None]:
