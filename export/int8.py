@@ -107,7 +107,9 @@ def activation_ranges(model: ModelProto, batches: Iterable[Mapping[str, np.ndarr
             options.log_severity_level = 4
             with contextlib.suppress(HcmenError):  # without it the functions in the model do, at length
                 options.register_custom_ops_library(str(library_path()))
-            self.infer_session = InferenceSession(self.augmented_model_path, options, ["CPUExecutionProvider"])
+            self.infer_session = InferenceSession(
+                self.augmented_model_path, options, ["CPUExecutionProvider"], enable_fallback=0
+            )
 
     with tempfile.TemporaryDirectory() as folder:
         layers = linear_layers(model)

@@ -35,13 +35,14 @@ def embedded_model(bundle: Bundle, variant: str, weights: NDArray[np.uint8] | No
     where = str(bundle.path / record.graph.file)
     content = bundle.read(record.graph).tobytes()
     weights = bundle.read(bundle.manifest.weights) if weights is None else weights
-    external = {t.name: t for t in read_graph(content, bundle.manifest.weights.file, len(weights), where).external}
+    graph = read_graph(content, bundle.manifest.weights.file, len(weights), where)
+    external = {t.name: t for t in graph.external}
     needed = sum(t.view(weights).nbytes for t in external.values())
     if needed > _MOST_BYTES:
         raise InputError(f"{where}: {needed} bytes of weights, a parser takes at most {_MOST_BYTES} in one message")
     model = ModelProto()
     try:
-        model.ParseFromString(content)
+        model.ParseFromString(graph.model)
     except Exception as error:  # protobuf's own class, which differs between its implementations
         raise CorruptFileError(f"{where}: not an ONNX file: copy or export the bundle again") from error
     for tensor in model.graph.initializer:

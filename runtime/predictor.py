@@ -37,6 +37,7 @@ from hcmen.base.modalities import MODALITIES, Variant, variant_named
 from hcmen.base.shipped import chosen_bundle
 from hcmen.media.words import Encoded, Tokenizer
 from hcmen.runtime.backends import forks
+from hcmen.runtime.backends.limits import check_time_limit
 from hcmen.runtime.backends.options import Options, Ort, OrtCuda, TensorRT, backend_options
 from hcmen.runtime.best import best_variant
 from hcmen.runtime.compare import GRAPH_BOUNDS
@@ -96,7 +97,8 @@ class Predictor:
             `TensorRT(...)` (engines that hcmen-compile made on this device), from `hcmen.runtime.backends`; or a name,
             "ort", "ort-cuda", "tensorrt", or "auto", which is "ort".
         clean: set NaN and infinity in clips to zero, and count them, instead of refusing them.
-        options: those of the backend, as keywords beside its name: threads, prepack, spin, cuda_graph, precision,
+        time_limit: seconds that loading a graph, and each run of it, may take; None for no limit.
+        options: those of the backend, as keywords beside its name: threads, prepack, spin, map, cuda_graph, precision,
             trust_engines.
 
     Raises:
@@ -104,9 +106,17 @@ class Predictor:
         BackendError: the backend is not installed or does not work.
     """
 
-    def __init__(self, bundle: Bundle, *, backend: str | Options = "auto", clean: bool = False, **options: Any):
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        backend: str | Options = "auto",
+        clean: bool = False,
+        time_limit: float | None = None,
+        **options: Any,
+    ):
         chosen = backend_options(backend, options)
-        self._options: dict[str, Any] = {"backend": chosen, "clean": clean}
+        self._options: dict[str, Any] = {"backend": chosen, "clean": clean, "time_limit": check_time_limit(time_limit)}
         self.bundle = bundle
         self.inputs = bundle.manifest.inputs
         self.clean = clean
@@ -123,6 +133,7 @@ class Predictor:
                 chosen = dataclasses.replace(chosen, prepack=True)
             self.backend = _ort_backend(chosen)
             self._open = partial(self._open_graph, self.backend)
+        self.backend.time_limit = time_limit
         self._sessions: dict[str, OrtSession | TrtSession] = {}
         self._weights: SharedFile | NDArray[np.uint8] | None = None
         self._tokenizer: Tokenizer | None = None
@@ -323,11 +334,14 @@ class Predictor:
         record = self.bundle.variant(variant)
         manifest = self.bundle.manifest
         if self._weights is None:
-            shared = backend.maps_weights
+            shared = backend.maps_weights and (
+                self._options["backend"].map or not self.bundle.others_may_write(manifest.weights)
+            )
             self._weights = SharedFile(self.bundle, manifest.weights) if shared else self.bundle.read(manifest.weights)
         where = str(self.bundle.path / record.graph.file)
         model = self.bundle.read(record.graph).tobytes()
         session = backend.session(model, self._weights, manifest.weights.file, where)
+        session.hold_to(record)
         if manifest.precision == "int8":
             session.tolerance = (float(record.parity["atol"]), float(record.parity["rtol"]))
         else:
@@ -438,6 +452,7 @@ def load(
     *,
     backend: str | Options = "auto",
     clean: bool = False,
+    time_limit: float | None = None,
     **options: Any,
 ) -> Predictor:
     """Opens the bundle in the folder `bundle`; graphs are loaded when they are first needed.
@@ -453,7 +468,7 @@ def load(
     """
     # Graphs are opened later, when the working directory may be another one.
     path = os.path.abspath(chosen_bundle(bundle, lambda _: None))
-    return Predictor(read_bundle(path), backend=backend, clean=clean, **options)
+    return Predictor(read_bundle(path), backend=backend, clean=clean, time_limit=time_limit, **options)
 
 
 def _trim() -> None:

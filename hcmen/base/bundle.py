@@ -90,6 +90,16 @@ class Bundle:
         self._verify(record, keep=False)
         return self.path / record.file
 
+    def others_may_write(self, record: FileRecord) -> bool:
+        """Whether somebody but this user and root may change the file, or put another one in its place.
+
+        Raises:
+            CorruptFileError: missing, a link, or not a regular file.
+        """
+        with _opened_beneath(self.path, record.file) as descriptor:
+            places = [os.fstat(descriptor), *map(os.stat, {self.path, (self.path / record.file).parent})]
+        return any(p.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or p.st_uid not in (0, os.geteuid()) for p in places)
+
     def read_index(self, name: str) -> bytes | None:
         """The content of a small file that no manifest lists, since it is made on the device; None if it is not there.
 

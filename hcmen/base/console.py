@@ -43,7 +43,8 @@ from typing import Any, TextIO
 import click
 
 import hcmen
-from hcmen.base.errors import EXIT_INTERRUPTED, HcmenError, did_you_mean
+from hcmen.base.errors import EXIT_INTERRUPTED, HcmenError, did_you_mean, shortened
+from hcmen.base.interrupts import end_by_signal
 
 __all__ = [
     "EXIT_BROKEN_PIPE",
@@ -81,7 +82,7 @@ _EXTRAS = {
 
 def one_line(message: object) -> str:
     """`message` on a single line, with control characters (a file name may hold some) made visible."""
-    text = " ".join(str(message).split())
+    text = " ".join(shortened(str(message)).split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
@@ -295,7 +296,7 @@ class Command(click.Command):
             # A file name need not be text in the terminal's encoding; that must not become an error of its own.
             with contextlib.suppress(AttributeError, ValueError, OSError):
                 stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-        with _sigterm_raises(), warnings.catch_warnings():
+        with end_by_signal({signal.SIGINT: _interrupt, signal.SIGTERM: _terminate}), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             try:
                 code = super().main(args, prog_name or self.name, complete_var, standalone_mode=False, **extra)
@@ -379,20 +380,12 @@ def _sigterm_ends(code: int) -> None:
     signal.signal(signal.SIGTERM, end)
 
 
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _interrupt() -> None:
+    raise KeyboardInterrupt
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
 
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+def _terminate() -> None:
+    raise _Terminated
 
 
 def command(

@@ -24,6 +24,7 @@ __all__ = [
     "InputError",
     "did_you_mean",
     "reason_of",
+    "shortened",
     "shown",
     "unknown_name",
 ]
@@ -32,6 +33,7 @@ EXIT_INTERRUPTED = 130
 
 _MOST_QUOTED = 200
 # An apostrophe within or after a word opens no quotation.
+_MOST_WORDS = 1000
 _LONG_QUOTATION = re.compile(rf"""(?<!\w)(['"])((?:(?!\1).){{{_MOST_QUOTED}}})(?:(?!\1).)+\1""")
 
 
@@ -64,7 +66,16 @@ class HcmenError(Exception):
         text = f"{self.where}: {self.what}" if self.where else f"{self.what}"
         text += f", expected {self.expected}" if self.expected else ""
         text += f": {self.fix}" if self.fix else ""
-        return _LONG_QUOTATION.sub(r"\1\2...\1", " ".join(map(str.strip, text.splitlines())))
+        return shortened(" ".join(map(str.strip, text.splitlines())))
+
+
+def shortened(line: str) -> str:
+    """`line` as one can read it: long quotations are cut, and of what is longer all the same begin and end are left.
+
+    A path may have 4,096 bytes, and what is wrong with it stands behind it.
+    """
+    line = _LONG_QUOTATION.sub(r"\1\2...\1", line[: 1 << 16] + line[1 << 16 :][-_MOST_WORDS:])
+    return line if len(line) <= _MOST_WORDS else f"{line[: _MOST_WORDS - 403]}...{line[-400:]}"
 
 
 class CheckFailed(HcmenError):

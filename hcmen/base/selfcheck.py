@@ -144,7 +144,7 @@ def operators_run(
         options.intra_op_num_threads = threads
         if library is not None:
             options.register_custom_ops_library(str(library))
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
         outputs = session.run(None, inputs)
         events = json.loads(Path(session.end_profiling()).read_text())
     ran = (e for e in events if e.get("cat") == "Node" and e.get("name", "").endswith("_kernel_time"))

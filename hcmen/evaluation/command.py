@@ -69,6 +69,7 @@ _PACKAGES = ("hcmen", "numpy", "torch", "onnxruntime")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Samples per batch.")
 @click.option("--device", type=Choice(["auto", "cpu", "cuda"]), help="Where checkpoints are run.  [default: auto]")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: one per core]")
+@click.option("--time-limit", type=float, metavar="SECONDS", help="With --bundle: of each load and run of a graph.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -88,6 +89,7 @@ def main(
     batch_size: int,
     device: str | None,
     threads: int | None,
+    time_limit: float | None,
     out: Path,
     no_pictures: bool,
 ) -> None:
@@ -112,6 +114,7 @@ def main(
         batch_size=batch_size,
         device=device,
         threads=threads,
+        time_limit=time_limit,
         console=console,
     )
     from hcmen.evaluation.robustness import csv_text, markdown, plain, text
@@ -143,6 +146,7 @@ def evaluate(
     batch_size: int = 64,
     device: str | None = None,
     threads: int | None = None,
+    time_limit: float | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """The report of `checkpoints`, or of `bundle` (a checkpoint then only tells of the data): see robustness.py.
@@ -166,7 +170,7 @@ def evaluate(
         )
     chosen = [protocol_named(name) for name in protocols]
     judged = (
-        [_bundle(bundle, checkpoints, data, split, threads, batch_size, console)]
+        [_bundle(bundle, checkpoints, data, split, threads, time_limit, batch_size, console)]
         if bundle
         else _checkpoints(checkpoints, data, split, device, threads, batch_size, console)
     )
@@ -299,6 +303,7 @@ def _bundle(
     data: Path | None,
     split: str,
     threads: int | None,
+    time_limit: float | None,
     batch_size: int,
     console: Console,
 ) -> _Judged:
@@ -312,7 +317,7 @@ def _bundle(
 
     if len(checkpoints) > 1:
         raise InputError(f"{len(checkpoints)} checkpoints given beside --bundle, expected at most the one it came from")
-    model = load(folder, threads=threads)
+    model = load(folder, threads=threads, time_limit=time_limit)
     manifest = model.bundle.manifest
     if data is not None:
         dataset = read_mmsa(data, model.inputs)

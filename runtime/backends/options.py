@@ -28,6 +28,8 @@ class Ort:
         (False: smaller). None packs where weights are large or not float32; see runtime/backends/ort.py.
     spin: whether threads of a session that has nothing to do keep a core busy for a while before they sleep. That is
         faster where cores are idle; docs/environment.md has what it costs.
+    map: whether sessions map the weights file where ONNX Runtime can (1.23 on). A mapped file that is cut short ends
+        the process. None maps where nobody but the user and root may write the file; False reads it.
 
     Raises:
         InputError: a thread count out of range.
@@ -37,6 +39,7 @@ class Ort:
     threads: int | None = None
     prepack: bool | None = None
     spin: bool = True
+    map: bool | None = None
 
     def __post_init__(self) -> None:
         _check_threads(self.threads)

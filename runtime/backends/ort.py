@@ -32,6 +32,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,14 @@ from numpy.typing import NDArray
 
 from hcmen.base.bundle import SharedFile
 from hcmen.base.errors import BackendError, CorruptFileError, HcmenError, reason_of
+from hcmen.base.inputs import TensorSpec
+from hcmen.base.interrupts import deaf, stoppable
 from hcmen.base.library import library_path
-from hcmen.base.manifest import OP_DOMAIN
+from hcmen.base.manifest import OP_DOMAIN, VariantRecord
 from hcmen.runtime.backends.cores import physical_cores
 from hcmen.runtime.backends.forks import keep_for_ever, watch
 from hcmen.runtime.backends.graph import read_graph
+from hcmen.runtime.backends.limits import within
 from hcmen.runtime.backends.options import Ort
 from hcmen.runtime.compare import SCORE_ATOL, SCORE_RTOL
 
@@ -58,6 +62,9 @@ STANDARD = "standard"
 """The graph uses no hcmen op."""
 
 _MAPS_FROM = (1, 23)
+_FREE_FROM = (1, 31)
+"""From here on, seen, Python's other threads run while a session is made. Up to 1.24 they stand still."""
+_ORT_NAMES = {"float32": "float", "float64": "double"}
 _SHARE_BYTES = 64 << 20
 """Up to this size weights are shared rather than packed by each session."""
 
@@ -70,12 +77,48 @@ class OrtSession:
 
     tolerance: tuple[float, float] = (SCORE_ATOL, SCORE_RTOL)
 
-    def __init__(self, session: Any, kernels: str, where: str):
+    def __init__(self, ort: Any, session: Any, kernels: str, where: str):
         self.kernels = kernels
+        self.time_limit: float | None = None
+        self._ort = ort
         self._session = session
         self._where = where
         self._outputs = [o.name for o in session.get_outputs()]
+        self._given: tuple[TensorSpec, ...] = ()
         watch(self)
+
+    def hold_to(self, record: VariantRecord) -> None:
+        """From here on, what it gives is what the manifest says, or an error.
+
+        Raises:
+            CorruptFileError: its inputs or outputs are others than the manifest's, by name, type, rank or size.
+        """
+        for what, found, expected in (
+            ("input", self._session.get_inputs(), record.inputs),
+            ("output", self._session.get_outputs(), record.outputs),
+        ):
+            got = {x.name: x for x in found}
+            unknown = sorted({*got} ^ {t.name for t in expected})
+            if unknown or len(got) != len(found):
+                name = (unknown or sorted(got))[0]
+                kind = "has no" if name not in got else "has an" if unknown else "has twice the"
+                raise self._differs(f"{kind} {what} '{name}'", ", ".join(t.name for t in expected))
+            for t in expected:
+                type_, shape = got[t.name].type, list(got[t.name].shape)
+                if type_ != f"tensor({_ORT_NAMES.get(t.dtype, t.dtype)})":
+                    raise self._differs(f"{what} '{t.name}' is {type_}", t.dtype)
+                # A rank that ONNX Runtime cannot tell is an empty shape there, as that of a scalar is.
+                fits = len(shape) == len(t.shape) and all(
+                    not isinstance(n, int) if isinstance(m, str) else not isinstance(n, int) or n == m
+                    for n, m in zip(shape, t.shape, strict=True)
+                )
+                if not fits and (shape or what == "input"):
+                    raise self._differs(f"{what} '{t.name}' has shape {_sizes(shape)}", _sizes(t.shape))
+        self._given = record.outputs
+
+    def _differs(self, what: str, expected: str) -> CorruptFileError:
+        fix = "the graph is not that of its manifest, export the bundle again"
+        return CorruptFileError(what, f"{expected} as the manifest says", fix, where=self._where)
 
     def after_fork(self) -> None:
         """In a forked child: lets go of the session, whose threads have stayed behind, without freeing it."""
@@ -86,15 +129,40 @@ class OrtSession:
         """The outputs by name.
 
         Raises:
-            BackendError: ONNX Runtime refused to run; the message has its reason.
+            BackendError: ONNX Runtime refused to run; the message has its reason. Or it took more than `time_limit`.
+            CorruptFileError: an output is not of the shape or type that the manifest says.
         """
         if self._session is None:
             raise BackendError(f"{self._where}: its session belongs to the process that this one was forked from")
+        options = self._ort.RunOptions()
+        options.log_severity_level = 4
+        work = partial(self._run, inputs, options)
+        with stoppable(options):
+            outputs = within(self.time_limit, work, self._where, "running it", lambda: _terminate(options))
+        if self._given:
+            self._check(outputs, {len(x) if np.ndim(x) else 0 for x in inputs.values()})
+        return outputs
+
+    def _run(self, inputs: Mapping[str, NDArray[Any]], options: Any) -> dict[str, NDArray[Any]]:
         try:
-            values = self._session.run(self._outputs, dict(inputs))
+            values = self._session.run(self._outputs, dict(inputs), options)
         except Exception as error:
             raise BackendError(f"{self._where}: ONNX Runtime could not run it: {_reason(error)}") from error
         return dict(zip(self._outputs, values, strict=True))
+
+    def _check(self, outputs: Mapping[str, Any], batches: set[int]) -> None:
+        for t in self._given:
+            value = outputs[t.name]
+            if not isinstance(value, np.ndarray) or value.dtype != t.dtype:
+                kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
+                raise self._differs(f"output '{t.name}' came as {kind}", t.dtype)
+            sizes = [{n} if isinstance(n, int) else batches if i == 0 else None for i, n in enumerate(t.shape)]
+            fits = value.ndim == len(sizes) and all(
+                wanted is None or n in wanted for n, wanted in zip(value.shape, sizes, strict=True)
+            )
+            if not fits:
+                expected = [*(sorted(batches)[:1] if isinstance(t.shape[0], str) else t.shape[:1]), *t.shape[1:]]
+                raise self._differs(f"output '{t.name}' came in shape {_sizes(value.shape)}", _sizes(expected))
 
 
 class OrtBackend:
@@ -114,7 +182,8 @@ class OrtBackend:
         options = options or Ort()
         self._ort = import_onnxruntime()
         self.spin, self.prepack = options.spin, options.prepack
-        self.maps_weights = self._maps and _release(self._ort.__version__) >= _MAPS_FROM
+        self.time_limit: float | None = None
+        self.maps_weights = self._maps and options.map is not False and _release(self._ort.__version__) >= _MAPS_FROM
         self.threads = options.threads or physical_cores()
         self.version: str = self._ort.__version__
         self.providers = ", ".join(self._ort.get_available_providers())
@@ -163,16 +232,24 @@ class OrtBackend:
                 if not isinstance(weights, SharedFile):
                     values = [self._ort.OrtValue.ortvalue_from_numpy(t.view(weights)) for t in graph.external]
                     options.add_external_initializers([t.name for t in graph.external], values)
-                session = self._ort.InferenceSession(model, options, providers=list(self._providers))
+                make = partial(
+                    _no_fallback(self._ort.InferenceSession), graph.model, options, providers=list(self._providers)
+                )
+                with deaf() if _release(self.version) < _FREE_FROM else contextlib.nullcontext():
+                    session = within(self.time_limit, make, where, "loading it")
+            except HcmenError:
+                raise
             except Exception as error:
                 raise _load_error(error, where, self.version) from error
-        return self._session(session, kernels, where)
+        made = self._session(session, kernels, where)
+        made.time_limit = self.time_limit
+        return made
 
     def _library_path(self) -> Path:
         return library_path()
 
     def _session(self, session: Any, kernels: str, where: str) -> OrtSession:
-        return OrtSession(session, kernels, where)
+        return OrtSession(self._ort, session, kernels, where)
 
     def _options(self, library: Path | None) -> Any:
         """Session options; raises BackendError when ONNX Runtime refuses the kernel library."""
@@ -184,6 +261,7 @@ class OrtBackend:
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         if _shares_arena():
             options.add_session_config_entry("session.use_env_allocators", "1")
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # of two formats we read one
         options.log_severity_level = 4  # every failure comes back as an exception; the log would repeat it on stderr
         if library is not None:
             try:
@@ -191,6 +269,21 @@ class OrtBackend:
             except Exception as error:
                 raise BackendError(f"ONNX Runtime {self.version} refused {library}: {_reason(error)}") from error
         return options
+
+
+@functools.cache
+def _no_fallback(session: Any) -> Any:
+    """The class `session`, which would print "EP Error" to stdout when it fails, and try again on the CPU."""
+    return type("Session", (session,), {"_enable_fallback": property(lambda _: False, lambda *_: None)})
+
+
+def _terminate(options: Any) -> None:
+    options.terminate = True
+
+
+def _sizes(shape: Sequence[object]) -> str:
+    """A shape for a message; a size that is a name stands there by it."""
+    return f"[{', '.join('?' if n is None else str(n)[:40] for n in shape[:9])}]"
 
 
 @functools.cache

@@ -77,7 +77,6 @@ class OrtCudaBackend(OrtBackend):
                 f"{where}: ONNX Runtime {self.version} fell back to {', '.join(running)}: install the CUDA and cuDNN "
                 "versions that it was built for, or use the backend 'ort'"
             )
-        session.disable_fallback()
         return OrtCudaSession(self._ort, session, kernels, where, self.device, self.cuda_graph)
 
 
@@ -92,22 +91,17 @@ class OrtCudaSession(OrtSession):
     """One graph on a device. Several threads may run it at once; with CUDA graphs they wait for each other."""
 
     def __init__(self, ort: Any, session: Any, kernels: str, where: str, device: int, cuda_graph: bool):
-        super().__init__(session, kernels, where)
-        self._ort, self._device, self._cuda_graph = ort, device, cuda_graph
+        super().__init__(ort, session, kernels, where)
+        self._device, self._cuda_graph = device, cuda_graph
         self._recorded: dict[tuple[Any, ...], _Recorded] = {}
         self._lock = threading.Lock()
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """The outputs by name, on the host.
-
-        Raises:
-            BackendError: ONNX Runtime refused to run; the message has its reason.
-        """
+    def _run(self, inputs: Mapping[str, NDArray[Any]], options: Any) -> dict[str, NDArray[Any]]:
         try:
             if not self._cuda_graph:
-                return self._once(inputs, None)
+                return self._once(inputs, options)
             with self._lock:
-                return self._replay(inputs)
+                return self._replay(inputs, options)
         except Exception as error:
             hint = "; without cuda_graph it may run" if self._cuda_graph else ""
             raise BackendError(f"{self._where}: ONNX Runtime could not run it: {_reason(error)}{hint}") from error
@@ -128,19 +122,18 @@ class OrtCudaSession(OrtSession):
         # The copy waits for the device.
         return dict(zip(self._outputs, binding.copy_outputs_to_cpu(), strict=True))
 
-    def _graph_options(self, number: int) -> Any:
-        options = self._ort.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(number))  # -1: neither record nor replay
-        return options
+    def _replay(self, inputs: Mapping[str, NDArray[Any]], options: Any) -> dict[str, NDArray[Any]]:
+        def numbered(number: int) -> Any:
+            options.add_run_config_entry("gpu_graph_id", str(number))  # -1: neither record nor replay
+            return options
 
-    def _replay(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         key = tuple(sorted((name, x.shape, x.dtype.str) for name, x in inputs.items()))
         recorded = self._recorded.get(key)
         if recorded is not None:
             for name, x in inputs.items():
                 recorded.inputs[name].update_inplace(np.ascontiguousarray(x))
-            return self._run_bound(recorded.binding, self._graph_options(recorded.number))
-        outputs = self._once(inputs, self._graph_options(-1))
+            return self._run_bound(recorded.binding, numbered(recorded.number))
+        outputs = self._once(inputs, numbered(-1))
         if len(self._recorded) < _MOST_GRAPHS:
             binding = self._session.io_binding()
             held = {name: self._on_device(x) for name, x in inputs.items()}

@@ -17,6 +17,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from hcmen.base.manifest import VariantRecord
 from hcmen.base.trust import engine_key, key_path
 from hcmen.runtime.backends.cuda import Buffer, Cuda, Graph, Stream
 from hcmen.runtime.backends.flavour import TENSORRT, Flavour, TrtModule
+from hcmen.runtime.backends.limits import within
 from hcmen.runtime.backends.options import TensorRT
 from hcmen.runtime.backends.ort import FUNCTIONS, NATIVE, STANDARD
 
@@ -78,6 +80,7 @@ class TrtSession:
         graphs: bool = True,
     ):
         self.kernels = KERNELS[plugin]
+        self.time_limit: float | None = None
         self.precision = precision
         self.tolerance = TOLERANCES[precision]
         self._tensorrt, self._cuda, self._where = tensorrt, cuda, where
@@ -103,8 +106,11 @@ class TrtSession:
 
         Raises:
             InputError: an input is missing or unknown, or of a size beyond what the engine was compiled for.
-            BackendError: TensorRT or CUDA failed.
+            BackendError: TensorRT or CUDA failed, or took more than `time_limit`.
         """
+        return within(self.time_limit, partial(self._in_parts, inputs), self._where, "running it")
+
+    def _in_parts(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         if set(inputs) != set(self._inputs):
             raise InputError(
                 f"{self._where}: got inputs {', '.join(sorted(inputs))}, expected {', '.join(sorted(self._inputs))}"
@@ -292,6 +298,7 @@ class TrtBackend:
 
     def __init__(self, options: TensorRT | None = None, flavour: Flavour = TENSORRT):
         self.options = options or TensorRT()
+        self.time_limit: float | None = None
         self.precision = self.options.precision
         if self.precision is not None and self.precision not in TOLERANCES:
             raise unknown_name("precision", self.precision, TOLERANCES)
@@ -313,7 +320,8 @@ class TrtBackend:
         engine = choose_engine(bundle, variant, self.precision, self.cuda.sm, self.version, flavour, trust=trust)
         if engine.plugin == "library" and not engine.plugin_embedded:
             self.tensorrt.load_plugins(flavour.plugin_library())
-        return TrtSession(
+        make = partial(
+            TrtSession,
             self.tensorrt,
             self.cuda,
             _read_engine(bundle, engine),
@@ -325,6 +333,9 @@ class TrtBackend:
             # The standard operators of a function may run as a loop that the host takes part in.
             graphs=self.options.cuda_graph and engine.plugin != "function",
         )
+        session = within(self.time_limit, make, str(bundle.path / engine.engine.file), "loading it")
+        session.time_limit = self.time_limit
+        return session
 
 
 def choose_engine(

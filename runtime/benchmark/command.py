@@ -20,7 +20,7 @@ from hcmen.base.console import Choice, Console, command
 from hcmen.base.errors import CheckFailed, HcmenError, InputError
 from hcmen.base.modalities import variant_named
 from hcmen.runtime.backends.options import BACKENDS
-from hcmen.runtime.commands.model import trust_engines_option
+from hcmen.runtime.commands.model import time_limit_option, trust_engines_option
 
 if TYPE_CHECKING:
     from hcmen.runtime.benchmark.judge import Verdict
@@ -59,6 +59,7 @@ _EPILOG = (
     help="What a user would run instead; repeatable: eager PyTorch on our kernels or on the reference scan, "
     "torch.compile of either (compiles for minutes), or functions: plain ONNX Runtime without our library.",
 )
+@time_limit_option
 @click.option(
     "--checkpoint", help="The eager model for --against.  [default: the bundle's own, in build/train or of the demo]"
 )
@@ -95,6 +96,7 @@ def main(
     clip: str | None,
     golden: bool,
     against: tuple[str, ...],
+    time_limit: float | None,
     checkpoint: str | None,
     rounds: int,
     calls: int,
@@ -173,6 +175,7 @@ def main(
             settings=Settings(rounds, calls, warm_up, loads, seed),
             cold_rounds=cold_rounds if cold else 0,
             folder=folder,
+            time_limit=time_limit,
         )
         here = machine(plan.packages)
         described = [describe_bundle(label, bundle) for label, bundle in opened.items()]

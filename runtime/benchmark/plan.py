@@ -54,7 +54,7 @@ class Plan:
 
     bundles: label -> opened. variants, threads: all, and the physical cores, where empty. batches: 0 is the golden set.
     against: PEERS and FUNCTIONS. folder: for clips and arrays. cold_rounds: 0 for none.
-    trust_engines: as of `TensorRT`.
+    trust_engines: as of `TensorRT`. time_limit: seconds of each load and run of a graph.
 
     Raises:
         InputError: a bundle lacks a variant, a clip does not fit, or the checkpoint is another one.
@@ -75,6 +75,7 @@ class Plan:
     cold_rounds: int
     folder: Path
     trust_engines: bool = False
+    time_limit: float | None = None
     measured: list[Measured] = field(default_factory=list)
     colds: list[Cold] = field(default_factory=list)
     probe_ns: list[int] = field(default_factory=list)
@@ -164,8 +165,15 @@ class Plan:
     def _make(self, bundle: Bundle, engine: str, precision: str, threads: int | None) -> Predictor:
         if engine == "tensorrt":
             wanted = precision if precision in self.precisions else None
-            return Predictor(bundle, backend=engine, precision=wanted, trust_engines=self.trust_engines)
-        model = Predictor(bundle, backend="ort" if engine == FUNCTIONS else engine, threads=threads)
+            return Predictor(
+                bundle,
+                backend=engine,
+                precision=wanted,
+                time_limit=self.time_limit,
+                trust_engines=self.trust_engines,
+            )
+        backend = "ort" if engine == FUNCTIONS else engine
+        model = Predictor(bundle, backend=backend, threads=threads, time_limit=self.time_limit)
         if engine == FUNCTIONS:
             # Before a session is made: without the library they take the functions that the graphs carry.
             model.backend.library, model.backend.library_problem = None, "left out on request"  # type: ignore[union-attr]

@@ -25,7 +25,7 @@ from hcmen.base.errors import BackendError, CheckFailed, CorruptFileError, Hcmen
 from hcmen.base.shipped import chosen_bundle
 from hcmen.runtime.backends import Ort, OrtCuda
 from hcmen.runtime.commands.doctor_rows import FAILED, INFO, OK, SKIPPED, Row
-from hcmen.runtime.commands.model import trust_engines_option
+from hcmen.runtime.commands.model import time_limit_option, trust_engines_option
 
 __all__ = ["check_machine", "main"]
 
@@ -57,12 +57,13 @@ _INSTRUCTION_SETS = (
 @click.option(
     "--bundle", help="A bundle to verify and self-test.  [default: build/bundle if it is there, else the demo's]"
 )
+@time_limit_option
 @trust_engines_option()
-def main(console: Console, bundle: str | None, trust_engines: bool) -> None:
+def main(console: Console, bundle: str | None, trust_engines: bool, time_limit: float | None) -> None:
     """Checks this machine: what is installed and what works. Exit code 1 if anything failed."""
     rows = []
     with console.progress("checking", 24, "rows") as bar:
-        for row in check_machine(bundle, console.note, trust_engines=trust_engines):
+        for row in check_machine(bundle, console.note, trust_engines=trust_engines, time_limit=time_limit):
             rows.append(row)
             bar.advance()
     failed = [r for r in rows if r.status == FAILED]
@@ -76,13 +77,18 @@ def main(console: Console, bundle: str | None, trust_engines: bool) -> None:
 
 
 def check_machine(
-    bundle: str | None = None, note: Callable[[str], None] = lambda _: None, *, trust_engines: bool = False
+    bundle: str | None = None,
+    note: Callable[[str], None] = lambda _: None,
+    *,
+    trust_engines: bool = False,
+    time_limit: float | None = None,
 ) -> Iterator[Row]:
     """All findings, in the order in which one may be the cause of the next.
 
     Args:
         bundle: a bundle that must be sound; None takes build/bundle, or else the demo's, and tells `note`.
         trust_engines: run engines of others too.
+        time_limit: seconds of each load and run of its graphs.
     """
     path = os.fspath(chosen_bundle(bundle, note))
     version = platform.python_version()
@@ -115,7 +121,7 @@ def check_machine(
     if bundle is None and not os.path.lexists(path):
         yield Row("bundle", INFO, f"none at {path}; name one with --bundle")
     else:
-        yield _bundle(path, can_run=ort.status == OK)
+        yield _bundle(path, time_limit, can_run=ort.status == OK)
     from hcmen.runtime.commands.doctor_tensorrt import tensorrt_rows
 
     yield from tensorrt_rows(path if os.path.isdir(path) else None, trust=trust_engines)
@@ -340,7 +346,7 @@ def _ran(operators: tuple[str, ...]) -> str:
     return f"{operators[0]}" if len(operators) == 1 else f"{len(operators)} standard nodes"
 
 
-def _bundle(path: str, *, can_run: bool) -> Row:
+def _bundle(path: str, time_limit: float | None, *, can_run: bool) -> Row:
     def check() -> str:
         from hcmen.base.bundle import read_bundle
 
@@ -352,7 +358,7 @@ def _bundle(path: str, *, can_run: bool) -> Row:
             return f"{what}; not run, needs onnxruntime"
         from hcmen.runtime.predictor import Predictor
 
-        tests = list(Predictor(bundle).self_test())
+        tests = list(Predictor(bundle, time_limit=time_limit).self_test())
         failed = [t for t in tests if not t.passed]
         if failed:
             raise CheckFailed(f"{what}; self-test failed for {', '.join(t.variant for t in failed)}")

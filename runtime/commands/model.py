@@ -12,13 +12,25 @@ from hcmen.base.console import Console
 if TYPE_CHECKING:
     from hcmen.runtime.predictor import Predictor
 
-__all__ = ["model_options", "opened_model", "trust_engines_option"]
+__all__ = ["model_options", "opened_model", "time_limit_option", "trust_engines_option"]
+
+
+def time_limit_option(function: Callable[..., None]) -> Callable[..., None]:
+    """Adds --time-limit, for `Predictor`."""
+    told = "How long loading a graph, and each run of it, may take. Default: no limit."
+    return click.option("--time-limit", type=float, metavar="SECONDS", help=told)(function)
 
 
 def model_options(function: Callable[..., None]) -> Callable[..., None]:
     """Adds the options that `opened_model` takes."""
     for option in (
         click.option("--clean", is_flag=True, help="Set NaN and infinity in clips to zero instead of refusing them."),
+        time_limit_option,
+        click.option(
+            "--no-map",
+            is_flag=True,
+            help="Read the weights instead of mapping them: for a bundle that may be cut short while it runs.",
+        ),
         click.option("--threads", type=int, help="Worker threads. Default: the physical cores."),
         click.option("--precision", help="fp32 or fp16: which engines of hcmen-compile the backend tensorrt takes."),
         trust_engines_option(),
@@ -50,7 +62,7 @@ def trust_engines_option() -> Callable[[Callable[..., None]], Callable[..., None
 
 
 def opened_model(
-    console: Console, bundle: str | None, cuda_graph: bool, trust_engines: bool, **options: Any
+    console: Console, bundle: str | None, cuda_graph: bool, no_map: bool, trust_engines: bool, **options: Any
 ) -> Predictor:
     """The model that the options name.
 
@@ -67,6 +79,7 @@ def opened_model(
     model = Predictor(
         read_bundle(chosen_bundle(bundle, console.note)),
         cuda_graph=cuda_graph or None,
+        map=False if no_map else None,
         trust_engines=trust_engines or None,
         **options,
     )

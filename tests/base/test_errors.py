@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from helpers.small_bundle import make_bundle
 
 from hcmen.base.bundle import read_bundle
 from hcmen.base.clip import clip_from_arrays, read_clip
+from hcmen.base.console import describe_error, one_line
 from hcmen.base.engines import read_engines
 from hcmen.base.errors import (
     BackendError,
@@ -50,6 +52,23 @@ def test_the_text_is_the_parts_on_one_line() -> None:
     assert str(InputError("what", fix="do it")) == "what: do it"
     assert str(InputError("two\n  lines", where="a\nfile")) == "a file: two lines"
     assert str(HcmenError()) == ""
+
+
+@pytest.mark.parametrize("length", [60_000, 1_000_000])
+@pytest.mark.parametrize("around", ["'{}'", '"{}"', "{}", "'it\\'s {}'", "'x' {} 'y'"])
+def test_no_value_fills_a_message(length: int, around: str) -> None:
+    """However it is quoted, by whomever the line is made, and with what is wrong behind it."""
+    value = around.format("x" * length)
+    for text in (
+        str(InputError(f"{value} is odd", "less")),
+        describe_error(InputError(f"{value} is odd", "less"))[0],
+        describe_error(click.UsageError(f"no such option: {value}, expected less"))[0],
+        describe_error(OSError(2, "no such file", value))[0],
+        describe_error(ValueError(f"{value}, expected less"))[0],
+        one_line(f"{value}, expected less"),
+    ):
+        assert len(text) <= 1200
+        assert text.endswith(("expected less", "check the path", "for the traceback)"))
 
 
 def test_a_part_is_changed_and_the_rest_stays() -> None:

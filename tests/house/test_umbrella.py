@@ -66,4 +66,5 @@ def test_help_loads_no_command_and_nothing_heavy():
     program = "import sys\nfrom hcmen.__main__ import main\nmain(['--help'], standalone_mode=False)\n"
     program += "print(sorted(m for m in sys.modules if m.startswith('hcmen.')), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stderr.strip() == str(["hcmen.__main__", "hcmen.base", "hcmen.base.console", "hcmen.base.errors"])
+    base = [f"hcmen.base{part}" for part in ("", ".console", ".errors", ".interrupts")]
+    assert done.stderr.strip() == str(["hcmen.__main__", *base])

@@ -61,7 +61,10 @@ class Stand:
                 return Binding(self)
 
             def run_with_iobinding(self, binding: Any, run_options: Any = None) -> None:
-                number = run_options.get_run_config_entry("gpu_graph_id") if run_options else None
+                try:
+                    number = run_options.get_run_config_entry("gpu_graph_id")
+                except RuntimeError:  # not set
+                    number = None
                 calls.append(f"run {number}")
                 super().run_with_iobinding(binding, run_options)
 

@@ -202,13 +202,14 @@ def test_weights_that_change_while_they_are_mapped_are_refused(bundle, monkeypat
     file = bundle / "weights.bin"
     content = file.read_bytes()
 
-    def session(*arguments, real=onnxruntime.InferenceSession, **options):
-        if change == "exchanged":
-            file.unlink()
-        file.write_bytes(content if change == "touched" else bytes(len(content)))
-        return real(*arguments, **options)
+    class Session(onnxruntime.InferenceSession):
+        def __init__(self, *arguments, **options):
+            if change == "exchanged":
+                file.unlink()
+            file.write_bytes(content if change == "touched" else bytes(len(content)))
+            super().__init__(*arguments, **options)
 
-    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     model = load(bundle)
     with pytest.raises(CorruptFileError, match=r"weights\.bin: changed while it was being loaded"):
         model(clip_arrays(0))
