@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from hcmen.base.console import Choice, Console, command
+from hcmen.base.console import Choice, Console, VariantChoice, command
 from hcmen.base.manifest import PRECISIONS
 from hcmen.base.modalities import VARIANTS, variant_named
 from hcmen.export.bundle import export_bundle
@@ -16,7 +16,18 @@ from hcmen.export.report import table
 __all__ = ["main"]
 
 
-@command("hcmen-export")
+@command(
+    "hcmen-export",
+    examples=(
+        "hcmen-export --variant audio_missing",
+        "hcmen-export --checkpoint build/train --bundle build/bundle",
+        "hcmen-export --precision int8 --data mosi.pkl",
+    ),
+    groups={
+        "What is exported": ("checkpoint", "variants", "precision", "data"),
+        "Where to": ("bundle", "force", "triton", "triton_root"),
+    },
+)
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
@@ -29,13 +40,19 @@ __all__ = ["main"]
     type=click.Path(path_type=Path),
     help="Where the bundle is put, whole or not at all.  [default: build/bundle, or build/bundle-PRECISION]",
 )
-@click.option("--variant", "variants", multiple=True, help="A variant to export; repeatable. Default: all seven.")
+@click.option(
+    "--variant",
+    "variants",
+    type=VariantChoice(),
+    multiple=True,
+    help="A variant to export; repeatable. Default: all seven.",
+)
 @click.option(
     "--precision",
     type=Choice(list(PRECISIONS)),
     default="fp32",
     show_default=True,
-    help="fp16: weights stored in half the bytes. int8: linear layers multiply integers.",
+    help="Of the graphs and weights. fp16: weights stored in half the bytes. int8: linear layers multiply integers.",
 )
 @click.option(
     "--data",

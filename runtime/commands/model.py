@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hcmen.base.console import Console
+from hcmen.base.console import Choice, Console
+from hcmen.runtime.backends.options import BACKENDS
 
 if TYPE_CHECKING:
     from hcmen.runtime.predictor import Predictor
 
-__all__ = ["model_options", "opened_model"]
+__all__ = ["MODEL_OPTIONS", "model_options", "opened_model"]
+
+MODEL_OPTIONS = ("bundle", "backend", "cuda_graph", "precision", "threads")
+"""Those of `model_options` that say what runs, for the headings of a help."""
 
 
 def model_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -20,15 +24,20 @@ def model_options(function: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--clean", is_flag=True, help="Set NaN and infinity in clips to zero instead of refusing them."),
         click.option("--threads", type=int, help="Worker threads. Default: the physical cores."),
-        click.option("--precision", help="fp32 or fp16: which engines of hcmen-compile the backend tensorrt takes."),
+        click.option(
+            "--precision",
+            type=Choice(["fp32", "fp16"]),
+            help="With tensorrt: which engines of hcmen-compile are taken. Other backends have the bundle's precision.",
+        ),
         click.option(
             "--cuda-graph", is_flag=True, help="With ort-cuda: record a graph once per input shape, then replay it."
         ),
         click.option(
             "--backend",
+            type=Choice(["auto", *BACKENDS]),
             default="auto",
             show_default=True,
-            help="auto, ort, ort-cuda or tensorrt; a named one never falls back.",
+            help="What runs the graphs; a named one never falls back.",
         ),
         click.option("--bundle", default="build/bundle", show_default=True, help="The folder that hcmen-export wrote."),
     ):
