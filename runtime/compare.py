@@ -71,6 +71,12 @@ class Comparison:
             "failed": self.failed,
         }
 
+    def verdict(self) -> str:
+        """The verdict and the largest error, in at most 60 characters."""
+        told = "ok" if self.passed else f"FAILED in {self.failed} of {self.elements}"
+        error = f"{self.nan} NaN or infinite" if self.nan or self.max_abs is None else f"{self.max_abs:.1e}"
+        return f"{told}, largest error {error}"
+
     def line(self) -> str:
         """The report on one line."""
         verdict = "ok" if self.passed else f"FAILED in {self.failed} of {self.elements}"

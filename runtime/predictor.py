@@ -71,7 +71,8 @@ class Result:
     modality_weights: how much the score rests on each modality, in [0, 1], summing to 1. backend: what ran. kernels:
     how the hcmen ops ran: "native", "functions" (right, but slow: no kernel library) or "standard" (none in the graph).
     ignored: what the clip carries and the variant leaves out. cleaned: modality -> values set to zero by `clean`.
-    run_seconds: the graph's run, which scored batch_size clips at once.
+    run_seconds: the graph's run, which scored batch_size clips at once. first_call: whether it was the first run of
+    the graph in this process, which is slower than those after it.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Result:
     cleaned: Mapping[str, int]
     run_seconds: float
     batch_size: int
+    first_call: bool = False
 
 
 class Predictor:
@@ -135,6 +137,7 @@ class Predictor:
             self._open = partial(self._open_graph, self.backend)
         self.backend.time_limit = time_limit
         self._sessions: dict[str, OrtSession | TrtSession] = {}
+        self._called: dict[str, OrtSession | TrtSession] = {}
         self._weights: SharedFile | NDArray[np.uint8] | None = None
         self._tokenizer: Tokenizer | None = None
         self._lock = threading.Lock()
@@ -165,7 +168,11 @@ class Predictor:
             CheckFailed: a score came out as NaN or infinite.
         """
         single = isinstance(clips, (str, os.PathLike, Clip, Mapping))
+        if not single and (isinstance(clips, (bytes, np.ndarray)) or not isinstance(clips, Iterable)):
+            raise _no_clip(clips)
         items = [cast(ClipLike, clips)] if single else list(cast("Sequence[ClipLike]", clips))
+        if not items:
+            raise InputError("no clip was given, expected a clip or a list of clips that is not empty: give one")
         results = []
         for outcome in self.outcomes(items, variant=variant):
             if isinstance(outcome, HcmenError):
@@ -260,6 +267,7 @@ class Predictor:
         """
         with self._lock:
             sessions, self._sessions = self._sessions, {}
+            self._called = {}
             self._weights = self._tokenizer = None
             self._unusable = InputError(f"{self.bundle.path}: this model was closed: load it again")
         while sessions:
@@ -287,6 +295,7 @@ class Predictor:
         """In a forked child: whatever holds threads is left to the parent, and opened again when it is needed."""
         self._lock = threading.Lock()
         sessions, self._sessions = self._sessions, {}
+        self._called = {}
         self._tokenizer = None
         if self.backend.name == "ort":
             return
@@ -377,9 +386,11 @@ class Predictor:
             what = f"{self.bundle.path}: variant '{variant}' failed its parity check at export, its scores may be wrong"
             warnings.warn(what, RuntimeWarning, stacklevel=2)
         inputs = batch_clips(clips, present)
+        first = self._called.get(variant) is not session
         started = time.perf_counter()
         outputs = session.run(inputs)
         seconds = time.perf_counter() - started
+        self._called[variant] = session
         if observe is not None:
             observe(variant, places, inputs, outputs)
         results: list[Result | HcmenError] = []
@@ -404,6 +415,7 @@ class Predictor:
                     cleaned=clip.cleaned,
                     run_seconds=seconds,
                     batch_size=len(clips),
+                    first_call=first,
                 )
             )
         return results
@@ -418,7 +430,7 @@ class Predictor:
             if isinstance(item.get("text"), str):
                 item = {**{k: x for k, x in item.items() if k != "text"}, TEXT_TOKENS: self.encode(item["text"]).tokens}
             return clip_from_arrays("clip", item, self.inputs, self.clean)
-        raise InputError(f"a clip is {type(item).__name__}, expected a path, a Clip or a dict of arrays per modality")
+        raise _no_clip(item)
 
     def _variant(self, clip: Clip, chosen: Variant | None) -> str:
         if chosen is None:
@@ -435,6 +447,13 @@ class Predictor:
                 f"{', '.join(clip.present)}{why}: use variant '{clip.variant.name}' or auto"
             )
         return chosen.name
+
+
+def _no_clip(item: object) -> InputError:
+    return InputError(
+        f"a clip is of type {type(item).__name__}, expected a path of an .npz file, a Clip, a dict of arrays per "
+        "modality, or a list of those: model('clip.npz'), or model({'text': text, 'audio': audio})"
+    )
 
 
 def _ort_backend(options: Ort | OrtCuda) -> OrtBackend:

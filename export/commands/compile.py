@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hcmen.base.console import Choice, Console, aligned, command
+from hcmen.base.console import Choice, Console, VariantChoice, aligned, command
 from hcmen.base.engines import PRECISIONS
 from hcmen.base.errors import HcmenError, InputError
 from hcmen.base.modalities import variant_named
@@ -29,13 +29,36 @@ _EPILOG = (
 )
 
 
-@command("hcmen-compile", epilog=_EPILOG)
-@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@command(
+    "hcmen-compile",
+    epilog=_EPILOG,
+    examples=("hcmen-compile --precision fp16", "hcmen-compile --bundle build/bundle --variant text_only"),
+    groups={
+        "What is compiled": ("named", "variants", "precision", "force"),
+        "Engine": ("plugin", "max_batch", "opt_batch", "version_compatible", "hardware_compatible"),
+        "Building": ("workspace", "timing_cache"),
+    },
+)
+@click.argument("bundle", required=False, type=click.Path(path_type=Path), metavar="")
 @click.option(
-    "--variant", "variants", multiple=True, help="A variant to compile; repeatable. Default: all in the bundle."
+    "--bundle",
+    "named",
+    type=click.Path(path_type=Path),
+    help="The folder that hcmen-export wrote.  [default: build/bundle]",
 )
 @click.option(
-    "--precision", type=Choice(PRECISIONS), default="fp32", show_default=True, help="What the engine computes in."
+    "--variant",
+    "variants",
+    type=VariantChoice(),
+    multiple=True,
+    help="A variant to compile; repeatable. Default: all in the bundle.",
+)
+@click.option(
+    "--precision",
+    type=Choice(PRECISIONS),
+    default="fp32",
+    show_default=True,
+    help="What the engine computes in; its graphs are float32 ones.",
 )
 @click.option(
     "--plugin",
@@ -61,6 +84,7 @@ _EPILOG = (
 def main(
     console: Console,
     bundle: Path | None,
+    named: Path | None,
     variants: tuple[str, ...],
     precision: str,
     plugin: str,
@@ -72,7 +96,7 @@ def main(
     timing_cache: Path | None,
     force: bool,
 ) -> None:
-    """Compiles the graphs of BUNDLE to TensorRT engines, for this GPU and this TensorRT.
+    """Compiles the graphs of a bundle to TensorRT engines, for this GPU and this TensorRT.
 
     Without BUNDLE it is build/bundle, and where nothing is there the demo's is copied to it first.
     Every engine scores the golden set before it is kept. One that is further from the eager model than the bound allows
@@ -92,7 +116,9 @@ def main(
         timing_cache=timing_cache,
         force=force,
     )
-    bundle = chosen_bundle(bundle, console.note, "BUNDLE")
+    if bundle is not None and named is not None:
+        raise InputError(f"{bundle} and --bundle {named} were given, expected one bundle: leave one out")
+    bundle = chosen_bundle(named or bundle, console.note)
     opened = read_bundle(bundle)
     if opened.manifest.precision != "fp32":
         raise InputError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from hcmen.base.console import Choice, Console, command
+from hcmen.base.console import Choice, Console, VariantChoice, command
 from hcmen.base.manifest import PRECISIONS
 from hcmen.base.modalities import VARIANTS, variant_named
 from hcmen.base.shipped import BUNDLE, chosen_checkpoint
@@ -18,7 +18,18 @@ from hcmen.export.report import table
 __all__ = ["main"]
 
 
-@command("hcmen-export")
+@command(
+    "hcmen-export",
+    examples=(
+        "hcmen-export --variant audio_missing",
+        "hcmen-export --checkpoint build/train --bundle build/bundle",
+        "hcmen-export --precision int8 --data mosi.pkl",
+    ),
+    groups={
+        "What is exported": ("checkpoint", "variants", "precision", "data"),
+        "Where to": ("bundle", "force", "triton", "triton_root"),
+    },
+)
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
@@ -32,6 +43,7 @@ __all__ = ["main"]
 @click.option(
     "--variant",
     "variants",
+    type=VariantChoice(),
     multiple=True,
     help="A variant to export; repeatable. What else a bundle of this checkpoint has stays. Default: all seven.",
 )
@@ -40,7 +52,7 @@ __all__ = ["main"]
     type=Choice(list(PRECISIONS)),
     default="fp32",
     show_default=True,
-    help="fp16: weights stored in half the bytes. int8: linear layers multiply integers.",
+    help="Of the graphs and weights. fp16: weights stored in half the bytes. int8: linear layers multiply integers.",
 )
 @click.option(
     "--data",

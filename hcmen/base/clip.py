@@ -32,6 +32,7 @@ from hcmen.base.files import open_regular, writing_file
 from hcmen.base.inputs import Inputs
 from hcmen.base.modalities import MODALITIES, Variant, variant_for
 from hcmen.base.npy import undisturbed
+from hcmen.base.strangers import HEAD_BYTES, stranger
 
 __all__ = [
     "TEXT_TOKENS",
@@ -116,12 +117,15 @@ def read_clip(path: str | os.PathLike[str], inputs: Inputs, clean: bool = False)
     """
     name = os.fspath(path)
     with _opened(name) as file:
-        start = file.read(8)
+        start = file.read(HEAD_BYTES)
         size = file.seek(0, os.SEEK_END)
         if size == 0:
             raise CorruptFileError("the file is empty", "an .npz clip", "write it again", where=name)
         if start.startswith(b"\x93NUMPY"):
             raise InputError("a single .npy array", "an .npz with text, audio, vision", "use numpy.savez", where=name)
+        other = stranger(start, name)
+        if other is not None:
+            raise NotAnArchive(other[0], "an .npz clip with text, audio, vision", other[1], where=name)
         if not start.startswith(b"PK"):
             raise NotAnArchive("not an .npz file", "a clip with text, audio, vision", "use numpy.savez", where=name)
         most = 4 * sum(_most_bytes(inputs, m) for m in _KEYS) + (1 << 20)

@@ -29,8 +29,10 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -43,8 +45,9 @@ from typing import Any, TextIO
 import click
 
 import hcmen
-from hcmen.base.errors import EXIT_INTERRUPTED, HcmenError, did_you_mean, shortened
+from hcmen.base.errors import EXIT_INTERRUPTED, HcmenError, did_you_mean, several_names, shortened
 from hcmen.base.interrupts import end_by_signal
+from hcmen.base.modalities import VARIANTS, variant_meant
 
 __all__ = [
     "EXIT_BROKEN_PIPE",
@@ -54,11 +57,14 @@ __all__ = [
     "Command",
     "Console",
     "Progress",
+    "VariantChoice",
     "aligned",
     "command",
     "describe_error",
     "end_at_once",
+    "fitted",
     "one_line",
+    "screen_width",
 ]
 
 EXIT_INTERNAL = 70
@@ -98,6 +104,33 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         for row in rows
     ]
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+def screen_width() -> int | None:
+    """The columns of the terminal that stdout is, or None: a file or a pipe takes lines of any length."""
+    if not sys.stdout.isatty():
+        return None
+    return max(shutil.get_terminal_size().columns, 20)
+
+
+def fitted(rows: Sequence[Sequence[str]], width: int | None, keep: int = 2) -> list[str]:
+    """The lines of `aligned`, within `width` columns: columns from the right are left out, and a last line names them.
+
+    Args:
+        rows: as of `aligned`. width: None for any. keep: so many columns, from the left, always stay; what is still
+            too long then is cut.
+    """
+    lines = aligned(rows)
+    if width is None or max(map(len, lines)) <= width:
+        return lines
+    columns = len(rows[0])
+    while columns > keep and max(map(len, lines)) > width:
+        columns -= 1
+        lines = aligned([row[:columns] for row in rows])
+    lines = [line if len(line) <= width else f"{line[: width - 3]}..." for line in lines]
+    left_out = ", ".join(rows[0][columns:])
+    told = f"left out in {width} columns: {left_out}" if left_out else ""
+    return [*lines, *textwrap.wrap(told, width)]
 
 
 def describe_error(error: BaseException) -> tuple[str, int]:
@@ -149,7 +182,11 @@ class _Terminated(BaseException):
 
 
 class Choice(click.Choice):  # type: ignore[type-arg,unused-ignore]
-    """click.Choice whose error suggests the nearest choice."""
+    """click.Choice whose error suggests the nearest choice, and says how several are given."""
+
+    def meant(self, value: str) -> str | None:
+        """The choice that `value` says in other words, or None."""
+        return None
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The choice `value`; a usage error with a suggestion when it is none."""
@@ -157,8 +194,26 @@ class Choice(click.Choice):  # type: ignore[type-arg,unused-ignore]
             return super().convert(value, param, ctx)
         except click.BadParameter:
             names = [str(c) for c in self.choices]
-            hint = f"{did_you_mean(str(value), names)} choose from {', '.join(names)}".lstrip()
+            several = several_names(str(value), names)
+            if several and param is not None and param.multiple and param.opts:
+                self.fail(f"'{value}': repeat the option: {' '.join(f'{param.opts[0]} {n}' for n in several)}")
+            if several:
+                self.fail(f"'{value}': takes one at a time: choose {' or '.join(several)}", param, ctx)
+            meant = self.meant(str(value))
+            near = f"did you mean '{meant}'?" if meant else did_you_mean(str(value), names)
+            hint = f"{near} choose from {', '.join(names)}".lstrip()
             self.fail(f"'{value}': {hint}", param, ctx)
+
+
+class VariantChoice(Choice):
+    """A choice of variants, in front of them those of `more`; other words for a variant are understood in its error."""
+
+    def __init__(self, *more: str):
+        super().__init__([*more, *(v.name for v in VARIANTS)])
+
+    def meant(self, value: str) -> str | None:
+        """As `Choice.meant`."""
+        return variant_meant(value)
 
 
 def _color_wanted(stream: TextIO) -> bool:
@@ -281,7 +336,35 @@ def _flush() -> None:
 
 
 class Command(click.Command):
-    """A click command whose every way out is an exit code of this module and at most one line on stderr."""
+    """A click command whose every way out is an exit code of this module and at most one line on stderr.
+
+    examples: command lines for the help, each as it is typed. groups: heading -> names of the options below it.
+    """
+
+    examples: Sequence[str] = ()
+    groups: Mapping[str, Sequence[str]] = {}
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options under the headings of `groups`, then those in none."""
+        records: dict[str, list[tuple[str, str]]] = {}
+        heading = {name: title for title, names in self.groups.items() for name in names}
+        for title in self.groups:
+            records[title] = []
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None and not isinstance(param, click.Argument):
+                records.setdefault(heading.get(param.name or "", "Output and help"), []).append(record)
+        for title, rows in records.items():
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The examples, then the epilog."""
+        if self.examples:
+            with formatter.section("Examples"):
+                formatter.write("".join(f"{'':{formatter.current_indent}}{line}\n" for line in self.examples))
+        super().format_epilog(ctx, formatter)
 
     def main(
         self,
@@ -389,9 +472,16 @@ def _terminate() -> None:
 
 
 def command(
-    name: str, *, epilog: str | None = None, kind: type[Command] = Command
+    name: str,
+    *,
+    epilog: str | None = None,
+    kind: type[Command] = Command,
+    examples: Sequence[str] = (),
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> Callable[[Callable[..., None]], Command]:
     """Makes a function into the command `name` with the shared options; it gets a `Console` as first argument.
+
+    `examples` and `groups` shape the help: see `Command`.
 
     The function's docstring is the help text. click's own decorators for arguments and options go below this one.
     """
@@ -420,6 +510,7 @@ def command(
             epilog=epilog,
             context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
         )
+        made.examples, made.groups = examples, groups or {}
         return click.version_option(hcmen.__version__, prog_name=name, message="%(prog)s %(version)s")(made)
 
     return wrap

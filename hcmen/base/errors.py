@@ -24,6 +24,7 @@ __all__ = [
     "InputError",
     "did_you_mean",
     "reason_of",
+    "several_names",
     "shortened",
     "shown",
     "unknown_name",
@@ -127,6 +128,12 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     # own cutoff of 0.6 cpu is close to gpu.
     near = difflib.get_close_matches(name.lower(), list(choices), n=1, cutoff=0.7) if len(name) <= 100 else []
     return f"did you mean '{near[0]}'?" if near else ""
+
+
+def several_names(value: str, choices: Iterable[str]) -> tuple[str, ...]:
+    """The names that `value` lists, as in "a,b", if it lists more than one and each is one of `choices`; else none."""
+    names = tuple(part for part in re.split(r"[\s,;:+|]+", value) if part) if len(value) <= 1000 else ()
+    return names if len(names) > 1 and set(names) <= set(choices) else ()
 
 
 def unknown_name(what: str, name: object, choices: Iterable[str]) -> InputError:

@@ -136,6 +136,18 @@ class Inputs:
                 f"{list(wanted.shape)} among them",
             )
 
+    @property
+    def scale(self) -> str:
+        """The range of the labels and what its ends mean, as in "-3 (negative) to 3 (positive)"."""
+        return f"{self.label_min:g} ({self.label_min_means}) to {self.label_max:g} ({self.label_max_means})"
+
+    def label(self, score: float) -> str:
+        """The end of the scale that `score` leans to, in its word, or "neutral" in the very middle."""
+        middle = self.label_min / 2 + self.label_max / 2
+        if score == middle:
+            return "neutral"
+        return self.label_max_means if score > middle else self.label_min_means
+
     def modality(self, name: str) -> FeatureConfig:
         """The feature sizes of the modality `name`."""
         if name not in MODALITIES:

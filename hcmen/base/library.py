@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,13 @@ def library_folders() -> list[Path]:
     return [Path(folder) / "base" for folder in hcmen.__path__]
 
 
+def install_advice(again: str = "install the package with a C++17 compiler present") -> str:
+    """What puts the files of this package in their place: `again`, or building a frozen application anew."""
+    if getattr(sys, "frozen", False):
+        return "build the application again with pyinstaller --collect-binaries hcmen --collect-data hcmen"
+    return again
+
+
 def library_path() -> Path:
     """The absolute path of the shared library.
 
@@ -104,7 +112,7 @@ def library_path() -> Path:
         if place.is_file():
             return place.resolve()
     tried = ", ".join(str(p.parent) for p in places)
-    raise BackendError(f"{LIBRARY_NAME} was not found in {tried}: install the package with a C++17 compiler present")
+    raise BackendError(f"{LIBRARY_NAME} was not found in {tried}: {install_advice()}")
 
 
 @functools.cache
@@ -119,7 +127,9 @@ def load_library() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise BackendError(f"{path} cannot be loaded ({error}): reinstall the package on this machine") from error
+        raise BackendError(
+            f"{path} cannot be loaded ({error}): {install_advice('reinstall the package on this machine')}"
+        ) from error
     signatures: dict[str, tuple[Sequence[Any], Any]] = {**_OTHERS}
     for name, structures in _FUNCTIONS.items():
         signatures[name] = ([*(ctypes.POINTER(s) for s in structures), ctypes.c_int], ctypes.c_int)
@@ -127,12 +137,15 @@ def load_library() -> ctypes.CDLL:
         try:
             function = getattr(library, name)
         except AttributeError:
-            raise BackendError(f"{path} has no {name}: it is from another version, reinstall the package") from None
+            fix = install_advice("reinstall the package")
+            raise BackendError(f"{path} has no {name}: it is from another version, {fix}") from None
         function.argtypes = arguments
         function.restype = result
     version = library.hcmen_ops_version()
     if version != LIBRARY_VERSION:
-        raise BackendError(f"{path} has version {version}, expected {LIBRARY_VERSION}: reinstall the package")
+        raise BackendError(
+            f"{path} has version {version}, expected {LIBRARY_VERSION}: {install_advice('reinstall the package')}"
+        )
     problem = library.hcmen_ops_problem()
     if problem is not None:
         raise BackendError(problem.decode())

@@ -6,12 +6,13 @@ output `modality_weights` `[batch, 3]`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hcmen.base.errors import InputError, unknown_name
+from hcmen.base.errors import InputError, several_names, unknown_name
 
-__all__ = ["MODALITIES", "VARIANTS", "Variant", "variant_for", "variant_named"]
+__all__ = ["MODALITIES", "VARIANTS", "Variant", "variant_for", "variant_meant", "variant_named"]
 
 MODALITIES: tuple[str, ...] = ("text", "audio", "vision")
 
@@ -52,12 +53,55 @@ def variant_named(name: str) -> Variant:
     """The variant called `name`.
 
     Raises:
-        InputError: no variant has that name; the message suggests the nearest one.
+        InputError: no variant has that name; the message suggests the one that is meant, or else the nearest one.
     """
-    found = _BY_NAME.get(name)
+    found = _BY_NAME.get(name) if isinstance(name, str) else None
     if found is None:
+        several = several_names(name, _BY_NAME) if isinstance(name, str) else ()
+        if several:
+            raise InputError(f"'{name}' is {len(several)} variants, expected one: choose {' or '.join(several)}")
+        meant = variant_meant(name) if isinstance(name, str) else None
+        if meant is not None:
+            fix = f"did you mean '{meant}'? choose from {', '.join(_BY_NAME)}"
+            raise InputError(f"unknown variant '{name}'", fix=fix)
         raise unknown_name("variant", name, _BY_NAME)
     return found
+
+
+# What people call a modality, what says that one is absent (before or after it), and what says nothing.
+_WORDS = {
+    **dict.fromkeys(("text", "texts", "txt", "words", "word", "language", "lang", "transcript", "t"), "text"),
+    **dict.fromkeys(("audio", "acoustic", "acoustics", "sound", "voice", "speech", "a"), "audio"),
+    **dict.fromkeys(("vision", "visual", "visuals", "video", "image", "images", "face", "faces", "v"), "vision"),
+    **dict.fromkeys(("no", "non", "not", "without", "wo", "minus", "sans", "drop", "dropped", "exclude", "w"), "no"),
+    **dict.fromkeys(("missing", "miss", "absent", "lacking", "lacks", "lost", "less", "off", "removed"), "missing"),
+    **dict.fromkeys(("only", "just", "alone", "solely", "and", "plus", "with", "modality", "the", "is", "or", "o"), ""),
+    **dict.fromkeys(("full", "all", "everything", "complete", "any"), "all"),
+}
+_LONGEST_FIRST = sorted((w for w in _WORDS if len(w) > 1), key=len, reverse=True)
+_WORD = re.compile("|".join([*_LONGEST_FIRST, r"(?<![a-z])[tavwo](?![a-z])"]))
+
+
+def variant_meant(name: str) -> str | None:
+    """The name of the variant that `name` says in other words, such as `no_audio` or `missing-video`; None if none."""
+    if len(name) > 100:
+        return None
+    lowered = name.lower()
+    if re.sub(r"[\W\d_]+", "", _WORD.sub("", lowered)):
+        return None  # a word that is not known may say anything
+    said = [_WORDS[word] for word in _WORD.findall(lowered)]
+    named = [word for word in said if word in MODALITIES]
+    if not named:
+        return "full" if "all" in said and "no" not in said and "missing" not in said else None
+    if "no" in said:
+        at = said.index("no")
+        absent = {word for word in said[at:] if word in MODALITIES} or set(named)
+    elif "missing" in said:
+        absent = set(named)
+    else:
+        return variant_for(named).name
+    present = set(MODALITIES) - absent
+    return variant_for(present).name if present else None
 
 
 def variant_for(present: Iterable[str]) -> Variant:

@@ -87,7 +87,10 @@ def convert(
         return write_folder(out, splits, origin, pickled.release, written)
 
 
-@command("hcmen-convert")
+@command(
+    "hcmen-convert",
+    examples=("hcmen-convert mosi.pkl build/mosi", "hcmen-train --data build/mosi"),
+)
 @click.argument("source", metavar="FILE.pkl", type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT_DIR", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Replace a converted data set that OUT_DIR holds already.")

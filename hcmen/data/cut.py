@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 
-@command("hcmen-clip")
+@command(
+    "hcmen-clip",
+    examples=(
+        "hcmen-clip mosi.pkl --index 3 --out clip.npz",
+        "hcmen-clip build/mosi --split valid --all --modalities text,audio --out clips",
+    ),
+    groups={"Samples": ("split", "indices", "ids", "everything"), "Clips": ("modalities", "text", "out", "force")},
+)
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--split", type=Choice(list(SPLITS)), default="test", show_default=True, help="Which split to cut from.")
 @click.option(

@@ -38,6 +38,8 @@ import numpy as np
 
 from hcmen.base.errors import CorruptFileError, InputError, reason_of, shown
 from hcmen.base.files import open_regular
+from hcmen.base.strangers import HEAD_BYTES, stranger
+from hcmen.data.unpickle_advice import advice
 
 __all__ = ["MappedPickle", "load_pickle"]
 
@@ -89,7 +91,11 @@ class MappedPickle:
             with contextlib.ExitStack() as on_error:
                 on_error.callback(self._file.close)
                 self.size = os.fstat(self._file.fileno()).st_size
-                if os.pread(self._file.fileno(), 4, 0) == b"PK\x03\x04":
+                head = os.pread(self._file.fileno(), HEAD_BYTES, 0)
+                other = stranger(head, str(path))
+                if other is not None:
+                    raise CorruptFileError(other[0], "a pickle of MMSA's layout", other[1], where=str(path))
+                if head.startswith(b"PK\x03\x04"):
                     raise CorruptFileError(
                         f"{path}: a zip archive, expected a pickle of MMSA's layout: unpack it first"
                     )
@@ -360,12 +366,12 @@ class _Reader(pickle._Unpickler):
         except _Forbidden as error:
             raise CorruptFileError(
                 f"{self._path}: the pickle asks for {error}, only NumPy arrays, strings and numbers are admitted: "
-                "get the file from its publisher again and check its SHA-256"
+                f"{advice(str(error))}"
             ) from None
         except _DAMAGE as error:
             raise CorruptFileError(
                 f"{self._path}: truncated, damaged or not a pickle ({type(error).__name__}: {reason_of(error, 100)}): "
-                "get the file from its publisher again and check its SHA-256"
+                f"{advice(f'{type(error).__name__}: {reason_of(error)}')}"
             ) from None
 
     def find_class(self, module: str, name: str) -> _Admitted:

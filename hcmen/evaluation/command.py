@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hcmen.base.console import Choice, Console, command
+from hcmen.base.console import Choice, Console, command, screen_width
 from hcmen.base.errors import InputError
 from hcmen.base.files import check_writable, refused, sweep, write_files
 from hcmen.base.shipped import chosen_checkpoint
@@ -42,7 +42,19 @@ _NAMES = ("intra", "fixed", "random_mr", "imbalanced")
 _PACKAGES = ("hcmen", "numpy", "torch", "onnxruntime")
 
 
-@command("hcmen-eval")
+@command(
+    "hcmen-eval",
+    examples=(
+        "hcmen-eval --protocol fixed",
+        "hcmen-eval --bundle build/bundle --checkpoint build/train --no-pictures",
+        "hcmen-eval --checkpoint build/seed1 --checkpoint build/seed2 --out build/eval",
+    ),
+    groups={
+        "What is judged": ("checkpoints", "bundle", "data", "split"),
+        "How": ("protocols", "seed", "batch_size", "device", "threads"),
+        "Files": ("out", "no_pictures"),
+    },
+)
 @click.option(
     "--checkpoint",
     "checkpoints",
@@ -132,7 +144,7 @@ def main(
         **pictures,
     }
     write_together(out, files, (*TABLES, *_PICTURES))
-    console.emit(plain(report), f"{text(report)}\n\nWritten to {out}: {', '.join(files)}")
+    console.emit(plain(report), f"{text(report, screen_width())}\n\nWritten to {out}: {', '.join(files)}")
 
 
 def evaluate(

@@ -13,6 +13,7 @@ import csv
 import hashlib
 import io
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hcmen.base import metrics
-from hcmen.base.console import aligned
+from hcmen.base.console import fitted
 from hcmen.base.errors import CheckFailed
 from hcmen.base.modalities import MODALITIES
 from hcmen.data.protocols import Masks, Protocol
@@ -187,18 +188,22 @@ def plain(value: Any) -> Any:
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-def text(report: Mapping[str, Any]) -> str:
-    """The tables for a terminal: the measures the field quotes first, the floor beside each."""
+def text(report: Mapping[str, Any], width: int | None = None) -> str:
+    """The tables for a terminal of `width` columns (None: any): the measures the field quotes first, and floors."""
     measures = _HEADLINES[report["dataset"]["family"]]
-    parts = [_title(report)]
+    parts = ["\n".join(_wrapped(_title(report), width))]
     for name, protocol in report["protocols"].items():
         header, *rows = _table(report, protocol, measures)
-        parts.append("\n".join([f"{name}: {protocol['about']}", *aligned([header, *rows])]))
+        parts.append("\n".join([*_wrapped(f"{name}: {protocol['about']}", width), *fitted([header, *rows], width)]))
         published = _published_table(report, name, measures)
         if published:
-            parts.append("\n".join([f"{name}: published beside ours", *aligned(published)]))
-    parts.append("\n".join(_notes(report)))
+            parts.append("\n".join([f"{name}: published beside ours", *fitted(published, width, 3)]))
+    parts.append("\n".join(line for note in _notes(report) for line in _wrapped(note, width)))
     return "\n\n".join(parts)
+
+
+def _wrapped(line: str, width: int | None) -> list[str]:
+    return [line] if width is None else textwrap.wrap(line, width)
 
 
 def markdown(report: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import hcmen
+from hcmen.base.bundle import MANIFEST_FILE
 from hcmen.base.errors import CorruptFileError, InputError, reason_of, shown
 from hcmen.base.files import read_small, refused, write_file
 from hcmen.base.shipped import or_the_demo
@@ -168,7 +169,18 @@ def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> bytes:
-    with refused(path, "a checkpoint", f"run hcmen-train --out {path.parent}{or_the_demo(path.parent)}"):
+    folder, fix = path.parent, f"run hcmen-train --out {path.parent}{or_the_demo(path.parent)}"
+    if not path.exists():
+        # To train into a folder that holds something else would be no help.
+        if (folder / MANIFEST_FILE).is_file():
+            raise InputError(
+                "a bundle", "a checkpoint folder of hcmen-train", "name the one it was exported from", where=str(folder)
+            )
+        if folder.is_file():
+            fix = "name the folder that hcmen-train wrote"
+        elif folder.is_dir() and any(folder.iterdir()):
+            fix = "name the folder that hcmen-train wrote, or train into another one with hcmen-train --out"
+    with refused(path, "a checkpoint", fix):
         return read_small(path, _MOST_BYTES)
 
 

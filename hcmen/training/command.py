@@ -54,7 +54,22 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]
     return checkpoint.load_checkpoint(folder)
 
 
-@command("hcmen-train")
+@command(
+    "hcmen-train",
+    examples=(
+        "hcmen-train --epochs 3",
+        "hcmen-train --preset mosi --data mosi.pkl --mix ms-mix --out build/mosi-train",
+        "hcmen-train --resume --out build/mosi-train",
+    ),
+    groups={
+        "Data and model": ("data", "preset", "text_encoder"),
+        "Training": (
+            *("epochs", "batch_size", "micro_batches", "learning_rate", "text_encoder_learning_rate"),
+            *("mix", "aux", "seed", "changes"),
+        ),
+        "Run": ("out", "resume", "force", "device", "precision", "threads"),
+    },
+)
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -109,7 +124,11 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]
     show_default=True,
     help="auto: a GPU if there is one.",
 )
-@click.option("--precision", type=Choice(list(PRECISIONS)), help="Of the model's matrix products.  [default: fp32]")
+@click.option(
+    "--precision",
+    type=Choice(list(PRECISIONS)),
+    help="What training computes matrix products in; the checkpoint is float32.  [default: fp32]",
+)
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads per process.  [default: one per core]")
 def main(
     console: Console,

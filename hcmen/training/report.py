@@ -119,11 +119,27 @@ def scores_text(report: Mapping[str, Any], kind: str) -> str:
         "",
         "floor: the mean training label (MAE), the commonest class (Acc-2); "
         "linear: ridge regression on mean frames, one per variant",
-        *(f"{title} beats {_NAMES[key]} in MAE and Acc-2 in {_all_but(names)}" for key, names in behind.items()),
+        *(
+            f"{title} beats {_NAMES[key]} in MAE and Acc-2 in {_beaten(list(test), names)}"
+            for key, names in behind.items()
+        ),
         f"checkpoint: {report['checkpoint']}",
     ]
     return "\n".join(lines)
 
 
-def _all_but(names: list[str]) -> str:
-    return f"every variant but {', '.join(names)}" if names else "every variant"
+def _beaten(variants: Sequence[str], behind: Sequence[str]) -> str:
+    """The variants that are not among `behind`, in words: which they are, or which they are not, the shorter list."""
+    won, total = [name for name in variants if name not in behind], _number(len(variants))
+    if not behind:
+        return "every variant" if len(won) > 1 else f"its one variant: {won[0]}"
+    if not won:
+        return "no variant"
+    if len(won) <= len(behind):
+        return f"{_number(len(won))} of {total} variants: {', '.join(won)}"
+    return f"every variant but {', '.join(behind)}"
+
+
+def _number(count: int) -> str:
+    words = ("none", "one", "two", "three", "four", "five", "six", "seven")
+    return words[count] if count < len(words) else str(count)

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hcmen.base.console import Choice, Console, command
+from hcmen.base.console import Choice, Console, VariantChoice, command
 from hcmen.base.errors import CheckFailed, HcmenError, InputError
-from hcmen.base.modalities import variant_named
 from hcmen.runtime.backends.options import BACKENDS
 from hcmen.runtime.commands.model import time_limit_option, trust_engines_option
 
@@ -38,14 +37,46 @@ _EPILOG = (
 )
 
 
-@command("hcmen-bench", epilog=_EPILOG)
-@click.argument("bundles", nargs=-1, metavar="[BUNDLE]...")
-@click.option("--variant", "variants", multiple=True, help="Which graph; repeatable. Default: all of the bundle.")
+@command(
+    "hcmen-bench",
+    epilog=_EPILOG,
+    examples=(
+        "hcmen-bench",
+        "hcmen-bench --bundle build/bundle --bundle build/bundle-int8 --batch 1 --batch 8",
+        "hcmen-bench --compare before.json --fail-slower 5",
+    ),
+    groups={
+        "What is measured": (
+            *("named", "variants", "backends", "precisions", "threads", "batches", "clip", "golden"),
+            *("against", "checkpoint", "cold"),
+        ),
+        "How": ("rounds", "calls", "warm_up", "loads", "seed", "cold_rounds"),
+        "Reports": ("show", "compare", "fail_slower", "compare_anyway", "out", "html"),
+    },
+)
+@click.argument("bundles", nargs=-1, metavar="")
+@click.option(
+    "--bundle",
+    "named",
+    multiple=True,
+    help="A folder that hcmen-export wrote; repeatable: several are measured in turns.  [default: build/bundle]",
+)
+@click.option(
+    "--variant",
+    "variants",
+    type=VariantChoice(),
+    multiple=True,
+    help="Which graph; repeatable. Default: all of the bundle.",
+)
 @click.option(
     "--backend", "backends", multiple=True, type=Choice(list(BACKENDS)), help="What runs it; repeatable. Default: ort."
 )
 @click.option(
-    "--precision", "precisions", multiple=True, help="With tensorrt: which engines, fp32 or fp16; repeatable."
+    "--precision",
+    "precisions",
+    type=Choice(["fp32", "fp16"]),
+    multiple=True,
+    help="With tensorrt: which engines of hcmen-compile are taken; repeatable. Other backends have the bundle's.",
 )
 @trust_engines_option()
 @click.option("--threads", multiple=True, type=int, help="Worker threads; repeatable. Default: the physical cores.")
@@ -87,6 +118,7 @@ _EPILOG = (
 def main(
     console: Console,
     bundles: tuple[str, ...],
+    named: tuple[str, ...],
     variants: tuple[str, ...],
     backends: tuple[str, ...],
     precisions: tuple[str, ...],
@@ -112,13 +144,8 @@ def main(
     out: str | None,
     html: str | None,
 ) -> None:
-    """Measures bundles: latency, throughput, loading, cold start, memory; side by side, with the noise.
-
-    A BUNDLE is a folder that hcmen-export wrote; by default build/bundle if it is there, else the demo's. Several are
-    measured in turns.
-    """
-    for name in variants:
-        variant_named(name)
+    """Measures bundles: latency, throughput, loading, cold start, memory; side by side, with the noise."""
+    bundles = (*named, *bundles)
     _check_counts("threads", threads, 1024)
     _check_counts("batch", batches, 1 << 20)
     if golden and (clip is not None or batches):

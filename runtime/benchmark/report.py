@@ -235,7 +235,7 @@ def read_document(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         data = parse_json(content)
     except CorruptFileError as error:
-        raise error.but(where=where, fix="not of hcmen-bench --out") from error
+        raise error.but(where=where, fix="give a JSON file that hcmen-bench --out wrote, or measure again") from error
     if not isinstance(data, dict) or data.get("what") != WHAT:
         raise CorruptFileError(f"{where}: not a report of hcmen-bench, expected what hcmen-bench --out wrote")
     if data.get("schema_version") != SCHEMA_VERSION:

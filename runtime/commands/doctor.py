@@ -22,6 +22,7 @@ import click
 import hcmen
 from hcmen.base.console import Console, command, one_line
 from hcmen.base.errors import BackendError, CheckFailed, CorruptFileError, HcmenError
+from hcmen.base.library import install_advice
 from hcmen.base.shipped import chosen_bundle
 from hcmen.runtime.backends import Ort, OrtCuda
 from hcmen.runtime.commands.doctor_rows import FAILED, INFO, OK, SKIPPED, Row
@@ -53,7 +54,7 @@ _INSTRUCTION_SETS = (
 )
 
 
-@command("hcmen-doctor")
+@command("hcmen-doctor", examples=("hcmen-doctor", "hcmen-doctor --bundle build/bundle --format json"))
 @click.option(
     "--bundle", help="A bundle to verify and self-test.  [default: build/bundle if it is there, else the demo's]"
 )
@@ -101,7 +102,7 @@ def check_machine(
     yield _attempt("numpy", _numpy, "pip install 'numpy>=1.24'")
     ort = _onnxruntime()
     yield ort
-    library = _attempt("kernel library", _library, "reinstall hcmen with a C++17 compiler present")
+    library = _attempt("kernel library", _library, install_advice("reinstall hcmen with a C++17 compiler present"))
     yield library
     if ort.status == FAILED:
         for op in _OPS:
@@ -109,9 +110,11 @@ def check_machine(
             yield Row(f"{op}, kernel", SKIPPED, "needs onnxruntime")
     else:
         for op, check in _OPS.items():
-            yield _attempt(f"{op}, function", partial(check, None), "pip install --force-reinstall hcmen")
+            yield _attempt(
+                f"{op}, function", partial(check, None), install_advice("pip install --force-reinstall hcmen")
+            )
             if library.status == OK:
-                fix = "reinstall hcmen on this machine"
+                fix = install_advice("reinstall hcmen on this machine")
                 if platform.machine() == "x86_64":
                     fix += "; HCMEN_ISA=baseline shows whether the instruction set is the cause"
                 yield _attempt(f"{op}, kernel", partial(check, _library_path()), fix)

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hcmen.base.console import JSON_SCHEMA_VERSION, Console, command, one_line
+from hcmen.base.console import JSON_SCHEMA_VERSION, Console, VariantChoice, command, one_line
 from hcmen.base.errors import CorruptFileError, HcmenError, InputError
 from hcmen.base.inputs import FeatureConfig, Inputs
 from hcmen.base.modalities import MODALITIES, variant_named
-from hcmen.runtime.commands.model import model_options, opened_model
+from hcmen.runtime.commands.model import MODEL_OPTIONS, model_options, opened_model
 
 if TYPE_CHECKING:
     from hcmen.base.clip import Clip
@@ -53,12 +53,23 @@ _MOST_PATH_BYTES = 1 << 16
 _EPILOG = (
     "A chunk is an .npz clip whose audio and vision are the next frames of the recording, and whose text, if there is "
     f"one, is the current utterance. The source ends with a file named '{END}', with stdin, with --idle-timeout or "
-    "with Ctrl-C. Example: hcmen-follow chunks/ --window 4 --hop 0.5 --rate audio=100 --rate vision=30. "
+    "with Ctrl-C. A weight of - belongs to a modality that the variant does without. "
     "Exit codes: 0 ok, 2 bad input, 3 a backend is missing, 5 a corrupt or unsafe file, 130 interrupted."
 )
 
 
-@command("hcmen-follow", epilog=_EPILOG)
+@command(
+    "hcmen-follow",
+    epilog=_EPILOG,
+    examples=(
+        "hcmen-follow chunks --window 0.4 --hop 0.1 --rate audio=100 --rate vision=30",
+        "ls chunks/*.npz | hcmen-follow - --window 0.4 --hop 0.1 --rate audio=100 --rate vision=30 --format json",
+    ),
+    groups={
+        "Windows": ("window", "hop", "rates", "live", "gaps", "partial", "idle_timeout"),
+        "Model": ("variant", "clean", *MODEL_OPTIONS),
+    },
+)
 @click.argument("source", metavar="FOLDER|-")
 @click.option("--window", metavar="SECONDS", help="How much of the recording a score is of.")
 @click.option("--hop", metavar="SECONDS", help="The time from one window's begin to the next one's.")
@@ -69,6 +80,7 @@ _EPILOG = (
 @click.option("--idle-timeout", type=float, metavar="SECONDS", help="End after no chunk for so long.")
 @click.option(
     "--variant",
+    type=VariantChoice("auto"),
     default="auto",
     show_default=True,
     help="Which graph: auto takes the one for exactly what each window has, or else the best that the bundle has.",
@@ -93,8 +105,6 @@ def main(
         raise InputError("hcmen-follow needs --window and --hop, both in seconds: for instance --window 4 --hop 0.5")
     if idle_timeout is not None and not 0 < idle_timeout < float("inf"):
         raise InputError(f"--idle-timeout is {idle_timeout}, expected a positive number of seconds")
-    if variant != "auto":
-        variant_named(variant)
     # Between two updates there is nothing to do for much longer than threads would spin.
     spin = False if backend in ("auto", "ort") else None
     model = opened_model(console, backend=backend, spin=spin, **options)
@@ -223,10 +233,10 @@ class _Follower:
             self.latencies.append(update.latency_seconds)
             self.slowest = max(self.slowest, update.latency_seconds)
             if self.console.format == "json":
-                click.echo(json.dumps(_json(update), allow_nan=False))
+                click.echo(json.dumps(_json(update, self.model.inputs), allow_nan=False))
                 continue
             if not self._headed:
-                click.echo(_HEADER)
+                click.echo(f"scores are of {one_line(self.model.inputs.scale)}\n{_HEADER}")
                 self._headed = True
             click.echo(_line(update))
 
@@ -258,7 +268,9 @@ _HEADER = f"{'window':>21}  {'variant':<14}  {'score':>8}  {'  '.join(f'{m:>6}' 
 
 
 def _line(u: Update) -> str:
-    weights = (f"{u.modality_weights[m]:6.0%}" if u.modality_weights[m] else f"{'-':>6}" for m in MODALITIES)
+    # What a variant does without has a learned stand-in, whose weight says nothing of the recording.
+    present = variant_named(u.variant).present
+    weights = (f"{u.modality_weights[m]:6.0%}" if m in present else f"{'-':>6}" for m in MODALITIES)
     told = [
         f"late by {u.late_seconds * 1e3:.1f} ms" if u.late_seconds else "",
         f"{u.missed} windows missed" if u.missed else "",
@@ -271,7 +283,7 @@ def _line(u: Update) -> str:
     return ", ".join([line, *(t for t in told if t)])
 
 
-def _json(u: Update) -> dict[str, Any]:
+def _json(u: Update, inputs: Inputs) -> dict[str, Any]:
     return {
         "schema_version": JSON_SCHEMA_VERSION,
         "window": u.index,
@@ -279,6 +291,9 @@ def _json(u: Update) -> dict[str, Any]:
         "end_seconds": u.end_seconds,
         "variant": u.variant,
         "score": u.score,
+        "label_min": inputs.label_min,
+        "label_max": inputs.label_max,
+        "label": inputs.label(u.score),
         "modality_weights": dict(u.modality_weights),
         "frames": dict(u.frames),
         "cleaned": dict(u.cleaned),

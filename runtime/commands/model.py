@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hcmen.base.console import Console
+from hcmen.base.console import Choice, Console
+from hcmen.runtime.backends.options import BACKENDS
 
 if TYPE_CHECKING:
     from hcmen.runtime.predictor import Predictor
 
-__all__ = ["model_options", "opened_model", "time_limit_option", "trust_engines_option"]
+__all__ = ["MODEL_OPTIONS", "model_options", "opened_model", "time_limit_option", "trust_engines_option"]
+
+MODEL_OPTIONS = ("bundle", "backend", "cuda_graph", "precision", "threads", "no_map", "time_limit", "trust_engines")
+"""Those of `model_options` that say what runs, for the headings of a help."""
 
 
 def time_limit_option(function: Callable[..., None]) -> Callable[..., None]:
@@ -32,16 +36,21 @@ def model_options(function: Callable[..., None]) -> Callable[..., None]:
             help="Read the weights instead of mapping them: for a bundle that may be cut short while it runs.",
         ),
         click.option("--threads", type=int, help="Worker threads. Default: the physical cores."),
-        click.option("--precision", help="fp32 or fp16: which engines of hcmen-compile the backend tensorrt takes."),
+        click.option(
+            "--precision",
+            type=Choice(["fp32", "fp16"]),
+            help="With tensorrt: which engines of hcmen-compile are taken. Other backends have the bundle's precision.",
+        ),
         trust_engines_option(),
         click.option(
             "--cuda-graph", is_flag=True, help="With ort-cuda: record a graph once per input shape, then replay it."
         ),
         click.option(
             "--backend",
+            type=Choice(["auto", *BACKENDS]),
             default="auto",
             show_default=True,
-            help="auto, ort, ort-cuda or tensorrt; a named one never falls back.",
+            help="What runs the graphs; a named one never falls back.",
         ),
         click.option(
             "--bundle",

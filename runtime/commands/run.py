@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hcmen.base.console import Command, Console, command, one_line
+from hcmen.base.console import Command, Console, VariantChoice, command, one_line, screen_width
 from hcmen.base.errors import CheckFailed, HcmenError, InputError
 from hcmen.base.modalities import MODALITIES, variant_for, variant_named
-from hcmen.runtime.commands.model import model_options, opened_model
+from hcmen.runtime.commands.model import MODEL_OPTIONS, model_options, opened_model
 
 if TYPE_CHECKING:
     import numpy as np
 
     from hcmen.base.bundle import Bundle
-    from hcmen.base.clip import Clip
+    from hcmen.base.inputs import Inputs
     from hcmen.runtime.compare import Comparison
     from hcmen.runtime.golden import SelfTest
     from hcmen.runtime.predictor import ClipLike, Predictor, Result
@@ -31,6 +31,9 @@ __all__ = ["main"]
 _EPILOG = (
     "A clip is an .npz file with float arrays text, audio, vision, each [time, features], whichever are there. "
     "A clip that cannot be used gets an error line and the others are still scored; the exit code then tells of it. "
+    "A score is shown on the scale of the bundle's labels: -2.58 of -3 (negative) to 3 (positive). A weight of - "
+    "belongs to a modality that the variant does without; in JSON it has the weight of its learned stand-in. "
+    "The first call of a graph is marked as such: later ones are faster. "
     "Exit codes: 0 ok, 1 a check failed, 2 bad input, 3 a backend is missing, 5 a corrupt or unsafe file."
 )
 
@@ -50,16 +53,34 @@ class _Run(Command):
         return follow.main(words, "hcmen-follow", *more, **extra)
 
 
-@command("hcmen-run", epilog=_EPILOG, kind=_Run)
+@command(
+    "hcmen-run",
+    epilog=_EPILOG,
+    kind=_Run,
+    examples=(
+        "hcmen-run samples/clip.npz",
+        "hcmen-run clips --variant text_only --format json",
+        "hcmen-run --self-test",
+        "hcmen-run --text 'what a film' --text 'never again' --bundle BUNDLE-WITH-TEXT-ENCODER",
+    ),
+    groups={
+        "What is scored": ("words", "variant", "clean"),
+        "Model": MODEL_OPTIONS,
+        "Checks": ("self_test", "check", "checkpoint"),
+    },
+)
 @click.argument("clips", nargs=-1, metavar="[CLIP.npz | FOLDER]...")
 @click.option(
     "--text",
     "words",
     metavar="WORDS",
-    help="What is said, in raw words, for a bundle with a text encoder; alone, or with the audio and vision of a clip.",
+    multiple=True,
+    help="What is said, in raw words, for a bundle with a text encoder; alone, or with the audio and vision of a clip. "
+    "Repeatable without clips: each is scored.",
 )
 @click.option(
     "--variant",
+    type=VariantChoice("auto"),
     default="auto",
     show_default=True,
     help="Which graph: auto takes the one for exactly what each clip carries, or else the best that the bundle has. "
@@ -76,7 +97,7 @@ class _Run(Command):
 def main(
     console: Console,
     clips: tuple[str, ...],
-    words: str | None,
+    words: tuple[str, ...],
     variant: str,
     check: bool,
     checkpoint: str | None,
@@ -84,14 +105,12 @@ def main(
     **options: Any,
 ) -> None:
     """Scores clips with an exported bundle. A folder stands for the .npz files directly in it, sorted by name."""
-    if not clips and words is None and not self_test:
+    if not clips and not words and not self_test:
         raise InputError(
             "no clip given, expected .npz files or folders: name some, or test the bundle with --self-test"
         )
-    if check and not clips and words is None:
+    if check and not clips and not words:
         raise InputError("--check compares scores and no clip was given: name some, or use --self-test")
-    if variant != "auto":
-        variant_named(variant)
     paths, errors = _expand(clips)
     model = opened_model(console, **options)
     checker = _EagerCheck(model.bundle, _checkpoint_of(console, model.bundle, checkpoint)) if check else None
@@ -104,8 +123,8 @@ def main(
                 tests.append(test)
                 bar.advance()
     items: list[ClipLike] = list(paths)
-    if words is not None:
-        items, paths = [_with_words(console, model, words, paths)], paths or ["--text"]
+    if words:
+        items, paths = _with_words(console, model, words, paths), paths or [_name(i, words) for i in range(len(words))]
     results: list[tuple[int, Result]] = []
     with console.progress("scoring", len(items), "clips") as bar:
         observe = checker.observe if checker else None
@@ -145,24 +164,36 @@ def _expand(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, HcmenE
     return paths, errors
 
 
-def _with_words(console: Console, model: Predictor, words: str, paths: Sequence[str]) -> Clip:
-    """The clip named, or an empty one, with `words` for its text."""
+def _name(place: int, words: Sequence[str]) -> str:
+    """What the text at `place` is called."""
+    return "--text" if len(words) == 1 else f"--text {place + 1}"
+
+
+def _with_words(console: Console, model: Predictor, words: Sequence[str], paths: Sequence[str]) -> list[ClipLike]:
+    """Each of `words` as a clip; with a clip named, that clip with the one text for its text."""
     from dataclasses import replace
 
     from hcmen.base.clip import Clip, read_clip
 
     if len(paths) > 1:
         raise InputError(f"--text and {len(paths)} clips were given, expected one clip at most: what is said in which?")
-    tokens, dropped = model.encode(words)
-    if dropped:
-        console.note(f"note: the text is {dropped} tokens too long for the model, its end was cut")
+    if paths and len(words) > 1:
+        raise InputError(
+            f"{len(words)} --text and a clip were given, expected one --text with a clip: score the others without it"
+        )
+    encoded = [model.encode(text) for text in words]
+    for i, (_, dropped) in enumerate(encoded):
+        if dropped:
+            which = "the text" if len(words) == 1 else _name(i, words)
+            console.note(f"note: {which} is {dropped} tokens too long for the model, its end was cut")
     if not paths:
-        return Clip("--text", {}, text_tokens=tokens)
+        return [Clip(_name(i, words), {}, text_tokens=tokens) for i, (tokens, _) in enumerate(encoded)]
+    tokens = encoded[0].tokens
     clip = read_clip(paths[0], model.inputs, model.clean)
     if clip.text_tokens is not None:
         console.note(f"note: {paths[0]}: its own text is replaced by that of --text")
     ignored = tuple(key for key in clip.ignored if key != "text")
-    return replace(clip, text_tokens=tokens, ignored=ignored)
+    return [replace(clip, text_tokens=tokens, ignored=ignored)]
 
 
 def _checkpoint_of(console: Console, bundle: Bundle, named: str | None) -> Path:
@@ -248,12 +279,12 @@ def _emit(
     data: dict[str, Any] = {
         "bundle": str(model.bundle.path),
         "backend": {"name": model.backend.name, "version": model.backend.version, "threads": model.backend.threads},
-        "results": [_result_json(r, eager.get(i)) for i, r in results],
+        "results": [_result_json(r, eager.get(i), model.inputs) for i, r in results],
         "errors": [{"clip": name, "error": one_line(e), "exit_code": e.exit_code} for name, e in errors],
     }
     blocks = []
     if results:
-        blocks.append(_table(_result_rows(results, eager)))
+        blocks.append(_table(_result_rows(results, eager, model.inputs)))
     if checks:
         data["check"] = {
             v: {
@@ -262,7 +293,7 @@ def _emit(
             }
             for v, outputs in checks.items()
         }
-        blocks.append("\n".join(_report_lines("check against the eager model", checks)))
+        blocks.append("\n".join(_report_lines("check against the eager model", checks, console.verbosity)))
     if tests:
         data["self_test"] = {
             t.variant: {
@@ -272,16 +303,19 @@ def _emit(
             }
             for t in tests
         }
-        blocks.append("\n".join(_report_lines("self-test", {t.variant: t.outputs for t in tests})))
+        blocks.append("\n".join(_report_lines("self-test", {t.variant: t.outputs for t in tests}, console.verbosity)))
     if blocks or console.format == "json":
         console.emit(data, "\n\n".join(blocks))
 
 
-def _result_json(result: Result, eager_score: float | None) -> dict[str, Any]:
+def _result_json(result: Result, eager_score: float | None, inputs: Inputs) -> dict[str, Any]:
     return {
         "clip": result.name,
         "variant": result.variant,
         "score": result.score,
+        "label_min": inputs.label_min,
+        "label_max": inputs.label_max,
+        "label": inputs.label(result.score),
         **({} if eager_score is None else {"eager_score": eager_score}),
         "modality_weights": dict(result.modality_weights),
         "backend": result.backend,
@@ -289,31 +323,59 @@ def _result_json(result: Result, eager_score: float | None) -> dict[str, Any]:
         "ignored": list(result.ignored),
         "cleaned": dict(result.cleaned),
         "latency_ms": round(result.run_seconds * 1e3, 4),
+        "first_call": result.first_call,
         "batch_size": result.batch_size,
     }
 
 
-def _result_rows(results: Sequence[tuple[int, Result]], eager: Mapping[int, float]) -> Iterator[tuple[str, ...]]:
-    yield ("clip", "variant", "score", *(["eager"] if eager else []), *(f"{m:>6}" for m in MODALITIES), "latency")
+def _result_rows(
+    results: Sequence[tuple[int, Result]], eager: Mapping[int, float], inputs: Inputs
+) -> Iterator[tuple[str, ...]]:
+    yield ("clip", "variant", "score", *(["eager"] if eager else []), *(f"{m:>6}" for m in MODALITIES), "time")
     for i, r in results:
-        weights = (f"{r.modality_weights[m]:6.0%}" if r.modality_weights[m] else f"{'-':>6}" for m in MODALITIES)
+        # What a variant does without has a learned stand-in, whose weight says nothing of the clip.
+        present = variant_named(r.variant).present
+        weights = (f"{r.modality_weights[m]:6.0%}" if m in present else f"{'-':>6}" for m in MODALITIES)
         batch = f", batch of {r.batch_size}" if r.batch_size > 1 else ""
-        scores = [f"{score:+.4f}" for score in ([r.score, eager[i]] if eager else [r.score])]
-        yield (one_line(r.name), r.variant, *scores, *weights, f"{r.run_seconds * 1e3:.1f} ms{batch}")
+        first = ", first call" if r.first_call else ""
+        score = f"{r.score:+.4f}" if eager else f"{r.score:+.2f}"
+        scores = [f"{score} of {one_line(inputs.scale)}", *([f"{eager[i]:+.4f}"] if eager else [])]
+        yield (one_line(r.name), r.variant, *scores, *weights, f"{r.run_seconds * 1e3:.1f} ms{first}{batch}")
 
 
 def _table(rows: Iterator[tuple[str, ...]]) -> str:
-    lines = list(rows)
+    header, *lines = rows
+    width = screen_width()
+    # One scale for all: where the table is too wide with it in every line, it moves above the table.
+    above = []
+    if width is not None and max(map(len, _columns([header, *lines]))) > width:
+        scale = lines[0][2].partition(" of ")[2]
+        above = [f"scores are of {scale}"]
+        lines = [(*line[:2], line[2].partition(" of ")[0], *line[3:]) for line in lines]
+    text = _columns([header, *lines])
+    over = max(map(len, text)) - width if width is not None else 0
+    if over > 0:  # the name is what can be cut
+        most = max(max(len(line[0]) for line in lines) - over, 12)
+        lines = [(f"...{line[0][3 - most :]}" if len(line[0]) > most else line[0], *line[1:]) for line in lines]
+        text = _columns([header, *lines])
+    return "\n".join([*above, text[0], "-" * max(len(t) for t in text), *text[1:]])
+
+
+def _columns(lines: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([text[0], "-" * max(len(t) for t in text), *text[1:]])
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
-def _report_lines(title: str, reports: Mapping[str, Mapping[str, Comparison]]) -> list[str]:
+def _report_lines(title: str, reports: Mapping[str, Mapping[str, Comparison]], verbosity: int) -> list[str]:
+    """A line a variant, of its worst output; with -v a line an output, with all that was measured."""
     passed = sum(all(c.passed for c in outputs.values()) for outputs in reports.values())
     lines = [f"{title}: {passed} of {len(reports)} variants passed"]
     for variant, outputs in reports.items():
-        lines += [f"  {variant:<15} {name:<17} {comparison.line()}" for name, comparison in outputs.items()]
+        if verbosity > 0:
+            lines += [f"  {variant:<15} {name:<17} {comparison.line()}" for name, comparison in outputs.items()]
+            continue
+        name, worst = max(outputs.items(), key=lambda o: (not o[1].passed, o[1].max_abs or 0.0))
+        lines.append(f"  {variant:<15} {worst.verdict()}" + ("" if worst.passed else f", {name}"))
     return lines
 
 

@@ -190,7 +190,7 @@ SAMPLES: dict[str, tuple[Callable[[Path], Any], type[HcmenError], str | None, st
     "a report that is none": (
         *(written("x", b"[", read_document), CorruptFileError, "{folder}/x"),
         "not valid JSON (Expecting value: line 1 column 2 (char 1))",
-        *(None, "not of hcmen-bench --out"),
+        *(None, "give a JSON file that hcmen-bench --out wrote, or measure again"),
     ),
     "no report": (
         *(lambda folder: read_document(folder / "x"), InputError, "{folder}/x"),

@@ -32,14 +32,17 @@ def test_text_has_one_row_per_clip_and_nothing_on_stderr(shared_bundle, tmp_path
     done = run(main, clip, tmp_path / "no_audio.npz", "--bundle", shared_bundle)
     assert (done.code, done.err) == (0, "")
     header, _, first, second = done.out.splitlines()
-    assert header.split() == ["clip", "variant", "score", "text", "audio", "vision", "latency"]
+    assert header.split() == ["clip", "variant", "score", "text", "audio", "vision", "time"]
     score, weights = expected(clip_arrays(1), "full")
-    assert first.split()[:3] == [str(clip), "full", f"{score:+.4f}"]
-    assert [int(w[:-1]) for w in first.split()[3:6]] == pytest.approx(100 * weights, abs=0.5001)
+    scale = "of -3 (negative) to 3 (positive)"
+    assert first.split()[:2] == [str(clip), "full"]
+    assert f" {score:+.2f} {scale} " in first
+    assert [int(w[:-1]) for w in first.partition(scale)[2].split()[:3]] == pytest.approx(100 * weights, abs=0.5001)
     score, _ = expected(clip_arrays(2, ("text", "vision")), "audio_missing")
-    assert second.split()[1:3] == ["audio_missing", f"{score:+.4f}"]
-    assert second.split()[4] == "-"
-    assert re.fullmatch(r"\d+\.\d ms", " ".join(second.split()[6:]))
+    assert second.split()[1:3] == ["audio_missing", f"{score:+.2f}"]
+    rest = second.partition(scale)[2].split()
+    assert rest[1] == "-"
+    assert re.fullmatch(r"\d+\.\d ms, first call", " ".join(rest[3:]))
     for line, name in ((first, " full "), (second, " audio_missing ")):  # aligned
         assert line.index(name) + 1 == header.index("variant")
 
@@ -55,6 +58,9 @@ def test_json_carries_every_field(shared_bundle, clip):
     assert list(result["modality_weights"]) == list(MODALITIES)
     np.testing.assert_allclose(list(result["modality_weights"].values()), weights, atol=2e-6)
     assert result["latency_ms"] > 0
+    assert result["first_call"] is True
+    assert (result["label_min"], result["label_max"]) == (-3.0, 3.0)
+    assert result["label"] == ("positive" if result["score"] > 0 else "negative")
     told = {k: result[k] for k in ("clip", "variant", "backend", "kernels", "ignored", "cleaned", "batch_size")}
     assert told == {
         "clip": str(clip),
@@ -128,6 +134,9 @@ def test_self_test_reports_every_variant_and_needs_no_clip(shared_bundle):
     done = run(main, "--self-test", "--bundle", shared_bundle)
     assert (done.code, done.err) == (0, "")
     assert done.out.splitlines()[0] == "self-test: 7 of 7 variants passed"
+    assert len(done.out.splitlines()) == 1 + 7
+    assert max(map(len, done.out.splitlines())) <= 80
+    done = run(main, "--self-test", "--bundle", shared_bundle, "-v")
     assert len(done.out.splitlines()) == 1 + 2 * 7
     done = run(main, "--self-test", "--bundle", shared_bundle, "--variant", "text_only", "--format", "json")
     answer = json.loads(done.out)
@@ -340,3 +349,51 @@ def test_a_full_stdout_is_one_line(shared_bundle, clip):
         )
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "no space left on device" in done.stderr
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_table_of_scores_fits_the_terminal(shared_bundle, clip, monkeypatch, width):
+    monkeypatch.setattr("hcmen.runtime.commands.run.screen_width", lambda: width)
+    done = run(main, clip, "--bundle", shared_bundle)
+    assert "of -3 (negative) to 3 (positive)" in done.out
+    fixed = 76  # what stands beside the clip's name and its 12 letters at least
+    assert max(map(len, done.out.splitlines())) <= max(width, fixed + 12)
+
+
+@pytest.mark.parametrize("name", ["song.wav", "song.mp3", "movie.mp4", "movie.MKV", "picture.jpg"])
+def test_sound_and_video_are_told_apart_from_damaged_clips(shared_bundle, tmp_path, name):
+    (tmp_path / name).write_bytes(bytes(100))
+    done = run(main, tmp_path / name, "--bundle", shared_bundle)
+    assert (done.code, len(done.lines)) == (2, 1)
+    assert "take features from it first" in done.err
+
+
+def test_a_score_without_its_modality_has_no_weight_in_text(shared_bundle, tmp_path):
+    write_clip(tmp_path / "a.npz", clip_arrays(2, ("audio",)))
+    done = run(main, tmp_path / "a.npz", "--bundle", shared_bundle)
+    assert done.out.splitlines()[2].partition("(positive)")[2].split()[0::2][:2] == ["-", "-"]
+
+
+def test_several_texts_lose_none(shared_bundle, monkeypatch):
+    from hcmen.runtime.predictor import Predictor
+
+    asked = []
+
+    def encode(self, text):
+        from hcmen.base.errors import InputError
+
+        asked.append(text)
+        if text == "B":
+            raise InputError("B was reached")
+        return np.ones((3, 4), np.int64), 0
+
+    monkeypatch.setattr(Predictor, "encode", encode)
+    done = run(main, "--text", "A", "--text", "B", "--bundle", shared_bundle)
+    assert (done.code, asked) == (2, ["A", "B"])
+    assert done.lines == ["error: B was reached"]
+
+
+def test_several_texts_do_not_fit_one_clip(shared_bundle, clip):
+    done = run(main, clip, "--text", "A", "--text", "B", "--bundle", shared_bundle)
+    assert (done.code, len(done.lines)) == (2, 1)
+    assert "expected one --text with a clip" in done.err

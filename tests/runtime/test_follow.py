@@ -87,7 +87,8 @@ def test_a_line_of_json_per_update(shared_bundle, ended):
 
 def test_a_line_of_text_per_update(shared_bundle, ended):
     done = follow(shared_bundle, ended)
-    header, *lines = done.out.splitlines()
+    scale, header, *lines = done.out.splitlines()
+    assert scale == "scores are of -3 (negative) to 3 (positive)"
     assert header.split() == ["window", "variant", "score", "text", "audio", "vision", "latency"]
     expected = by_stream(shared_bundle, chunks())
     for line, (index, score, variant, _) in zip(lines, expected, strict=True):

@@ -99,8 +99,10 @@ def test_an_observer_is_told_the_places_of_every_batch(model):
     assert all(isinstance(outcomes[i], InputError) for i in bad)
 
 
-def test_a_list_of_none_is_a_list_of_none(model):
-    assert model([]) == []
+def test_what_is_no_clip_is_refused_with_what_is_expected(model):
+    for nothing, told in ((3, "of type int"), (None, "of type NoneType"), ([], "no clip was given")):
+        with pytest.raises(InputError, match=f"{told}.*expected a"):
+            model(nothing)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
@@ -116,7 +118,7 @@ def test_a_variant_that_needs_what_is_absent_is_refused(model):
         model(clip_arrays(0, ("audio",)), variant="full")
     with pytest.raises(InputError, match="unknown variant 'ful': did you mean 'full'"):
         model(clip_arrays(0), variant="ful")
-    with pytest.raises(InputError, match="a clip is int"):
+    with pytest.raises(InputError, match="a clip is of type int"):
         model([3])
 
 

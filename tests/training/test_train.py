@@ -637,3 +637,18 @@ def test_help_is_light() -> None:
     assert done.returncode == 0, done.stderr
     for option in ("--data", "--preset", "--epochs", "--out", "--resume", "--force", "--threads", "--format"):
         assert option in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("behind", "said"),
+    [
+        ([], "every variant"),
+        (["a", "b", "c"], "no variant"),
+        (["a", "b"], "one of three variants: c"),
+        (["a"], "every variant but a"),
+    ],
+)
+def test_the_summary_names_the_shorter_list_of_variants(behind, said):
+    from hcmen.training.report import _beaten
+
+    assert _beaten(["a", "b", "c"], behind) == said
