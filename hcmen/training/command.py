@@ -291,14 +291,13 @@ def _clear(out: Path) -> None:
 def _load_data(source: Mapping[str, Any], inputs: Inputs, seed: int, console: Console) -> MultimodalDataset:
     from hcmen.data.mmsa import dataset_from_mmsa, read_mmsa
     from hcmen.data.synthetic import SAMPLES, make_synthetic
+    from hcmen.data.trained_on import mention_cleaned
 
     if source["data"] is None:
         console.note(f"no --data: training on the synthetic set of preset {source['preset']}")
         return dataset_from_mmsa(make_synthetic(inputs, SAMPLES[source["preset"]], seed), "synthetic", inputs)
     dataset = read_mmsa(source["data"], inputs)
-    for m, count in dataset.cleaned.items():
-        if count:
-            console.note(f"{m}: {count} stored values were NaN or infinite and count as 0")
+    mention_cleaned(dataset, console.note)
     return dataset
 
 
