@@ -52,12 +52,12 @@ def beyond_length(x: FloatArray, lengths: IntArray, first: int, where: str, *, r
         InputError: a sample has frames beyond its length and zeros within it, so that its frames are not where its
             length says.
     """
-    tail = np.arange(x.shape[1]) >= lengths[:, None]
-    beyond = x[tail]
-    if not beyond.any():
-        return 0
-    for i in np.flatnonzero((x.any(axis=2) & tail).any(axis=1)) if refuse else ():
-        zeros = np.flatnonzero(~x[i, : lengths[i]].any(axis=1))
+    count = 0
+    for i in np.flatnonzero(lengths < x.shape[1]):
+        beyond = x[i, lengths[i] :]
+        if not (beyond.max() or beyond.min()):  # as fast as setting all of it to 0, and without a copy
+            continue
+        zeros = np.flatnonzero(~x[i, : lengths[i]].any(axis=1)) if refuse else np.array([])
         if zeros.size:
             place = lengths[i] + np.flatnonzero(x[i, lengths[i] :].any(axis=1))[0]
             raise InputError(
@@ -66,5 +66,6 @@ def beyond_length(x: FloatArray, lengths: IntArray, first: int, where: str, *, r
                 fix="pad at the end (MMSA-FET: padding_location='end'), or correct the lengths",
                 where=where,
             )
-    x[tail] = 0.0
-    return int(np.count_nonzero(beyond))
+        count += int(np.count_nonzero(beyond))
+        beyond[:] = 0.0
+    return count
