@@ -8,6 +8,9 @@ Accuracies and F1 are fractions. Two families, by the range of the labels:
            samples whose label is not zero)
     sims   SIMS and SIMSv2, labels in [-1, 1]: all measures on clipped values; Acc-2, Acc-3, Acc-5 by bins that are
            closed on the right, so that zero counts as negative; F1 of the two classes
+
+Classes are judged in float32, the type of labels and predictions in MMSA: there 0.1 lies on the edge 0.1, while its
+float32 value widened to float64 lies above. MAE and Corr are computed in float64.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from hcmen.base.errors import InputError, unknown_name
 __all__ = ["HEADLINE_ACC2", "family_for", "floor", "mae", "pearson", "scores", "weighted_f1"]
 
 Array = npt.NDArray[np.float64]
+Single = npt.NDArray[np.float32]
 Classes = npt.NDArray[np.int64]
 
 HEADLINE_ACC2 = {"mosi": "acc2_non0", "sims": "acc2"}
@@ -111,8 +115,9 @@ def weighted_f1(truth: npt.ArrayLike, prediction: npt.ArrayLike) -> float:
     return float(total / y.size)
 
 
-def _mosi(y: Array, p: Array) -> dict[str, float]:
-    result = {"mae": mae(y, p), "corr": pearson(y, p)}
+def _mosi(truth: Array, prediction: Array) -> dict[str, float]:
+    result = {"mae": mae(truth, prediction), "corr": pearson(truth, prediction)}
+    y, p = _single(truth), _single(prediction)
     for name, bound in (("acc7", 3.0), ("acc5", 2.0), ("acc3", 1.0)):
         # np.round is half to even, as in MMSA: 0.5 belongs to class 0, 1.5 to class 2.
         result[name] = float(np.mean(np.round(np.clip(y, -bound, bound)) == np.round(np.clip(p, -bound, bound))))
@@ -122,18 +127,25 @@ def _mosi(y: Array, p: Array) -> dict[str, float]:
     return result
 
 
-def _sims(y: Array, p: Array) -> dict[str, float]:
-    y, p = np.clip(y, -1.0, 1.0), np.clip(p, -1.0, 1.0)
-    result = {"mae": mae(y, p), "corr": pearson(y, p)}
+def _sims(truth: Array, prediction: Array) -> dict[str, float]:
+    truth, prediction = np.clip(truth, -1.0, 1.0), np.clip(prediction, -1.0, 1.0)
+    result = {"mae": mae(truth, prediction), "corr": pearson(truth, prediction)}
+    y, p = _single(truth), _single(prediction)
     for name, edges in _SIMS_EDGES.items():
         result[name] = float(np.mean(_bins(y, edges) == _bins(p, edges)))
     result["f1"] = weighted_f1(_bins(y, _SIMS_EDGES["acc2"]), _bins(p, _SIMS_EDGES["acc2"]))
     return result
 
 
-def _bins(x: Array, edges: tuple[float, ...]) -> Classes:
+def _single(x: Array) -> Single:
+    with np.errstate(over="ignore", under="ignore"):
+        return x.astype(np.float32)
+
+
+def _bins(x: Single, edges: tuple[float, ...]) -> Classes:
     """The bin of each value; a value on an edge belongs to the bin below it."""
-    return np.digitize(x, edges, right=True).astype(np.int64)
+    # digitize takes the edges to float64 otherwise, and the values with them.
+    return np.digitize(x, np.array(edges, np.float32), right=True).astype(np.int64)
 
 
 def _two_classes(y: npt.NDArray[np.bool_], p: npt.NDArray[np.bool_]) -> tuple[float, float]:

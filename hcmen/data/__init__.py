@@ -15,13 +15,14 @@ baseline.py   the linear model that a model has to beat
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["SPLITS", "FloatArray", "IntArray", "MultimodalDataset", "Split", "TextTokens"]
+__all__ = ["SPLITS", "FloatArray", "IntArray", "MultimodalDataset", "Split", "TextTokens", "cleaned_notes"]
 
 SPLITS: tuple[str, ...] = ("train", "valid", "test")
 
@@ -98,7 +99,9 @@ class Split:
 class MultimodalDataset:
     """The three splits of one data set.
 
-    cleaned: per modality, how many stored values were NaN or infinite (in float32) and were set to zero.
+    cleaned: per modality, how many stored values were NaN or infinite (in float32) and were set to zero, or misplaced.
+    misplaced: how many of these stood behind padding and were moved to the start, or stood beyond the length of their
+    sample (audio and vision) and were set to zero.
     """
 
     name: str
@@ -106,3 +109,19 @@ class MultimodalDataset:
     label_min: float
     label_max: float
     cleaned: dict[str, int] = field(default_factory=dict)
+    misplaced: dict[str, int] = field(default_factory=dict)
+
+
+def cleaned_notes(cleaned: Mapping[str, int], misplaced: Mapping[str, int], zero: str = "count as 0") -> list[str]:
+    """What a command says of the values that were put right, a line per modality and kind; see `MultimodalDataset`."""
+    notes = []
+    for m, count in cleaned.items():
+        moved = misplaced.get(m, 0)
+        if count > moved:
+            notes.append(f"{m}: {count - moved} stored values were NaN or infinite and {zero}")
+        if moved:
+            notes.append(
+                f"{m}: {moved} stored values were not where their sample's length says: those behind padding are at "
+                f"its start now, those beyond the length {zero}"
+            )
+    return notes

@@ -101,6 +101,8 @@ def main(console: Console, source: Path, out: Path, force: bool, sha256: str | N
     hcmen-train and hcmen-clip take the folder wherever they take the file, with the same results. Less than 200 MB of
     memory are used, whatever the size of the file.
     """
+    from hcmen.data import cleaned_notes
+
     bars: dict[str, Progress] = {}
 
     def show(label: str, done: int, total: int) -> None:
@@ -115,9 +117,10 @@ def main(console: Console, source: Path, out: Path, force: bool, sha256: str | N
     finally:
         for bar in bars.values():
             bar.close()
-    for m, count in index["cleaned"].items():
-        if count:
-            console.note(f"{m}: {count} stored values were NaN or infinite and are 0 now")
+    for note in cleaned_notes(index["cleaned"], index["misplaced"], "are 0 now"):
+        console.note(note)
+    for split, reason in index["left_out"].items():
+        console.note(f"{split}: text_bert is left out ({reason})")
     samples = {name: split["samples"] for name, split in index["splits"].items()}
     console.emit(
         {"out": str(out), **{key: index[key] for key in ("source", "cleaned", "label_min", "label_max", "splits")}},

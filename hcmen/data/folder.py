@@ -64,7 +64,9 @@ def read_folder(folder: Path, inputs: Inputs | Fit) -> MultimodalDataset:
         raw = open_split(data, name, str(folder), inputs)
         split = Split(dict(raw.raw), dict(raw.given), raw.labels, raw.ids)
         splits[name] = with_tokens(split, raw, inputs.text_tokens, f"{folder}: {name}")
-    return MultimodalDataset(str(folder), splits, inputs.label_min, inputs.label_max, index["cleaned"])
+    return MultimodalDataset(
+        str(folder), splits, inputs.label_min, inputs.label_max, index["cleaned"], index["misplaced"]
+    )
 
 
 def map_arrays(folder: Path, split: str) -> dict[str, dict[str, Any]]:
@@ -140,7 +142,7 @@ def _write(
     release: Callable[[], None],
     on_bytes: Callable[[int], None],
 ) -> dict[str, Any]:
-    cleaned = dict.fromkeys(MODALITIES, 0)
+    cleaned, misplaced = dict.fromkeys(MODALITIES, 0), dict.fromkeys(MODALITIES, 0)
     described = {}
     for name, split in splits.items():
         (folder / name).mkdir()
@@ -153,6 +155,7 @@ def _write(
                     lengths[first : first + len(piece.lengths)] = piece.lengths
                     first += len(piece.lengths)
                     cleaned[m] += piece.cleaned
+                    misplaced[m] += piece.misplaced
                     yield piece.features
                     on_bytes(piece.features.nbytes)
 
@@ -175,6 +178,8 @@ def _write(
         "schema_version": SCHEMA_VERSION,
         "source": dict(source),
         "cleaned": cleaned,
+        "misplaced": misplaced,
+        "left_out": {name: str(s.unusable_tokens) for name, s in splits.items() if s.unusable_tokens is not None},
         "label_min": float(labels.min()),
         "label_max": float(labels.max()),
         "splits": described,
@@ -225,9 +230,11 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"{path}: schema_version is {shown(found)}, expected {SCHEMA_VERSION}: convert the data file again"
         )
     cleaned, splits = index.get("cleaned"), index.get("splits")
+    misplaced = index.setdefault("misplaced", {})  # folders of before have none
     names = {_IDS, *(f"{key}.npy" for key in _ARRAYS)}
     whole = isinstance(cleaned, dict) and sorted(cleaned) == sorted(MODALITIES)
     whole = whole and all(type(n) is int for n in cleaned.values()) and isinstance(splits, dict)
+    whole = whole and isinstance(misplaced, dict) and all(type(n) is int for n in misplaced.values())
     for split in SPLITS:
         sizes = splits.get(split, {}).get("bytes") if whole and isinstance(splits.get(split, {}), dict) else None
         if (

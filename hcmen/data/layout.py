@@ -2,16 +2,17 @@
 
 A data set is a dict {"train", "valid", "test"} of dicts with these keys (N samples, T steps, F features):
 
-    text [N, T, F]  audio [N, T, F]  vision [N, T, F]     features, padded at the end
+    text [N, T, F]  audio [N, T, F]  vision [N, T, F]     features, padded at the end, or all in front
     text_bert [N, 3, T]                                   token ids, attention mask, token types: for a text encoder
     audio_lengths, vision_lengths [N]                     valid prefix; not in aligned files
     regression_labels [N]                                 sentiment; SIMS also has one per modality (_T, _A, _V)
     id [N]                                                "video$_$clip"
     raw_text, annotations, classification_labels          not used here
 
-What is put right on the way: -inf, NaN, +inf and float64 values that overflow float32 become 0 and are counted; steps
-beyond a sample's length become 0 (BERT writes something there); lengths that a file does not give are found from the
-data. What cannot be put right is refused.
+What is put right on the way: -inf, NaN, +inf and float64 values that overflow float32 become 0 and are counted; samples
+with their padding in front are moved to the start (padding.py) and counted; steps beyond a sample's length become 0,
+and are counted but for text, where BERT writes something; lengths that a file does not give are found from the data.
+What cannot be put right is refused. A key that nobody needs refuses nothing, such as a `text_bert` that is no tokens.
 
 Axes go by their name, never by their order: the file's audio is read as audio whatever its place. `RawSplit` is a split
 that has been checked and not converted; its pieces are converted one after the other, so that a file larger than the
@@ -32,6 +33,7 @@ from hcmen.base.errors import InputError
 from hcmen.base.inputs import FeatureConfig, Inputs, TokenConfig
 from hcmen.base.modalities import MODALITIES
 from hcmen.data import SPLITS, FloatArray, IntArray, Split, TextTokens
+from hcmen.data.padding import beyond_length, in_front, mask_starts, moved
 
 __all__ = [
     "LABEL_SLACK",
@@ -54,6 +56,7 @@ LABEL_SLACK = 1e-4
 """Labels are averages of several annotators, stored as they came out: the last bits may be beyond the range."""
 # Stored bytes per piece. A piece passes through a handful of temporaries of its size.
 _PIECE_BYTES = 1 << 23
+_MOST_NAME = 1000
 
 
 def open_split(data: Any, split: str, name: str, inputs: Inputs | None = None) -> RawSplit:
@@ -74,8 +77,12 @@ def open_split(data: Any, split: str, name: str, inputs: Inputs | None = None) -
     labels = _labels(_member(members, "regression_labels", object, where), where, inputs)
     raw = {m: _features(_member(members, m, object, where), where, m, inputs, len(labels)) for m in MODALITIES}
     given = {m: n for m in MODALITIES if (n := _given_lengths(members, where, m, raw[m])) is not None}
-    tokens = _text_bert(members, where, raw["text"])
-    return RawSplit(labels, _ids(members.get("id", list(range(len(labels)))), where, len(labels)), raw, given, tokens)
+    ids = _ids(members.get("id", list(range(len(labels)))), where, len(labels))
+    try:
+        tokens, unusable = _text_bert(members, where, len(labels)), None
+    except InputError as error:
+        tokens, unusable = None, error
+    return RawSplit(labels, ids, raw, given, tokens, where, unusable)
 
 
 class Sizes(NamedTuple):
@@ -118,10 +125,18 @@ def with_tokens(split: Split, raw: RawSplit, limits: TokenConfig | None, where: 
     """
     if limits is None:
         return split
+    if raw.unusable_tokens is not None:
+        raise raw.unusable_tokens
     if raw.text_bert is None:
         raise InputError(
             f"{where}: lacks 'text_bert', expected [N, 3, T] token ids for the text encoder: take another file "
             "(a folder: convert again), or train without --text-encoder"
+        )
+    steps = raw.raw["text"].shape[1]
+    if raw.text_bert.shape[2] != steps:
+        raise InputError(
+            f"{where}: 'text_bert' has shape {list(raw.text_bert.shape)}, expected {[len(raw), 3, steps]}, as text "
+            "has: cut or pad both to one length, or train without --text-encoder"
         )
     tokens = checked_tokens(raw.text_bert, limits, where)
     return dataclasses.replace(
@@ -132,11 +147,16 @@ def with_tokens(split: Split, raw: RawSplit, limits: TokenConfig | None, where: 
 
 
 def whole_numbers(stored: RawArray, where: str) -> IntArray:
-    """`stored` as int64, a copy; raises InputError if that changes a number."""
+    """Token ids, masks and types [N, 3, T] as int64, a copy, each text at the start of its row.
+
+    Raises:
+        InputError: a number is not whole.
+    """
     with np.errstate(invalid="ignore"):
         tokens = np.array(stored).astype(np.int64)
     if np.any(tokens != stored):
         raise InputError(f"{where}: 'text_bert' holds numbers that are not whole, expected token ids")
+    moved(tokens.swapaxes(1, 2), mask_starts(tokens[:, 1]))
     return tokens
 
 
@@ -176,12 +196,14 @@ def checked_tokens(stored: RawArray, limits: TokenConfig | None, where: str) -> 
 class Piece(NamedTuple):
     """Some neighbouring samples of one modality: float32 features [n, T, F], zero beyond lengths int64 [n].
 
-    cleaned: how many stored values were NaN or infinite in float32.
+    cleaned: how many stored values were NaN or infinite in float32, or misplaced. misplaced: how many were moved from
+    behind their padding, or stood beyond the length of their sample (of audio and vision).
     """
 
     features: FloatArray
     lengths: IntArray
     cleaned: int
+    misplaced: int
 
 
 @dataclass(frozen=True)
@@ -189,8 +211,9 @@ class RawSplit:
     """A split whose shapes, labels and lengths are checked, and whose features are as they were stored.
 
     labels: float32 [N]. ids: N names. raw: {m: [N, T_m, F_m]}, any number type and memory order.
-    given: {m: int64 [N]}, the lengths that the data gives. text_bert: [N, 3, T], token ids, attention mask and token
-    types, if there are any.
+    given: {m: int64 [N]}, the lengths that the data gives. text_bert: [N, 3, T'], token ids, attention mask and token
+    types, if there are any. where: what error messages call the split. unusable_tokens: why `text_bert` is None
+    although the data has something of that name.
     """
 
     labels: FloatArray
@@ -198,6 +221,8 @@ class RawSplit:
     raw: Mapping[str, RawArray]
     given: Mapping[str, IntArray]
     text_bert: RawArray | None
+    where: str = "data"
+    unusable_tokens: InputError | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -211,6 +236,9 @@ class RawSplit:
             m: the modality.
             release: called whenever some megabytes of the stored array have been touched.
             samples: which neighbouring samples; all if not given.
+
+        Raises:
+            InputError: frames of a sample lie beyond its length, and zeros within it.
         """
         raw = self.raw[m]
         start, stop, _ = samples.indices(len(raw))
@@ -222,9 +250,12 @@ class RawSplit:
             cleaned = int(np.count_nonzero(bad))
             if cleaned:
                 x[bad] = 0.0
-            lengths = self._lengths(m, rows, x)
-            x[np.arange(x.shape[1]) >= lengths[:, None]] = 0.0
-            yield Piece(x, lengths, cleaned)
+            lengths, starts = self._places(m, rows, x)
+            misplaced = int(np.count_nonzero(x[starts > 0]))
+            moved(x, starts)
+            beyond = beyond_length(x, lengths, rows.start, f"{self.where}: {m}", refuse=m != "text")
+            misplaced += 0 if m == "text" else beyond
+            yield Piece(x, lengths, cleaned + misplaced, misplaced)
             release()
 
     def tokens(self, index: int) -> IntArray | None:
@@ -241,45 +272,73 @@ class RawSplit:
     def sample(self, index: int) -> dict[str, FloatArray]:
         """The valid steps [length, F] of sample `index`, per modality."""
         pieces = {m: next(self.pieces(m, samples=slice(index, index + 1))) for m in MODALITIES}
-        return {m: x[0, : lengths[0]] for m, (x, lengths, _) in pieces.items()}
+        return {m: piece.features[0, : piece.lengths[0]] for m, piece in pieces.items()}
 
-    def _lengths(self, m: str, rows: slice, x: FloatArray) -> IntArray:
-        """Valid prefix of the samples `rows`, at least 1: given, or from the mask, or up to the last non-zero frame."""
+    def _places(self, m: str, rows: slice, x: FloatArray) -> tuple[IntArray, IntArray]:
+        """Lengths of the samples `rows`, at least 1, and the steps of padding in front of each.
+
+        The lengths are given, or those of the mask, or reach to the last frame that is not zero.
+        """
+        steps, none = x.shape[1], np.zeros(len(x), np.int64)
+        mask = None if self.text_bert is None else self.text_bert[rows, 1]
+        starts = none if mask is None else mask_starts(mask)
+        masked = none if mask is None else _last(mask != 0) - starts
+        fits = mask is not None and mask.shape[1] == steps
         if m in self.given:
-            return self.given[m][rows]
-        if m == "text" and self.text_bert is not None:
-            return _last(self.text_bert[rows, 1] != 0)
-        return _last(x.any(axis=2))
+            lengths = self.given[m][rows]
+            return lengths, np.where(in_front(x, lengths), steps - lengths, 0)
+        if m == "text" and fits:
+            return masked, np.where((starts > 0) | in_front(x, masked), steps - masked, 0)
+        lengths = _last(x.any(axis=2))
+        if mask is None:
+            return lengths, none
+        # Aligned files: audio and vision have the text's length. In front of it only zeros are taken for padding.
+        first = np.where(x.any(axis=2).any(axis=1), x.any(axis=2).argmax(axis=1), 0)
+        behind = in_front(x, masked) if fits else none > 0
+        begin = np.where(behind, steps - masked, np.where(starts > 0, first, 0))
+        return np.maximum(lengths - begin, 1), begin
 
 
 def _as_float32(raw: RawArray, rows: slice, release: Callable[[], None]) -> FloatArray:
     """A copy of raw[rows] in C order; overflow becomes infinity, in silence."""
+    order = sorted(range(raw.ndim), key=lambda axis: -abs(raw.strides[axis]))
+    stored = raw.transpose(order)
+    place = order.index(0)
     with np.errstate(over="ignore", invalid="ignore"):
-        if raw.flags.c_contiguous or not raw.flags.f_contiguous:
+        if place == 0 or not stored.flags.c_contiguous:
             return np.array(raw[rows], dtype=np.float32, order="C")
-        # In Fortran order the samples of a piece lie strewn over the whole array: gathered column by column, and let
-        # go of in between, or a map of the array would come into memory as a whole.
-        columns = raw.reshape(len(raw), -1, order="F")
-        x = np.empty((rows.stop - rows.start, columns.shape[1]), np.float32, order="F")
-        step = max(1, _PIECE_BYTES // (len(raw) * raw.itemsize))
-        for first in range(0, columns.shape[1], step):
-            x[:, first : first + step] = columns[rows, first : first + step]
+        # The samples of a piece lie strewn over the whole array: gathered block by block, and let go of in between, or
+        # a map of the array would come into memory as a whole.
+        blocks = stored.reshape(-1, len(raw), *stored.shape[place + 1 :])
+        x = np.empty((len(blocks), rows.stop - rows.start, *blocks.shape[2:]), np.float32)
+        step = max(1, _PIECE_BYTES // (blocks[0].size * raw.itemsize))
+        for first in range(0, len(blocks), step):
+            x[first : first + step] = blocks[first : first + step, rows]
             release()
-        return np.ascontiguousarray(x.reshape(len(x), *raw.shape[1:], order="F"))
+        x = x.reshape(*stored.shape[:place], x.shape[1], *stored.shape[place + 1 :])
+        return np.ascontiguousarray(x.transpose(np.argsort(order)))
 
 
 def _ids(value: Any, where: str, samples: int) -> list[str]:
-    names = value.tolist() if isinstance(value, np.ndarray) else value
+    try:
+        names = value.tolist() if isinstance(value, np.ndarray) else value
+    except (ValueError, SystemError):  # no character has such a number
+        raise InputError(f"{where}: 'id' holds text that is none, expected {samples} names, one per label") from None
     plain = isinstance(names, (list, tuple)) and all(isinstance(n, (str, int, float)) for n in names)
     if not plain or len(names) != samples:
         got = f"{len(names)} entries" if isinstance(names, (list, tuple)) else f"a {type(names).__name__}"
         raise InputError(f"{where}: 'id' is {got}, expected {samples} names, one per label")
-    return [str(n) for n in names]
+    found = [str(n) for n in names]
+    longest = max(map(len, found), default=0)
+    if longest > _MOST_NAME:
+        raise InputError(f"{where}: 'id' has a name of {longest} characters, expected at most {_MOST_NAME}")
+    return found
 
 
 def _member(data: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
     if key not in data:
-        raise InputError(f"{where}: '{key}' is missing, found {', '.join(sorted(map(str, data)))[:200] or 'nothing'}")
+        found = ", ".join(sorted(k[:40] for k in data if isinstance(k, str))[:20])
+        raise InputError(f"{where}: '{key}' is missing, found {found or 'nothing'}")
     if not isinstance(data[key], kind):
         raise InputError(f"{where}: '{key}' is a {type(data[key]).__name__}, expected a dict")
     return data[key]
@@ -336,15 +395,18 @@ def _given_lengths(data: Mapping[str, Any], where: str, m: str, x: RawArray) -> 
     return np.maximum(given.astype(np.int64), 1)
 
 
-def _text_bert(data: Mapping[str, Any], where: str, x: RawArray) -> RawArray | None:
-    """'text_bert' [N, 3, T]; None if there is none."""
+def _text_bert(data: Mapping[str, Any], where: str, samples: int) -> RawArray | None:
+    """'text_bert' [N, 3, T'], where T' need not be the steps of text; None if there is none."""
     if "text_bert" not in data:
         return None
     tokens = _array(data["text_bert"], where, "text_bert", 3)
-    if tokens.shape != (len(x), 3, x.shape[1]):
+    if tokens.shape[:2] != (samples, 3) or not tokens.size:
         raise InputError(
-            f"{where}: 'text_bert' has shape {list(tokens.shape)}, expected {[len(x), 3, x.shape[1]]}, as text has"
+            f"{where}: 'text_bert' has shape {list(tokens.shape)}, expected [{samples}, 3, T]: token ids, attention "
+            "mask, token types"
         )
+    for first in range(0, samples, 1024):
+        whole_numbers(tokens[first : first + 1024], where)
     return tokens
 
 

@@ -45,16 +45,16 @@ def dataset_from_mmsa(data: Any, name: str, inputs: Inputs | Fit) -> MultimodalD
         InputError: as `read_mmsa`.
     """
     inputs = fitted(inputs, data, name)
-    cleaned = dict.fromkeys(MODALITIES, 0)
+    cleaned, misplaced = dict.fromkeys(MODALITIES, 0), dict.fromkeys(MODALITIES, 0)
     splits = {}
     for s in SPLITS:
         raw = open_split(data, s, name, inputs)
-        split = _converted(raw, cleaned)
+        split = _converted(raw, cleaned, misplaced)
         splits[s] = with_tokens(split, raw, inputs.text_tokens, f"{name}: {s}")
-    return MultimodalDataset(name, splits, inputs.label_min, inputs.label_max, cleaned)
+    return MultimodalDataset(name, splits, inputs.label_min, inputs.label_max, cleaned, misplaced)
 
 
-def _converted(split: RawSplit, cleaned: dict[str, int]) -> Split:
+def _converted(split: RawSplit, cleaned: dict[str, int], misplaced: dict[str, int]) -> Split:
     features: dict[str, FloatArray] = {}
     lengths: dict[str, IntArray] = {}
     for m in MODALITIES:
@@ -65,4 +65,5 @@ def _converted(split: RawSplit, cleaned: dict[str, int]) -> Split:
             rows = slice(first, first := first + len(piece.lengths))
             features[m][rows], lengths[m][rows] = piece.features, piece.lengths
             cleaned[m] += piece.cleaned
+            misplaced[m] += piece.misplaced
     return Split(features, lengths, split.labels, split.ids)

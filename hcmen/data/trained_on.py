@@ -8,7 +8,7 @@ from typing import Any
 
 from hcmen.base.errors import CorruptFileError, InputError
 from hcmen.base.inputs import Inputs
-from hcmen.data import MultimodalDataset
+from hcmen.data import MultimodalDataset, cleaned_notes
 
 __all__ = ["dataset_of", "mention_cleaned", "trained_on"]
 
@@ -69,7 +69,6 @@ def trained_on(folder: Path, config: Mapping[str, Any]) -> tuple[str, tuple[tupl
 
 
 def mention_cleaned(dataset: MultimodalDataset, note: Callable[[str], None]) -> None:
-    """Tells how many values of the data were no numbers."""
-    for m, count in dataset.cleaned.items():
-        if count:
-            note(f"{m}: {count} stored values were NaN or infinite and count as 0")
+    """Tells how many values of the data were no numbers, or not at their place."""
+    for line in cleaned_notes(dataset.cleaned, dataset.misplaced):
+        note(line)

@@ -368,11 +368,10 @@ def _load_data(source: Mapping[str, Any], inputs: Inputs, seed: int, console: Co
 
 def _load_file(path: str | Path, inputs: Inputs | Fit, console: Console) -> MultimodalDataset:
     from hcmen.data.mmsa import read_mmsa
+    from hcmen.data.trained_on import mention_cleaned
 
     dataset = read_mmsa(path, inputs)
-    for m, count in dataset.cleaned.items():
-        if count:
-            console.note(f"{m}: {count} stored values were NaN or infinite and count as 0")
+    mention_cleaned(dataset, console.note)
     return dataset
 
 

@@ -172,3 +172,72 @@ def test_weighted_f1_from_precision_and_recall() -> None:
             precision, recall = (hits / named if named else 0.0), hits / there
             expected += there / len(y) * (2 * precision * recall / (precision + recall) if hits else 0.0)
         assert metrics.weighted_f1(y, p) == pytest.approx(expected)
+
+
+# --- at the edges, against MMSA's own lines -----------------------------------------------------------------------
+
+
+def mmsa_sims(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Accuracies of MMSA's __eval_sims_regression, by its own loops over float32."""
+    y_p, y_t = np.clip(prediction, -1.0, 1.0), np.clip(truth, -1.0, 1.0)
+    found = {}
+    for name, edges in (
+        ("acc2", [-1.01, 0.0, 1.01]),
+        ("acc3", [-1.01, -0.1, 0.1, 1.01]),
+        ("acc5", [-1.01, -0.7, -0.1, 0.1, 0.7, 1.01]),
+    ):
+        a, b = y_p.copy(), y_t.copy()
+        for i in range(len(edges) - 1):
+            a[np.logical_and(y_p > edges[i], y_p <= edges[i + 1])] = i
+        for i in range(len(edges) - 1):
+            b[np.logical_and(y_t > edges[i], y_t <= edges[i + 1])] = i
+        found[name] = float(np.sum(a == b)) / len(b)
+    return found
+
+
+def mmsa_mosi(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Accuracies of MMSA's __eval_mosei_regression."""
+    found = {}
+    for name, bound in (("acc7", 3.0), ("acc5", 2.0), ("acc3", 1.0)):
+        a, b = np.clip(prediction, -bound, bound), np.clip(truth, -bound, bound)
+        found[name] = float(np.sum(np.round(a) == np.round(b))) / len(b)
+    found["acc2_has0"] = float(np.mean((truth >= 0) == (prediction >= 0)))
+    kept = truth != 0
+    found["acc2_non0"] = float(np.mean((truth[kept] > 0) == (prediction[kept] > 0))) if kept.any() else math.nan
+    return found
+
+
+EDGES = {
+    "sims": (mmsa_sims, [-1.0, -0.7, -0.1, 0.0, 0.1, 0.7, 1.0]),
+    "mosi": (mmsa_mosi, [-3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0]),
+}
+
+
+@pytest.mark.parametrize("widened", [False, True], ids=["float32", "as float64"])
+@pytest.mark.parametrize("family", EDGES)
+def test_at_every_edge_as_mmsa_does(family: str, widened: bool) -> None:
+    """Each edge and its float32 neighbours, against one value of each class; float32 as it is, or handed on wider."""
+    oracle, edges = EDGES[family]
+    middles = np.float32([*(np.array(edges[1:]) + edges[:-1]) / 2])
+    for edge in np.float32(edges):
+        for value in (edge, np.nextafter(edge, np.float32(9)), np.nextafter(edge, np.float32(-9)), -edge):
+            truth = np.full_like(middles, value)
+            for y, p in ((truth, middles), (middles, truth)):
+                expected = oracle(p, y)
+                if widened:
+                    y, p = y.astype(np.float64), p.tolist()
+                found = metrics.scores(y, p, family)
+                for name, score in expected.items():
+                    assert found[name] == pytest.approx(score, nan_ok=True), (edge, value, name)
+
+
+@pytest.mark.parametrize("family", EDGES)
+def test_values_on_tenths_as_mmsa_does(family: str) -> None:
+    oracle, edges = EDGES[family]
+    generator = np.random.default_rng(0)
+    truth, prediction = (
+        (generator.integers(10 * edges[0], 10 * edges[-1] + 1, 400) / 10).astype(np.float32) for _ in range(2)
+    )
+    found = metrics.scores(truth, prediction, family)
+    for name, score in oracle(prediction, truth).items():
+        assert found[name] == pytest.approx(score)
