@@ -335,6 +335,27 @@ def _flush() -> None:
             stream.flush()
 
 
+def _closed_streams_to_null() -> list[str]:
+    """The standard streams that the caller had closed, which are /dev/null from here on.
+
+    Python has None in their place, and the next file that is opened would get their number.
+    """
+    closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    for name in closed:
+        number = ("stdin", "stdout", "stderr").index(name)
+        null = os.open(os.devnull, os.O_RDWR)
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(null, number)
+            os.close(null)
+            null = number
+        stream = open(null, "r" if name == "stdin" else "w", encoding="utf-8")  # noqa: SIM115
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    return closed
+
+
 class Command(click.Command):
     """A click command whose every way out is an exit code of this module and at most one line on stderr.
 
@@ -375,12 +396,15 @@ class Command(click.Command):
         **extra: Any,
     ) -> Any:
         """Runs the command and ends the process with its exit code (or returns it, with standalone_mode off)."""
+        closed = _closed_streams_to_null()
         for stream in (sys.stdout, sys.stderr):
             # A file name need not be text in the terminal's encoding; that must not become an error of its own.
             with contextlib.suppress(AttributeError, ValueError, OSError):
                 stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         with end_by_signal({signal.SIGINT: _interrupt, signal.SIGTERM: _terminate}), warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            if "stdout" in closed:
+                _echo_marked("warning:", "yellow", "stdout is closed, what would be printed there is lost")
             try:
                 code = super().main(args, prog_name or self.name, complete_var, standalone_mode=False, **extra)
                 sys.stdout.flush()

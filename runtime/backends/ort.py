@@ -227,7 +227,9 @@ class OrtBackend:
         with contextlib.ExitStack() as stack:
             if isinstance(weights, SharedFile):
                 folder = stack.enter_context(weights.held())
-                options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+                options.add_session_config_entry(
+                    "session.model_external_initializers_file_folder_path", os.fsencode(folder)
+                )
             try:
                 if not isinstance(weights, SharedFile):
                     values = [self._ort.OrtValue.ortvalue_from_numpy(t.view(weights)) for t in graph.external]

@@ -316,7 +316,7 @@ def _emit(
     if "html" in targets:
         from hcmen.runtime.benchmark.page import page
 
-        write_file(targets["html"], page(data, verdicts, unmatched).encode())
+        write_file(targets["html"], page(data, verdicts, unmatched).encode(errors="backslashreplace"))
         console.note(f"written: {targets['html']}")
 
 
