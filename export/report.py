@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hcmen.base.console import aligned
+from hcmen.base.tables import aligned
 
 if TYPE_CHECKING:
     from hcmen.base.manifest import Manifest

@@ -1,4 +1,4 @@
-"""Which variant "auto" takes."""
+"""Which variant scores a clip, and which one "auto" takes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from hcmen.base.clip import TEXT_TOKENS, Clip
 from hcmen.base.errors import InputError
 from hcmen.base.modalities import Variant, variant_for, variant_named
 
 if TYPE_CHECKING:
     from hcmen.base.manifest import Manifest
 
-__all__ = ["best_variant"]
+__all__ = ["best_variant", "variant_of"]
 
 
 def best_variant(manifest: Manifest, present: Sequence[str], name: str) -> str:
@@ -38,3 +39,25 @@ def best_variant(manifest: Manifest, present: Sequence[str], name: str) -> str:
         return len(variant.present), -errors.get(variant.name, math.inf), variant.mask
 
     return max(usable, key=worth).name
+
+
+def variant_of(clip: Clip, chosen: Variant | None, manifest: Manifest) -> str:
+    """The variant that scores `clip`: `chosen`, or the best one of the bundle where None was.
+
+    Raises:
+        InputError: the variant needs what the clip lacks.
+    """
+    if chosen is None:
+        return best_variant(manifest, clip.present, clip.name)
+    absent = [m for m in chosen.present if m not in clip.present]
+    if absent:
+        why = ""
+        if TEXT_TOKENS in clip.ignored:
+            why = f" (its {TEXT_TOKENS} need a bundle with a text encoder)"
+        elif "text" in clip.ignored:
+            why = f" (this bundle takes {TEXT_TOKENS} in place of its text features)"
+        raise InputError(
+            f"{clip.name}: variant '{chosen.name}' needs {' and '.join(absent)}, the clip has only "
+            f"{', '.join(clip.present)}{why}: use variant '{clip.variant.name}' or auto"
+        )
+    return chosen.name

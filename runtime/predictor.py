@@ -39,7 +39,7 @@ from hcmen.media.words import Encoded, Tokenizer
 from hcmen.runtime.backends import forks
 from hcmen.runtime.backends.limits import check_time_limit
 from hcmen.runtime.backends.options import Options, Ort, OrtCuda, TensorRT, backend_options
-from hcmen.runtime.best import best_variant
+from hcmen.runtime.best import variant_of
 from hcmen.runtime.compare import GRAPH_BOUNDS
 from hcmen.runtime.golden import SelfTest, golden_test
 
@@ -365,7 +365,7 @@ class Predictor:
         for i, item in enumerate(items):
             try:
                 clip = self._clip(item)
-                batches.setdefault(self._variant(clip, chosen), []).append((i, clip))
+                batches.setdefault(variant_of(clip, chosen, self.bundle.manifest), []).append((i, clip))
             except HcmenError as error:
                 outcomes[i] = error
         for variant, members in batches.items():
@@ -431,22 +431,6 @@ class Predictor:
                 item = {**{k: x for k, x in item.items() if k != "text"}, TEXT_TOKENS: self.encode(item["text"]).tokens}
             return clip_from_arrays("clip", item, self.inputs, self.clean)
         raise _no_clip(item)
-
-    def _variant(self, clip: Clip, chosen: Variant | None) -> str:
-        if chosen is None:
-            return best_variant(self.bundle.manifest, clip.present, clip.name)
-        absent = [m for m in chosen.present if m not in clip.present]
-        if absent:
-            why = ""
-            if TEXT_TOKENS in clip.ignored:
-                why = f" (its {TEXT_TOKENS} need a bundle with a text encoder)"
-            elif "text" in clip.ignored:
-                why = f" (this bundle takes {TEXT_TOKENS} in place of its text features)"
-            raise InputError(
-                f"{clip.name}: variant '{chosen.name}' needs {' and '.join(absent)}, the clip has only "
-                f"{', '.join(clip.present)}{why}: use variant '{clip.variant.name}' or auto"
-            )
-        return chosen.name
 
 
 def _no_clip(item: object) -> InputError:

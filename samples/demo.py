@@ -19,10 +19,10 @@ from typing import Any
 
 from hcmen.base.bundle import read_bundle, write_manifest
 from hcmen.base.clip import batch_clips, read_clip
-from hcmen.base.console import aligned
 from hcmen.base.files import writing_folder
 from hcmen.base.modalities import VARIANTS, variant_named
 from hcmen.base.shipped import BUNDLE, DEMO
+from hcmen.base.tables import aligned
 from hcmen.base.typed import as_typed, from_here
 from hcmen.runtime import load
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hcmen.base.console import Choice, Console, VariantChoice, aligned, command
+from hcmen.base.console import Choice, Console, VariantChoice, command
 from hcmen.base.engines import PRECISIONS
 from hcmen.base.errors import HcmenError, InputError
 from hcmen.base.modalities import variant_named
 from hcmen.base.records import MANIFEST_FILE
 from hcmen.base.shipped import BUNDLE, DEMO, chosen_bundle
+from hcmen.base.tables import aligned
 from hcmen.base.typed import as_typed, from_here
 
 if TYPE_CHECKING:

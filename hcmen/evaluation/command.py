@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hcmen.base.console import Choice, Console, command, screen_width
+from hcmen.base.console import Choice, Console, command
 from hcmen.base.errors import InputError
 from hcmen.base.files import check_writable, refused, sweep, write_files
 from hcmen.base.shipped import chosen_checkpoint
+from hcmen.base.tables import screen_width
 
 if TYPE_CHECKING:
     import numpy as np

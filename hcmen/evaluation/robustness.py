@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hcmen.base import metrics
-from hcmen.base.console import fitted
 from hcmen.base.errors import CheckFailed
 from hcmen.base.modalities import MODALITIES
+from hcmen.base.tables import fitted
 from hcmen.data.protocols import Masks, Protocol
 from hcmen.data.published import Published
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hcmen.base.console import aligned
+from hcmen.base.tables import aligned
 from hcmen.runtime.benchmark.judge import Verdict
 
 __all__ = ["milliseconds", "tables"]

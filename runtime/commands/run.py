@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hcmen.base.console import Command, Console, VariantChoice, command, one_line, screen_width
+from hcmen.base.console import Command, Console, VariantChoice, command, one_line
 from hcmen.base.errors import CheckFailed, HcmenError, InputError
 from hcmen.base.modalities import MODALITIES, variant_for, variant_named
+from hcmen.base.tables import screen_width
 from hcmen.runtime.commands.model import MODEL_OPTIONS, model_options, opened_model
 
 if TYPE_CHECKING:

@@ -172,7 +172,7 @@ def test_checkpoint_and_exported_bundle_agree(
     split = dataset.splits["test"]
     model = make_model(0)
     judged = hcmen.evaluation.command._bundle(
-        exported, checkpoints[:1], None, "test", 1, 5, hcmen.evaluation.command.Console(verbosity=-1)
+        exported, checkpoints[:1], None, "test", 1, None, 5, hcmen.evaluation.command.Console(verbosity=-1)
     )
     there = [list(variant_named(name).mask) for name in EXPORTED]
     compared = set()

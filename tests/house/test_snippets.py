@@ -52,7 +52,7 @@ NOT_RUN: dict[str, str] = {
     "HCMEN_ORT_INCLUDE_DIR=": "needs the headers of ONNX Runtime",
     ". ": "changes the shell",
     "export": "changes the shell",
-    "hcmen-bench build/bundle": MINUTES,
+    "hcmen-bench --bundle build/bundle --bundle build/bundle-int8": MINUTES,
     "hcmen-bench --against": MINUTES,
     "hcmen-bench --compare": "a busy machine may be slower the second time",
     "hcmen-bench --show after.json": "needs a second measurement",

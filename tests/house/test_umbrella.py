@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,8 @@ def test_the_commands_are_those_that_are_installed_and_those_that_there_are():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
     modules = {f"hcmen-{name}": f"{home.module}:main" for name, home in COMMANDS.items()}
     assert scripts == {"hcmen": "hcmen.__main__:main", **modules}
-    written = {name for name, path in ALL.items() if '\n@command("hcmen-' in path.read_text(encoding="utf-8")}
+    start = re.compile(r'^@command\(\s*"hcmen-', re.M)
+    written = {name for name, path in ALL.items() if start.search(path.read_text(encoding="utf-8"))}
     assert {home.module for home in COMMANDS.values()} == written
 
 
@@ -66,5 +68,5 @@ def test_help_loads_no_command_and_nothing_heavy():
     program = "import sys\nfrom hcmen.__main__ import main\nmain(['--help'], standalone_mode=False)\n"
     program += "print(sorted(m for m in sys.modules if m.startswith('hcmen.')), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    base = [f"hcmen.base{part}" for part in ("", ".console", ".errors", ".interrupts")]
+    base = [f"hcmen.base{part}" for part in ("", ".console", ".errors", ".interrupts", ".modalities")]
     assert done.stderr.strip() == str(["hcmen.__main__", *base])

@@ -468,12 +468,12 @@ def test_another_machine_is_refused_and_other_versions_are_told(report, shared_b
 @pytest.mark.parametrize(
     ("content", "code", "word"),
     [
-        (b"", 5, "not of hcmen-bench"),
-        (b'{"what": "hcmen-bench", "schema', 5, "not of hcmen-bench"),
+        (b"", 5, "give a JSON file that hcmen-bench --out wrote"),
+        (b'{"what": "hcmen-bench", "schema', 5, "give a JSON file that hcmen-bench --out wrote"),
         (b"[1]", 5, "not a report"),
         (b'{"what": "hcmen-bench", "schema_version": 99}', 2, "schema_version is 99"),
         (b'{"what": "hcmen-bench", "schema_version": 1}', 5, "lacks 'machine'"),
-        (b"\x80\x04\x95", 5, "not of hcmen-bench"),
+        (b"\x80\x04\x95", 5, "give a JSON file that hcmen-bench --out wrote"),
     ],
 )
 def test_a_damaged_or_foreign_old_report_is_refused(shared_bundle, tmp_path, content, code, word):
@@ -578,7 +578,7 @@ def test_without_torch_the_rows_that_need_it_are_refused(shared_bundle, monkeypa
     import hcmen.runtime.benchmark.peers as peers
 
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
-    done = run(main, shared_bundle, "--against", "eager")
+    done = run(main, shared_bundle, "--against", "eager", "--checkpoint", "none")
     assert (done.code, len(done.lines)) == (3, 1)
     assert "torch is not installed" in done.err
 
