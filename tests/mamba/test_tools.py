@@ -319,8 +319,9 @@ def test_functions_that_were_dropped_are_put_back(name, tmp_path):
     np.testing.assert_allclose(scores(add_functions(made), False), expected, atol=1e-6 * np.abs(expected).max())
 
 
-def test_symbolic_shape_inference_stops_at_the_operators():
+def test_symbolic_shape_inference_stops_at_the_operators(tmp_path, monkeypatch):
     """With the functions and without."""
+    monkeypatch.chdir(tmp_path)  # it leaves its models where it runs
     symbolic = importlib.import_module("onnxruntime.tools.symbolic_shape_infer").SymbolicShapeInference
     for model, why in ((mixer(), "NoneType"), (strip_functions(mixer()), "Incomplete symbolic shape inference")):
         with pytest.raises(Exception, match=why):
