@@ -18,6 +18,13 @@ __all__ = ["OUTPUTS", "FeatureConfig", "Inputs", "TensorSpec", "TokenConfig"]
 
 _MOST_LETTERS = 40
 _MOST_LABEL = 1e38  # of float32
+# A size is believed before a file of that size is there: what it admits must be what a machine can hold.
+MOST_FEATURES, MOST_STEPS, _MOST_WORDS = 1 << 16, 1 << 20, 1 << 24
+
+
+def _short(number: int) -> str:
+    """A number to be shown, which may have any number of digits."""
+    return str(number) if abs(number) < 10**18 else f"a number of {number.bit_length()} bits"
 
 
 @dataclass(frozen=True)
@@ -28,8 +35,17 @@ class FeatureConfig:
     max_steps: int
 
     def __post_init__(self) -> None:
-        require(self.features >= 1, f"features is {self.features}, expected at least 1")
-        require(self.max_steps >= 1, f"max_steps is {self.max_steps}, expected at least 1")
+        require(self.features >= 1, f"features is {_short(self.features)}, expected at least 1")
+        require(self.max_steps >= 1, f"max_steps is {_short(self.max_steps)}, expected at least 1")
+
+    @classmethod
+    def from_json(cls, data: Any, where: str) -> FeatureConfig:
+        """Reads the sizes that a file names; raises InputError where they are none, or none that a machine can hold."""
+        made = cls(**checked(cls, data, where))
+        for name, most in (("features", MOST_FEATURES), ("max_steps", MOST_STEPS)):
+            number = getattr(made, name)
+            require(number <= most, f"{name} is {_short(number)}, expected 1 to {most}")
+        return made
 
 
 @dataclass(frozen=True)
@@ -45,7 +61,8 @@ class TokenConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocabulary", "token_types"):
-            require(getattr(self, name) >= 1, f"text_tokens.{name} is {getattr(self, name)}, expected at least 1")
+            number = getattr(self, name)
+            require(1 <= number <= _MOST_WORDS, f"text_tokens.{name} is {_short(number)}, expected 1 to {_MOST_WORDS}")
         require(
             0 <= self.unknown_token < self.vocabulary,
             f"text_tokens.unknown_token is {self.unknown_token}, expected an id below {self.vocabulary}",
@@ -182,7 +199,7 @@ class Inputs:
         """
         values = checked(cls, data, whole=True)
         for m in MODALITIES:
-            values[m] = FeatureConfig(**checked(FeatureConfig, values[m], f"{m}."))
+            values[m] = FeatureConfig.from_json(values[m], f"{m}.")
         if values["text_tokens"] is not None:
             values["text_tokens"] = TokenConfig(**checked(TokenConfig, values["text_tokens"], "text_tokens."))
         values["outputs"] = tuple(TensorSpec.from_json(t, f"outputs[{i}]") for i, t in enumerate(values["outputs"]))

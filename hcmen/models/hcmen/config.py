@@ -103,7 +103,7 @@ class ModelConfig:
         """
         values = dict(checked(cls, data))
         for name in MODALITIES:
-            values[name] = FeatureConfig(**checked(FeatureConfig, values[name], f"{name}."))
+            values[name] = FeatureConfig.from_json(values[name], f"{name}.")
         if values.get("text_encoder") is not None:
             values["text_encoder"] = TextEncoderConfig.from_json(values["text_encoder"])
         return cls(**values)
