@@ -7,10 +7,10 @@
 #     hcmen-run /clips/clip.npz --bundle /bundle --backend tensorrt
 #
 # The headers and the Python package of TensorRT are of one version, and of the CUDA of the base.
-ARG CUDA=12.9.1
-ARG SYSTEM=ubuntu24.04
+ARG DEVEL=12.9.1-devel-ubuntu24.04@sha256:020bc241a628776338f4d4053fed4c38f6f7f3d7eb5919fecb8de313bb8ba47c
+ARG RUNTIME=12.9.1-cudnn-runtime-ubuntu24.04@sha256:d02c4310b6d57ca0b16cd80298bdb33a74187baafe2eccd8a6a16180ddc90802
 
-FROM nvidia/cuda:${CUDA}-devel-${SYSTEM} AS build
+FROM nvidia/cuda:${DEVEL} AS build
 ARG TENSORRT=10.13.3.9
 ARG TENSORRT_CUDA=12.9
 ARG ONNXRUNTIME=1.23.2
@@ -34,7 +34,7 @@ RUN python3 -m venv /opt/hcmen \
       --config-settings="cmake.define.TENSORRT_INCLUDE_DIR=/usr/include/$(uname -m)-linux-gnu" \
       . "onnxruntime-gpu==${ONNXRUNTIME}" "tensorrt-cu12==${TENSORRT}" 'onnx>=1.21'
 
-FROM nvidia/cuda:${CUDA}-cudnn-runtime-${SYSTEM}
+FROM nvidia/cuda:${RUNTIME}
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends python3 \

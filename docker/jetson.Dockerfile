@@ -9,7 +9,7 @@
 # The base is that of JetPack 6.1 and 6.2, with TensorRT 10.3. On JetPack 7 take one of NVIDIA's TensorRT images of the
 # device's version, which has TensorRT's Python package already:
 #   --build-arg BASE=nvcr.io/nvidia/tensorrt:25.08-py3 --build-arg TENSORRT_PYTHON= --build-arg ARCHITECTURES=110
-ARG BASE=nvcr.io/nvidia/l4t-jetpack:r36.4.0
+ARG BASE=nvcr.io/nvidia/l4t-jetpack:r36.4.0@sha256:34ccf0f3b63c6da9eee45f2e79de9bf7fdf3beda9abfd72bbf285ae9d40bb673
 
 FROM ${BASE}
 ARG TENSORRT_PYTHON=python3-libnvinfer

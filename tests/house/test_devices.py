@@ -64,7 +64,7 @@ def ignored(source: str) -> bool:
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda p: p.stem)
-def test_every_base_is_pinned(path):
+def test_every_base_is_pinned_by_its_digest(path):
     found = instructions(path)
     defaults = dict(v.split("=", 1) for k, v in found if k == "ARG")
     for kind, arguments in found:
@@ -72,7 +72,14 @@ def test_every_base_is_pinned(path):
             base = arguments.split()[0]
             for name, value in defaults.items():
                 base = base.replace(f"${{{name}}}", value)
-            assert re.fullmatch(r"[\w./-]+:[a-z-]*\d+\.\d+[\w.-]*", base), base
+            assert re.fullmatch(r"[\w./-]+:[a-z-]*\d+\.\d+[\w.-]*@sha256:[0-9a-f]{64}", base), base
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github/workflows").glob("*.yml")), ids=lambda p: p.stem)
+def test_every_action_is_pinned_by_its_commit(path):
+    used = re.findall(r"uses: (.*)", path.read_text("utf-8"))
+    assert used
+    assert [a for a in used if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", a)] == []
 
 
 def commands(text: str) -> list[list[str]]:
