@@ -19,6 +19,7 @@ from hcmen.base.inputs import Inputs
 from hcmen.base.modalities import Variant
 from hcmen.base.op import IR_VERSION, OPSET
 from hcmen.base.records import MANIFEST_FILE, MOST_MANIFEST_BYTES
+from hcmen.base.typed import as_typed, from_here
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -111,7 +112,8 @@ def kept_of(
     if names:
         note(f"{target}: is of this checkpoint, {', '.join(names)} {'stay' if len(names) > 1 else 'stays'}")
     if (target / ENGINES_FOLDER).is_dir():
-        note(f"{target}: its engines were made of the graphs before these and go: run hcmen-compile again")
+        compiled = as_typed("hcmen-compile", "--bundle", from_here(target))
+        note(f"{target}: its engines were made of the graphs before these and go: run {compiled} again")
     return Kept(target, content, found, names)
 
 

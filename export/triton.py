@@ -29,7 +29,7 @@ from hcmen.base.errors import CorruptFileError, InputError
 from hcmen.base.files import read_small
 from hcmen.base.inputs import TensorSpec
 from hcmen.base.library import LIBRARY_NAME, library_path
-from hcmen.base.records import parse_json
+from hcmen.base.records import JsonFile, parse_json
 from hcmen.export.weights import embedded_model
 
 __all__ = ["SERVER_ROOT", "model_config", "write_repository"]
@@ -140,7 +140,7 @@ def _verify(folder: Path) -> None:
 
 def _mark(folder: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, CorruptFileError):
-        data = parse_json(read_small(folder / MARK_FILE))
+        data = parse_json(read_small(folder / MARK_FILE), JsonFile(MARK_FILE, "write the repository again"))
         if isinstance(data, dict) and data.get("name") == "hcmen-triton":
             return data
     return {}

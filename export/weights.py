@@ -44,7 +44,7 @@ def embedded_model(bundle: Bundle, variant: str, weights: NDArray[np.uint8] | No
     try:
         model.ParseFromString(graph.model)
     except Exception as error:  # protobuf's own class, which differs between its implementations
-        raise CorruptFileError(f"{where}: not an ONNX file: copy or export the bundle again") from error
+        raise CorruptFileError("not an ONNX file", fix="export the bundle again", where=where) from error
     for tensor in model.graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL:
             values = external[tensor.name].view(weights)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hcmen.base.clip import TEXT_TOKENS, Clip
 from hcmen.base.errors import InputError
 from hcmen.base.modalities import Variant, variant_for, variant_named
+from hcmen.base.typed import as_typed
 
 if TYPE_CHECKING:
     from hcmen.base.manifest import Manifest
@@ -30,7 +31,7 @@ def best_variant(manifest: Manifest, present: Sequence[str], name: str) -> str:
         have, wanted = ", ".join(manifest.variants), variant_for(present).name
         raise InputError(
             f"has {' and '.join(present)} alone, and the bundle's variants ({have}) need more",
-            fix=f"add '{wanted}' to the bundle with hcmen-export --variant {wanted}",
+            fix=f"add '{wanted}' to the bundle with {as_typed('hcmen-export', '--variant', wanted)}",
             where=name,
         )
     errors = {s.variant: s.measures["mae"] for s in manifest.scores if s.split == "valid" and "mae" in s.measures}

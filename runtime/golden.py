@@ -69,7 +69,7 @@ def golden_test(
     for arrays in cases:
         missing = [t.name for t in (*record.inputs, *record.outputs) if t.name not in arrays]
         if missing:
-            raise CorruptFileError(f"{where}: a case lacks {missing[0]!r}: export the bundle again")
+            raise CorruptFileError(f"{where}: a case lacks {missing[0]!r}", fix="export the bundle again")
         outputs = session.run({t.name: arrays[t.name] for t in record.inputs})
         for name in got:
             if outputs[name].shape != arrays[name].shape:
@@ -97,9 +97,9 @@ def read_golden(content: NDArray[np.uint8], where: str) -> list[Arrays]:
         raise
     except Exception as error:  # zipfile, zlib and numpy each raise errors of their own on damage
         reason = reason_of(error)
-        raise CorruptFileError(f"{where}: damaged golden file ({reason}): export the bundle again") from error
+        raise CorruptFileError(f"{where}: damaged golden file ({reason})", fix="export the bundle again") from error
     if not cases:
-        raise CorruptFileError(f"{where}: no case in it, expected at least one: export the bundle again")
+        raise CorruptFileError(f"{where}: no case in it, expected at least one", fix="export the bundle again")
     return [cases[key] for key in sorted(cases)]
 
 

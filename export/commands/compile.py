@@ -124,7 +124,7 @@ def main(
     if opened.manifest.precision != "fp32":
         raise InputError(
             f"{bundle}: its graphs are {opened.manifest.precision}, engines of either precision are made from float32 "
-            "ones: compile a bundle of hcmen-export --precision fp32"
+            f"ones: compile a bundle of {as_typed('hcmen-export', '--precision', 'fp32')}"
         )
     chosen = [variant_named(name).name for name in dict.fromkeys(variants)] or list(opened.manifest.variants)
     for name in chosen:

@@ -35,12 +35,15 @@ from hcmen.base.errors import CorruptFileError, HcmenError, InputError
 from hcmen.base.files import read_small, writing_folder
 from hcmen.base.manifest import NAME, Manifest, VariantRecord
 from hcmen.base.modalities import variant_named
-from hcmen.base.records import MANIFEST_FILE, MOST_MANIFEST_BYTES, FileRecord, check_file_name, parse_json
+from hcmen.base.records import MANIFEST, MANIFEST_FILE, MOST_MANIFEST_BYTES, FileRecord, check_file_name, parse_json
 from hcmen.base.shipped import or_the_demo
+from hcmen.base.typed import as_typed, from_here
 
 __all__ = [
+    "CHECKPOINT_FILE",
     "Bundle",
     "SharedFile",
+    "check_no_bundle",
     "file_record",
     "looks_like_bundle",
     "read_bundle",
@@ -48,7 +51,11 @@ __all__ = [
     "writing_bundle",
 ]
 
+CHECKPOINT_FILE = "checkpoint.safetensors"
+"""What tells the folders that hcmen-train writes."""
 _READ_BYTES = 1 << 20
+_OF_A_MANIFEST = {"op", "variants", "weights"}
+"""A manifest.json without any of these keys is none of ours that was damaged."""
 
 
 @dataclass(frozen=True)
@@ -209,23 +216,45 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     """
     root = Path(path)
     if not root.is_dir():
-        what = "not a folder" if root.exists() else "no such folder"
-        raise InputError(
-            f"{root}: {what}, expected a bundle: make one with hcmen-export --bundle {root}{or_the_demo(root)}"
-        )
+        raise _no_bundle(root, "not a folder" if root.exists() else "no such folder")
     try:
         with _opened_beneath(root, MANIFEST_FILE) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
             content = file.read(MOST_MANIFEST_BYTES + 1)
     except _MissingFile as error:
-        raise InputError(
-            f"{root}: no {MANIFEST_FILE} in it, expected a bundle: make one with hcmen-export --bundle {root}"
-            f"{or_the_demo(root)}"
-        ) from error
+        raise _no_bundle(root, f"no {MANIFEST_FILE} in it") from error
     where = root / MANIFEST_FILE
     try:
-        return Bundle(root, Manifest.from_json(parse_json(content)))
-    except HcmenError as error:
+        data = parse_json(content, MANIFEST)
+        if isinstance(data, dict) and data and _OF_A_MANIFEST.isdisjoint(data):
+            raise _no_bundle(root, f"its {MANIFEST_FILE} is something else's")
+        return Bundle(root, Manifest.from_json(data))
+    except CorruptFileError as error:
         raise error.but(where=str(where)) from error
+    except HcmenError as error:
+        raise error.but(where=error.where or str(where)) from error
+
+
+def check_no_bundle(folder: Path, expected: str, fix: str) -> None:
+    """Raises InputError if `folder` is a bundle where something else, `expected`, is wanted; `fix` is what helps."""
+    if looks_like_bundle(folder):
+        raise InputError("a bundle", expected, fix, where=str(folder))
+
+
+def _no_bundle(place: Path, what: str) -> InputError:
+    """The error for what was named as a bundle and is none: what helps depends on what it is."""
+    folder = place if place.is_dir() else place.parent
+    fix = "name the folder that hcmen-export wrote"
+    if (folder / CHECKPOINT_FILE).is_file():
+        what = "a checkpoint folder" if folder == place else "a file of a checkpoint folder"
+        made = as_typed("hcmen-export", "--checkpoint", folder, "--bundle", "OTHER")
+        fix = f"make a bundle of it with {made}, and name that"
+    elif folder != place and looks_like_bundle(folder):
+        fix = f"name the folder itself, {folder}"
+    elif looks_like_bundle(place.absolute().parent) and folder == place:
+        what, fix = "a part of a bundle", f"name the whole, {place.parent}"
+    elif not place.exists() or (folder == place and not any(place.iterdir())):
+        fix = f"make one with {as_typed('hcmen-export', '--bundle', place)}{or_the_demo(place)}"
+    return InputError(what, "a bundle", fix, where=str(place))
 
 
 def file_record(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> FileRecord:
@@ -260,7 +289,7 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Path:
         OSError: it cannot be written.
     """
     text = json.dumps(_plain(manifest.to_json()), indent=1, allow_nan=False)
-    Manifest.from_json(parse_json(text.encode()))
+    Manifest.from_json(parse_json(text.encode(), MANIFEST))
     path = Path(folder) / MANIFEST_FILE
     path.write_text(text + "\n", encoding="ascii")
     return path
@@ -337,6 +366,8 @@ def _open_error(where: Path, error: OSError) -> HcmenError:
     if error.errno in (errno.EACCES, errno.EPERM):
         return InputError("permission denied", fix="check its owner and permissions", where=str(where))
     reason = (error.strerror or "cannot be opened").lower()
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return InputError(reason, fix="the bundle is not the cause: close files or end programs here", where=str(where))
     return CorruptFileError(reason, fix="copy the bundle again", where=str(where))
 
 
@@ -347,6 +378,8 @@ def _check_replaceable(target: Path, force: bool) -> None:
         raise InputError(f"{target}: a file is there, expected a folder for the bundle: choose another place")
     if not any(target.iterdir()) or looks_like_bundle(target):
         return
+    if (target / CHECKPOINT_FILE).exists():
+        raise InputError("a checkpoint folder", "a place for the bundle", "choose another", where=from_here(target))
     here = Path.cwd()
     if target == here or target in here.parents or target == Path.home():
         raise InputError(f"{target}: this folder is in use and no bundle: choose another place")
@@ -357,7 +390,7 @@ def _check_replaceable(target: Path, force: bool) -> None:
 def looks_like_bundle(folder: Path) -> bool:
     """Whether `folder` was written by us, of whatever schema and state; only then is it replaced unasked."""
     try:
-        data = parse_json(read_small(folder / MANIFEST_FILE, MOST_MANIFEST_BYTES))
+        data = parse_json(read_small(folder / MANIFEST_FILE, MOST_MANIFEST_BYTES), MANIFEST)
     except (OSError, CorruptFileError):
         return False
     return isinstance(data, dict) and data.get("name") == NAME and "schema_version" in data and "variants" in data

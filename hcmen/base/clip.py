@@ -33,6 +33,7 @@ from hcmen.base.inputs import Inputs
 from hcmen.base.modalities import MODALITIES, Variant, variant_for
 from hcmen.base.npy import undisturbed
 from hcmen.base.strangers import HEAD_BYTES, stranger
+from hcmen.base.typed import as_typed
 
 __all__ = [
     "TEXT_TOKENS",
@@ -301,7 +302,7 @@ def _check_keys(name: str, keys: Iterable[str], inputs: Inputs | None = None) ->
     if inputs.text_tokens:
         raise InputError(
             "only text features are present, and this model makes its own from tokens",
-            fix=f"give {TEXT_TOKENS} [3, time], or words with hcmen-run --text",
+            fix=f"give {TEXT_TOKENS} [3, time], or words with {as_typed('hcmen-run')} --text",
             where=name,
         )
     raise InputError(

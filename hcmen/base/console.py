@@ -92,7 +92,9 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     if isinstance(error, HcmenError):
         return one_line(error), error.exit_code
     if isinstance(error, click.UsageError):
-        where = f" (see {error.ctx.command_path} --help)" if error.ctx is not None else ""
+        from hcmen.base.typed import as_called
+
+        where = f" (see {as_called(error.ctx.command_path)} --help)" if error.ctx is not None else ""
         return one_line(error.format_message()) + where, 2
     if isinstance(error, click.ClickException):
         return one_line(error.format_message()), 2

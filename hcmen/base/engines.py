@@ -29,11 +29,12 @@ from types import MappingProxyType
 from typing import Any
 
 from hcmen.base.bundle import Bundle
-from hcmen.base.errors import CorruptFileError, HcmenError, InputError
+from hcmen.base.errors import CorruptFileError, InputError
 from hcmen.base.files import refused, sweep, write_file
 from hcmen.base.modalities import VARIANTS
-from hcmen.base.records import FileRecord, JsonObject, parse_json
+from hcmen.base.records import FileRecord, JsonFile, JsonObject, parse_json
 from hcmen.base.trust import made_key, signature
+from hcmen.base.typed import as_typed
 
 __all__ = [
     "ENGINES_FOLDER",
@@ -127,14 +128,12 @@ def read_engines(bundle: Bundle) -> tuple[EngineRecord, ...]:
         CorruptFileError: the index is damaged, altered or unsafe.
     """
     where = bundle.path / INDEX_FILE
+    index = JsonFile(str(where), f"remove {where.parent} and run {as_typed('hcmen-compile', '--bundle', bundle.path)}")
     try:
         content = bundle.read_index(INDEX_FILE)
-        return () if content is None else _records_from_json(parse_json(content))
     except CorruptFileError as error:
-        # What is told of a bundle's manifest does not mend this file; compiling again does.
-        raise error.but(where=str(where), fix=f"remove {where.parent} and run hcmen-compile again") from error
-    except HcmenError as error:
-        raise error.but(where=str(where)) from error
+        raise error.but(fix=index.fix) from error
+    return () if content is None else _records_from_json(parse_json(content, index), index)
 
 
 def write_engine(bundle: Bundle, record: EngineRecord, engine: bytes | memoryview, report: Mapping[str, Any]) -> None:
@@ -164,19 +163,19 @@ def write_engine(bundle: Bundle, record: EngineRecord, engine: bytes | memoryvie
         _write_index(bundle, [*others, record])
 
 
-def _records_from_json(data: Any) -> tuple[EngineRecord, ...]:
-    top = JsonObject("", data)
+def _records_from_json(data: Any, index: JsonFile) -> tuple[EngineRecord, ...]:
+    top = JsonObject("", data, index)
     schema = top.integer("schema_version", 1)
     if schema != SCHEMA_VERSION:
-        raise InputError(f"schema_version is {schema}", str(SCHEMA_VERSION), "run hcmen-compile again")
+        raise InputError(f"schema_version is {schema}", str(SCHEMA_VERSION), index.fix, where=index.name)
     entries = top.value("engines", list)
     top.finish()
     if len(entries) > _MOST_ENGINES:
-        raise CorruptFileError(f"{len(entries)} engines, expected at most {_MOST_ENGINES}")
-    records = [_record_from_json(JsonObject(f"engines[{i}]", entry)) for i, entry in enumerate(entries)]
+        raise index.damaged(f"{len(entries)} engines", f"at most {_MOST_ENGINES}")
+    records = [_record_from_json(JsonObject(f"engines[{i}]", entry, index)) for i, entry in enumerate(entries)]
     names = [r.engine.file for r in records]
     if len(set(names)) < len(names):
-        raise CorruptFileError("an engine is listed twice")
+        raise index.damaged("an engine is listed twice")
     return tuple(records)
 
 
@@ -204,7 +203,7 @@ def _record_from_json(data: JsonObject) -> EngineRecord:
     data.finish()
     expected = EngineRecord.file_name(record.variant, record.precision, record.sm, record.tensorrt, record.flavour)
     if record.engine.file != expected:
-        raise CorruptFileError(f"'{data.where}.file' is {record.engine.file!r}, expected {expected!r}")
+        raise data.file.damaged(f"'{data.where}.file' is {record.engine.file!r}", repr(expected))
     return record
 
 

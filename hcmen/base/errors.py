@@ -57,9 +57,10 @@ class HcmenError(Exception):
         self.where, self.what, self.expected, self.fix = where, what, expected, fix
 
     def but(self, *, where: str | None = None, expected: str | None = None, fix: str | None = None) -> HcmenError:
-        """The same error with the parts that are given in the place of its own."""
+        """The same error with the parts that are given in the place of its own; an empty one leaves its own out."""
         other = copy.copy(self)
-        other.where, other.expected, other.fix = where or self.where, expected or self.expected, fix or self.fix
+        given = {"where": where, "expected": expected, "fix": fix}
+        vars(other).update((name, part) for name, part in given.items() if part is not None)
         return other
 
     def __str__(self) -> str:

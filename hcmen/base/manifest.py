@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from hcmen.base.errors import BackendError, CorruptFileError, InputError, did_you_mean, shown
+from hcmen.base.errors import BackendError, InputError, did_you_mean, shown
 from hcmen.base.inputs import Inputs, TensorSpec
 from hcmen.base.modalities import MODALITIES, VARIANTS
 from hcmen.base.op import DOMAIN as OP_DOMAIN
 from hcmen.base.op import IR_VERSION, OPSET
 from hcmen.base.op import VERSION as OP_VERSION
-from hcmen.base.records import FileRecord, JsonObject
+from hcmen.base.records import MANIFEST, FileRecord, JsonObject
 from hcmen.base.schema1 import as_schema_2
 
 __all__ = [
@@ -146,7 +146,7 @@ class Manifest:
             BackendError: its graphs need another version of the ops than this package has.
             CorruptFileError: anything missing, unknown, of the wrong type, out of range or unsafe.
         """
-        top = JsonObject("", data)
+        top = JsonObject("", data, MANIFEST)
         schema = top.integer("schema_version", 1)
         if schema not in (1, SCHEMA_VERSION):
             raise InputError(
@@ -155,7 +155,7 @@ class Manifest:
                 "upgrade hcmen, or export the bundle again",
             )
         if schema == 1:
-            top = JsonObject("", as_schema_2(top))
+            top = JsonObject("", as_schema_2(top), MANIFEST)
             schema = top.integer("schema_version", 2)
         op = top.object("op")
         domain, version = op.string("domain"), op.integer("version", 1)
@@ -201,11 +201,11 @@ def _record_from_json(data: JsonObject) -> FileRecord:
 def _inputs_from_json(top: JsonObject) -> Inputs:
     values, outputs = top.value("inputs", dict), top.value("outputs", list)
     if "outputs" in values:
-        raise CorruptFileError("unknown key 'inputs.outputs'", fix="copy or export the bundle again", where="manifest")
+        raise MANIFEST.damaged("unknown key 'inputs.outputs'")
     try:
         return Inputs.from_json({**values, "outputs": outputs})
     except InputError as error:
-        raise CorruptFileError(f"'inputs': {error}", where="manifest") from error
+        raise MANIFEST.damaged(f"'inputs': {error}") from error
 
 
 def _model_from_json(data: JsonObject) -> ModelRecord:
@@ -217,7 +217,7 @@ def _model_from_json(data: JsonObject) -> ModelRecord:
 def _scores_from_json(data: list[Any]) -> tuple[Score, ...]:
     scores = []
     for i, item in enumerate(data):
-        entry = JsonObject(f"scores[{i}]", item)
+        entry = JsonObject(f"scores[{i}]", item, MANIFEST)
         measures = entry.object("measures")
         score = Score(
             data=entry.string("data"),
@@ -248,7 +248,7 @@ def _tensors_from_json(data: list[Any], where: str) -> tuple[TensorSpec, ...]:
     try:
         return tuple(TensorSpec.from_json(item, f"{where}[{i}]") for i, item in enumerate(data))
     except InputError as error:
-        raise CorruptFileError(f"{error}", where="manifest") from error
+        raise MANIFEST.damaged(f"{error}") from error
 
 
 def _variants_from_json(data: JsonObject, inputs: Inputs, precision: str) -> dict[str, VariantRecord]:
@@ -256,9 +256,9 @@ def _variants_from_json(data: JsonObject, inputs: Inputs, precision: str) -> dic
     for name in data.data:
         if name not in names:
             fix = did_you_mean(name, names) or None
-            raise CorruptFileError(f"unknown variant {shown(name)}", ", ".join(names), fix, where="manifest")
+            raise MANIFEST.damaged(f"unknown variant {shown(name)}", ", ".join(names), fix)
     if not data.data:
-        raise CorruptFileError("'variants' is empty", "at least one", where="manifest")
+        raise MANIFEST.damaged("'variants' is empty", "at least one")
     return {name: _variant_from_json(data.object(name), name, inputs, precision) for name in names if name in data.data}
 
 
@@ -276,10 +276,8 @@ def _variant_from_json(data: JsonObject, name: str, inputs: Inputs, precision: s
         ("outputs", record.outputs, inputs.outputs),
     ):
         if sorted(got, key=lambda t: t.name) != sorted(expected, key=lambda t: t.name):
-            raise CorruptFileError(
-                f"'{data.where}.{what}' is {_signature(got)}", _signature(expected), where="manifest"
-            )
-    parity = JsonObject(f"{data.where}.parity", data.data["parity"])
+            raise MANIFEST.damaged(f"'{data.where}.{what}' is {_signature(got)}", _signature(expected))
+    parity = JsonObject(f"{data.where}.parity", data.data["parity"], MANIFEST)
     parity.value("passed", bool)
     if precision == "int8":
         # A device judges itself by these two, so a bound that nothing could fail is refused.
@@ -300,7 +298,7 @@ def _normalisation_from_json(data: JsonObject, inputs: Inputs) -> dict[str, dict
         made[m] = {key: entry.numbers(key, count) for key in ("mean", "std")}
         entry.finish()
         if min(made[m]["std"]) <= 0:
-            raise CorruptFileError(f"'normalisation.{m}.std' holds {min(made[m]['std'])}", "above 0", where="manifest")
+            raise MANIFEST.damaged(f"'normalisation.{m}.std' holds {min(made[m]['std'])}", "above 0")
     data.finish()
     return made
 

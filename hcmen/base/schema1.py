@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from hcmen.base.errors import CorruptFileError
 from hcmen.base.inputs import OUTPUTS
 from hcmen.base.modalities import MODALITIES
 from hcmen.base.records import JsonObject
@@ -26,7 +25,7 @@ def as_schema_2(top: JsonObject) -> dict[str, Any]:
     """
     for key in _NEW:
         if key in top.data:
-            raise CorruptFileError(f"unknown key '{key}'", fix="copy or export the bundle again", where="manifest")
+            raise top.file.damaged(f"unknown key '{key}'")
     model = top.object("model")
     low, high = top.numbers("label_range", 2)
     tokens = None

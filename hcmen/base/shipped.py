@@ -50,8 +50,9 @@ def chosen_checkpoint(
 
 
 def or_the_demo(place: str | os.PathLike[str]) -> str:
-    """What to add to advice on how to make `place`, which is not there: `make demo` makes it in a checkout."""
-    return ", or make demo" if Path(place).parts[-2:] in (BUNDLE.parts, CHECKPOINT.parts) else ""
+    """What to add to advice on how to make `place`, which is not there: `make demo`, in a checkout."""
+    here = Path(place) in (BUNDLE, CHECKPOINT) and Path("samples/demo.py").is_file()
+    return ", or make demo" if here else ""
 
 
 def _taken(places: list[Path], note: Note, option: str) -> Path:

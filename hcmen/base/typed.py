@@ -9,7 +9,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-__all__ = ["as_typed", "from_here"]
+__all__ = ["as_called", "as_typed", "from_here"]
 
 
 def as_typed(command: str, *arguments: str | os.PathLike[str]) -> str:
@@ -18,6 +18,16 @@ def as_typed(command: str, *arguments: str | os.PathLike[str]) -> str:
     Its bare name where PATH leads to this installation, else the path of its script, else `python -m hcmen`.
     """
     return " ".join([*_program(command), *(shlex.quote(os.fspath(argument)) for argument in arguments)])
+
+
+def as_called(command: str) -> str:
+    """`command`, such as "hcmen-run" or "hcmen run", by the program that this process was started as."""
+    program, *words = command.split()
+    started = Path(sys.argv[0]).name if sys.argv else ""
+    module = getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", None)
+    if module == "hcmen.__main__":
+        return " ".join([_python(), "-m", program, *words])
+    return " ".join([*(_program(program) if started == program else [program]), *words])
 
 
 def from_here(path: str | os.PathLike[str]) -> str:
@@ -36,10 +46,13 @@ def _program(command: str) -> list[str]:
     if ours:
         return [shlex.quote(_with_folder(ours[0]))]
     name = command.partition("-")[2]
+    return [_python(), "-m", "hcmen", *([name] if name else [])]
+
+
+def _python() -> str:
     # The interpreters of virtual environments are links to one program, so it is their place that counts.
     bare = shutil.which("python") == sys.executable
-    python = "python" if bare else shlex.quote(_with_folder(Path(sys.executable)))
-    return [python, "-m", "hcmen", *([name] if name else [])]
+    return "python" if bare else shlex.quote(_with_folder(Path(sys.executable)))
 
 
 def _script_folders() -> list[Path]:

@@ -264,8 +264,9 @@ def _map_split(folder: Path, split: str, index: Mapping[str, Any]) -> dict[str, 
     }
     path = folder / split / _IDS
     try:
-        data["id"] = json.loads(read_small(path))
-    except (OSError, ValueError, RecursionError) as error:
+        with refused(path, "a list of names"):
+            data["id"] = json.loads(read_small(path))
+    except (ValueError, RecursionError) as error:
         raise CorruptFileError(
             f"{path}: no list of names ({reason_of(error, 100)}): convert the data file again"
         ) from error
@@ -276,8 +277,9 @@ def _map_array(path: Path, key: str) -> RawArray:
     dtype, rank = _ARRAYS[key]
     try:
         # Not np.load, which would open a zip archive of that name as well. Arrays of objects are refused here.
-        array = undisturbed(np.lib.format.open_memmap, path, "r")
-    except (OSError, ValueError, SyntaxError, TypeError, EOFError) as error:
+        with refused(path, "an array"):
+            array = undisturbed(np.lib.format.open_memmap, path, "r")
+    except (ValueError, SyntaxError, TypeError, EOFError) as error:
         reason = reason_of(error, 100)
         raise CorruptFileError(f"{path}: damaged ({reason}): convert the data file again") from error
     if array.dtype != dtype or array.ndim != rank or not array.flags.c_contiguous:

@@ -24,6 +24,7 @@ from hcmen.base.errors import InputError
 from hcmen.base.files import check_writable, refused, sweep, write_files
 from hcmen.base.shipped import chosen_checkpoint
 from hcmen.base.tables import screen_width
+from hcmen.base.typed import as_typed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -361,7 +362,9 @@ def _bundle(
             if name not in used:
                 used[name] = model.kernels(name)
                 if used[name] == "functions":
-                    console.warn(f"variant '{name}' runs without the kernel library: slow; see hcmen-doctor")
+                    console.warn(
+                        f"variant '{name}' runs without the kernel library: slow; see {as_typed('hcmen-doctor')}"
+                    )
                 if manifest.variants[name].parity["passed"] is not True:
                     console.warn(f"{folder}: variant '{name}' failed its parity check at export")
             scores[batch.rows] = model.run(name, graph_inputs(batch.features, batch.lengths))["score"]

@@ -51,7 +51,9 @@ class Tokenizer:
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
         except Exception as error:  # tokenizers raises plain Exception
-            raise CorruptFileError(f"{where}: no tokenizer ({reason_of(error)}): export the bundle again") from error
+            raise CorruptFileError(
+                f"{where}: no tokenizer ({reason_of(error)})", fix="export the bundle again"
+            ) from error
         self._where = where
         self._steps = inputs.text.max_steps
         self._vocabulary = inputs.text_tokens.vocabulary
@@ -79,6 +81,7 @@ class Tokenizer:
         if not ids.size or ids.max() >= self._vocabulary:
             raise CorruptFileError(
                 f"{self._where}: gives token {int(ids.max(initial=-1))}, the text encoder knows 0 to "
-                f"{self._vocabulary - 1}: export the bundle again"
+                f"{self._vocabulary - 1}",
+                fix="export the bundle again",
             )
         return Encoded(np.stack([ids, np.ones_like(ids), types]), dropped)

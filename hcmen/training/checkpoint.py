@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 import hcmen
-from hcmen.base.bundle import MANIFEST_FILE
+from hcmen.base.bundle import CHECKPOINT_FILE, check_no_bundle
 from hcmen.base.errors import CorruptFileError, InputError, reason_of, shown
 from hcmen.base.files import read_small, refused, write_file
 from hcmen.base.shipped import or_the_demo
+from hcmen.base.typed import as_typed
 from hcmen.models import registry
 from hcmen.models.contract import Model
 from hcmen.training.config import TrainConfig
@@ -43,7 +44,7 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-CHECKPOINT, CONFIG, STATE = "checkpoint.safetensors", "config.json", "last.safetensors"
+CHECKPOINT, CONFIG, STATE = CHECKPOINT_FILE, "config.json", "last.safetensors"
 _MOST_BYTES = 16 << 30
 
 
@@ -113,8 +114,10 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]
         expected = config["weights"]["sha256"]
         if digest != expected:
             raise CorruptFileError(
-                f"{path}: sha256 {digest[:12]}..., {CONFIG} says {str(expected)[:12]}...: altered, truncated, or half "
-                "of a write that was killed; train again, or go on with hcmen-train --resume"
+                f"sha256 {digest[:12]}..., {CONFIG} says {shown(expected)[:14]}...: altered, truncated, or half of a "
+                "write that was killed",
+                fix=f"train again, or go on with {as_typed('hcmen-train', '--resume', '--out', folder)}",
+                where=str(path),
             )
         model = kind.module(kind.config.from_json(config["model"]))
         model.load_state_dict(safetensors.torch.load(content))
@@ -138,6 +141,7 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     path = folder / STATE
     if not path.exists():
+        check_no_bundle(folder, "a folder of hcmen-train", "name the one to resume by --out")
         raise InputError(f"{folder}: holds no {STATE} to resume from: run without --resume")
     content = _read(path)
     try:
@@ -169,17 +173,16 @@ def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> bytes:
-    folder, fix = path.parent, f"run hcmen-train --out {path.parent}{or_the_demo(path.parent)}"
+    folder = path.parent
+    fix = f"run {as_typed('hcmen-train', '--out', folder)}{or_the_demo(folder)}"
     if not path.exists():
         # To train into a folder that holds something else would be no help.
-        if (folder / MANIFEST_FILE).is_file():
-            raise InputError(
-                "a bundle", "a checkpoint folder of hcmen-train", "name the one it was exported from", where=str(folder)
-            )
+        check_no_bundle(folder, "a checkpoint folder of hcmen-train", "name the one it was exported from")
         if folder.is_file():
             fix = "name the folder that hcmen-train wrote"
         elif folder.is_dir() and any(folder.iterdir()):
-            fix = "name the folder that hcmen-train wrote, or train into another one with hcmen-train --out"
+            other = as_typed("hcmen-train", "--out", "OTHER")
+            fix = f"name the folder that hcmen-train wrote, or train into another one with {other}"
     with refused(path, "a checkpoint", fix):
         return read_small(path, _MOST_BYTES)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hcmen.base.bundle import check_no_bundle
 from hcmen.base.console import Choice, Console, command
 from hcmen.base.errors import InputError
 from hcmen.base.files import check_writable, refused, sweep
@@ -341,6 +342,7 @@ def _resumed_settings(
 
 def _check_free(out: Path, force: bool) -> None:
     """Refuses to write over a run, and finds out before the training whether `out` can be written."""
+    check_no_bundle(out, "a folder for a checkpoint", "choose another --out")
     there = [name for name in _OUTPUTS if (out / name).exists()]
     if there and not force:
         raise InputError(

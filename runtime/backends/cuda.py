@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hcmen.base.errors import BackendError, HcmenError
+from hcmen.base.typed import as_typed
 
 __all__ = ["Buffer", "Cuda", "Graph", "Stream", "find_driver"]
 
@@ -103,7 +104,7 @@ class Cuda:
             raise BackendError(f"{name}: the GPU has no memory left ({self._memory()}): close what else uses it")
         text = (self._library.cudaGetErrorString(code) or b"unknown").decode(errors="replace")
         error = (self._library.cudaGetErrorName(code) or b"?").decode(errors="replace")
-        raise BackendError(f"{name} failed with {error} ({text}): see hcmen-doctor")
+        raise BackendError(f"{name} failed with {error} ({text}): see {as_typed('hcmen-doctor')}")
 
     def free_bytes(self) -> tuple[int, int]:
         """(free, all) bytes of the device's memory."""

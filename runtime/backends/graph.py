@@ -98,7 +98,7 @@ def read_graph(model: bytes | memoryview, weights_file: str, weights_bytes: int,
     for place in _places(message):
         nested = () if place.is_main else place.tensors
         if any(map(_is_external, [*nested, *place.sparse_tensors, *place.tensors_of_nodes])):
-            raise CorruptFileError(f"{where}: a nested tensor has external data: export the bundle again")
+            raise CorruptFileError(f"{where}: a nested tensor has external data", fix="export the bundle again")
     _check_nodes(message, where)
     _check_constants(message, where)
     return graph
@@ -173,14 +173,16 @@ def _located(tensor: Message, weights_file: str, weights_bytes: int, where: str)
         entries[key] = value
     location = entries.get("location", "")
     if location != weights_file:
-        raise CorruptFileError(f"{name} lies in {location[:200]!r}, expected {weights_file!r} alone: export it again")
+        raise CorruptFileError(
+            f"{name} lies in {location[:200]!r}, expected {weights_file!r} alone", fix="export the bundle again"
+        )
     data_type = tensor.get(2, [0])[0]
     dtype = _DTYPES.get(data_type)
     if dtype is None:
         raise CorruptFileError(f"{name} has data type {data_type}, expected one of {', '.join(_DTYPES.values())}")
     shape = tuple(tensor.get(1, []))
     if len(shape) > 8:
-        raise CorruptFileError(f"{name} has {len(shape)} dimensions, expected at most 8: export it again")
+        raise CorruptFileError(f"{name} has {len(shape)} dimensions, expected at most 8", fix="export the bundle again")
     needed = math.prod(shape) * np.dtype(dtype).itemsize
     offset, length = entries.get("offset", "0"), entries.get("length", str(needed))
     digits = offset.isascii() and offset.isdigit() and length.isascii() and length.isdigit()
@@ -188,7 +190,8 @@ def _located(tensor: Message, weights_file: str, weights_bytes: int, where: str)
     if not fits or int(offset) + needed > weights_bytes:
         raise CorruptFileError(
             f"{name} of shape {shape} is at offset {offset[:20]!r} with length {length[:20]!r}, "
-            f"expected {needed} bytes within {weights_bytes}: export it again"
+            f"expected {needed} bytes within {weights_bytes}",
+            fix="export the bundle again",
         )
     return ExternalTensor(title, dtype, shape, int(offset))
 
@@ -232,7 +235,10 @@ def _check_nodes(message: Message, where: str) -> None:
     if total > MOST_NODES:
         about = str(total) if total < 1 << 40 else "over a million million"
         raise CorruptFileError(
-            f"{about} nodes with its functions written out", f"at most {MOST_NODES}", "export it again", where=where
+            f"{about} nodes with its functions written out",
+            f"at most {MOST_NODES}",
+            "export the bundle again",
+            where=where,
         )
 
 
@@ -243,7 +249,7 @@ def _check_constants(message: Message, where: str) -> None:
         raise CorruptFileError(
             f"its constants have {total if total < 1 << 64 else 'over 2**64'} elements once they are written out",
             f"at most {_MOST_CONSTANT}",
-            "export it again",
+            "export the bundle again",
             where=where,
         )
 

@@ -104,7 +104,7 @@ def rewritten(model: bytes, where: str) -> tuple[bytes, Message]:
 def not_onnx(where: str, what: str = "") -> CorruptFileError:
     """The error for what no writer of ONNX files writes."""
     what = f" ({what})" if what else ""
-    return CorruptFileError(f"{where}: truncated or not an ONNX file{what}: copy or export the bundle again")
+    return CorruptFileError(f"truncated or not an ONNX file{what}", fix="export the bundle again", where=where)
 
 
 class _Reader:

@@ -348,11 +348,27 @@ _TOO_OLD = re.compile(
 )
 
 
+# What it says when the machine is the cause: the pattern, and what helps.
+_MACHINE = (
+    (re.compile(r"procfs|/proc/self"), "mount /proc where this runs"),
+    (
+        re.compile(r"bad_alloc|[Ff]ailed to allocate|[Oo]ut of memory|Cannot allocate memory"),
+        "free some memory, or take a machine with more",
+    ),
+    (re.compile(r"Too many open files"), "close files, or raise the limit of open ones (ulimit -n)"),
+)
+
+
 def _load_error(error: Exception, where: str, version: str) -> HcmenError:
+    """What a graph that is as its manifest lists it was refused for."""
     reason = _reason(error)
+    what = f"ONNX Runtime {version} cannot load it ({reason})"
     if _TOO_OLD.search(reason):
-        return BackendError(f"{where}: ONNX Runtime {version} cannot load it ({reason}): upgrade onnxruntime")
-    return CorruptFileError(f"{where}: ONNX Runtime refused it ({reason}): copy or export the bundle again")
+        return BackendError(what, fix="upgrade onnxruntime", where=where)
+    for pattern, fix in _MACHINE:
+        if pattern.search(reason):
+            return BackendError(what, fix=fix, where=where)
+    return CorruptFileError(f"ONNX Runtime refused it ({reason})", fix="export the bundle again", where=where)
 
 
 def _reason(error: BaseException) -> str:

@@ -13,11 +13,13 @@ one launch from then on; sizes that come once are queued the plain way. Batches 
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from hcmen.base.engines import EngineRecord, read_engines
 from hcmen.base.errors import BackendError, CorruptFileError, InputError, unknown_name
 from hcmen.base.manifest import VariantRecord
 from hcmen.base.trust import engine_key, key_path
+from hcmen.base.typed import as_typed
 from hcmen.runtime.backends.cuda import Buffer, Cuda, Graph, Stream
 from hcmen.runtime.backends.flavour import TENSORRT, Flavour, TrtModule
 from hcmen.runtime.backends.limits import within
@@ -215,8 +218,10 @@ class TrtSession:
             got = tuple(context.get_tensor_shape(name))
             if got != (batch, *tail):
                 raise CorruptFileError(
-                    f"{self._where}: output '{name}' has shape {list(got)}, expected {[batch, *tail]}: "
-                    "compile it again with hcmen-compile --force"
+                    f"output '{name}' has shape {list(got)}",
+                    f"{[batch, *tail]}",
+                    _compiled_again(self._where),
+                    where=self._where,
                 )
 
     def _queue(self, context: Any, shapes: Shapes, batch: int) -> None:
@@ -231,7 +236,9 @@ class TrtSession:
 
     def _refused(self, what: str, mark: int) -> BackendError:
         why = self._tensorrt.errors(mark) or "no reason given"
-        return BackendError(f"{self._where}: {self._title} refused {what} ({why}): compile it again on this device")
+        return BackendError(
+            f"{self._where}: {self._title} refused {what} ({why})", fix="compile it again on this device"
+        )
 
     def _host(self, name: str, dtype: np.dtype[Any], shape: Sequence[Any]) -> NDArray[Any]:
         return self._buffers[name].host[: _bytes(dtype, shape)].view(dtype).reshape(shape)
@@ -280,8 +287,10 @@ class TrtSession:
         if got != expected:
             name = next(n for n in (*expected, *got) if got.get(n) != expected.get(n))
             raise CorruptFileError(
-                f"{self._where}: tensor '{name}' is {_signature(got.get(name))}, "
-                f"expected {_signature(expected.get(name))}: compile it again with hcmen-compile --force"
+                f"tensor '{name}' is {_signature(got.get(name))}",
+                _signature(expected.get(name)),
+                _compiled_again(self._where),
+                where=self._where,
             )
 
 
@@ -358,8 +367,8 @@ def choose_engine(
         CorruptFileError: there are engines of others alone; or as `read_engines` and `engine_key`.
         InputError: as those.
     """
-    wanted = f" --precision {precision}" if precision else ""
-    compile_ = f"hcmen-compile {bundle.path} --variant {variant}{wanted}"
+    wanted = ["--precision", precision] if precision else []
+    compile_ = as_typed("hcmen-compile", "--bundle", bundle.path, "--variant", variant, *wanted)
     records = (r for r in read_engines(bundle) if r.flavour == flavour.name)
     all_ = [r for r in records if r.variant == variant and precision in (None, r.precision)]
     if not all_:
@@ -401,7 +410,12 @@ def _read_engine(bundle: Bundle, record: EngineRecord) -> memoryview:
     try:
         return bundle.read(record.engine).data
     except CorruptFileError as error:
-        raise error.but(fix="compile it again with hcmen-compile --force") from error
+        raise error.but(fix=_compiled_again(bundle.path / record.engine.file)) from error
+
+
+def _compiled_again(engine: str | os.PathLike[str]) -> str:
+    """What helps when the file of an engine is at fault."""
+    return f"compile it again with {as_typed('hcmen-compile', '--force', '--bundle', Path(engine).parent.parent)}"
 
 
 def _bytes(dtype: np.dtype[Any], shape: Iterable[Any]) -> int:

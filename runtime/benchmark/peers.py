@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hcmen.base.bundle import Bundle, file_record
+from hcmen.base.bundle import CHECKPOINT_FILE, Bundle, check_no_bundle, file_record
 from hcmen.base.console import one_line
 from hcmen.base.errors import BackendError, InputError
 from hcmen.runtime.benchmark.rows import Arrays, Measured, Work, check_golden, check_outputs
@@ -49,8 +49,9 @@ def check_checkpoint(checkpoint: str, bundle: Bundle) -> None:
     if find_spec("torch") is None:
         raise BackendError("torch is not installed, and --against eager or compile runs it: pip install 'hcmen[train]'")
     folder = Path(checkpoint)
-    weights = folder / "checkpoint.safetensors"
+    weights = folder / CHECKPOINT_FILE
     if not weights.is_file():
+        check_no_bundle(folder, "a checkpoint folder of hcmen-train", "name the one it was exported from")
         raise InputError(f"{checkpoint}: no checkpoint there, expected what hcmen-train wrote: name it by --checkpoint")
     wanted = bundle.manifest.source.get("checkpoint_sha256")
     if wanted is not None and file_record(weights, folder).sha256 != wanted:

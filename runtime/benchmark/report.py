@@ -19,7 +19,7 @@ import numpy as np
 from hcmen.base.bundle import Bundle
 from hcmen.base.errors import CorruptFileError, InputError, reason_of, shown
 from hcmen.base.files import read_small, refused
-from hcmen.base.records import MANIFEST_FILE, parse_json
+from hcmen.base.records import MANIFEST_FILE, JsonFile, parse_json
 from hcmen.runtime.benchmark.cold import STEPS, Cold
 from hcmen.runtime.benchmark.measure import Settings
 from hcmen.runtime.benchmark.rows import Measured
@@ -230,12 +230,10 @@ def read_document(path: str | os.PathLike[str]) -> dict[str, Any]:
         CorruptFileError: damaged, or no document of hcmen-bench.
     """
     where = os.fspath(path)
+    file = JsonFile(where, "give a JSON file that hcmen-bench --out wrote, or measure again")
     with refused(where, "a JSON file that hcmen-bench --out wrote"):
         content = read_small(path, _MAX_BYTES)
-    try:
-        data = parse_json(content)
-    except CorruptFileError as error:
-        raise error.but(where=where, fix="give a JSON file that hcmen-bench --out wrote, or measure again") from error
+    data = parse_json(content, file)
     if not isinstance(data, dict) or data.get("what") != WHAT:
         raise CorruptFileError(f"{where}: not a report of hcmen-bench, expected what hcmen-bench --out wrote")
     if data.get("schema_version") != SCHEMA_VERSION:

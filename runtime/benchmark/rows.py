@@ -28,6 +28,7 @@ from hcmen.base.clip import Clip, batch_clips, read_clip, write_clip
 from hcmen.base.console import describe_error, one_line
 from hcmen.base.errors import CheckFailed, InputError
 from hcmen.base.modalities import variant_named
+from hcmen.base.typed import as_typed
 from hcmen.runtime.benchmark.machine import free_memory_mib
 from hcmen.runtime.compare import Comparison, compare
 from hcmen.runtime.golden import golden_test
@@ -173,7 +174,8 @@ class OrtRunner:
         kernels = self._model.kernels(row.variant)
         if (kernels == FUNCTIONS) != (row.engine == FUNCTIONS) and kernels != "standard":
             raise InputError(
-                f"the ops of '{row.engine}' run as {kernels}, which is not what the row is called: see hcmen-doctor"
+                f"the ops of '{row.engine}' run as {kernels}, which is not what the row is called: "
+                f"see {as_typed('hcmen-doctor')}"
             )
         checks = check_golden(self._bundle, row.variant, bound, lambda feed: self._model.run(row.variant, feed))
         if self.reference is not None:

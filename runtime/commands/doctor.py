@@ -21,11 +21,11 @@ import click
 
 import hcmen
 from hcmen.base.console import Console, command, one_line
-from hcmen.base.errors import BackendError, CheckFailed, CorruptFileError, HcmenError
+from hcmen.base.errors import BackendError, CheckFailed, HcmenError
 from hcmen.base.library import install_advice
 from hcmen.base.shipped import chosen_bundle
 from hcmen.runtime.backends import Ort, OrtCuda
-from hcmen.runtime.commands.doctor_rows import FAILED, INFO, OK, SKIPPED, Row
+from hcmen.runtime.commands.doctor_rows import FAILED, INFO, OK, SKIPPED, Row, failed
 from hcmen.runtime.commands.model import time_limit_option, trust_engines_option
 
 __all__ = ["check_machine", "main"]
@@ -152,7 +152,7 @@ def _cuda() -> Iterator[Row]:
         yield Row("cuda kernels", INFO, f"not built: {one_line(error)}")
     except HcmenError as error:
         path = None
-        yield Row("cuda kernels", FAILED, one_line(error), "name a library that nobody else can write: docs/cuda.md")
+        yield failed("cuda kernels", error, "name a library that nobody else can write: docs/cuda.md")
     else:
 
         def load() -> str:
@@ -215,10 +215,8 @@ def _attempt(name: str, check: Callable[[], str], fix: str) -> Row:
     """The row of a check that returns its detail, or raises."""
     try:
         return Row(name, OK, check())
-    except HcmenError as error:
-        return Row(name, FAILED, one_line(error), fix)
     except Exception as error:  # a doctor reports what it finds, whatever it is
-        return Row(name, FAILED, f"{type(error).__name__}: {one_line(error)}", fix)
+        return failed(name, error, fix)
 
 
 def _version(distribution: str) -> str | None:
@@ -370,7 +368,7 @@ def _bundle(path: str, time_limit: float | None, *, can_run: bool) -> Row:
 
     try:
         return Row("bundle", OK, check())
-    except CorruptFileError as error:
-        return Row("bundle", FAILED, one_line(error), "copy the bundle again, or export it again with hcmen-export")
+    except CheckFailed as error:
+        return failed("bundle", error, "export it again, with this version of hcmen")
     except HcmenError as error:
-        return Row("bundle", FAILED, one_line(error), "export it again with hcmen-export, with this version of hcmen")
+        return failed("bundle", error, "")

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING
 
 from hcmen.base.console import one_line
 from hcmen.base.errors import CheckFailed, CorruptFileError, HcmenError
+from hcmen.base.typed import as_typed
 from hcmen.runtime.backends.cuda import Cuda, find_driver
 from hcmen.runtime.backends.options import TensorRT
-from hcmen.runtime.commands.doctor_rows import FAILED, INFO, OK, SKIPPED, Row
+from hcmen.runtime.commands.doctor_rows import FAILED, INFO, OK, SKIPPED, Row, failed
 
 if TYPE_CHECKING:
     from hcmen.runtime.backends.flavour import Flavour
 
 __all__ = ["tensorrt_rows"]
-
-_COMPILE = "run hcmen-compile on this device"
 
 
 def tensorrt_rows(bundle: str | None, *, trust: bool = False) -> Iterator[Row]:
@@ -49,7 +48,7 @@ def _gpu(driver: str | None) -> tuple[Row, Cuda | None]:
         cuda = Cuda()
         free, total = cuda.free_bytes()
     except HcmenError as error:
-        return Row("gpu", FAILED, one_line(error), "install a driver that serves this CUDA runtime"), None
+        return failed("gpu", error, "install a driver that serves this CUDA runtime"), None
     detail = f"sm {cuda.sm}, driver for CUDA {cuda.driver}, runtime {cuda.runtime} ({cuda.path}), "
     return Row("gpu", OK, f"{detail}{free >> 20} of {total >> 20} MiB free"), cuda
 
@@ -63,7 +62,7 @@ def _tensorrt(flavour: Flavour) -> Row:
         return Row(flavour.name, OK, TrtModule(flavour).version)
     except HcmenError as error:
         oldest = ".".join(map(str, flavour.oldest))
-        return Row(flavour.name, FAILED, one_line(error), f"install {flavour.title} {oldest} or later again")
+        return failed(flavour.name, error, f"install {flavour.title} {oldest} or later again")
 
 
 def _plugins(flavour: Flavour) -> Row:
@@ -77,7 +76,7 @@ def _plugins(flavour: Flavour) -> Row:
     try:
         TrtModule(flavour).load_plugins(path)
     except HcmenError as error:
-        return Row(name, FAILED, one_line(error), "build hcmen again on this device: docs/jetson.md")
+        return failed(name, error, "build hcmen again on this device: docs/jetson.md")
     return Row(name, OK, f"{' and '.join(PLUGIN_OPS)}, {path.stat().st_size / 1024:.0f} KiB, {path}")
 
 
@@ -90,6 +89,7 @@ def _engines(bundle: str | None, cuda: Cuda | None, flavour: Flavour, trust: boo
     from hcmen.runtime.backends.tensorrt import TrtBackend, choose_engine
     from hcmen.runtime.golden import golden_test
 
+    compiled = f"run on this device: {as_typed('hcmen-compile', '--bundle', bundle)}"
     try:
         opened = read_bundle(bundle)
     except HcmenError:
@@ -97,7 +97,7 @@ def _engines(bundle: str | None, cuda: Cuda | None, flavour: Flavour, trust: boo
     try:
         records = [record for record in read_engines(opened) if record.flavour == flavour.name]
         if not records:
-            return Row("engines", INFO, f"none in {bundle}; {_COMPILE} for --backend {flavour.name}")
+            return Row("engines", INFO, f"none in {bundle}; {compiled} for --backend {flavour.name}")
         for record in records:
             opened.file(record.engine)
         what = f"{len(records)}, each as listed"
@@ -117,9 +117,9 @@ def _engines(bundle: str | None, cuda: Cuda | None, flavour: Flavour, trust: boo
                 raise CheckFailed(f"{what}; the golden set fails for '{variant}' in {precision}")
             fitting.append(f"{variant} {precision}")
     except CorruptFileError as error:
-        return Row("engines", FAILED, one_line(error), f"{_COMPILE}, with --force")
+        return failed("engines", error.but(fix=f"{compiled} --force"), "")
     except HcmenError as error:
-        return Row("engines", FAILED, one_line(error), f"{_COMPILE} again")
+        return failed("engines", error, compiled)
     if unfit:
-        return Row("engines", FAILED, f"{what}; {len(unfit)} of {len(pairs)} do not fit: {unfit[0]}", _COMPILE)
+        return Row("engines", FAILED, f"{what}; {len(unfit)} of {len(pairs)} do not fit: {unfit[0]}", compiled)
     return Row("engines", OK, f"{what}; golden set passed for {', '.join(fitting)}")

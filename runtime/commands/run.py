@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hcmen.base.bundle import CHECKPOINT_FILE
 from hcmen.base.console import Command, Console, VariantChoice, command, one_line
 from hcmen.base.errors import CheckFailed, HcmenError, InputError
 from hcmen.base.modalities import MODALITIES, variant_for, variant_named
 from hcmen.base.tables import screen_width
+from hcmen.base.typed import as_typed, from_here
 from hcmen.runtime.commands.model import MODEL_OPTIONS, model_options, opened_model
 
 if TYPE_CHECKING:
@@ -49,7 +51,9 @@ class _Run(Command):
             return super().main(words, prog_name, *more, **extra)
         from hcmen.runtime.commands.follow import main as follow
 
-        Console().warn("hcmen-run --follow FOLDER goes away in the next version: use hcmen-follow FOLDER")
+        Console().warn(
+            f"hcmen-run --follow FOLDER goes away in the next version: use {as_typed('hcmen-follow')} FOLDER"
+        )
         words[place : place + 1] = words[place].split("=", 1)[1:]
         return follow.main(words, "hcmen-follow", *more, **extra)
 
@@ -223,7 +227,7 @@ class _EagerCheck:
                 "torch is not installed, and --check runs the eager model: pip install 'hcmen[train]', "
                 "or use --self-test, which needs none"
             )
-        weights = self.checkpoint / "checkpoint.safetensors"
+        weights = self.checkpoint / CHECKPOINT_FILE
         wanted = bundle.manifest.source.get("checkpoint_sha256")
         if weights.is_file() and wanted is not None and _sha256(weights) != wanted:
             raise InputError(
@@ -391,9 +395,10 @@ def _mention(console: Console, model: Predictor, asked: str, results: Sequence[R
         lost = [m for m in keys if m in MODALITIES]
         wanted = variant_for((*variant_named(variant).present, *lost)).name
         if asked == "auto" and wanted not in model.variants:
+            added = as_typed("hcmen-export", "--variant", wanted, "--bundle", from_here(model.bundle.path))
             console.warn(
                 f"{names[0]}{more}: scored without {' and '.join(lost)}, by '{variant}': '{wanted}' is not in the "
-                f"bundle {model.bundle.path}: add it with hcmen-export --variant {wanted}"
+                f"bundle {model.bundle.path}: add it with {added}"
             )
             keys = tuple(key for key in keys if key not in lost)
         if not keys:

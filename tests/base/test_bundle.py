@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -526,3 +527,15 @@ def test_creation_time_is_kept_as_text(tmp_path):
     path = make_bundle(tmp_path / "b", ("full",), created="2026-02-03T04:05:06+00:00")
     assert read_bundle(path).manifest.created == "2026-02-03T04:05:06+00:00"
     assert (path / "manifest.json").stat().st_mtime >= started - 2
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_what_this_machine_lacks_is_no_fault_of_the_bundle(shared_bundle, monkeypatch, number):
+    opened = read_bundle(shared_bundle)
+
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("hcmen.base.bundle.os.open", refuse)
+    with pytest.raises(InputError, match="the bundle is not the cause: close files or end programs here"):
+        opened.file(opened.manifest.weights)

@@ -33,7 +33,8 @@ from hcmen.base.errors import (
 )
 from hcmen.base.manifest import Manifest
 from hcmen.base.modalities import variant_for, variant_named
-from hcmen.base.records import parse_json
+from hcmen.base.records import MANIFEST, parse_json
+from hcmen.base.typed import as_typed
 from hcmen.data.folder import read_folder
 from hcmen.models import registry
 from hcmen.models.hcmen.config import ModelConfig
@@ -155,7 +156,8 @@ def clip(**arrays: Any) -> Callable[[Path], Any]:
     return lambda folder: clip_from_arrays("a clip", arrays, INPUTS)
 
 
-COMPILE_AGAIN = "remove {folder}/b/engines and run hcmen-compile again"
+COMPILE_AGAIN = f"remove {{folder}}/b/engines and run {as_typed('hcmen-compile')} --bundle {{folder}}/b"
+EXPORT_AGAIN = "copy or export the bundle again"
 # Where (None: no place), what came, what was expected, what to do.
 SAMPLES: dict[str, tuple[Callable[[Path], Any], type[HcmenError], str | None, str, str | None, str | None]] = {
     "a manifest of the future": (
@@ -169,14 +171,15 @@ SAMPLES: dict[str, tuple[Callable[[Path], Any], type[HcmenError], str | None, st
     "an unknown variant in a manifest": (
         *(manifest(variants={"ful": {}}), CorruptFileError, "{folder}/b/manifest.json", "unknown variant 'ful'"),
         "full, text_missing, audio_missing, vision_missing, text_only, audio_only, vision_only",
-        "did you mean 'full'?",
+        f"did you mean 'full'? {EXPORT_AGAIN}",
     ),
     "a value of another type": (
         *(manifest(scores=3), CorruptFileError, "{folder}/b/manifest.json"),
-        *("'scores' is an integer", "a list", None),
+        *("'scores' is an integer", "a list", EXPORT_AGAIN),
     ),
     "a number out of range": (
-        *(manifest(opset=0), CorruptFileError, "{folder}/b/manifest.json", "'opset' is 0", f"1 to {1 << 31}", None),
+        *(manifest(opset=0), CorruptFileError, "{folder}/b/manifest.json", "'opset' is 0", f"1 to {1 << 31}"),
+        EXPORT_AGAIN,
     ),
     "no JSON in a list of engines": (
         *(index(b"{"), CorruptFileError, "{folder}/b/engines/manifest.json"),
@@ -185,7 +188,7 @@ SAMPLES: dict[str, tuple[Callable[[Path], Any], type[HcmenError], str | None, st
     ),
     "a list of engines of the future": (
         *(index(b'{"schema_version": 2}'), InputError, "{folder}/b/engines/manifest.json"),
-        *("schema_version is 2", "1", "run hcmen-compile again"),
+        *("schema_version is 2", "1", COMPILE_AGAIN),
     ),
     "a report that is none": (
         *(written("x", b"[", read_document), CorruptFileError, "{folder}/x"),
@@ -259,7 +262,7 @@ def hostile() -> Iterator[Any]:
         "a setting of a model": lambda v: ModelConfig.from_json({**CONFIG.to_json(), "width": v}),
         "a key of a model": lambda v: ModelConfig.from_json({**CONFIG.to_json(), str(v): 1}),
         "a manifest's schema": lambda v: Manifest.from_json({"schema_version": v}),
-        "a manifest's key": lambda v: parse_json(json.dumps({str(v): 1}).encode() * 2),
+        "a manifest's key": lambda v: parse_json(json.dumps({str(v): 1}).encode() * 2, MANIFEST),
     }.values(),
 )
 def test_no_message_formats_what_a_file_holds(provoke: Callable[[Any], Any]) -> None:

@@ -136,11 +136,15 @@ def test_an_export_of_the_demo_goes_to_the_working_directory(here):
 
 
 @pytest.mark.parametrize("place", ["build/bundle", "elsewhere"])
-def test_what_is_named_and_not_there_is_an_error_that_tells_of_the_demo(place):
+@pytest.mark.parametrize("checkout", [True, False])
+def test_what_is_named_and_not_there_is_an_error_that_tells_of_the_demo(here, place, checkout):
+    if checkout:
+        (here / "samples").mkdir()
+        (here / "samples" / "demo.py").touch()
     done = run(hcmen.runtime.commands.run.main, CLIP, "--bundle", place)
     assert done.code == 2
     assert len(done.lines) == 1
-    assert ("make demo" in done.err) == (place == "build/bundle")
+    assert ("make demo" in done.err) == (checkout and place == "build/bundle")
 
 
 def test_scoring_imports_no_torch(here):

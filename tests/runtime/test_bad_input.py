@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ import hcmen.runtime.commands.run
 from hcmen.base.bundle import file_record
 from hcmen.base.clip import write_clip
 from hcmen.base.console import command
+from hcmen.base.errors import BackendError, CorruptFileError
+from hcmen.runtime.backends import ort
 
 
 def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -246,7 +249,7 @@ def outside(location: str) -> Callable[[Path], object]:
 
 
 BUNDLES = [
-    Case("missing", shutil.rmtree, 2, ("no such folder, expected a bundle: make one with hcmen-export",)),
+    Case("missing", shutil.rmtree, 2, ("no such folder, expected a bundle: make one with ", "hcmen-export --bundle")),
     Case("a file", both(shutil.rmtree, raw(b"x")), 2, ("not a folder",)),
     Case("no manifest", at("manifest.json", Path.unlink), 2, ("no manifest.json in it",)),
     Case("manifest is a link", at("manifest.json", linked), 5, ("a link, expected a regular file",)),
@@ -476,3 +479,35 @@ def test_a_disk_that_fills_up_leaves_the_older_bundle(tmp_path):
         subprocess.run(["umount", str(place)], check=True)
     assert_one_line(done, 2, "no space left on device")
     assert after == before
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind", "fix"),
+    [
+        ("Secure opened-file canonicalization requires procfs at /proc/self/fd/5.", BackendError, "mount /proc"),
+        ("Exception during initialization: std::bad_alloc", BackendError, "free some memory"),
+        ("Failed to allocate memory for requested buffer of size 1048576", BackendError, "free some memory"),
+        ("mmap failed: Cannot allocate memory", BackendError, "free some memory"),
+        ("Load model failed: Too many open files", BackendError, "close files, or raise the limit"),
+        ("Unsupported model IR version: 99, max supported IR version: 11", BackendError, "upgrade onnxruntime"),
+        ("Type Error: Type 'tensor(int64)' of input is invalid", CorruptFileError, "export the bundle again"),
+    ],
+)
+def test_a_graph_that_is_as_listed_is_refused_for_a_reason_that_has_its_own_advice(reason, kind, fix):
+    error = ort._load_error(RuntimeError(f"[ONNXRuntimeError] : 1 : FAIL : {reason}"), "b/full.onnx", "1.23.2")
+    assert type(error) is kind
+    assert (error.where, error.fix.startswith(fix)) == ("b/full.onnx", True)
+    assert reason in str(error)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="mounts, which root alone may")
+def test_without_proc_the_bundle_is_not_blamed(tmp_path, shared_bundle):
+    write_clip(tmp_path / "clip.npz", clip_arrays(0))
+    score = [sys.executable, "-m", "hcmen", "run", str(tmp_path / "clip.npz"), "--bundle", str(shared_bundle)]
+    hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
+    if subprocess.run([*hidden, "true"], capture_output=True).returncode:
+        pytest.skip("this container mounts nothing")
+    done = subprocess.run([*hidden, *score], capture_output=True, text=True)
+    assert "bundle again" not in done.stderr
+    # Versions of ONNX Runtime that open no file by /proc need none.
+    assert done.returncode == 0 or (done.returncode == 3 and "mount /proc where this runs" in done.stderr), done.stderr

@@ -183,3 +183,26 @@ def test_an_unexpected_error_is_a_row_too(monkeypatch):
 
     monkeypatch.setattr(doctor, "_numpy", explode)
     assert failed(rows())["numpy"].detail == "ZeroDivisionError: division by zero"
+
+
+def no_schema(bundle: Path) -> None:
+    path = bundle / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "schema_version": 9}))
+
+
+@pytest.mark.parametrize(
+    ("provoke", "detail", "fix"),
+    [
+        (lambda b: (b / "weights.bin").write_bytes(b"x"), "1 bytes, the manifest says", "copy or export the bundle"),
+        (lambda b: (b / "full.onnx").unlink(), "missing from the bundle", "copy or export the bundle again"),
+        (lambda b: (b / "manifest.json").unlink(), "no manifest.json in it", "name the folder that hcmen-export wrote"),
+        (no_schema, "schema_version is 9", "upgrade hcmen, or export the bundle again"),
+    ],
+)
+def test_the_advice_on_a_bundle_is_that_of_its_cause_and_told_once(tmp_path, provoke, detail, fix):
+    bundle = make_bundle(tmp_path / "b", ("full",))
+    provoke(bundle)
+    row = failed(rows(bundle))["bundle"]
+    assert detail in row.detail
+    assert row.fix.startswith(fix)
+    assert fix not in row.detail

@@ -20,6 +20,7 @@ from hcmen.base.clip import write_clip
 from hcmen.base.engines import EngineRecord, read_engines
 from hcmen.base.errors import CorruptFileError, InputError
 from hcmen.base.trust import key_path, made_key, signature
+from hcmen.base.typed import as_typed
 from hcmen.runtime import load
 from hcmen.runtime.backends import TensorRT
 from hcmen.runtime.benchmark.command import main as bench_main
@@ -112,7 +113,7 @@ def test_engines_of_others_run_where_that_is_asked_for_alone(ready, clip, state,
     done = command(ready, clip)
     assert (done.code, done.out if command is not measured else "") == (5, ""), done.err
     line = next(line for line in [*done.lines, *done.out.splitlines()] if f"engine: {what}" in line)
-    assert "expected an engine that this user compiled here: run hcmen-compile" in line
+    assert f"expected an engine that this user compiled here: run {as_typed('hcmen-compile')}" in line
     assert line.endswith("on this device, or run native code of others with --trust-engines (trust_engines=True)")
     done = command(ready, clip, "--trust-engines")
     assert done.code == 0, done.err

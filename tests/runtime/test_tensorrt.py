@@ -35,6 +35,7 @@ from hcmen.base.engines import read_engines
 from hcmen.base.errors import BackendError, CorruptFileError, InputError
 from hcmen.base.inputs import Inputs
 from hcmen.base.trust import made_key, signature
+from hcmen.base.typed import as_typed
 from hcmen.export.tensorrt import Compiler, Options, profile_shapes
 from hcmen.runtime import load
 from hcmen.runtime.backends import TensorRT
@@ -305,7 +306,7 @@ REFUSALS: list[tuple[str, int, Provoke, str]] = [
     ("--variant ful", 2, lambda m: None, "did you mean 'full'"),
     ("--hardware-compatible", 3, lambda m: m.gpu(sm=75), "start at 80"),
     ("damaged weights", 5, lambda m: flip(m.bundle / "weights.bin", 100), r"weights\.bin"),
-    ("a file in the way", 5, lambda m: m.engines.touch(), "remove .*engines and run hcmen-compile again"),
+    ("a file in the way", 5, lambda m: m.engines.touch(), "remove .*engines and run .*hcmen-compile --bundle .*micro$"),
     ("a link in the way", 5, lambda m: m.engines.symlink_to(m.folder), "a link"),
 ]
 
@@ -432,7 +433,7 @@ def test_inputs_that_the_engine_cannot_take(ready):
 def test_precision_is_chosen(ready, clip):
     done = scored(ready, clip, "--precision", "fp16")
     assert done.code == 3
-    assert "no fp16 engine for variant 'full': run hcmen-compile" in done.lines[-1]
+    assert f"no fp16 engine for variant 'full': run {as_typed('hcmen-compile')} --bundle" in done.lines[-1]
     assert compiled(ready, "--variant", "full", "--precision", "fp16").code == 0
     sessions = {p: TrtBackend(TensorRT(p)).open(read_bundle(ready), "full").precision for p in ("fp32", "fp16", None)}
     assert sessions == {"fp32": "fp32", "fp16": "fp16", None: "fp16"}
@@ -479,13 +480,28 @@ def linked(m: Machine) -> None:
 
 INDEX = r"engines/manifest\.json"
 UNFIT: list[tuple[str, int, Provoke, str]] = [
-    ("no engine", 3, index(lambda d, e: d.update(engines=[])), "no engine for variant 'full': run hcmen-compile .* on"),
-    ("another GPU", 3, lambda m: m.gpu(sm=110), "made for a GPU of sm 87, this one has sm 110: run hcmen-compile"),
+    (
+        "no engine",
+        3,
+        index(lambda d, e: d.update(engines=[])),
+        "no engine for variant 'full': run .*compile .* on",
+    ),
+    ("another GPU", 3, lambda m: m.gpu(sm=110), "made for a GPU of sm 87, this one has sm 110: run .*hcmen-compile"),
     ("another TensorRT", 3, lambda m: m.gpu("10.7.0"), r"made by TensorRT 10\.3\.0, this machine has 10\.7\.0: run"),
     ("another machine", 3, lambda m: m.elsewhere(), "this machine is riscv64"),
     ("another export", 3, index(lambda d, e: e.update(graph_sha256="0" * 64)), "made from another export than the on"),
-    ("an altered engine", 5, lambda m: flip(m.engine, -1), r"sha256.*: compile it again with hcmen-compile --force$"),
-    ("a vanished engine", 5, lambda m: m.engine.unlink(), "missing from the bundle: compile it again with hcmen-comp"),
+    (
+        "an altered engine",
+        5,
+        lambda m: flip(m.engine, -1),
+        r"sha256.*: compile it again with .* --force --bundle .*micro$",
+    ),
+    (
+        "a vanished engine",
+        5,
+        lambda m: m.engine.unlink(),
+        "missing from the bundle: compile it again with .*-compile",
+    ),
     ("a linked engine", 5, linked, "a link, expected a regular file: compile it again"),
     ("no engine in it", 3, lambda m: listed(m, b"fake plan"), r"10\.3\.0 refused the engine \(Magic tag does not "),
     ("another graph", 5, of_another_graph, r"tensor 'text' is not there, expected input float32 \[-1, -1, 6\]"),
@@ -534,15 +550,16 @@ def test_the_doctor_finds_everything_in_order(ready, monkeypatch):
 @pytest.mark.parametrize(
     ("provoke", "texts", "fix"),
     [
-        (lambda m: m.knob(noise=1.0), ["the golden set fails for 'full' in fp32"], "{run} again"),
+        (lambda m: m.knob(noise=1.0), ["the golden set fails for 'full' in fp32"], "{run}"),
         (lambda m: m.gpu("10.7.0"), ["1 of 1 do not fit: ", "made by TensorRT 10.3.0"], "{run}"),
-        (lambda m: m.engine.write_bytes(b"x"), ["1 bytes, the manifest says"], "{run}, with --force"),
+        (lambda m: m.engine.write_bytes(b"x"), ["1 bytes, the manifest says"], "{run} --force"),
     ],
 )
 def test_the_doctor_finds_engines_that_are_wrong(ready, trt, monkeypatch, tmp_path, provoke, texts, fix):
     provoke(Machine(bundle=ready, trt=trt, patch=monkeypatch, folder=tmp_path))
     row = examined(ready, monkeypatch)["engines"]
-    assert (row.status, row.fix) == ("FAILED", fix.format(run="run hcmen-compile on this device"))
+    compiling = as_typed("hcmen-compile", "--bundle", ready)
+    assert (row.status, row.fix) == ("FAILED", fix.format(run=f"run on this device: {compiling}"))
     assert all(text in row.detail for text in texts)
 
 
