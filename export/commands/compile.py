@@ -45,7 +45,7 @@ _EPILOG = (
     "--bundle",
     "named",
     type=click.Path(path_type=Path),
-    help="The folder that hcmen-export wrote.  [default: build/bundle]",
+    help="The folder that hcmen-export wrote.  [default: build/bundle, first a copy of the demo's]",
 )
 @click.option(
     "--variant",
@@ -99,7 +99,7 @@ def main(
 ) -> None:
     """Compiles the graphs of a bundle to TensorRT engines, for this GPU and this TensorRT.
 
-    Without BUNDLE it is build/bundle, and where nothing is there the demo's is copied to it first.
+    Without --bundle it is build/bundle, and where nothing is there the demo's is copied to it first.
     Every engine scores the golden set before it is kept. One that is further from the eager model than the bound allows
     is not written, and the exit code is 1. Needs no PyTorch.
     """

@@ -25,28 +25,28 @@ _MOST_CONFIG_BYTES = 16 << 20
 Note = Callable[[str], None]
 
 
-def chosen_bundle(named: str | os.PathLike[str] | None, note: Note, option: str = "--bundle") -> Path:
+def chosen_bundle(named: str | os.PathLike[str] | None, note: Note) -> Path:
     """The bundle `named`; if none is, build/bundle where something is there, or else the demo's.
 
     Args:
-        named: what the caller asked for. note: told what was taken where that was nothing. option: how to name one.
+        named: what the caller asked for. note: told what was taken where that was nothing.
     """
-    return Path(named) if named is not None else _taken([BUNDLE, DEMO / "bundle"], note, option)
+    return Path(named) if named is not None else _taken([BUNDLE, DEMO / "bundle"], note, "--bundle")
 
 
-def chosen_checkpoint(
-    named: str | os.PathLike[str] | None, note: Note, option: str = "--checkpoint", *, sha256: object = None
-) -> Path:
+def chosen_checkpoint(named: str | os.PathLike[str] | None, note: Note, *, sha256: object = None) -> Path:
     """The checkpoint `named`; if none is, build/train where something is there, or else the demo's.
 
     Args:
-        named, note, option: as of `chosen_bundle`.
+        named, note: as of `chosen_bundle`.
         sha256: of the weights that are wanted, where they must be those of a bundle: whichever has them is taken.
     """
     if named is not None:
         return Path(named)
     places = [CHECKPOINT, DEMO / "train"]
-    return _taken(sorted(places, key=lambda place: sha256 is not None and _weights(place) != sha256), note, option)
+    return _taken(
+        sorted(places, key=lambda place: sha256 is not None and _weights(place) != sha256), note, "--checkpoint"
+    )
 
 
 def or_the_demo(place: str | os.PathLike[str]) -> str:

@@ -59,7 +59,8 @@ _EPILOG = (
     "--bundle",
     "named",
     multiple=True,
-    help="A folder that hcmen-export wrote; repeatable: several are measured in turns.  [default: build/bundle]",
+    help="A folder that hcmen-export wrote; repeatable: several are measured in turns.  [default: "
+    "build/bundle if it is there, else the demo's]",
 )
 @click.option(
     "--variant",
@@ -180,7 +181,7 @@ def main(
         _emit(console, data, verdicts, unmatched, targets, doubts)
         _finish(data, 0, verdicts, fail_slower)
         return
-    paths = bundles or (os.fspath(chosen_bundle(None, console.note, "BUNDLE")),)
+    paths = bundles or (os.fspath(chosen_bundle(None, console.note)),)
     opened = dict(zip(labels(paths), (read_bundle(os.path.abspath(path)) for path in paths), strict=True))
     eager = Path(checkpoint or "")
     if set(against) - {"functions"}:

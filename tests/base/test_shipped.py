@@ -67,10 +67,10 @@ def test_a_named_place_is_taken_then_that_of_the_working_directory_then_the_demo
     assert chosen_bundle("b", said.append) == Path("b")
     assert said == []
     assert chosen_bundle(None, said.append) == DEMO / "bundle"
-    assert chosen_checkpoint(None, said.append, "CHECKPOINT") == DEMO / "train"
+    assert chosen_checkpoint(None, said.append) == DEMO / "train"
     assert said == [
         f"no --bundle given: taking {DEMO / 'bundle'}, the demo's, which comes with hcmen",
-        f"no CHECKPOINT given: taking {DEMO / 'train'}, the demo's, which comes with hcmen",
+        f"no --checkpoint given: taking {DEMO / 'train'}, the demo's, which comes with hcmen",
     ]
     # Whatever is there is what was meant, also where it is no good: an error says so.
     (here / "build").mkdir()
@@ -119,7 +119,7 @@ def test_commands_work_on_the_demo_with_nothing_named(here, name):
     assert sum("which comes with hcmen" in line for line in done.lines) == (2 if name == "check" else 1)
     assert not (here / "build").exists()
     make_bundle(here / "build" / "bundle")
-    assert "no BUNDLE given: taking build/bundle" in run(command, *arguments).err.replace("--bundle", "BUNDLE")
+    assert "no --bundle given: taking build/bundle" in run(command, *arguments).err
 
 
 def test_an_export_of_the_demo_goes_to_the_working_directory(here):
