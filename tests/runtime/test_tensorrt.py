@@ -474,7 +474,8 @@ def of_another_graph(m: Machine) -> None:
 
 def linked(m: Machine) -> None:
     path = m.engine
-    path.symlink_to(path.rename(m.folder / "elsewhere"))
+    path.unlink()
+    path.symlink_to("gone")
 
 
 INDEX = r"engines/manifest\.json"
@@ -486,7 +487,7 @@ UNFIT: list[tuple[str, int, Provoke, str]] = [
     ("another export", 3, index(lambda d, e: e.update(graph_sha256="0" * 64)), "made from another export than the on"),
     ("an altered engine", 5, lambda m: flip(m.engine, -1), r"sha256.*: compile it again with hcmen-compile --force$"),
     ("a vanished engine", 5, lambda m: m.engine.unlink(), "missing from the bundle: compile it again with hcmen-comp"),
-    ("a linked engine", 5, linked, "a link, expected a regular file: compile it again"),
+    ("an engine linked to nothing", 5, linked, "a link to what is not there, expected a file: compile it again"),
     ("no engine in it", 3, lambda m: listed(m, b"fake plan"), r"10\.3\.0 refused the engine \(Magic tag does not "),
     ("another graph", 5, of_another_graph, r"tensor 'text' is not there, expected input float32 \[-1, -1, 6\]"),
     ("no plugins", 3, lambda m: (m.gpu(), m.plugins.unlink()), r"libhcmen_trt\.so was not found in"),
