@@ -7,9 +7,13 @@
     tokenizer.json        words to token ids; only where the model has a text encoder
 
 A bundle is not trusted. The manifest is read with every key, type and value checked (`Manifest.from_json`). A listed
-file must be a regular file reached by plain names, through no symbolic link, of the listed size and sha256; `read`
-hashes the very bytes it returns, so that nothing can change between the check and the use. Hard links are let be: a
-content that has the listed sha256 is the listed content, and image-based systems store all their files as hard links.
+file must be a regular file of the listed size and sha256, under a plain name; `read` hashes the very bytes it returns,
+so that nothing can change between the check and the use.
+
+Links are followed, symbolic and hard ones, from the manifest, from listed files and from the folders they lie in, as
+caches and mounts are made of them: content that has the listed sha256 is the listed content, wherever it lies. What a
+link leads to is looked at before it is opened, since opening a device may do things, or wait. Nothing is written
+through a link: a bundle is replaced whole, and `Bundle.read_index` follows none.
 
 Writing goes to a temporary sibling which is renamed when it is whole (`writing_bundle`), so that a killed or failed
 export leaves no half bundle.
@@ -22,21 +26,21 @@ import errno
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hcmen.base.errors import CorruptFileError, HcmenError, InputError
-from hcmen.base.files import read_small, writing_folder
+from hcmen.base.files import open_regular, read_small, writing_folder
 from hcmen.base.manifest import NAME, Manifest, VariantRecord
 from hcmen.base.modalities import variant_named
 from hcmen.base.records import MANIFEST, MANIFEST_FILE, MOST_MANIFEST_BYTES, FileRecord, check_file_name, parse_json
 from hcmen.base.shipped import or_the_demo
+from hcmen.base.trust import check_nobody_else_writes
 from hcmen.base.typed import as_typed, from_here
 
 __all__ = [
@@ -82,9 +86,9 @@ class Bundle:
         """The verified content of a listed file, as read-only bytes [record.bytes] in memory of our own.
 
         Raises:
-            CorruptFileError: missing, a link, not a regular file, or not of the listed size and sha256.
+            CorruptFileError: missing, not a regular file, or not of the listed size and sha256.
         """
-        content = self._verify(record, keep=True)
+        content, _ = self._verify(record, keep=True)
         content.flags.writeable = False
         return content
 
@@ -92,7 +96,7 @@ class Bundle:
         """The path of a listed file, verified; for tools that take paths alone, as the file can change afterwards.
 
         Raises:
-            CorruptFileError: missing, a link, not a regular file, or not of the listed size and sha256.
+            CorruptFileError: missing, not a regular file, or not of the listed size and sha256.
         """
         self._verify(record, keep=False)
         return self.path / record.file
@@ -100,23 +104,28 @@ class Bundle:
     def others_may_write(self, record: FileRecord) -> bool:
         """Whether somebody but this user and root may change the file, or put another one in its place.
 
-        Raises:
-            CorruptFileError: missing, a link, or not a regular file.
+        All that lies on the way to it is judged: links, what they lead through, and folders. What cannot be looked at
+        counts as theirs.
         """
-        with _opened_beneath(self.path, record.file) as descriptor:
-            places = [os.fstat(descriptor), *map(os.stat, {self.path, (self.path / record.file).parent})]
-        return any(p.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or p.st_uid not in (0, os.geteuid()) for p in places)
+        try:
+            check_nobody_else_writes((self.path / record.file).absolute(), "")
+        except HcmenError:
+            return True
+        return False
 
     def read_index(self, name: str) -> bytes | None:
         """The content of a small file that no manifest lists, since it is made on the device; None if it is not there.
+
+        It says which native code may run, and no digest vouches for it. hcmen writes a file here, never a link, so that
+        a link was put here by somebody else: none is followed, neither to the file nor to its folder.
 
         Raises:
             InputError: it may not be read.
             CorruptFileError: a link, or not a regular file.
         """
         try:
-            with _opened_beneath(self.path, name) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
-                return file.read(MOST_MANIFEST_BYTES + 1)
+            with _opened_beneath(self.path, name, links=False) as file:
+                return _content(file)
         except _MissingFile:
             return None
 
@@ -131,12 +140,13 @@ class Bundle:
         tokenizer = [self.manifest.tokenizer] if self.manifest.tokenizer else []
         return [self.manifest.weights, *tokenizer, *(v.graph for v in variants), *(v.golden for v in variants)]
 
-    def _verify(self, record: FileRecord, *, keep: bool) -> NDArray[np.uint8]:
-        """Reads and hashes a listed file; returns its content with `keep`, else an empty array."""
+    def _verify(self, record: FileRecord, *, keep: bool) -> tuple[NDArray[np.uint8], tuple[int, ...]]:
+        """Reads and hashes a listed file; its content with `keep`, else an empty array; which file it was."""
         where = self.path / record.file
         check_file_name(record.file)
-        with _opened_beneath(self.path, record.file) as descriptor:
-            size = os.fstat(descriptor).st_size
+        with _opened_beneath(self.path, record.file) as file:
+            found = os.fstat(file.fileno())
+            size = found.st_size
             if size != record.bytes:
                 raise CorruptFileError(
                     f"{size} bytes, the manifest says {record.bytes}",
@@ -149,7 +159,7 @@ class Bundle:
             while done < size:
                 start = done if keep else 0
                 part = content.data[start : start + min(_READ_BYTES, size - done)]
-                count = os.readv(descriptor, [part])
+                count = os.readv(file.fileno(), [part])
                 if count == 0:
                     raise CorruptFileError(
                         f"ended after {done} of {size} bytes", fix="copy the bundle again", where=str(where)
@@ -162,7 +172,7 @@ class Bundle:
                 fix="the file was altered or damaged, copy or export the bundle again",
                 where=str(where),
             )
-        return content if keep else content[:0]
+        return content if keep else content[:0], _identity(found)
 
 
 class SharedFile:
@@ -181,29 +191,37 @@ class SharedFile:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Path]:
-        """The absolute folder of the bundle, in which the file is the verified one while the block runs.
+        """Where the file lies, absolute and with all links resolved; it is the verified one while the block runs.
+
+        The name may be another than the listed one, as in a cache that names files by their content.
 
         Raises:
-            CorruptFileError: missing, a link, not of the listed size and sha256, or changed meanwhile.
+            CorruptFileError: missing, not of the listed size and sha256, or changed meanwhile.
         """
+        real = Path(os.path.realpath(self.bundle.path / self.record.file))
         before = self._identity()
         if before != self._hashed:
-            self.bundle.file(self.record)
-            self._unchanged(before)
+            _, before = self.bundle._verify(self.record, keep=False)
             self._hashed = before
-        yield self.bundle.path.absolute()
-        self._unchanged(before)
+        self._unchanged(before, real)
+        yield real
+        self._unchanged(before, real)
 
     def _identity(self) -> tuple[int, ...]:
-        with _opened_beneath(self.bundle.path, self.record.file) as descriptor:
-            found = os.fstat(descriptor)
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        with _opened_beneath(self.bundle.path, self.record.file) as file:
+            return _identity(os.fstat(file.fileno()))
 
-    def _unchanged(self, before: tuple[int, ...]) -> None:
-        if self._identity() != before:
-            raise CorruptFileError(
-                f"{self.bundle.path / self.record.file}: changed while it was being loaded: load the bundle again"
-            )
+    def _unchanged(self, before: tuple[int, ...], real: Path) -> None:
+        with contextlib.suppress(OSError):
+            if before == self._identity() == _identity(os.stat(real)):
+                return
+        raise CorruptFileError(
+            f"{self.bundle.path / self.record.file}: changed while it was being loaded: load the bundle again"
+        )
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def read_bundle(path: str | os.PathLike[str]) -> Bundle:
@@ -218,8 +236,8 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     if not root.is_dir():
         raise _no_bundle(root, "not a folder" if root.exists() else "no such folder")
     try:
-        with _opened_beneath(root, MANIFEST_FILE) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
-            content = file.read(MOST_MANIFEST_BYTES + 1)
+        with _opened_beneath(root, MANIFEST_FILE) as file:
+            content = _content(file)
     except _MissingFile as error:
         raise _no_bundle(root, f"no {MANIFEST_FILE} in it") from error
     where = root / MANIFEST_FILE
@@ -336,35 +354,48 @@ class _MissingFile(CorruptFileError):
 
 
 @contextlib.contextmanager
-def _opened_beneath(root: Path, name: str) -> Iterator[int]:
-    """A descriptor of the regular file `name` below `root`, each part of it opened without following links."""
+def _opened_beneath(root: Path, name: str, *, links: bool = True) -> Iterator[IO[bytes]]:
+    """The regular file `name` below `root`, open for reading; what goes wrong with it in the block is told here.
+
+    links: whether those on the way from `root` are followed.
+    """
     where = root / name
-    folders: list[int] = []
+    *parents, last = (name,) if links else PurePosixPath(name).parts
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     try:
-        try:
-            folders.append(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-            *parents, last = PurePosixPath(name).parts
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        with contextlib.ExitStack() as stack:
+            folder = os.open(root, flags)
+            stack.callback(os.close, folder)
             for part in parents:
-                folders.append(os.open(part, flags | os.O_DIRECTORY, dir_fd=folders[-1]))
-            folders.append(os.open(last, flags | os.O_NONBLOCK, dir_fd=folders[-1]))
-        except OSError as error:
-            raise _open_error(where, error) from error
-        if not stat.S_ISREG(os.fstat(folders[-1]).st_mode):
-            raise CorruptFileError("not a regular file", "one", "copy or export the bundle again", where=str(where))
-        yield folders[-1]
-    finally:
-        for descriptor in folders:
-            os.close(descriptor)
+                folder = os.open(part, flags | os.O_NOFOLLOW, dir_fd=folder)
+                stack.callback(os.close, folder)
+            yield stack.enter_context(open_regular(last, folder=folder, links=links))
+    except OSError as error:
+        raise _open_error(where, error, links) from error
 
 
-def _open_error(where: Path, error: OSError) -> HcmenError:
+def _content(file: IO[bytes]) -> bytes:
+    """The content of a JSON file, cut behind the most that `parse_json` takes."""
+    # No more than it says that it has: files of the kernel's say that they have nothing, and some never end.
+    return file.read(min(os.fstat(file.fileno()).st_size, MOST_MANIFEST_BYTES + 1)) or b""
+
+
+def _open_error(where: Path, error: OSError, links: bool) -> HcmenError:
+    again = "copy or export the bundle again"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR) and links:
+        if where.is_symlink():
+            return CorruptFileError("missing, a link to what is not there", "a file", again, where=str(where))
+        return _MissingFile("missing from the bundle", fix=again, where=str(where))
     if error.errno == errno.ENOENT:
-        return _MissingFile("missing from the bundle", fix="copy or export the bundle again", where=str(where))
-    if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENOTDIR):
-        return CorruptFileError("a link", "a regular file", "copy the bundle with its files in it", where=str(where))
+        return _MissingFile("missing", where=str(where))
+    if error.errno == errno.ELOOP and links:
+        return CorruptFileError("links without end", "a file", again, where=str(where))
+    if error.errno in (errno.ELOOP, errno.ENOTDIR):
+        return CorruptFileError("a link", "a regular file", again, where=str(where))
     if error.errno in (errno.EACCES, errno.EPERM):
         return InputError("permission denied", fix="check its owner and permissions", where=str(where))
+    if error.errno in (errno.EINVAL, errno.EISDIR):
+        return CorruptFileError("not a regular file", "one", again, where=str(where))
     reason = (error.strerror or "cannot be opened").lower()
     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         return InputError(reason, fix="the bundle is not the cause: close files or end programs here", where=str(where))

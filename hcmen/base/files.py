@@ -300,21 +300,31 @@ def _flush(folder: Path) -> None:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
-    """The regular file `path`, open for reading. A pipe or device is refused instead of waited for.
+def open_regular(path: str | os.PathLike[str], *, folder: int | None = None, links: bool = True) -> IO[bytes]:
+    """The regular file `path`, open for reading. A pipe or device is refused, and neither opened nor waited for.
+
+    Args:
+        path: of the file. folder: a descriptor of the folder that a relative path starts from.
+        links: follow one at the end of `path`.
 
     Raises:
         IsADirectoryError: a folder is there.
         OSError: anything else that is no file, or it cannot be opened.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    mode = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(mode):
-        return os.fdopen(descriptor, "rb")
-    os.close(descriptor)
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
-    raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    # Opening some devices does things, as rewinding a tape, so what is there is asked first.
+    found = os.stat(path, dir_fd=folder, follow_symlinks=links)
+    code = 0 if stat.S_ISREG(found.st_mode) else errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL
+    if stat.S_ISLNK(found.st_mode):
+        code = errno.ELOOP
+    if not code:
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | (0 if links else os.O_NOFOLLOW)
+        descriptor = os.open(path, flags, dir_fd=folder)
+        if os.path.samestat(found, os.fstat(descriptor)):
+            return os.fdopen(descriptor, "rb")
+        os.close(descriptor)
+        code = errno.ESTALE
+    told = {errno.EINVAL: "not a regular file", errno.ESTALE: "changed while it was opened"}
+    raise OSError(code, told.get(code, os.strerror(code)), os.fspath(path))
 
 
 def read_small(path: str | os.PathLike[str], most: int = 256 << 20) -> bytes:

@@ -76,19 +76,23 @@ class Graph:
     model: bytes = b""
 
 
-def read_graph(model: bytes | memoryview, weights_file: str, weights_bytes: int, where: str) -> Graph:
+def read_graph(
+    model: bytes | memoryview, weights_file: str, weights_bytes: int, where: str, real_name: bytes | None = None
+) -> Graph:
     """Finds the external tensors of an .onnx file, and writes the file again.
 
     Args:
         model: the content of the file.
         weights_file: the only file that external data may lie in; weights_bytes: its size.
         where: what to call the file in messages.
+        real_name: under which the weights file lies where ONNX Runtime will look for it; None for `weights_file`.
 
     Raises:
         CorruptFileError: not an ONNX file, its external data is out of range or elsewhere, or it is larger than any
             graph is once its functions and constants are written out.
     """
-    content, message = rewritten(bytes(model), where)
+    known = weights_file.encode()
+    content, message = rewritten(bytes(model), where, (known, known if real_name is None else real_name))
     graph = Graph(model=content)
     for main in message.get(7, []):
         for tensor in main.get(5, []):

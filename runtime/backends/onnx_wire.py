@@ -35,7 +35,8 @@ _ONNX = {
     "Node": "1:s* 2:s* 3:s 4:s 5:Attribute* 6:s 7:s 8:s 9:Entry* 10:Placed*",
     "Attribute": "1:s 2:f 3:i 4:s 5:Tensor 6:Graph 7:f* 8:i* 9:s* 10:Tensor* 11:Graph* 13:s 14:Type 15:Type* 20:e 21:s "
     "22:Sparse 23:Sparse*",
-    "Tensor": "1:i* 2:e 3:Segment 4:f* 5:e* 6:s* 7:i* 8:s 9:s 10:d* 11:i* 12:s 13:Entry* 14:e 16:Entry*",
+    "Tensor": "1:i* 2:e 3:Segment 4:f* 5:e* 6:s* 7:i* 8:s 9:s 10:d* 11:i* 12:s 13:Stored* 14:e 16:Entry*",
+    "Stored": "1:s 2:s",
     "Segment": "1:i 2:i",
     "Sparse": "1:Tensor 2:Tensor 3:i*",
     "Value": "1:s 2:Type 3:s 4:Entry*",
@@ -86,16 +87,17 @@ def _fields_of(text: str) -> dict[int, tuple[int, bytes, str, bool]]:
 _FIELDS = {name: _fields_of(text) for name, text in _ONNX.items()}
 
 
-def rewritten(model: bytes, where: str) -> tuple[bytes, Message]:
+def rewritten(model: bytes, where: str, renamed: tuple[bytes, bytes] = (b"", b"")) -> tuple[bytes, Message]:
     """The content of an .onnx file as protobuf would write it, and its fields.
 
     Args:
         model: the content. where: what to call the file in messages.
+        renamed: the name of a file that tensors lie in, and what is written for it; the fields have the first.
 
     Raises:
         CorruptFileError: no ONNX model in protobuf's format, or more nodes, fields or nesting than any has.
     """
-    content, message = _Reader(where).read(model, "Model", 1)
+    content, message = _Reader(where, renamed).read(model, "Model", 1)
     if content[4:8] == b"ORTM":
         raise CorruptFileError("a model in ONNX Runtime's own format", "ONNX", "export it again", where=where)
     return content, message
@@ -108,8 +110,8 @@ def not_onnx(where: str, what: str = "") -> CorruptFileError:
 
 
 class _Reader:
-    def __init__(self, where: str):
-        self.where = where
+    def __init__(self, where: str, renamed: tuple[bytes, bytes]):
+        self.where, self.renamed = where, renamed
         self.nodes = self.fields = 0
         self._read: dict[tuple[str, bytes], tuple[bytes, Message]] = {}
 
@@ -176,6 +178,8 @@ class _Reader:
                 raise not_onnx(self.where, f"field {number} of {name} is there twice")
         if self.fields > _MOST_FIELDS:
             raise CorruptFileError(f"more than {_MOST_FIELDS} fields", "a graph written by export", where=self.where)
+        if name == "Stored" and (found.get(1), found.get(2)) == ([b"location"], [self.renamed[0]]):
+            out = bytearray(b"\n\x08location\x12" + _shortest(len(self.renamed[1])) + self.renamed[1])
         return bytes(out), found
 
     def _within(self, data: bytes, kind: str, depth: int) -> tuple[bytes, Message]:

@@ -7,9 +7,11 @@ then warns and `kernels` says so.
 A graph is loaded from memory that was verified, and refers to no file but the weights, which were verified as well.
 
 Weights. ONNX Runtime from 1.23 on is told the folder they lie in and maps them, so that all sessions of all processes
-share one copy in the page cache. Older ones are given arrays of one verified buffer
-(`SessionOptions.add_external_initializers`), each of which they copy once per session. (`add_initializer` copies
-nothing, but there constant folding reads the values from the file after all, seen in 1.17 and 1.20.)
+share one copy in the page cache. From 1.24 on (seen up to 1.31) it refuses a link that leads out of that folder, so it
+is told where the file really lies, and the graph is given the name that it has there. Older ones are given arrays of
+one verified buffer (`SessionOptions.add_external_initializers`), each of which they copy once per session.
+(`add_initializer` copies nothing, but there constant folding reads the values from the file after all, seen in 1.17 and
+1.20.)
 
 Packing. ONNX Runtime can lay the weights of matrix products out for its kernels when a session is made, in memory of
 that session alone. On the MOSI model that brings 2 % at 500 steps and 9 % at 50, and makes seven sessions cost six
@@ -210,8 +212,17 @@ class OrtBackend:
             CorruptFileError: the graph is damaged or reaches outside the bundle.
             BackendError: this ONNX Runtime is too old for it.
         """
-        size = weights.record.bytes if isinstance(weights, SharedFile) else len(weights)
-        graph = read_graph(model, weights_file, size, where)
+        if not isinstance(weights, SharedFile):
+            return self._made(model, weights, len(weights), weights_file, where)
+        with weights.held() as real:
+            return self._made(model, real, weights.record.bytes, weights_file, where)
+
+    def _made(
+        self, model: bytes, weights: NDArray[np.uint8] | Path, size: int, weights_file: str, where: str
+    ) -> OrtSession:
+        """As `session`; weights: their content, or where they lie, in `size` bytes."""
+        real = os.fsencode(weights.name) if isinstance(weights, Path) else None
+        graph = read_graph(model, weights_file, size, where, real)
         kernels = STANDARD
         if OP_DOMAIN in graph.domains:
             kernels = NATIVE if self.library is not None else FUNCTIONS
@@ -219,30 +230,27 @@ class OrtBackend:
                 warnings.warn(
                     f"running without the kernel library, right but many times slower: {self.library_problem}",
                     RuntimeWarning,
-                    stacklevel=2,
+                    stacklevel=3,
                 )
         options = self._options(self.library)
         if not (size > _SHARE_BYTES if self.prepack is None else self.prepack):
             options.add_session_config_entry("session.disable_prepacking", "1")
-        with contextlib.ExitStack() as stack:
-            if isinstance(weights, SharedFile):
-                folder = stack.enter_context(weights.held())
-                options.add_session_config_entry(
-                    "session.model_external_initializers_file_folder_path", os.fsencode(folder)
-                )
-            try:
-                if not isinstance(weights, SharedFile):
-                    values = [self._ort.OrtValue.ortvalue_from_numpy(t.view(weights)) for t in graph.external]
-                    options.add_external_initializers([t.name for t in graph.external], values)
-                make = partial(
-                    _no_fallback(self._ort.InferenceSession), graph.model, options, providers=list(self._providers)
-                )
-                with deaf() if _release(self.version) < _FREE_FROM else contextlib.nullcontext():
-                    session = within(self.time_limit, make, where, "loading it")
-            except HcmenError:
-                raise
-            except Exception as error:
-                raise _load_error(error, where, self.version) from error
+        try:
+            if isinstance(weights, Path):
+                folder = "session.model_external_initializers_file_folder_path"
+                options.add_session_config_entry(folder, os.fsencode(weights.parent))
+            else:
+                values = [self._ort.OrtValue.ortvalue_from_numpy(t.view(weights)) for t in graph.external]
+                options.add_external_initializers([t.name for t in graph.external], values)
+            make = partial(
+                _no_fallback(self._ort.InferenceSession), graph.model, options, providers=list(self._providers)
+            )
+            with deaf() if _release(self.version) < _FREE_FROM else contextlib.nullcontext():
+                session = within(self.time_limit, make, where, "loading it")
+        except HcmenError:
+            raise
+        except Exception as error:
+            raise _load_error(error, where, self.version) from error
         made = self._session(session, kernels, where)
         made.time_limit = self.time_limit
         return made

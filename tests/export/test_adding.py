@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.command import Outcome, run
+from helpers.linked import LAYOUTS, linked
 from helpers.micro import MICRO
 
 from hcmen.base.bundle import read_bundle
@@ -104,6 +105,22 @@ def test_what_is_exported_again_may_be_damaged_and_of_schema_1(checkpoint, both,
     read_bundle(bundle).verify()
     assert json.loads((bundle / "manifest.json").read_text())["schema_version"] == 2
     assert (bundle / "weights.bin").read_bytes() == (both / "weights.bin").read_bytes()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_bundle_of_links_gets_another_variant_and_its_cache_stays(checkpoint, both, tmp_path, layout):
+    """What is there is read through its links; the new bundle is files, and nothing is written through a link."""
+    bundle = linked(both, layout, tmp_path / "cache")
+    before = {p: p.read_bytes() for p in (tmp_path / "cache").rglob("*") if p.is_file() and bundle not in p.parents}
+    done = exported(checkpoint, bundle, "--variant", "audio_missing")
+    assert done.code == 0, done.err
+    assert f"{bundle}: is of this checkpoint, text_only, audio_only stay" in done.lines
+    opened = read_bundle(bundle)
+    opened.verify()
+    assert set(opened.manifest.variants) == {"text_only", "audio_only", "audio_missing"}
+    assert not any(p.is_symlink() for p in bundle.rglob("*"))
+    assert {p: p.read_bytes() for p in before} == before
+    assert not [p for p in bundle.parent.iterdir() if p.name.startswith(f".{bundle.name}.")]
 
 
 REFUSED: dict[str, tuple[Change, int, str]] = {

@@ -218,9 +218,12 @@ def at(name: str, change: Callable[[Path], object]) -> Callable[[Path], object]:
     return lambda bundle: change(bundle / name)
 
 
-def linked(path: Path) -> None:
-    path.rename(path.with_name("real"))
-    path.symlink_to("real")
+def to(target: str) -> Callable[[Path], None]:
+    def linked(path: Path) -> None:
+        path.unlink()
+        path.symlink_to(target)
+
+    return linked
 
 
 def flip(path: Path) -> None:
@@ -252,7 +255,8 @@ BUNDLES = [
     Case("missing", shutil.rmtree, 2, ("no such folder, expected a bundle: make one with ", "hcmen-export --bundle")),
     Case("a file", both(shutil.rmtree, raw(b"x")), 2, ("not a folder",)),
     Case("no manifest", at("manifest.json", Path.unlink), 2, ("no manifest.json in it",)),
-    Case("manifest is a link", at("manifest.json", linked), 5, ("a link, expected a regular file",)),
+    Case("manifest linked to nothing", at("manifest.json", to("gone")), 5, ("manifest.json: missing, a link to what",)),
+    Case("manifest linked to a device", at("manifest.json", to("/dev/zero")), 5, ("json: not a regular file",)),
     Case("manifest cut", at("manifest.json", shorten), 5, ("not valid JSON",)),
     Case("manifest is no text", at("manifest.json", raw(b"\xff\x00")), 5, ("not valid JSON",)),
     Case("manifest is a list", at("manifest.json", raw(b"[]")), 5, ("expected an object",)),
@@ -277,11 +281,13 @@ BUNDLES = [
     Case("weights missing", at("weights.bin", Path.unlink), 5, ("weights.bin: missing from the bundle",)),
     Case("weights altered", at("weights.bin", flip), 5, ("weights.bin: sha256", "altered or damaged")),
     Case("weights cut", at("weights.bin", lambda p: p.write_bytes(b"1")), 5, ("1 bytes, the manifest says 52",)),
-    Case("weights linked", at("weights.bin", linked), 5, ("weights.bin: a link",)),
+    Case("weights linked to others", at("weights.bin", to("full.onnx")), 5, ("bytes, the manifest says",)),
+    Case("weights linked to nothing", at("weights.bin", to("gone")), 5, ("weights.bin: missing, a link to what",)),
+    Case("weights linked to a device", at("weights.bin", to("/dev/zero")), 5, ("weights.bin: not a regular file",)),
     Case("weights hard-linked", hard_linked_secret, 5, ("weights.bin: sha256",)),
     Case("graph missing", at("full.onnx", Path.unlink), 5, ("full.onnx: missing from the bundle",)),
     Case("graph altered", at("full.onnx", flip), 5, ("full.onnx: sha256",)),
-    Case("graph linked", at("full.onnx", linked), 5, ("full.onnx: a link",)),
+    Case("graph linked to itself", at("full.onnx", to("full.onnx")), 5, ("full.onnx: links without end",)),
     Case("graph truncated", both(at("full.onnx", shorten), forged()), 5, ("full.onnx: truncated or not an ONNX file",)),
     Case("graph is text", both(at("full.onnx", raw(b"hello")), forged()), 5, ("full.onnx: truncated or not an ONNX",)),
     Case("graph of nothing", both(at("full.onnx", raw(b"\x08\x09")), forged()), 5, ("ONNX Runtime refused it",)),
