@@ -22,6 +22,7 @@ __all__ = [
 
 MANIFEST_FILE = "manifest.json"
 MOST_MANIFEST_BYTES = 16 << 20
+_MOST_PARTS = 1 << 20
 _MAX_DEPTH = 32
 _MAX_FILE_BYTES = 8 << 30
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
@@ -139,25 +140,31 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "null" if value is None else "a number")
 
 
-def parse_json(content: bytes) -> Any:
+def parse_json(content: bytes, where: str = "manifest", fix: str = "copy or export the bundle again") -> Any:
     """JSON without its traps: no duplicate keys, no NaN or infinity, no excess of size or depth.
+
+    Args:
+        content: the file. where, fix: of the error.
 
     Raises:
         CorruptFileError: it has one of them, or is no JSON.
     """
     if len(content) > MOST_MANIFEST_BYTES:
-        raise CorruptFileError(f"more than {MOST_MANIFEST_BYTES} bytes", "a few thousand", where="manifest")
+        raise CorruptFileError(f"more than {MOST_MANIFEST_BYTES} bytes", "a few thousand", fix, where=where)
+    # Python takes some 70 bytes for an empty list and 200 for a key, of 3 and 6 bytes.
+    if sum(map(content.count, b"[{:")) > _MOST_PARTS:
+        raise CorruptFileError(f"more than {_MOST_PARTS} lists, objects and keys", "a few thousand", fix, where=where)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made: dict[str, Any] = {}
         for key, value in pairs:
             if key in made:
-                raise CorruptFileError(f"key {shown(key)} is there twice", where="manifest")
+                raise CorruptFileError(f"key {shown(key)} is there twice", where=where)
             made[key] = value
         return made
 
     def refuse(word: str) -> Any:
-        raise CorruptFileError(f"{word} is not a finite number", where="manifest")
+        raise CorruptFileError(f"{word} is not a finite number", where=where)
 
     def finite(digits: str) -> float:
         value = float(digits)
@@ -167,11 +174,9 @@ def parse_json(content: bytes) -> Any:
         data = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else reason_of(error)
-        raise CorruptFileError(
-            f"not valid JSON ({reason})", fix="copy or export the bundle again", where="manifest"
-        ) from error
+        raise CorruptFileError(f"not valid JSON ({reason})", fix=fix, where=where) from error
     if _depth_exceeds(data, _MAX_DEPTH):
-        raise CorruptFileError("nested too deeply", f"at most {_MAX_DEPTH} levels", where="manifest")
+        raise CorruptFileError("nested too deeply", f"at most {_MAX_DEPTH} levels", where=where)
     return data
 
 

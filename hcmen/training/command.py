@@ -327,7 +327,7 @@ def _resumed_settings(
     _, state = load_state(out)
     paths = {"data": data, "text_encoder": text_encoder}
     asked = {"preset": preset, **{name: str(path.resolve()) for name, path in paths.items() if path}, **given}
-    before = {**TrainConfig.from_json(state["train"]).to_json(), **state["run"]}
+    before = {**state["train"], **state["run"]}
     for name, value in asked.items():
         if value is not None and value != before.get(name):
             option = f"--{name.replace('_', '-')}" if name in _OPTIONS else f"--set {name}"
@@ -335,7 +335,7 @@ def _resumed_settings(
                 f"{option} is {value}, the run in {out} has {before.get(name)}: leave the option out "
                 "to resume, or start over with --force"
             )
-    kind = registry.named(state.get("kind", registry.DEFAULT))
+    kind = registry.named(state["kind"])
     return kind.config.from_json(state["model"]), TrainConfig.from_json(state["train"]), state["run"]
 
 

@@ -530,7 +530,7 @@ def test_a_full_disk_leaves_the_last_good_epoch(
     [
         (lambda f: (f / "config.json").unlink(), InputError, "config.json: no such file"),
         (lambda f: (f / "checkpoint.safetensors").unlink(), InputError, "checkpoint.safetensors: no such file"),
-        (lambda f: (f / "config.json").write_text("{"), CorruptFileError, "config.json: not JSON"),
+        (lambda f: (f / "config.json").write_text("{"), CorruptFileError, "config.json: not valid JSON"),
         (lambda f: (f / "config.json").write_text("[]"), CorruptFileError, "schema_version is None, expected 1"),
         (lambda f: _edit(f, schema_version=2), CorruptFileError, "schema_version is 2, expected 1"),
         (lambda f: _edit(f, model=None), CorruptFileError, "does not describe checkpoint.safetensors"),
