@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import hcmen
 from hcmen.base.console import Console
-from hcmen.base.errors import CheckFailed, CorruptFileError, InputError, reason_of, unknown_name
-from hcmen.base.files import read_small
+from hcmen.base.errors import CheckFailed, InputError, unknown_name
+from hcmen.base.files import read_small, refused
 from hcmen.base.manifest import PRECISIONS
 from hcmen.base.modalities import VARIANTS, Variant
+from hcmen.base.records import MOST_MANIFEST_BYTES
 from hcmen.export.card import CARD, card, scores_of
 from hcmen.export.report import failure, figure, table
+from hcmen.media.tokenizer_file import checked_tokenizer
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -263,20 +265,17 @@ def _recorded_clips(checkpoint: Path, model: Any) -> list[Clip]:
 def _copy_tokenizer(checkpoint: Path, folder: Path, kept: Kept, console: Console) -> None:
     """Copies the tokenizer that training left beside the checkpoint; without one the bundle takes token ids alone."""
     source = checkpoint / "tokenizer.json"
-    if not source.is_file():
+    if not os.path.lexists(source):
         there = kept.tokenizer()
         if there is not None:
             (folder / "tokenizer.json").write_bytes(there)
             return
         console.warn(f"{source}: missing, so this bundle will take token ids and no words (hcmen-run --text)")
         return
-    content = read_small(source)
-    try:
-        json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(
-            f"{source}: not JSON ({reason_of(error, 100)}): train again, or restore the file"
-        ) from error
+    fix = "train again, or restore the file"
+    with refused(source, "a tokenizer", fix):
+        content = read_small(source, MOST_MANIFEST_BYTES)
+    checked_tokenizer(content, str(source), fix)
     (folder / "tokenizer.json").write_bytes(content)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from hcmen.base.errors import CorruptFileError, reason_of
 from hcmen.base.files import read_small
 from hcmen.base.manifest import Manifest, Score
 from hcmen.base.modalities import MODALITIES
+from hcmen.base.records import MOST_MANIFEST_BYTES, JsonFile, parse_json
 from hcmen.models import registry
 
 __all__ = ["CARD", "card", "scores_of"]
@@ -39,13 +39,13 @@ def scores_of(checkpoint: Path, about: Mapping[str, Any]) -> tuple[Score, ...]:
     if not path.is_file():
         return tuple(found)  # the training was stopped
     try:
-        report = json.loads(read_small(path))
+        report = parse_json(read_small(path, MOST_MANIFEST_BYTES), JsonFile(str(path), "remove it, or train again"))
         if (report["epoch"], report["validation_mae"]) == (about["epoch"], validation["mae"]):
             kind = about.get("kind", registry.DEFAULT)
             for variant, models in report["test"].items():
-                measures = {name: x for name, x in models[kind].items() if x is not None}
+                measures = {name: float(x) for name, x in models[kind].items() if x is not None}
                 found.append(Score(data, "test", _PROTOCOL, variant, measures))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CorruptFileError(
             f"{path}: no report of hcmen-train ({reason_of(error, 100)}): remove it, or train again"
         ) from error

@@ -37,7 +37,7 @@ from hcmen.base.modalities import MODALITIES, Variant, variant_named
 from hcmen.base.shipped import chosen_bundle
 from hcmen.media.words import Encoded, Tokenizer
 from hcmen.runtime.backends import forks
-from hcmen.runtime.backends.limits import check_time_limit
+from hcmen.runtime.backends.limits import check_time_limit, within
 from hcmen.runtime.backends.options import Options, Ort, OrtCuda, TensorRT, backend_options
 from hcmen.runtime.best import variant_of
 from hcmen.runtime.compare import GRAPH_BOUNDS
@@ -99,7 +99,7 @@ class Predictor:
             `TensorRT(...)` (engines that hcmen-compile made on this device), from `hcmen.runtime.backends`; or a name,
             "ort", "ort-cuda", "tensorrt", or "auto", which is "ort".
         clean: set NaN and infinity in clips to zero, and count them, instead of refusing them.
-        time_limit: seconds that loading a graph, and each run of it, may take; None for no limit.
+        time_limit: seconds that loading a graph, each run of it, and reading words may take; None for no limit.
         options: those of the backend, as keywords beside its name: threads, prepack, spin, map, cuda_graph, precision,
             trust_engines.
 
@@ -237,7 +237,12 @@ class Predictor:
             if self._tokenizer is None:
                 content = self.bundle.read(record).tobytes()
                 self._tokenizer = Tokenizer(content, self.inputs, str(self.bundle.path / record.file))
-        return self._tokenizer(text)
+        return within(
+            self.backend.time_limit,
+            partial(self._tokenizer, text),
+            str(self.bundle.path / record.file),
+            "reading the words",
+        )
 
     def stream(
         self,

@@ -24,6 +24,7 @@ __all__ = [
 
 MANIFEST_FILE = "manifest.json"
 MOST_MANIFEST_BYTES = 16 << 20
+_MOST_PARTS = 1 << 20
 _MAX_DEPTH = 32
 _MAX_FILE_BYTES = 8 << 30
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
@@ -165,6 +166,9 @@ def parse_json(content: bytes, file: JsonFile) -> Any:
     """
     if len(content) > MOST_MANIFEST_BYTES:
         raise file.damaged(f"more than {MOST_MANIFEST_BYTES} bytes")
+    # Python takes some 70 bytes for an empty list and 200 for a key, of 3 and 6 bytes.
+    if sum(map(content.count, b"[{:")) > _MOST_PARTS:
+        raise file.damaged(f"more than {_MOST_PARTS} lists, objects and keys", "a few thousand")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made: dict[str, Any] = {}

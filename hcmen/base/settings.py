@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from hcmen.base.errors import InputError, did_you_mean, shown
 
-__all__ = ["checked", "require"]
+__all__ = ["checked", "finite", "in_range", "require"]
 
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
@@ -17,6 +18,17 @@ def require(condition: bool, message: str) -> None:
     """Raises InputError with `message` unless `condition` holds."""
     if not condition:
         raise InputError(message)
+
+
+def finite(value: float) -> bool:
+    """Whether `value` is a number that a float can be; an integer in JSON may be larger than any of them."""
+    return -sys.float_info.max <= value <= sys.float_info.max
+
+
+def in_range(value: int, name: str, least: int, most: int) -> None:
+    """Raises InputError unless `value`, of any number of digits, is from `least` to `most`."""
+    if not least <= value <= most:
+        raise InputError(f"{name} is {shown(value)}, expected {least} to {most}")
 
 
 def checked(cls: type, data: Mapping[str, Any], prefix: str = "", *, whole: bool = False) -> dict[str, Any]:

@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hcmen.base.errors import CorruptFileError, InputError
+from hcmen.base.errors import CorruptFileError, InputError, shown
 from hcmen.base.inputs import Inputs
+from hcmen.base.modalities import MODALITIES
 from hcmen.data import MultimodalDataset, cleaned_notes
 
 __all__ = ["dataset_of", "mention_cleaned", "trained_on"]
+
+_MOST_SAMPLES, _MOST_NUMBERS = 1 << 16, 1 << 32  # the largest preset's has 22,856 samples and 2^31 numbers
 
 
 def dataset_of(
@@ -36,6 +39,12 @@ def dataset_of(
     name, made = (str(data), None) if data else trained_on(folder, config)
     if made is not None:
         samples, seed = made
+        # It is made of sizes alone, and no file bounds them.
+        size = sum(samples) * sum(inputs.modality(m).features * inputs.modality(m).max_steps for m in MODALITIES)
+        if size > _MOST_NUMBERS:
+            raise CorruptFileError(
+                f"{folder}: config.json asks for a synthetic set of {size} numbers", f"at most {_MOST_NUMBERS}"
+            )
         note(f"no --data: {purpose} {folder} on the synthetic set it was trained on (seed {seed})")
         return dataset_from_mmsa(make_synthetic(inputs, samples, seed), name, inputs)
     if data is None:
@@ -57,10 +66,11 @@ def trained_on(folder: Path, config: Mapping[str, Any]) -> tuple[str, tuple[tupl
         name, samples = str(config["dataset"]["name"]), config["dataset"]["samples"]
         if name != "synthetic":
             return name, None
-        return name, (
-            (int(samples["train"]), int(samples["valid"]), int(samples["test"])),
-            int(config["train"]["seed"]),
-        )
+        counts, seed = (samples["train"], samples["valid"], samples["test"]), config["train"]["seed"]
+        for number, most in (*((n, _MOST_SAMPLES) for n in counts), (seed, 1 << 63)):
+            if type(number) is not int or not 0 <= number < most:
+                raise ValueError(f"a number below {most}, says {shown(number)}")
+        return name, (counts, seed)
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(
             f"{folder}: config.json does not say what the model was trained on (lacks {error}): name the data with "

@@ -6,17 +6,18 @@ and not before. It needs no torch.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hcmen.base.errors import BackendError, CorruptFileError, InputError, reason_of
 from hcmen.base.inputs import Inputs
+from hcmen.media.tokenizer_file import guarded, read_tokenizer_file
 
 __all__ = ["Encoded", "Tokenizer"]
 
-_MOST_CHARACTERS = 1 << 20
+_MOST_CHARACTERS = 1 << 18
 
 
 class Encoded(NamedTuple):
@@ -41,22 +42,14 @@ class Tokenizer:
     def __init__(self, content: bytes, inputs: Inputs, where: str):
         assert inputs.text_tokens is not None
         try:
-            import tokenizers
+            self._tokenizer = read_tokenizer_file(content, where, "export the bundle again")
         except ImportError as error:
             raise BackendError(
                 f"{error.name} is not installed, and words need it: pip install 'hcmen[words]', or give token ids"
             ) from error
-        try:
-            self._tokenizer: Any = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-            self._tokenizer.no_truncation()
-            self._tokenizer.no_padding()
-        except Exception as error:  # tokenizers raises plain Exception
-            raise CorruptFileError(
-                f"{where}: no tokenizer ({reason_of(error)})", fix="export the bundle again"
-            ) from error
         self._where = where
         self._steps = inputs.text.max_steps
-        self._vocabulary = inputs.text_tokens.vocabulary
+        self._limits = inputs.text_tokens
 
     def __call__(self, text: str) -> Encoded:
         """The tokens of `text` between [CLS] and [SEP]; what is too long is cut before [SEP].
@@ -70,7 +63,8 @@ class Tokenizer:
         if len(text) > _MOST_CHARACTERS:
             raise InputError(f"the text has {len(text)} characters, expected at most {_MOST_CHARACTERS}: cut it")
         try:
-            encoding = self._tokenizer.encode(text)
+            # With `encode` no other thread could run, and nobody could stop it.
+            (encoding,) = guarded(self._tokenizer.encode_batch, [text])
         except Exception as error:  # as above; an unpaired surrogate, for one
             raise InputError(f"the text cannot be read ({reason_of(error)}), expected Unicode text") from error
         ids, types = (np.array(row, np.int64) for row in (encoding.ids, encoding.type_ids))
@@ -78,10 +72,15 @@ class Tokenizer:
         if dropped:
             kept = np.r_[0 : self._steps - 1, len(ids) - 1]
             ids, types = ids[kept], types[kept]
-        if not ids.size or ids.max() >= self._vocabulary:
-            raise CorruptFileError(
-                f"{self._where}: gives token {int(ids.max(initial=-1))}, the text encoder knows 0 to "
-                f"{self._vocabulary - 1}",
-                fix="export the bundle again",
-            )
+        if not ids.size:
+            raise CorruptFileError(f"{self._where}: gives no token for words", fix="export the bundle again")
+        for what, found, most in (
+            ("token", ids.max(), self._limits.vocabulary),
+            ("token type", types.max(), self._limits.token_types),
+        ):
+            if found >= most:
+                raise CorruptFileError(
+                    f"{self._where}: gives {what} {found}, the text encoder knows 0 to {most - 1}",
+                    fix="export the bundle again",
+                )
         return Encoded(np.stack([ids, np.ones_like(ids), types]), dropped)

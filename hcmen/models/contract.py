@@ -10,6 +10,8 @@ lengths: {m: int64 [batch]}, the steps that are real. present: bool [batch, 3] i
 a row; None is all that the features hold. A modality that is not among the features is absent for the whole batch. Both
 ways of being absent give the same numbers, and no number depends on the padding or on the other rows of its batch.
 
+module(config) also works within torch.device("meta"), where tensors have shapes and no values (held.py).
+
 Torch is for the type checker alone: settings of training are read without it.
 """
 

@@ -13,9 +13,10 @@ Tokens are int64 [batch, 3, time]: ids, attention mask (ones, then zeros), token
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-from collections.abc import Iterator
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from hcmen.base.errors import BackendError, CorruptFileError, InputError, reason_of, shown
-from hcmen.base.files import read_small, refused
+from hcmen.base.files import open_regular, read_small, refused
+from hcmen.base.inputs import MOST_FEATURES
+from hcmen.base.records import MOST_MANIFEST_BYTES, JsonFile, parse_json
+from hcmen.media.tokenizer_file import guarded, read_tokenizer_file
 from hcmen.models.contract import MASKED
+from hcmen.models.held import read_header
 from hcmen.models.text_encoder_config import TextEncoderConfig
 
-__all__ = ["TextEncoder", "load_weights", "read_sizes", "read_tokenizer"]
+__all__ = ["TextEncoder", "load_weights", "read_sizes", "read_tokenizer", "read_weights"]
 
 # (name in config.json, name here, what transformers takes where it is not given)
 _SIZES = (
@@ -102,21 +107,21 @@ def read_sizes(folder: Path) -> tuple[TextEncoderConfig, int]:
     path = folder / "config.json"
     if not path.exists():
         raise InputError(f"{folder}: has no config.json, expected a folder that BertModel.save_pretrained wrote")
-    try:
-        with refused(path, fix="check its owner"):
-            found = json.loads(read_small(path))
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path}: not JSON ({reason_of(error, 100)}): copy the folder again") from error
+    with refused(path, fix="check its owner"):
+        content = read_small(path, MOST_MANIFEST_BYTES)
+    found = parse_json(content, JsonFile(str(path), "copy the folder again"))
     kind = found.get("model_type") if isinstance(found, dict) else None
     if kind != "bert":
         raise InputError(f"{path}: model_type is {shown(kind)}, expected 'bert': choose a BERT")
     position = found.get("position_embedding_type", "absolute")
     if position != "absolute" or found.get("is_decoder"):
         raise InputError(f"{path}: expected a bidirectional BERT with absolute positions: choose another")
-    unknown = _token_id(folder, _UNKNOWN)
+    unknown = _tokenizer(folder).token_to_id(_UNKNOWN)
+    if unknown is None:
+        raise _no_unknown(folder)
     hidden = found.get("hidden_size", 768)
-    if type(hidden) is not int or hidden < 1:
-        raise InputError(f"{path}: hidden_size is {shown(hidden)}, expected a positive whole number")
+    if type(hidden) is not int or not 1 <= hidden <= MOST_FEATURES:
+        raise InputError(f"{path}: hidden_size is {shown(hidden)}, expected a whole number from 1 to {MOST_FEATURES}")
     sizes = {ours: found.get(theirs, default) for theirs, ours, default in _SIZES}
     try:
         return TextEncoderConfig.from_json({**sizes, "unknown_token": unknown}), hidden
@@ -124,16 +129,15 @@ def read_sizes(folder: Path) -> tuple[TextEncoderConfig, int]:
         raise InputError(f"{path}: {error}: expected the sizes of a BERT") from error
 
 
-def load_weights(encoder: TextEncoder, folder: Path) -> None:
-    """Gives `encoder` the weights in `folder`, those of heads left aside.
+def read_weights(encoder: TextEncoder, folder: Path) -> dict[str, Tensor]:
+    """The weights in `folder` that `encoder` takes, those of heads left aside; `encoder` may be on the meta device.
 
     Raises:
         InputError: no weights there, or not those of a BERT of these sizes.
         CorruptFileError: the file is damaged or holds anything but tensors.
     """
-    tensors = _read_weights(folder)
     wanted = encoder.bert.state_dict()
-    found = {_own_name(name): x for name, x in tensors.items()}
+    found = {own: x for name, x in _read_weights(folder).items() if (own := _own_name(name)) in wanted}
     # Position numbers, which some versions store, are no weights.
     missing = [name for name in wanted if name not in found and not name.endswith("position_ids")]
     if missing:
@@ -141,16 +145,21 @@ def load_weights(encoder: TextEncoder, folder: Path) -> None:
             f"{folder}: the weights lack '{missing[0]}' and {len(missing) - 1} more, expected those of a BERT of the "
             "sizes in config.json: copy the whole folder"
         )
-    for name, x in wanted.items():
-        got = found.get(name, x)
+    for name, got in found.items():
+        x = wanted[name]
         if got.shape != x.shape:
             raise InputError(
                 f"{folder}: weight '{name}' has shape {list(got.shape)}, config.json asks for {list(x.shape)}: "
                 "weights and config.json belong to different models"
             )
-        if got.is_floating_point() and not bool(torch.isfinite(got).all()):
+        if got.layout != torch.strided or (got.is_floating_point() and not bool(torch.isfinite(got).all())):
             raise CorruptFileError(f"{folder}: weight '{name}' holds NaN or infinity: copy the folder again")
-    encoder.bert.load_state_dict({name: found.get(name, x) for name, x in wanted.items()})
+    return found
+
+
+def load_weights(encoder: TextEncoder, weights: Mapping[str, Tensor]) -> None:
+    """Gives `encoder` what `read_weights` read for it."""
+    encoder.bert.load_state_dict(weights, strict=False)
 
 
 def read_tokenizer(folder: Path) -> bytes:
@@ -170,45 +179,61 @@ def _tokenizer(folder: Path) -> Any:
             f"{error.name} is not installed, and a text encoder needs it: pip install 'hcmen[text]'"
         ) from error
     whole, words = folder / "tokenizer.json", folder / "vocab.txt"
-    if not whole.is_file() and not words.is_file():
+    path = next((path for path in (whole, words) if os.path.lexists(path)), None)
+    if path is None:
         raise InputError(
             f"{folder}: has no tokenizer.json and no vocab.txt, expected the vocabulary beside the weights"
         )
-    path = whole if whole.is_file() else words
-    try:
-        if path is whole:
-            return tokenizers.Tokenizer.from_str(read_small(whole).decode())
+    with refused(path, "the vocabulary of a BERT", "copy the folder again"):
+        content = read_small(path, MOST_MANIFEST_BYTES)
+    if path is words:
         lower = True
         about = folder / "tokenizer_config.json"
-        if about.is_file():
-            lower = json.loads(read_small(about)).get("do_lower_case", True) is not False
-        vocabulary = {word: i for i, word in enumerate(read_small(words).decode().splitlines())}
-        made = tokenizers.implementations.BertWordPieceTokenizer(vocabulary, lowercase=lower)
-        return tokenizers.Tokenizer.from_str(made.to_str())
-    except Exception as error:  # tokenizers raises plain Exception
-        reason = reason_of(error, 100)
-        raise CorruptFileError(f"{path}: no vocabulary ({reason}): copy the folder again") from error
+        if os.path.lexists(about):
+            with refused(about, fix="copy the folder again"):
+                settings = parse_json(
+                    read_small(about, MOST_MANIFEST_BYTES), JsonFile(str(about), "copy the folder again")
+                )
+            lower = not isinstance(settings, dict) or settings.get("do_lower_case", True) is not False
+        try:
+            vocabulary = {word: i for i, word in enumerate(content.decode().splitlines())}
+            if _UNKNOWN not in vocabulary:
+                raise _no_unknown(folder)
+            made = guarded(lambda: tokenizers.implementations.BertWordPieceTokenizer(vocabulary, lowercase=lower))
+            content = made.to_str().encode()
+        except InputError:
+            raise
+        except Exception as error:  # tokenizers raises plain Exception
+            reason = reason_of(error, 100)
+            raise CorruptFileError(f"{path}: no vocabulary ({reason}): copy the folder again") from error
+    return read_tokenizer_file(content, str(path), "copy the folder again")
 
 
-def _token_id(folder: Path, token: str) -> int:
-    found = _tokenizer(folder).token_to_id(token)
-    if found is None:
-        raise InputError(f"{folder}: the vocabulary has no {token}, expected that of a BERT: copy the whole folder")
-    return int(found)
+def _no_unknown(folder: Path) -> InputError:
+    return InputError(f"{folder}: the vocabulary has no {_UNKNOWN}, expected that of a BERT: copy the whole folder")
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    import safetensors
     import safetensors.torch
 
     for name in _WEIGHTS:
         path = folder / name
-        if not path.is_file():
+        if not os.path.lexists(path):
             continue
+        with refused(path, "the weights of a BERT", "copy the folder again"):
+            file = open_regular(path)
         try:
-            if name.endswith(".safetensors"):
-                return safetensors.torch.load_file(path)
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            with file:
+                if name.endswith(".safetensors"):
+                    read_header(file)
+                    file.seek(0)
+                    return safetensors.torch.load(file.read())
+                if zipfile.is_zipfile(file):
+                    with zipfile.ZipFile(file) as parts:
+                        if sum(part.file_size for part in parts.infolist()) > os.fstat(file.fileno()).st_size:
+                            raise ValueError("it is compressed")
+                file.seek(0)
+                tensors = torch.load(file, map_location="cpu", weights_only=True)
             if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
                 raise ValueError("it is no dictionary of tensors")
             return tensors

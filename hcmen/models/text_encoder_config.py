@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hcmen.base.settings import checked, require
+from hcmen.base.errors import shown
+from hcmen.base.settings import checked, finite, in_range, require
 
 __all__ = ["TextEncoderConfig"]
 
 ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu")
 """Activations of a text encoder, by the names of its config.json."""
+
+# A layer is made before weights of it are seen, if only on paper.
+_MOST = (
+    ("vocabulary", 1 << 24),
+    ("layers", 1 << 8),
+    ("heads", 1 << 12),
+    ("intermediate", 1 << 20),
+    ("positions", 1 << 20),
+    ("token_types", 1 << 16),
+)
 
 
 @dataclass(frozen=True)
@@ -35,20 +45,20 @@ class TextEncoderConfig:
     unknown_token: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("vocabulary", "layers", "heads", "intermediate", "positions", "token_types"):
-            require(getattr(self, name) >= 1, f"text_encoder.{name} is {getattr(self, name)}, expected at least 1")
+        for name, most in _MOST:
+            in_range(getattr(self, name), f"text_encoder.{name}", 1, most)
         require(
             self.activation in ACTIVATIONS,
             f"text_encoder.activation is {self.activation!r}, expected one of {', '.join(ACTIVATIONS)}",
         )
         require(
-            math.isfinite(self.norm_epsilon) and self.norm_epsilon > 0,
-            f"text_encoder.norm_epsilon is {self.norm_epsilon}, expected a positive number",
+            finite(self.norm_epsilon) and self.norm_epsilon > 0,
+            f"text_encoder.norm_epsilon is {shown(self.norm_epsilon)}, expected a positive number",
         )
         require(0.0 <= self.dropout < 1.0, f"text_encoder.dropout is {self.dropout}, expected 0 <= dropout < 1")
         require(
             0 <= self.unknown_token < self.vocabulary,
-            f"text_encoder.unknown_token is {self.unknown_token}, expected an id below {self.vocabulary}",
+            f"text_encoder.unknown_token is {shown(self.unknown_token)}, expected an id below {self.vocabulary}",
         )
 
     @classmethod

@@ -9,13 +9,15 @@ No file here is a pickle. Each is written whole or not at all: to a temporary ne
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import safetensors
@@ -26,11 +28,13 @@ from torch import Tensor
 import hcmen
 from hcmen.base.bundle import CHECKPOINT_FILE, check_no_bundle
 from hcmen.base.errors import CorruptFileError, InputError, reason_of, shown
-from hcmen.base.files import read_small, refused, write_file
+from hcmen.base.files import open_regular, refused, write_file
+from hcmen.base.records import MOST_MANIFEST_BYTES, JsonFile, parse_json
 from hcmen.base.shipped import or_the_demo
 from hcmen.base.typed import as_typed
 from hcmen.models import registry
 from hcmen.models.contract import Model
+from hcmen.models.held import hold, on_meta, read_header
 from hcmen.training.config import TrainConfig
 
 __all__ = [
@@ -45,7 +49,7 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 CHECKPOINT, CONFIG, STATE = CHECKPOINT_FILE, "config.json", "last.safetensors"
-_MOST_BYTES = 16 << 30
+_ALTERED = "altered, truncated, or half of a write that was killed"
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -103,27 +107,33 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
-    try:
-        kind = registry.named(str(config.get("kind", registry.DEFAULT)))
-    except InputError as error:
-        raise error.but(where=str(folder / CONFIG)) from error
+    kind = _kind_of(config, folder / CONFIG)
     path = folder / CHECKPOINT
-    content = _read(path)
-    digest = hashlib.sha256(content).hexdigest()
-    try:
-        expected = config["weights"]["sha256"]
+    with _opened(path) as file, _held(f"{folder}: {CONFIG} does not describe {CHECKPOINT}", "train again"):
+        _check_config(config)
+        expected, size = config["weights"]["sha256"], os.fstat(file.fileno()).st_size
+        if config["weights"].get("bytes", size) != size:
+            raise CorruptFileError(
+                f"{size} bytes, {CONFIG} says otherwise: {_ALTERED}", fix=_again(folder), where=str(path)
+            )
+        settings = kind.config.from_json(config["model"])
+        planned = on_meta(lambda: kind.module(settings)).state_dict()
+        tensors = read_header(file).tensors
+        hold(tensors, planned)
+        if len(tensors) > len(planned):
+            raise ValueError(f"{len(tensors) - len(planned)} of the tensors are of no such model")
+        content = _whole(file, size)
+        digest = hashlib.sha256(content).hexdigest()
         if digest != expected:
             raise CorruptFileError(
-                f"sha256 {digest[:12]}..., {CONFIG} says {shown(expected)[:14]}...: altered, truncated, or half of a "
-                "write that was killed",
-                fix=f"train again, or go on with {as_typed('hcmen-train', '--resume', '--out', folder)}",
+                f"sha256 {digest[:12]}..., {CONFIG} says {shown(expected)[:14]}...: {_ALTERED}",
+                fix=_again(folder),
                 where=str(path),
             )
-        model = kind.module(kind.config.from_json(config["model"]))
-        model.load_state_dict(safetensors.torch.load(content))
-    except (KeyError, TypeError, ValueError, RuntimeError, InputError, safetensors.SafetensorError) as error:
-        reason = f"lacks {error}" if isinstance(error, KeyError) else reason_of(error)
-        raise CorruptFileError(f"{folder}: {CONFIG} does not describe {CHECKPOINT}: {reason}; train again") from error
+        weights = safetensors.torch.load(content)
+        # Made anew: what a module computes when it is made, and does not save, is nowhere yet.
+        model = kind.module(settings)
+        model.load_state_dict(weights)
     return model.eval(), config
 
 
@@ -133,28 +143,35 @@ def save_state(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, 
 
 
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_state` wrote.
+    """What `save_state` wrote, every setting in it. The parameters of the model that it describes are there.
 
     Raises:
-        InputError: there is nothing to resume.
+        InputError: there is nothing to resume, or the kind of model is not known here.
         CorruptFileError: the file is damaged.
     """
     path = folder / STATE
     if not path.exists():
         check_no_bundle(folder, "a folder of hcmen-train", "name the one to resume by --out")
         raise InputError(f"{folder}: holds no {STATE} to resume from: run without --resume")
-    content = _read(path)
-    try:
-        tensors = safetensors.torch.load(content)
-        # The Python API that loads from bytes does not give the header's metadata; it is JSON after a length.
-        size = int.from_bytes(content[:8], "little")
-        state = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["state"])
-        if state["schema_version"] != SCHEMA_VERSION or not {"model", "train", "run", "history"} <= state.keys():
-            raise ValueError("the state is of another version of hcmen")
-    except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-        raise CorruptFileError(
-            f"{path}: truncated, damaged or not written by hcmen-train: start over with --force"
-        ) from error
+    damaged = (f"{path}: truncated, damaged or not written by hcmen-train", "start over with --force")
+    with _opened(path) as file:
+        with _held(*damaged):
+            header = read_header(file)
+            state = json.loads(header.texts["state"])
+            _check_state(state)
+        kind = _kind_of(state, path)
+        with _held(*damaged):
+            settings = kind.config.from_json(state["model"])
+            # Settings that the state does not know yet were at their defaults.
+            train = TrainConfig.from_json(state["train"])
+            state |= {"kind": kind.name, "model": settings.to_json(), "train": train.to_json()}
+            planned = on_meta(lambda: kind.module(settings))
+            hold(header.tensors, {f"model/{name}": p for name, p in planned.named_parameters()})
+            for name, (_, shape) in header.tensors.items():
+                whose, _, what = name.removeprefix("optimiser/").rpartition("/")
+                if name.startswith("optimiser/") and shape != (() if what == "step" else header.tensors[whose][1]):
+                    raise ValueError(f"'{name[:100]}' does not fit its parameter")
+            tensors = safetensors.torch.load(_whole(file, os.fstat(file.fileno()).st_size))
     return tensors, state
 
 
@@ -172,7 +189,69 @@ def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: x.detach().contiguous() for name, x in tensors.items()}
 
 
-def _read(path: Path) -> bytes:
+@contextlib.contextmanager
+def _held(what: str, fix: str) -> Iterator[None]:
+    """Makes whatever a damaged file can raise in the block a CorruptFileError."""
+    try:
+        yield
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        ArithmeticError,
+        RuntimeError,  # RecursionError too
+        InputError,
+        safetensors.SafetensorError,
+    ) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else reason_of(error)
+        raise CorruptFileError(f"{what}: {reason}; {fix}") from error
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    """Raises ValueError unless what is read of config.json beside the model is of its type."""
+    for name, kind in (("train", dict), ("validation", dict), ("dataset", dict), ("epoch", int)):
+        value = config.get(name, kind())
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"'{name}' is {shown(value)}")
+    scores = config.get("validation", {}).get("mae_by_variant", {})
+    if not isinstance(scores, dict) or not all(type(x) in (int, float) for x in scores.values()):
+        raise ValueError("'validation.mae_by_variant' holds more than numbers")
+
+
+def _check_state(state: Any) -> None:
+    """Raises ValueError unless the JSON of a state has all that a resumed run reads."""
+    if not isinstance(state, dict) or state.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError("the state is of another version of hcmen")
+    history, run = state["history"], state["run"]
+    if not isinstance(history, list) or not isinstance(run, dict) or not {"model", "train"} <= state.keys():
+        raise ValueError("the state is not whole")
+    for record in history:
+        numbers = [record["epoch"], record["loss"], record["validation_mae"], *record["validation"].values()]
+        if not all(type(x) in (int, float) and math.isfinite(x) for x in numbers) or type(record["best"]) is not bool:
+            raise ValueError("the history holds more than numbers")
+    if history and not any(record["best"] for record in history):
+        raise ValueError("no epoch of the history is the best")
+
+
+def _kind_of(described: Mapping[str, Any], path: Path) -> registry.Kind:
+    try:
+        return registry.named(str(described.get("kind", registry.DEFAULT)))
+    except InputError as error:
+        raise error.but(where=str(path)) from error
+
+
+def _again(folder: Path) -> str:
+    return f"train again, or go on with {as_typed('hcmen-train', '--resume', '--out', folder)}"
+
+
+def _whole(file: IO[bytes], size: int) -> bytes:
+    """The `size` bytes that the file had when it was looked at."""
+    file.seek(0)
+    return file.read(size)
+
+
+def _opened(path: Path) -> IO[bytes]:
     folder = path.parent
     fix = f"run {as_typed('hcmen-train', '--out', folder)}{or_the_demo(folder)}"
     if not path.exists():
@@ -184,16 +263,13 @@ def _read(path: Path) -> bytes:
             other = as_typed("hcmen-train", "--out", "OTHER")
             fix = f"name the folder that hcmen-train wrote, or train into another one with {other}"
     with refused(path, "a checkpoint", fix):
-        return read_small(path, _MOST_BYTES)
+        return open_regular(path)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(
-            f"{path}: not JSON ({reason_of(error, 100)}): train again, or restore the file"
-        ) from error
+    with _opened(path) as file:
+        content = file.read(MOST_MANIFEST_BYTES + 1)
+    config = parse_json(content, JsonFile(str(path), "train again, or restore the file"))
     found = config.get("schema_version") if isinstance(config, dict) else None
     if found != SCHEMA_VERSION:
         raise CorruptFileError(

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hcmen.base.bundle import check_no_bundle
 from hcmen.base.console import Choice, Console, command
 from hcmen.base.errors import InputError
 from hcmen.base.files import check_writable, refused, sweep
@@ -328,7 +327,7 @@ def _resumed_settings(
     _, state = load_state(out)
     paths = {"data": data, "text_encoder": text_encoder}
     asked = {"preset": preset, **{name: str(path.resolve()) for name, path in paths.items() if path}, **given}
-    before = {**TrainConfig.from_json(state["train"]).to_json(), **state["run"]}
+    before = {**state["train"], **state["run"]}
     for name, value in asked.items():
         if value is not None and value != before.get(name):
             option = f"--{name.replace('_', '-')}" if name in _OPTIONS else f"--set {name}"
@@ -336,12 +335,14 @@ def _resumed_settings(
                 f"{option} is {value}, the run in {out} has {before.get(name)}: leave the option out "
                 "to resume, or start over with --force"
             )
-    kind = registry.named(state.get("kind", registry.DEFAULT))
+    kind = registry.named(state["kind"])
     return kind.config.from_json(state["model"]), TrainConfig.from_json(state["train"]), state["run"]
 
 
 def _check_free(out: Path, force: bool) -> None:
     """Refuses to write over a run, and finds out before the training whether `out` can be written."""
+    from hcmen.base.bundle import check_no_bundle
+
     check_no_bundle(out, "a folder for a checkpoint", "choose another --out")
     there = [name for name in _OUTPUTS if (out / name).exists()]
     if there and not force:

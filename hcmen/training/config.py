@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hcmen.base.errors import InputError, did_you_mean
-from hcmen.base.settings import checked, require
+from hcmen.base.errors import InputError, did_you_mean, shown
+from hcmen.base.settings import checked, finite, in_range, require
 from hcmen.models.contract import MixingConfig
 
 if TYPE_CHECKING:
@@ -26,6 +25,15 @@ AUXILIARIES = ("none", "polarity")
 
 PRECISIONS = ("fp32", "bf16")
 """What the model's matrix products are computed in while it trains; training/trainer.py says what stays float32."""
+
+# (field, least, most)
+_RANGES = (
+    ("epochs", 1, 1 << 31),
+    ("batch_size", 1, 1 << 31),
+    ("micro_batches", 1, 1 << 31),
+    ("powmix_parts", 2, 1 << 16),
+    ("seed", 0, (1 << 63) - 1),
+)
 
 
 @dataclass(frozen=True)
@@ -87,14 +95,12 @@ class TrainConfig:
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "micro_batches"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected at least 1")
+        for name, least, most in _RANGES:
+            in_range(getattr(self, name), name, least, most)
         require(
             self.micro_batches <= self.batch_size,
             f"micro_batches is {self.micro_batches}, expected at most the batch_size of {self.batch_size}",
         )
-        require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}, expected a positive number")
-        require(self.seed >= 0, f"seed is {self.seed}, expected 0 or more")
         for name in (
             "weight_decay",
             "alignment_weight",
@@ -104,17 +110,14 @@ class TrainConfig:
             "decoupled_weight",
             "text_encoder_learning_rate",
         ):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
+            value = getattr(self, name)
+            require(finite(value) and value >= 0, f"{name} is {shown(value)}, expected 0 or more")
         for name, choices in (("mix", MIXES), ("aux", AUXILIARIES), ("precision", PRECISIONS)):
             value = getattr(self, name)
             require(value in choices, f"{name} is {value!r}, expected one of {', '.join(choices)}")
-        for name in ("mix_alpha", "powmix_ratio"):
+        for name in ("learning_rate", "mix_alpha", "powmix_ratio", "gradient_clip_norm"):
             value = getattr(self, name)
-            require(value > 0 and math.isfinite(value), f"{name} is {value}, expected a positive number")
-        require(self.powmix_parts >= 2, f"powmix_parts is {self.powmix_parts}, expected at least 2")
-        require(
-            self.gradient_clip_norm > 0, f"gradient_clip_norm is {self.gradient_clip_norm}, expected a positive number"
-        )
+            require(finite(value) and value > 0, f"{name} is {shown(value)}, expected a positive number")
         for name in (
             "warmup_fraction",
             "modality_drop_probability",
@@ -169,7 +172,7 @@ def train_setting(text: str) -> tuple[str, int | float | bool | str]:
     else:
         with contextlib.suppress(ValueError):
             found = int(value) if kind == "int" else float(value)
-    if found is None or (isinstance(found, float) and not math.isfinite(found)):
+    if found is None or (isinstance(found, float) and not finite(found)):
         wanted = {"bool": "true or false", "int": "a whole number", "float": "a finite number"}[kind]
         raise InputError(f"{name} is '{value}', expected {wanted}")
     return name, found

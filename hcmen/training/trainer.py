@@ -40,13 +40,14 @@ import torch
 from torch import Tensor, nn
 
 from hcmen.base import metrics
-from hcmen.base.errors import CheckFailed, InputError
+from hcmen.base.errors import CheckFailed, CorruptFileError, InputError
 from hcmen.base.modalities import MODALITIES
 from hcmen.data import IntArray, MultimodalDataset, Split
 from hcmen.data.missing import corruption
 from hcmen.models import registry
 from hcmen.models.contract import Config, Step
-from hcmen.models.text_encoder import load_weights
+from hcmen.models.held import on_meta
+from hcmen.models.text_encoder import load_weights, read_weights
 from hcmen.training import checkpoint
 from hcmen.training.config import TrainConfig
 from hcmen.training.device import moved
@@ -102,20 +103,22 @@ class Trainer:
                 unless `resume` brings those of the state.
 
         Raises:
-            InputError, CorruptFileError: as `hcmen.models.text_encoder.load_weights`.
+            InputError, CorruptFileError: as `hcmen.models.text_encoder.read_weights`.
             BackendError: the model has a text encoder and `transformers` is not installed.
         """
         self.train_config, self.dataset, self.out, self.run_info = train, dataset, out, dict(run or {})
         self.ranks = ranks or Ranks()
         torch.manual_seed(train.seed)
         kind = registry.named(config.kind)
+        if text_encoder is not None:  # before memory is taken for sizes that are its own
+            weights = read_weights(on_meta(lambda: kind.module(config)).text_encoder, text_encoder)
         self.model = kind.module(config)
         statistics = feature_statistics(dataset.splits["train"])
         if config.inputs.text_tokens is not None:
             # What BERT says is normalised already, and changes as it learns.
             del statistics["text"]
             if text_encoder is not None:
-                load_weights(self.model.text_encoder, text_encoder)
+                load_weights(self.model.text_encoder, weights)
             if train.text_encoder_learning_rate == 0:
                 self.model.text_encoder.freeze()
         self.model.set_normalisation(statistics)
@@ -181,11 +184,6 @@ class Trainer:
             CorruptFileError: the state is damaged.
         """
         tensors, state = checkpoint.load_state(self.out)
-        # Settings that the state does not know yet were at their defaults.
-        state["kind"] = state.get("kind", registry.DEFAULT)
-        if state["kind"] == self.model.config.kind:
-            state["model"] = type(self.model.config).from_json(state["model"]).to_json()
-        state["train"] = TrainConfig.from_json(state["train"]).to_json()
         mine = {
             "kind": self.model.config.kind,
             "model": self.model.config.to_json(),
@@ -198,6 +196,8 @@ class Trainer:
                     f"{self.out}: was trained with {_difference(part, state.get(part), value)}: give the same to "
                     "resume, or start over with --force"
                 )
+        if any(name not in tensors or tensors[name].shape != p.shape for name, p in self._parameters.items()):
+            raise CorruptFileError(f"{self.out}: the state lacks parameters", fix="start over with --force")
         for name, p in self._parameters.items():
             with torch.no_grad():
                 p.copy_(tensors[name])

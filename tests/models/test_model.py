@@ -315,7 +315,7 @@ def test_bad_configurations_are_refused_in_one_line(change, message):
         ({"mix_alpha": float("inf")}, "mix_alpha is inf"),
         ({"mix_alpha": True}, "mix_alpha' is True, expected float"),
         ({"powmix_ratio": float("nan")}, "powmix_ratio is nan"),
-        ({"powmix_parts": 1}, "powmix_parts is 1, expected at least 2"),
+        ({"powmix_parts": 1}, "powmix_parts is 1, expected 2 to 65536"),
         ({"powmix_parts": 2.0}, "powmix_parts' is 2.0, expected int"),
         ({"powmix_probability": 1.5}, "powmix_probability is 1.5, expected 0 to 1"),
         ({"mix_similarity": -0.1}, "mix_similarity is -0.1, expected 0 to 1"),

@@ -39,7 +39,7 @@ from hcmen.export.float16 import to_float16
 from hcmen.export.weights import embedded_model
 from hcmen.models.hcmen.config import ModelConfig
 from hcmen.models.hcmen.model import HCMEN
-from hcmen.models.text_encoder import TextEncoder, load_weights, read_sizes, read_tokenizer
+from hcmen.models.text_encoder import TextEncoder, load_weights, read_sizes, read_tokenizer, read_weights
 from hcmen.models.text_encoder_config import TextEncoderConfig
 from hcmen.runtime import load
 from hcmen.runtime.backends.tensorrt import TOLERANCES
@@ -124,7 +124,7 @@ def test_features_are_those_of_transformers(bert: Path, config: ModelConfig, ste
 
     theirs = BertModel.from_pretrained(bert, add_pooling_layer=False).eval()
     ours = TextEncoder(config.text_encoder, HIDDEN).eval()
-    load_weights(ours, bert)
+    load_weights(ours, read_weights(ours, bert))
     lengths = [steps, max(1, steps // 2), 1]
     tokens = some_tokens(config, lengths, steps)
     with torch.inference_mode():
@@ -155,8 +155,8 @@ def test_weights_are_found_under_every_name_in_use(bert: Path, config: ModelConf
     else:
         safetensors.torch.save_file(tensors, folder / "model.safetensors")
     original, got = (TextEncoder(config.text_encoder, HIDDEN).eval() for _ in range(2))
-    load_weights(original, bert)
-    load_weights(got, folder)
+    load_weights(original, read_weights(original, bert))
+    load_weights(got, read_weights(got, folder))
     tokens = some_tokens(config, [5], 5)
     with torch.inference_mode():
         assert torch.equal(got(tokens), original(tokens))
@@ -234,7 +234,7 @@ BAD = {
     "no weights": (removed("model.safetensors"), 2, "has no weights, expected model.safetensors or"),
     "no config": (removed("config.json"), 2, "has no config.json"),
     "no vocabulary": (removed("vocab.txt"), 2, "has no tokenizer.json and no vocab.txt"),
-    "config is no JSON": (written("config.json", b"{"), 5, "not JSON"),
+    "config is no JSON": (written("config.json", b"{"), 5, "not valid JSON"),
     "config is a list": (written("config.json", b"[]"), 2, "model_type is None"),
     "another kind of model": (edited(model_type="roberta"), 2, "model_type is 'roberta', expected 'bert'"),
     "relative positions": (edited(position_embedding_type="relative_key"), 2, "absolute positions"),
@@ -249,7 +249,7 @@ BAD = {
     "infinite weights": (infinite, 5, "NaN or infinity"),
     "a hostile pickle": (hostile, 5, "truncated or no weights"),
     "a vocabulary without [UNK]": (written("vocab.txt", b"[PAD]\n[CLS]\n[SEP]\nword\n"), 2, "[UNK]"),
-    "a tokenizer that is none": (written("tokenizer.json", b"{}"), 5, "no vocabulary"),
+    "a tokenizer that is none": (written("tokenizer.json", b"{}"), 5, "no tokenizer of a BERT"),
     "too few positions": (edited(max_position_embeddings=11), 2, "at most the 11 positions"),
 }
 
@@ -758,7 +758,7 @@ def test_a_checkpoint_without_its_tokenizer_exports_with_a_warning(trained: Path
     (folder / "tokenizer.json").write_text("{")
     outcome = run(export, *arguments)
     assert outcome.code == 5
-    assert "tokenizer.json: not JSON" in outcome.err
+    assert "tokenizer.json: not valid JSON" in outcome.err
 
 
 def test_an_altered_tokenizer_is_refused(exported: Path, tmp_path: Path):

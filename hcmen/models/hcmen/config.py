@@ -10,10 +10,22 @@ from typing import Any, ClassVar
 
 from hcmen.base.inputs import FeatureConfig, Inputs, TokenConfig
 from hcmen.base.modalities import MODALITIES
-from hcmen.base.settings import checked, require
+from hcmen.base.settings import checked, in_range, require
 from hcmen.models.text_encoder_config import TextEncoderConfig
 
 __all__ = ["ModelConfig"]
+
+# (field, least, most). Some sizes are believed before weights of them are seen, and some have no weights: similarities
+# are [tokens, tokens]. The operators count channels and states in 32 bits.
+_RANGES = (
+    ("width", 1, 1 << 16),
+    ("tokens", 1, 1 << 12),
+    ("states", 1, 1 << 12),
+    ("expand", 1, 1 << 8),
+    ("conv_width", 2, 16),
+    ("backbone_depth", 1, 1 << 8),
+    ("alignment_tokens", 1, 1 << 12),
+)
 
 
 @dataclass(frozen=True)
@@ -51,9 +63,8 @@ class ModelConfig:
     kind: ClassVar[str] = "hcmen"
 
     def __post_init__(self) -> None:
-        for name in ("width", "tokens", "states", "expand", "backbone_depth", "alignment_tokens"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected at least 1")
-        require(2 <= self.conv_width <= 16, f"conv_width is {self.conv_width}, expected 2 to 16")
+        for name, least, most in _RANGES:
+            in_range(getattr(self, name), name, least, most)
         require(0.0 <= self.dropout < 1.0, f"dropout is {self.dropout}, expected 0 <= dropout < 1")
         encoder = self.text_encoder
         if encoder is not None:
