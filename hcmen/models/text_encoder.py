@@ -103,7 +103,7 @@ def read_sizes(folder: Path) -> tuple[TextEncoderConfig, int]:
     if not path.exists():
         raise InputError(f"{folder}: has no config.json, expected a folder that BertModel.save_pretrained wrote")
     try:
-        with refused(path, fix="check its owner"):
+        with refused(path):
             found = json.loads(read_small(path))
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path}: not JSON ({reason_of(error, 100)}): copy the folder again") from error
@@ -149,7 +149,7 @@ def load_weights(encoder: TextEncoder, folder: Path) -> None:
                 "weights and config.json belong to different models"
             )
         if got.is_floating_point() and not bool(torch.isfinite(got).all()):
-            raise CorruptFileError(f"{folder}: weight '{name}' holds NaN or infinity: copy the folder again")
+            raise CorruptFileError(f"{folder}: weight '{name}' holds NaN or infinity: choose another BERT")
     encoder.bert.load_state_dict({name: found.get(name, x) for name, x in wanted.items()})
 
 
@@ -176,15 +176,20 @@ def _tokenizer(folder: Path) -> Any:
         )
     path = whole if whole.is_file() else words
     try:
+        with refused(path):
+            content = read_small(path).decode()
         if path is whole:
-            return tokenizers.Tokenizer.from_str(read_small(whole).decode())
+            return tokenizers.Tokenizer.from_str(content)
         lower = True
         about = folder / "tokenizer_config.json"
         if about.is_file():
-            lower = json.loads(read_small(about)).get("do_lower_case", True) is not False
-        vocabulary = {word: i for i, word in enumerate(read_small(words).decode().splitlines())}
+            with refused(about):
+                lower = json.loads(read_small(about)).get("do_lower_case", True) is not False
+        vocabulary = {word: i for i, word in enumerate(content.splitlines())}
         made = tokenizers.implementations.BertWordPieceTokenizer(vocabulary, lowercase=lower)
         return tokenizers.Tokenizer.from_str(made.to_str())
+    except InputError:
+        raise
     except Exception as error:  # tokenizers raises plain Exception
         reason = reason_of(error, 100)
         raise CorruptFileError(f"{path}: no vocabulary ({reason}): copy the folder again") from error
@@ -206,12 +211,16 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         if not path.is_file():
             continue
         try:
+            with refused(path):
+                open(path, "rb").close()
             if name.endswith(".safetensors"):
                 return safetensors.torch.load_file(path)
             tensors = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
                 raise ValueError("it is no dictionary of tensors")
             return tensors
+        except InputError:
+            raise
         except Exception as error:  # torch.load and safetensors raise some ten kinds
             reason = reason_of(error, 100)
             raise CorruptFileError(f"{path}: truncated or no weights ({reason}): copy the folder again") from error

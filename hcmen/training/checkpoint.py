@@ -183,7 +183,7 @@ def _read(path: Path) -> bytes:
         elif folder.is_dir() and any(folder.iterdir()):
             other = as_typed("hcmen-train", "--out", "OTHER")
             fix = f"name the folder that hcmen-train wrote, or train into another one with {other}"
-    with refused(path, "a checkpoint", fix):
+    with refused(path, "a checkpoint", None if path.exists() else fix):
         return read_small(path, _MOST_BYTES)
 
 
