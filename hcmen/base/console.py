@@ -482,6 +482,9 @@ def command(
             click.Option(["-v", "--verbose"], count=True, help="Say more; on an error show the traceback."),
             click.Option(["-q", "--quiet"], is_flag=True, help="Say nothing but results, warnings and errors."),
         ]
+        from hcmen.base.completion import complete_files
+
+        complete_files(params)
         made = kind(
             name,
             params=params,

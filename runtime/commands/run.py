@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hcmen.base.bundle import CHECKPOINT_FILE
 from hcmen.base.console import Command, Console, VariantChoice, command, one_line
 from hcmen.base.errors import CheckFailed, HcmenError, InputError
 from hcmen.base.modalities import MODALITIES, variant_for, variant_named
@@ -213,6 +212,7 @@ class _EagerCheck:
     def __init__(self, bundle: Bundle, checkpoint: Path):
         from importlib.util import find_spec
 
+        from hcmen.base.bundle import CHECKPOINT_FILE
         from hcmen.base.errors import BackendError
         from hcmen.base.shipped import or_the_demo
 
