@@ -6,6 +6,7 @@ A command's module is imported when it is called and not before, so that `hcmen 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,10 @@ import hcmen
 from hcmen.base.console import Choice, Command
 
 __all__ = ["COMMANDS", "main"]
+
+
+_ASKED = "_HCMEN_COMPLETE"
+"""By this variable a shell asks for what a word can be completed to; click derives its name from the program's."""
 
 
 class _Home(NamedTuple):
@@ -42,6 +47,12 @@ COMMANDS = {
 class _Hcmen(Command):
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *more: Any, **extra: Any) -> Any:
         """Hands the words after a command's name to that command; this one answers all others itself."""
+        if _ASKED in os.environ:
+            from hcmen.base.completion import Umbrella
+
+            Umbrella(COMMANDS, [p for p in self.get_params(click.Context(self)) if isinstance(p, click.Option)]).main(
+                [], "hcmen", complete_var=_ASKED
+            )
         words = list(sys.argv[1:] if args is None else args)
         if words and words[0] in COMMANDS:
             chosen: Command = importlib.import_module(COMMANDS[words[0]].module).main

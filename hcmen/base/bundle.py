@@ -79,7 +79,11 @@ class Bundle:
         found = self.manifest.variants.get(name)
         if found is None:
             have = ", ".join(self.manifest.variants)
-            raise InputError(f"{self.path}: variant '{name}' is not in this bundle, it has {have}: export it too")
+            raise InputError(
+                f"variant '{name}' is not in this bundle, it has {have}",
+                fix=f"export it too: {as_typed('hcmen-export', '--variant', name, '--bundle', from_here(self.path))}",
+                where=str(self.path),
+            )
         return found
 
     def read(self, record: FileRecord) -> NDArray[np.uint8]:

@@ -108,7 +108,7 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError):
         return _describe_os_error(error), 2
     if isinstance(error, MemoryError):
-        return "out of memory: use fewer or shorter clips, or a smaller batch", EXIT_INTERNAL
+        return "out of memory: end other programs, or give less at a time", EXIT_INTERNAL
     what = one_line(error) or "no message"
     return f"unexpected {type(error).__name__}: {what} (run again with -v for the traceback)", EXIT_INTERNAL
 
@@ -482,6 +482,9 @@ def command(
             click.Option(["-v", "--verbose"], count=True, help="Say more; on an error show the traceback."),
             click.Option(["-q", "--quiet"], is_flag=True, help="Say nothing but results, warnings and errors."),
         ]
+        from hcmen.base.completion import complete_files
+
+        complete_files(params)
         made = kind(
             name,
             params=params,

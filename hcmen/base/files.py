@@ -49,6 +49,8 @@ def refused(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             fix = f"make room, or {fix}" if fix else "make room"
+        elif fix is None and error.errno in (errno.EACCES, errno.EPERM):
+            fix = "check its owner and permissions"
         reason = (error.strerror or reason_of(error)).lower()
         raise InputError(f"{reason}, {note}" if note else reason, expected, fix, where=os.fspath(where)) from error
 

@@ -69,8 +69,8 @@ def convert(
         found = digest.hexdigest()
         if sha256 is not None and found != sha256.lower():
             raise CorruptFileError(
-                f"{source}: SHA-256 is {found}, expected {sha256.lower()}: another file, or a damaged one: get it from "
-                "its publisher again"
+                f"{source}: SHA-256 is {found}, expected {sha256.lower()}: another file, or a damaged one: get it "
+                "again, or correct --sha256"
             )
         with refused(out.parent, "scratch space", "choose another place"):
             data = pickled.load()

@@ -364,13 +364,11 @@ def _features(value: Any, where: str, m: str, inputs: Inputs | None, samples: in
     if expected and raw.shape[2] != expected.features:
         raise InputError(
             f"{where}: {m} has {raw.shape[2]} features per step, expected {expected.features}: "
-            "the file is of another data set than the preset"
+            "the file is of another data set than the model is for"
         )
     if expected and not 1 <= raw.shape[1] <= expected.max_steps:
-        raise InputError(
-            f"{where}: {m} has {raw.shape[1]} steps, expected 1 to {expected.max_steps}: "
-            "the file is of another data set than the preset"
-        )
+        why = ": the file is of another data set than the model is for" if raw.shape[1] else ""
+        raise InputError(f"{where}: {m} has {raw.shape[1]} steps, expected 1 to {expected.max_steps}{why}")
     if raw.shape[0] != samples:
         raise InputError(f"{where}: {m} has {raw.shape[0]} samples, expected {samples}, one per label")
     if not raw.size:
@@ -421,16 +419,16 @@ def _labels(value: Any, where: str, inputs: Inputs | None) -> FloatArray:
         labels = _array(value, where, "regression_labels", 1).astype(np.float32)
     if not labels.size:
         raise InputError(f"{where}: holds no samples, expected at least 1")
+    wrong = np.flatnonzero(~np.isfinite(labels))
+    if wrong.size:
+        raise InputError(f"{where}: the label of sample {wrong[0]} is {labels[wrong[0]]:g}, expected a number")
     if inputs is None:
-        wrong = np.flatnonzero(~np.isfinite(labels))
-        if wrong.size:
-            raise InputError(f"{where}: the label of sample {wrong[0]} is {labels[wrong[0]]:g}, expected a number")
         return labels
     low, high = inputs.label_min - LABEL_SLACK, inputs.label_max + LABEL_SLACK
     wrong = np.flatnonzero(~((labels >= low) & (labels <= high)))
     if wrong.size:
         raise InputError(
             f"{where}: the label of sample {wrong[0]} is {labels[wrong[0]]:g}, expected "
-            f"{inputs.label_min:g} to {inputs.label_max:g}: the file is of another data set than the preset"
+            f"{inputs.label_min:g} to {inputs.label_max:g}: scale them, or take a model or --preset of that range"
         )
     return labels

@@ -29,4 +29,6 @@ def advice(problem: str) -> str:
             return fix
     if problem.startswith(("EOFError", "struct.error", "error:")) or "truncated" in problem:
         return "the end is missing: copy or download it again, and compare its size and SHA-256"
+    if problem.startswith("'"):  # a download again would ask for the same, unless it was altered
+        return f"if you made it, {_PLAIN}; if not, compare its SHA-256 with its publisher's, or ask them for that"
     return f"if you made it, {_PLAIN}; if not, get it from its publisher again and check its SHA-256"

@@ -23,7 +23,7 @@ from hcmen.base.console import Choice, Console, command
 from hcmen.base.errors import InputError
 from hcmen.base.files import check_writable, refused, sweep, write_files
 from hcmen.base.shipped import chosen_checkpoint
-from hcmen.base.tables import screen_width
+from hcmen.base.tables import folded, screen_width
 from hcmen.base.typed import as_typed
 
 if TYPE_CHECKING:
@@ -146,7 +146,9 @@ def main(
         **pictures,
     }
     write_together(out, files, (*TABLES, *_PICTURES))
-    console.emit(plain(report), f"{text(report, screen_width())}\n\nWritten to {out}: {', '.join(files)}")
+    width = screen_width()
+    written = "\n".join(folded(f"Written to {out}: {', '.join(files)}", width))
+    console.emit(plain(report), f"{text(report, width)}\n\n{written}")
 
 
 def evaluate(

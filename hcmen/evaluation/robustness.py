@@ -13,7 +13,6 @@ import csv
 import hashlib
 import io
 import math
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ import numpy.typing as npt
 from hcmen.base import metrics
 from hcmen.base.errors import CheckFailed
 from hcmen.base.modalities import MODALITIES
-from hcmen.base.tables import fitted
+from hcmen.base.tables import fitted, folded
 from hcmen.data.protocols import Masks, Protocol
 from hcmen.data.published import Published
 
@@ -185,25 +184,25 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+_LEAST = ("steps dropped", "modalities missing", "source", "features", "checkpoint chosen on")
+"""The columns that a narrow terminal can do without before any measure."""
+
+
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
 def text(report: Mapping[str, Any], width: int | None = None) -> str:
     """The tables for a terminal of `width` columns (None: any): the measures the field quotes first, and floors."""
     measures = _HEADLINES[report["dataset"]["family"]]
-    parts = ["\n".join(_wrapped(_title(report), width))]
+    parts = ["\n".join(folded(_title(report), width))]
     for name, protocol in report["protocols"].items():
-        header, *rows = _table(report, protocol, measures)
-        parts.append("\n".join([*_wrapped(f"{name}: {protocol['about']}", width), *fitted([header, *rows], width)]))
+        table = fitted(_table(report, protocol, measures), width, least=_LEAST)
+        parts.append("\n".join([*folded(f"{name}: {protocol['about']}", width), *table]))
         published = _published_table(report, name, measures)
         if published:
-            parts.append("\n".join([f"{name}: published beside ours", *fitted(published, width, 3)]))
-    parts.append("\n".join(line for note in _notes(report) for line in _wrapped(note, width)))
+            parts.append("\n".join([f"{name}: published beside ours", *fitted(published, width, 3, least=_LEAST)]))
+    parts.append("\n".join(line for note in _notes(report) for line in folded(note, width)))
     return "\n\n".join(parts)
-
-
-def _wrapped(line: str, width: int | None) -> list[str]:
-    return [line] if width is None else textwrap.wrap(line, width)
 
 
 def markdown(report: Mapping[str, Any]) -> str:

@@ -107,7 +107,7 @@ def read_sizes(folder: Path) -> tuple[TextEncoderConfig, int]:
     path = folder / "config.json"
     if not path.exists():
         raise InputError(f"{folder}: has no config.json, expected a folder that BertModel.save_pretrained wrote")
-    with refused(path, fix="check its owner"):
+    with refused(path):
         content = read_small(path, MOST_MANIFEST_BYTES)
     found = parse_json(content, JsonFile(str(path), "copy the folder again"))
     kind = found.get("model_type") if isinstance(found, dict) else None
@@ -153,7 +153,7 @@ def read_weights(encoder: TextEncoder, folder: Path) -> dict[str, Tensor]:
                 "weights and config.json belong to different models"
             )
         if got.layout != torch.strided or (got.is_floating_point() and not bool(torch.isfinite(got).all())):
-            raise CorruptFileError(f"{folder}: weight '{name}' holds NaN or infinity: copy the folder again")
+            raise CorruptFileError(f"{folder}: weight '{name}' holds NaN or infinity: choose another BERT")
     return found
 
 
@@ -184,13 +184,13 @@ def _tokenizer(folder: Path) -> Any:
         raise InputError(
             f"{folder}: has no tokenizer.json and no vocab.txt, expected the vocabulary beside the weights"
         )
-    with refused(path, "the vocabulary of a BERT", "copy the folder again"):
+    with refused(path, "the vocabulary of a BERT"):
         content = read_small(path, MOST_MANIFEST_BYTES)
     if path is words:
         lower = True
         about = folder / "tokenizer_config.json"
         if os.path.lexists(about):
-            with refused(about, fix="copy the folder again"):
+            with refused(about):
                 settings = parse_json(
                     read_small(about, MOST_MANIFEST_BYTES), JsonFile(str(about), "copy the folder again")
                 )
@@ -220,7 +220,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         path = folder / name
         if not os.path.lexists(path):
             continue
-        with refused(path, "the weights of a BERT", "copy the folder again"):
+        with refused(path, "the weights of a BERT"):
             file = open_regular(path)
         try:
             with file:
@@ -237,6 +237,8 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
                 raise ValueError("it is no dictionary of tensors")
             return tensors
+        except InputError:
+            raise
         except Exception as error:  # torch.load and safetensors raise some ten kinds
             reason = reason_of(error, 100)
             raise CorruptFileError(f"{path}: truncated or no weights ({reason}): copy the folder again") from error

@@ -262,7 +262,7 @@ def _opened(path: Path) -> IO[bytes]:
         elif folder.is_dir() and any(folder.iterdir()):
             other = as_typed("hcmen-train", "--out", "OTHER")
             fix = f"name the folder that hcmen-train wrote, or train into another one with {other}"
-    with refused(path, "a checkpoint", fix):
+    with refused(path, "a checkpoint", None if path.exists() else fix):
         return open_regular(path)
 
 

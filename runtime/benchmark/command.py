@@ -18,6 +18,7 @@ import click
 
 from hcmen.base.console import Choice, Console, VariantChoice, command
 from hcmen.base.errors import CheckFailed, HcmenError, InputError
+from hcmen.base.tables import screen_width
 from hcmen.runtime.backends.options import BACKENDS
 from hcmen.runtime.commands.model import time_limit_option, trust_engines_option
 
@@ -307,7 +308,7 @@ def _emit(
 
     comparison = {"verdicts": [v.to_json() for v in verdicts], "unmatched": list(unmatched)}
     whole = {**data, "comparison": comparison} if verdicts or unmatched else data
-    console.emit(whole, tables(data, verdicts, unmatched))
+    console.emit(whole, tables(data, verdicts, unmatched, screen_width()))
     for line in data["warnings"]:
         if line not in said:
             console.warn(line)

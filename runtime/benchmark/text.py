@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hcmen.base.tables import aligned
+from hcmen.base.tables import aligned, fitted, folded
 from hcmen.runtime.benchmark.judge import Verdict
 
 __all__ = ["milliseconds", "tables"]
@@ -14,6 +14,8 @@ __all__ = ["milliseconds", "tables"]
 _BAR = 12
 _WHO = ("variant", "bundle", "engine", "precision", "threads", "batch")
 _FIGURES = ("p50", "95 % of p50", "p90", "p99", "n", "call", "load", "first", "clips/s", "ratio")
+_LEAST = ("n", "first", "load", "call", "clips/s", "p90", "95 % of p50", "p99", "precision", "threads", "batch")
+"""The columns that a narrow terminal can do without, the bars before them."""
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
@@ -26,16 +28,22 @@ def milliseconds(value: float | None) -> str:
     return f"{value:.2f}" if value >= 10 else f"{value:.3g}" if value >= 1 else f"{value:.4f}".rstrip("0") or "0"
 
 
-def tables(data: Mapping[str, Any], verdicts: Sequence[Verdict] = (), unmatched: Sequence[str] = ()) -> str:
-    """Everything that the terminal gets to see."""
+def tables(
+    data: Mapping[str, Any], verdicts: Sequence[Verdict] = (), unmatched: Sequence[str] = (), width: int | None = None
+) -> str:
+    """Everything that a terminal of `width` columns (None: any) gets to see."""
     parts = []
     if data["rows"]:
-        parts.append("\n".join(_row_table(data)))
+        parts.append("\n".join(_row_table(data, width)))
     if data["cold"]:
-        parts.append("\n".join(_cold_table(data["cold"])))
+        parts.append("\n".join(_cold_table(data["cold"], width)))
     if verdicts or unmatched:
-        parts.append("\n".join([*(_verdict_table(verdicts) if verdicts else []), *unmatched]))
+        parts.append("\n".join([*(_verdict_table(verdicts, width) if verdicts else []), *_lines(unmatched, width)]))
     return "\n\n".join(parts)
+
+
+def _lines(lines: Sequence[str], width: int | None) -> list[str]:
+    return [part for line in lines for part in folded(line, width, "  ")]
 
 
 def _bar(value: float, most: float) -> str:
@@ -49,7 +57,7 @@ def _bar(value: float, most: float) -> str:
     )
 
 
-def _row_table(data: Mapping[str, Any]) -> list[str]:
+def _row_table(data: Mapping[str, Any], width: int | None) -> list[str]:
     rows = data["rows"]
     # What all rows have in common is said once, above the table.
     columns = [k for k in _WHO if k == "variant" or len({r[k] for r in rows}) > 1]
@@ -78,11 +86,12 @@ def _row_table(data: Mapping[str, Any]) -> list[str]:
                 _ratio(r["ratio"]),
             ]
         )
-    text = aligned(lines)
     most = max(timed, default=0.0)
     bars = ["", "", *("" if r["run"] is None else _bar(r["run"]["p50"], most) for r in rows)]
-    title = f"milliseconds; {', '.join(common)}"
-    return [title, *(f"{line}  {bar}".rstrip() for line, bar in zip(text, bars, strict=True)), *problems]
+    text = [f"{line}  {bar}".rstrip() for line, bar in zip(aligned(lines), bars, strict=True)]
+    if width is not None and max(map(len, text)) > width:
+        text = fitted(lines, width, len(columns) + 1, least=_LEAST)
+    return [*_lines([f"milliseconds; {', '.join(common)}"], width), *text, *_lines(problems, width)]
 
 
 def _common(key: str, value: object) -> str:
@@ -111,7 +120,7 @@ def _ratio(ratio: Mapping[str, Any] | None) -> str:
     )
 
 
-def _cold_table(colds: Sequence[Mapping[str, Any]]) -> list[str]:
+def _cold_table(colds: Sequence[Mapping[str, Any]], width: int | None) -> list[str]:
     several = len({c["bundle"] for c in colds if c["bundle"]}) > 1
     lines = [
         [
@@ -137,10 +146,11 @@ def _cold_table(colds: Sequence[Mapping[str, Any]]) -> list[str]:
                 str(c["n"]),
             ]
         )
-    return [*aligned(lines), *problems]
+    least = ("n", "max s", "start", "import", "load", "first")
+    return [*fitted(lines, width, 3 if several else 2, least=least), *_lines(problems, width)]
 
 
-def _verdict_table(verdicts: Sequence[Verdict]) -> list[str]:
+def _verdict_table(verdicts: Sequence[Verdict], width: int | None) -> list[str]:
     lines = [["new against old", "figure", "old", "new", "new/old", "interval", "margin", "verdict"]]
     for v in verdicts:
         interval = "-" if v.low is None or v.high is None else f"{v.low:.3f} - {v.high:.3f}"
@@ -155,4 +165,4 @@ def _verdict_table(verdicts: Sequence[Verdict]) -> list[str]:
                 v.verdict,
             ]
         )
-    return aligned(lines)
+    return fitted(lines, width, len(lines[0]), least=("margin", "interval", "old", "new"))

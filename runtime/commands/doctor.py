@@ -24,6 +24,7 @@ from hcmen.base.console import Console, command, one_line
 from hcmen.base.errors import BackendError, CheckFailed, HcmenError
 from hcmen.base.library import install_advice
 from hcmen.base.shipped import chosen_bundle
+from hcmen.base.tables import folded, screen_width
 from hcmen.runtime.backends import Ort, OrtCuda
 from hcmen.runtime.commands.doctor_rows import FAILED, INFO, OK, SKIPPED, Row, failed
 from hcmen.runtime.commands.model import time_limit_option, trust_engines_option
@@ -39,6 +40,8 @@ _ORT_DISTRIBUTIONS = (
     "onnxruntime-training",
     "ort-nightly",
 )
+_DETAILS_BESIDE = 100
+"""So many columns let the details stand beside the names."""
 _INSTRUCTION_SETS = (
     "sse4_2",
     "avx",
@@ -72,7 +75,7 @@ def main(console: Console, bundle: str | None, trust_engines: bool, time_limit: 
         "passed": not failed,
         "rows": [{"name": r.name, "status": r.status.lower(), "detail": r.detail, "fix": r.fix} for r in rows],
     }
-    console.emit(data, _table(rows))
+    console.emit(data, _table(rows, screen_width()))
     if failed:
         raise CheckFailed(f"{len(failed)} of {len(rows)} checks failed: {', '.join(r.name for r in failed)}")
 
@@ -199,14 +202,19 @@ def _check_cuda_scan(library: Path) -> str:
     return f"largest error {off:.1e} of the largest output"
 
 
-def _table(rows: list[Row]) -> str:
+def _table(rows: list[Row], screen: int | None) -> str:
     width = max(len(r.name) for r in rows)
     colors = {OK: "green", FAILED: "red", INFO: "cyan", SKIPPED: "yellow"}
+    # On a narrow screen details stand below the names rather than in a narrow column.
+    below = screen is not None and screen < _DETAILS_BESIDE
+    indent = " " * (4 if below else 7 + 2 + width + 2)
     lines = []
     for r in rows:
-        lines.append(f"{click.style(r.status.ljust(7), fg=colors[r.status])}  {r.name.ljust(width)}  {r.detail}")
-        if r.fix:
-            lines.append(f"{'':7}  {'':{width}}  fix: {r.fix}")
+        texts = [r.detail, *([f"fix: {r.fix}"] if r.fix else [])]
+        details = [indent + part for text in texts for part in folded(text, screen and screen - len(indent))]
+        head = f"{r.status:7}  {r.name:{width}}  "
+        first = head.rstrip() if below else head + details.pop(0).removeprefix(indent)
+        lines += [click.style(first[:7], fg=colors[r.status]) + first[7:], *details]
     counts = ", ".join(f"{sum(r.status == s for r in rows)} {s}" for s in (OK, FAILED, SKIPPED))
     return "\n".join([*lines, "", counts])
 

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hcmen.base.bundle import CHECKPOINT_FILE
 from hcmen.base.console import Command, Console, VariantChoice, command, one_line
 from hcmen.base.errors import CheckFailed, HcmenError, InputError
 from hcmen.base.modalities import MODALITIES, variant_for, variant_named
-from hcmen.base.tables import screen_width
+from hcmen.base.tables import aligned, fitted, folded, screen_width
 from hcmen.base.typed import as_typed, from_here
 from hcmen.runtime.commands.model import MODEL_OPTIONS, model_options, opened_model
 
@@ -213,6 +212,7 @@ class _EagerCheck:
     def __init__(self, bundle: Bundle, checkpoint: Path):
         from importlib.util import find_spec
 
+        from hcmen.base.bundle import CHECKPOINT_FILE
         from hcmen.base.errors import BackendError
         from hcmen.base.shipped import or_the_demo
 
@@ -353,22 +353,12 @@ def _table(rows: Iterator[tuple[str, ...]]) -> str:
     width = screen_width()
     # One scale for all: where the table is too wide with it in every line, it moves above the table.
     above = []
-    if width is not None and max(map(len, _columns([header, *lines]))) > width:
+    if width is not None and max(map(len, aligned([header, *lines], figures=False))) > width:
         scale = lines[0][2].partition(" of ")[2]
-        above = [f"scores are of {scale}"]
+        above = folded(f"scores are of {scale}", width)
         lines = [(*line[:2], line[2].partition(" of ")[0], *line[3:]) for line in lines]
-    text = _columns([header, *lines])
-    over = max(map(len, text)) - width if width is not None else 0
-    if over > 0:  # the name is what can be cut
-        most = max(max(len(line[0]) for line in lines) - over, 12)
-        lines = [(f"...{line[0][3 - most :]}" if len(line[0]) > most else line[0], *line[1:]) for line in lines]
-        text = _columns([header, *lines])
-    return "\n".join([*above, text[0], "-" * max(len(t) for t in text), *text[1:]])
-
-
-def _columns(lines: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    table = fitted([header, *lines], width, len(header) - len(MODALITIES) - 1, least=("time",), figures=False)
+    return "\n".join([*above, *table])
 
 
 def _report_lines(title: str, reports: Mapping[str, Mapping[str, Comparison]], verbosity: int) -> list[str]:
@@ -381,7 +371,7 @@ def _report_lines(title: str, reports: Mapping[str, Mapping[str, Comparison]], v
             continue
         name, worst = max(outputs.items(), key=lambda o: (not o[1].passed, o[1].max_abs or 0.0))
         lines.append(f"  {variant:<15} {worst.verdict()}" + ("" if worst.passed else f", {name}"))
-    return lines
+    return [part for line in lines for part in folded(line, screen_width(), "    ")]
 
 
 def _mention(console: Console, model: Predictor, asked: str, results: Sequence[Result]) -> None:
@@ -398,7 +388,7 @@ def _mention(console: Console, model: Predictor, asked: str, results: Sequence[R
             added = as_typed("hcmen-export", "--variant", wanted, "--bundle", from_here(model.bundle.path))
             console.warn(
                 f"{names[0]}{more}: scored without {' and '.join(lost)}, by '{variant}': '{wanted}' is not in the "
-                f"bundle {model.bundle.path}: add it with {added}"
+                f"bundle: add it with {added}"
             )
             keys = tuple(key for key in keys if key not in lost)
         if not keys:

@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.command import Outcome, open_folder, run, without_privileges
 
 from hcmen.__main__ import COMMANDS
 from hcmen.base.bundle import read_bundle
 from hcmen.base.errors import CorruptFileError, InputError
 from hcmen.base.shipped import DEMO
 from hcmen.base.typed import as_typed
-from tests.helpers.command import Outcome, run
+from hcmen.training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIP = ROOT / "samples" / "clip.npz"
@@ -155,3 +156,13 @@ def test_errors_name_commands_that_can_be_typed_where_one_is(here, way):
         done = subprocess.run(["sh", "-c", each], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("Usage: ")
+
+
+@pytest.mark.parametrize("name", ["config.json", "checkpoint.safetensors"])
+def test_a_checkpoint_that_may_not_be_read_is_not_to_be_trained_again(name):
+    with open_folder() as folder:
+        shutil.copytree(TRAIN, folder / "train")
+        (folder / "train" / name).chmod(0)
+        with without_privileges(), pytest.raises(InputError) as told:
+            load_checkpoint(folder / "train")
+    assert str(told.value).endswith("permission denied, expected a checkpoint: check its owner and permissions")

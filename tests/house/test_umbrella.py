@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import tomllib
 from helpers.command import run
@@ -16,6 +19,7 @@ from house.test_imports import ALL, HEAVY
 
 import hcmen
 from hcmen.__main__ import COMMANDS, main
+from hcmen.base.modalities import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,3 +74,76 @@ def test_help_loads_no_command_and_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     base = [f"hcmen.base{part}" for part in ("", ".console", ".errors", ".interrupts", ".modalities")]
     assert done.stderr.strip() == str(["hcmen.__main__", *base])
+
+
+def completed(words: str) -> list[str]:
+    """What the program answers a bash that completes the last of `words`."""
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1), "_HCMEN_COMPLETE": "bash_complete"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.argv = ['hcmen']\nfrom hcmen.__main__ import main; main()"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **asked},
+        check=True,
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_a_shell_completes_commands_options_and_choices():
+    assert completed("hcmen ") == [f"plain,{name}" for name in COMMANDS]
+    assert completed("hcmen tr") == ["plain,train"]
+    assert completed("hcmen --ver") == ["plain,--version"]
+    assert completed("hcmen run --var") == ["plain,--variant"]
+    assert completed("hcmen run clip.npz --variant ") == ["plain,auto", *(f"plain,{v.name}" for v in VARIANTS)]
+    assert completed("hcmen run --variant te") == ["plain,text_missing", "plain,text_only"]
+    assert completed("hcmen train --preset mos") == ["plain,mosi", "plain,mosei"]
+    assert completed("hcmen nope --var") == []
+
+
+def test_what_is_text_is_completed_as_files_are():
+    assert completed("hcmen run sam") == ["file,sam"]
+    assert completed("hcmen run --bundle bui") == ["file,bui"]
+    assert completed("hcmen eval --checkpoint bui") == ["file,bui"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_of_every_command_is_completed_and_torch_is_not_loaded(name):
+    command = importlib.import_module(COMMANDS[name].module).main
+    with click.Context(command) as ctx:
+        options = [o for p in command.get_params(ctx) if isinstance(p, click.Option) and not p.hidden for o in p.opts]
+    found = completed(f"hcmen {name} --")
+    assert {f"plain,{o}" for o in options if o.startswith("--")} <= set(found)
+    loaded = loaded_after(
+        "import os, sys; sys.argv = ['hcmen']\n"
+        f"os.environ.update(COMP_WORDS='hcmen {name} --', COMP_CWORD='2', _HCMEN_COMPLETE='bash_complete')\n"
+        "from hcmen.__main__ import main; main()"
+    )
+    assert loaded.isdisjoint(HEAVY)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_bash_itself_completes_once_it_is_switched_on(tmp_path):
+    program = tmp_path / "hcmen"
+    program.write_text(f"#!/bin/sh\nexec '{sys.executable}' -m hcmen \"$@\"\n")
+    program.chmod(0o755)
+    script = (
+        'eval "$(_HCMEN_COMPLETE=bash_source hcmen)"; complete -p hcmen\n'
+        "COMP_WORDS=(hcmen run --variant audio); COMP_CWORD=3; _hcmen_completion hcmen\n"
+        'echo "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(
+        ["bash", "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        check=True,
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] == "audio_missing audio_only"
+    assert "_hcmen_completion hcmen" in done.stdout
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/environment.md"])
+def test_the_pages_say_how_to_switch_completion_on(page):
+    assert 'eval "$(_HCMEN_COMPLETE=bash_source hcmen)"' in (ROOT / page).read_text(encoding="utf-8")

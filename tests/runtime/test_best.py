@@ -12,6 +12,7 @@ from hcmen.base.clip import write_clip
 from hcmen.base.errors import InputError
 from hcmen.base.manifest import Score
 from hcmen.base.modalities import MODALITIES
+from hcmen.base.typed import as_typed
 from hcmen.runtime import load
 from hcmen.runtime.commands.run import main
 
@@ -67,7 +68,7 @@ def test_the_command_names_what_was_left_out(tmp_path):
     assert done.code == 0
     assert done.lines == [
         f"warning: {tmp_path / '0.npz'} and 1 more clips: scored without audio, by 'audio_missing': 'full' is not in "
-        f"the bundle {bundle}: add it with hcmen-export --variant full"
+        f"the bundle: add it with {as_typed('hcmen-export', '--variant', 'full', '--bundle', bundle)}"
     ]
     results = json.loads(done.out)["results"]
     assert [r["ignored"] for r in results] == [["audio"], ["audio"], []]

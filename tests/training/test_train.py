@@ -574,7 +574,7 @@ def _truncate(path: Path) -> None:
 
 
 def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="expected a checkpoint: run .*hcmen-train"):
+    with pytest.raises(InputError, match=r"expected a checkpoint: run .*hcmen-train"):
         load_checkpoint(tmp_path / "nowhere")
 
 
