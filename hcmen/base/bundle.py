@@ -16,7 +16,10 @@ link leads to is looked at before it is opened, since opening a device may do th
 through a link: a bundle is replaced whole, and `Bundle.read_index` follows none.
 
 Writing goes to a temporary sibling which is renamed when it is whole (`writing_bundle`), so that a killed or failed
-export leaves no half bundle.
+export leaves no half bundle. A reader holds the folder that it read the manifest from, and opens all files beneath it.
+Where an export puts another bundle in its place, the reader has the whole of the older one until it ends
+(`files.HeldFolder`). Other ways to exchange files (a ConfigMap's links, a file system without locks) are seen as
+files that are not as listed: `Bundle.successor` then is what to begin again with.
 """
 
 from __future__ import annotations
@@ -26,16 +29,16 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hcmen.base.errors import CorruptFileError, HcmenError, InputError
-from hcmen.base.files import open_regular, read_small, writing_folder
+from hcmen.base.files import HeldFolder, open_regular, read_small, write_file, writing_folder
 from hcmen.base.manifest import NAME, Manifest, VariantRecord
 from hcmen.base.modalities import variant_named
 from hcmen.base.records import MANIFEST, MANIFEST_FILE, MOST_MANIFEST_BYTES, FileRecord, check_file_name, parse_json
@@ -46,9 +49,10 @@ from hcmen.base.typed import as_typed, from_here
 __all__ = [
     "CHECKPOINT_FILE",
     "Bundle",
-    "SharedFile",
+    "begun_again",
     "check_no_bundle",
     "file_record",
+    "identity",
     "looks_like_bundle",
     "read_bundle",
     "write_manifest",
@@ -61,13 +65,19 @@ _READ_BYTES = 1 << 20
 _OF_A_MANIFEST = {"op", "variants", "weights"}
 """A manifest.json without any of these keys is none of ours that was damaged."""
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk whose manifest has been read and checked; no other file of it has been touched."""
+    """A bundle on disk whose manifest has been read and checked; no other file of it has been touched.
+
+    folder: the one that the manifest was read from, held; without it each file is opened by its path.
+    """
 
     path: Path
     manifest: Manifest
+    folder: HeldFolder | None = field(default=None, repr=False, compare=False)
 
     def variant(self, name: str) -> VariantRecord:
         """The record of the variant `name`.
@@ -92,7 +102,7 @@ class Bundle:
         Raises:
             CorruptFileError: missing, not a regular file, or not of the listed size and sha256.
         """
-        content, _ = self._verify(record, keep=True)
+        content, _ = self.verified(record, keep=True)
         content.flags.writeable = False
         return content
 
@@ -102,7 +112,7 @@ class Bundle:
         Raises:
             CorruptFileError: missing, not a regular file, or not of the listed size and sha256.
         """
-        self._verify(record, keep=False)
+        self.verified(record, keep=False)
         return self.path / record.file
 
     def others_may_write(self, record: FileRecord) -> bool:
@@ -112,7 +122,7 @@ class Bundle:
         counts as theirs.
         """
         try:
-            check_nobody_else_writes((self.path / record.file).absolute(), "")
+            check_nobody_else_writes(self.place() / record.file, "")
         except HcmenError:
             return True
         return False
@@ -128,10 +138,41 @@ class Bundle:
             CorruptFileError: a link, or not a regular file.
         """
         try:
-            with _opened_beneath(self.path, name, links=False) as file:
+            with self.opened(name, links=False) as file:
                 return _content(file)
         except _MissingFile:
             return None
+
+    def read_manifest(self) -> bytes:
+        """The content of manifest.json as it is now.
+
+        Raises:
+            InputError: it may not be read.
+            CorruptFileError: missing, or not a regular file.
+        """
+        with self.opened(MANIFEST_FILE) as file:
+            return _content(file)
+
+    def successor(self) -> Bundle | None:
+        """The bundle at the same path now; None where it is this one, or none that can be read."""
+        try:
+            found = read_bundle(self.path)
+        except HcmenError:
+            return None
+        return None if found.manifest == self.manifest and self.is_in_place() else found
+
+    def is_in_place(self) -> bool:
+        """Whether this bundle's folder is still the one at its path."""
+        if self.folder is None or self.folder.descriptor is None:
+            return True
+        with contextlib.suppress(OSError):
+            return self.folder.is_at(self.path)
+        return False
+
+    def let_go(self) -> None:
+        """Holds the folder no longer: what replaces it may remove it. Files are opened by their paths from here on."""
+        if self.folder is not None:
+            self.folder.close()
 
     def verify(self) -> None:
         """Verifies every file that the manifest lists; raises CorruptFileError at the first that is not as listed."""
@@ -144,11 +185,11 @@ class Bundle:
         tokenizer = [self.manifest.tokenizer] if self.manifest.tokenizer else []
         return [self.manifest.weights, *tokenizer, *(v.graph for v in variants), *(v.golden for v in variants)]
 
-    def _verify(self, record: FileRecord, *, keep: bool) -> tuple[NDArray[np.uint8], tuple[int, ...]]:
+    def verified(self, record: FileRecord, *, keep: bool) -> tuple[NDArray[np.uint8], tuple[int, ...]]:
         """Reads and hashes a listed file; its content with `keep`, else an empty array; which file it was."""
         where = self.path / record.file
         check_file_name(record.file)
-        with _opened_beneath(self.path, record.file) as file:
+        with self.opened(record.file) as file:
             found = os.fstat(file.fileno())
             size = found.st_size
             if size != record.bytes:
@@ -176,55 +217,21 @@ class Bundle:
                 fix="the file was altered or damaged, copy or export the bundle again",
                 where=str(where),
             )
-        return content if keep else content[:0], _identity(found)
+        return content if keep else content[:0], identity(found)
+
+    def opened(self, name: str, *, links: bool = True) -> contextlib.AbstractContextManager[IO[bytes]]:
+        return _opened_beneath(self.path, name, self.folder, links=links)
+
+    def place(self) -> Path:
+        """Where this bundle lies by now: what was replaced while it was held has another name."""
+        if self.folder is not None and not self.is_in_place():
+            with contextlib.suppress(OSError):
+                return Path(os.readlink(f"/proc/self/fd/{self.folder.descriptor}"))
+        return self.path.absolute()
 
 
-class SharedFile:
-    """A listed file that others open by its path once it is verified, such as ONNX Runtime, which maps it.
-
-    Between hashing and opening the file could change. `held` sees that it did not: device, inode, size and both times
-    of the file are those of the hashed one before and after. (Who may write the file can still change what is mapped,
-    as with a program's own libraries. An export never does, it puts another file in the place.)
-
-    Several threads may hold it at once.
-    """
-
-    def __init__(self, bundle: Bundle, record: FileRecord) -> None:
-        self.bundle, self.record = bundle, record
-        self._hashed: tuple[int, ...] | None = None
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[Path]:
-        """Where the file lies, absolute and with all links resolved; it is the verified one while the block runs.
-
-        The name may be another than the listed one, as in a cache that names files by their content.
-
-        Raises:
-            CorruptFileError: missing, not of the listed size and sha256, or changed meanwhile.
-        """
-        real = Path(os.path.realpath(self.bundle.path / self.record.file))
-        before = self._identity()
-        if before != self._hashed:
-            _, before = self.bundle._verify(self.record, keep=False)
-            self._hashed = before
-        self._unchanged(before, real)
-        yield real
-        self._unchanged(before, real)
-
-    def _identity(self) -> tuple[int, ...]:
-        with _opened_beneath(self.bundle.path, self.record.file) as file:
-            return _identity(os.fstat(file.fileno()))
-
-    def _unchanged(self, before: tuple[int, ...], real: Path) -> None:
-        with contextlib.suppress(OSError):
-            if before == self._identity() == _identity(os.stat(real)):
-                return
-        raise CorruptFileError(
-            f"{self.bundle.path / self.record.file}: changed while it was being loaded: load the bundle again"
-        )
-
-
-def _identity(found: os.stat_result) -> tuple[int, ...]:
+def identity(found: os.stat_result) -> tuple[int, ...]:
+    """What tells one content of one file from another: device, inode, size and both times."""
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
@@ -237,10 +244,15 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
         CorruptFileError: the manifest is damaged, altered or unsafe.
     """
     root = Path(path)
-    if not root.is_dir():
-        raise _no_bundle(root, "not a folder" if root.exists() else "no such folder")
     try:
-        with _opened_beneath(root, MANIFEST_FILE) as file:
+        folder = HeldFolder(root)
+    except OSError as error:
+        if root.is_dir():
+            raise _open_error(root, error, True) from error
+        what = "not a folder" if root.exists() else "no such folder"
+        raise _no_bundle(root, what) from error
+    try:
+        with _opened_beneath(root, MANIFEST_FILE, folder) as file:
             content = _content(file)
     except _MissingFile as error:
         raise _no_bundle(root, f"no {MANIFEST_FILE} in it") from error
@@ -249,7 +261,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
         data = parse_json(content, MANIFEST)
         if isinstance(data, dict) and data and _OF_A_MANIFEST.isdisjoint(data):
             raise _no_bundle(root, f"its {MANIFEST_FILE} is something else's")
-        return Bundle(root, Manifest.from_json(data))
+        return Bundle(root, Manifest.from_json(data), folder)
     except CorruptFileError as error:
         raise error.but(where=str(where)) from error
     except HcmenError as error:
@@ -277,6 +289,29 @@ def _no_bundle(place: Path, what: str) -> InputError:
     elif not place.exists() or (folder == place and not any(place.iterdir())):
         fix = f"make one with {as_typed('hcmen-export', '--bundle', place)}{or_the_demo(place)}"
     return InputError(what, "a bundle", fix, where=str(place))
+
+
+def begun_again(
+    bundle: Bundle, work: Callable[[Bundle], Result], may_follow: Callable[[Bundle], bool] = lambda _: True
+) -> Result:
+    """`work(bundle)`; once more with its successor, where a file was not as listed since the bundle was replaced.
+
+    may_follow: whether the work can begin with the successor.
+
+    Raises:
+        InputError: the bundle was replaced, and the work cannot begin with the other one.
+        HcmenError: what `work` raises.
+    """
+    try:
+        return work(bundle)
+    except CorruptFileError as error:
+        found = bundle.successor()
+        if found is None:
+            raise
+        if not may_follow(found):
+            what = "another export was put there while this one was in use"
+            raise InputError(what, fix="load it again", where=str(bundle.path)) from error
+    return work(found)
 
 
 def file_record(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> FileRecord:
@@ -313,7 +348,7 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Path:
     text = json.dumps(_plain(manifest.to_json()), indent=1, allow_nan=False)
     Manifest.from_json(parse_json(text.encode(), MANIFEST))
     path = Path(folder) / MANIFEST_FILE
-    path.write_text(text + "\n", encoding="ascii")
+    write_file(path, text.encode("ascii") + b"\n")
     return path
 
 
@@ -358,18 +393,20 @@ class _MissingFile(CorruptFileError):
 
 
 @contextlib.contextmanager
-def _opened_beneath(root: Path, name: str, *, links: bool = True) -> Iterator[IO[bytes]]:
+def _opened_beneath(root: Path, name: str, held: HeldFolder | None, *, links: bool = True) -> Iterator[IO[bytes]]:
     """The regular file `name` below `root`, open for reading; what goes wrong with it in the block is told here.
 
-    links: whether those on the way from `root` are followed.
+    held: `root`, where it is held. links: whether those on the way from `root` are followed.
     """
     where = root / name
     *parents, last = (name,) if links else PurePosixPath(name).parts
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     try:
         with contextlib.ExitStack() as stack:
-            folder = os.open(root, flags)
-            stack.callback(os.close, folder)
+            folder = None if held is None else held.descriptor
+            if folder is None:
+                folder = os.open(root, flags)
+                stack.callback(os.close, folder)
             for part in parents:
                 folder = os.open(part, flags | os.O_NOFOLLOW, dir_fd=folder)
                 stack.callback(os.close, folder)

@@ -41,12 +41,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hcmen.base.bundle import SharedFile
 from hcmen.base.errors import BackendError, CorruptFileError, HcmenError, reason_of
 from hcmen.base.inputs import TensorSpec
 from hcmen.base.interrupts import deaf, stoppable
 from hcmen.base.library import library_path
 from hcmen.base.manifest import OP_DOMAIN, VariantRecord
+from hcmen.base.shared_file import SharedFile
 from hcmen.runtime.backends.cores import physical_cores
 from hcmen.runtime.backends.forks import keep_for_ever, watch
 from hcmen.runtime.backends.graph import read_graph
@@ -214,8 +214,7 @@ class OrtBackend:
         """
         if not isinstance(weights, SharedFile):
             return self._made(model, weights, len(weights), weights_file, where)
-        with weights.held() as real:
-            return self._made(model, real, weights.record.bytes, weights_file, where)
+        return weights.opened_by(lambda real: self._made(model, real, weights.record.bytes, weights_file, where))
 
     def _made(
         self, model: bytes, weights: NDArray[np.uint8] | Path, size: int, weights_file: str, where: str
