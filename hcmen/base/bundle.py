@@ -220,6 +220,7 @@ class Bundle:
         return content if keep else content[:0], identity(found)
 
     def opened(self, name: str, *, links: bool = True) -> contextlib.AbstractContextManager[IO[bytes]]:
+        """The file `name` of the bundle, open for reading, whether or not it is as listed."""
         return _opened_beneath(self.path, name, self.folder, links=links)
 
     def place(self) -> Path:

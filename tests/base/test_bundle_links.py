@@ -181,7 +181,7 @@ def test_what_was_never_hashed_is_not_handed_on(
     (tmp_path / "altered").write_bytes(bytes(opened.manifest.weights.bytes))
     weights.rename(tmp_path / "sound")
     weights.symlink_to(tmp_path / "altered")
-    shared, genuine = SharedFile(opened, opened.manifest.weights), type(opened)._verify
+    shared, genuine = SharedFile(opened, opened.manifest.weights), type(opened).verified
 
     def bend(to: str) -> None:
         weights.unlink()
@@ -195,7 +195,7 @@ def test_what_was_never_hashed_is_not_handed_on(
             bend(after)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(opened), "_verify", sound_for_a_moment)
+        patch.setattr(type(opened), "verified", sound_for_a_moment)
         with pytest.raises(CorruptFileError, match="changed while it was being loaded"):
             shared.opened_by(Path)
     bend("altered")

@@ -152,7 +152,7 @@ def test_clean_is_counted_in_the_result(shared_bundle):
 def test_variants_are_loaded_on_demand_and_share_one_copy_of_the_weights(shared_bundle, monkeypatch):
     read = []
     monkeypatch.setattr(
-        Bundle, "_verify", lambda b, r, keep, real=Bundle._verify: read.append(r.file) or real(b, r, keep=keep)
+        Bundle, "verified", lambda b, r, keep, real=Bundle.verified: read.append(r.file) or real(b, r, keep=keep)
     )
     model = load(shared_bundle)
     assert read == []
