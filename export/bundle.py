@@ -117,6 +117,7 @@ def export_bundle(
         write_manifest(folder, manifest)
         (folder / CARD).write_text(card(manifest), encoding="utf-8")
         kept.check_unchanged()
+        kept.let_go()
     return manifest
 
 

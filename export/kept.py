@@ -70,6 +70,11 @@ class Kept:
         if _content(self.target) != self.manifest:
             raise InputError(f"{self.target}: another export wrote it meanwhile: export again, to keep its variants")
 
+    def let_go(self) -> None:
+        """Lets the bundle be removed by what replaces it."""
+        if self.bundle is not None:
+            self.bundle.let_go()
+
 
 def kept_of(
     target: Path,

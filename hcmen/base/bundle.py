@@ -16,7 +16,10 @@ link leads to is looked at before it is opened, since opening a device may do th
 through a link: a bundle is replaced whole, and `Bundle.read_index` follows none.
 
 Writing goes to a temporary sibling which is renamed when it is whole (`writing_bundle`), so that a killed or failed
-export leaves no half bundle.
+export leaves no half bundle. A reader holds the folder that it read the manifest from, and opens all files beneath it.
+Where an export puts another bundle in its place, the reader has the whole of the older one until it ends
+(`files.HeldFolder`). Other ways to exchange files (a ConfigMap's links, a file system without locks) are seen as
+files that are not as listed: `Bundle.successor` then is what to begin again with.
 """
 
 from __future__ import annotations
@@ -26,16 +29,16 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hcmen.base.errors import CorruptFileError, HcmenError, InputError
-from hcmen.base.files import open_regular, read_small, writing_folder
+from hcmen.base.files import HeldFolder, open_regular, read_small, writing_folder
 from hcmen.base.manifest import NAME, Manifest, VariantRecord
 from hcmen.base.modalities import variant_named
 from hcmen.base.records import MANIFEST_FILE, MOST_MANIFEST_BYTES, FileRecord, check_file_name, parse_json
@@ -45,6 +48,7 @@ from hcmen.base.trust import check_nobody_else_writes
 __all__ = [
     "Bundle",
     "SharedFile",
+    "begun_again",
     "file_record",
     "looks_like_bundle",
     "read_bundle",
@@ -54,13 +58,19 @@ __all__ = [
 
 _READ_BYTES = 1 << 20
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk whose manifest has been read and checked; no other file of it has been touched."""
+    """A bundle on disk whose manifest has been read and checked; no other file of it has been touched.
+
+    folder: the one that the manifest was read from, held; without it each file is opened by its path.
+    """
 
     path: Path
     manifest: Manifest
+    folder: HeldFolder | None = field(default=None, repr=False, compare=False)
 
     def variant(self, name: str) -> VariantRecord:
         """The record of the variant `name`.
@@ -101,7 +111,7 @@ class Bundle:
         counts as theirs.
         """
         try:
-            check_nobody_else_writes((self.path / record.file).absolute(), "")
+            check_nobody_else_writes(self._place() / record.file, "")
         except HcmenError:
             return True
         return False
@@ -117,10 +127,41 @@ class Bundle:
             CorruptFileError: a link, or not a regular file.
         """
         try:
-            with _opened_beneath(self.path, name, links=False) as file:
+            with self._opened(name, links=False) as file:
                 return _content(file)
         except _MissingFile:
             return None
+
+    def read_manifest(self) -> bytes:
+        """The content of manifest.json as it is now.
+
+        Raises:
+            InputError: it may not be read.
+            CorruptFileError: missing, or not a regular file.
+        """
+        with self._opened(MANIFEST_FILE) as file:
+            return _content(file)
+
+    def successor(self) -> Bundle | None:
+        """The bundle at the same path now; None where it is this one, or none that can be read."""
+        try:
+            found = read_bundle(self.path)
+        except HcmenError:
+            return None
+        return None if found.manifest == self.manifest and self.is_in_place() else found
+
+    def is_in_place(self) -> bool:
+        """Whether this bundle's folder is still the one at its path."""
+        if self.folder is None or self.folder.descriptor is None:
+            return True
+        with contextlib.suppress(OSError):
+            return self.folder.is_at(self.path)
+        return False
+
+    def let_go(self) -> None:
+        """Holds the folder no longer: what replaces it may remove it. Files are opened by their paths from here on."""
+        if self.folder is not None:
+            self.folder.close()
 
     def verify(self) -> None:
         """Verifies every file that the manifest lists; raises CorruptFileError at the first that is not as listed."""
@@ -137,7 +178,7 @@ class Bundle:
         """Reads and hashes a listed file; its content with `keep`, else an empty array; which file it was."""
         where = self.path / record.file
         check_file_name(record.file)
-        with _opened_beneath(self.path, record.file) as file:
+        with self._opened(record.file) as file:
             found = os.fstat(file.fileno())
             size = found.st_size
             if size != record.bytes:
@@ -167,44 +208,65 @@ class Bundle:
             )
         return content if keep else content[:0], _identity(found)
 
+    def _opened(self, name: str, *, links: bool = True) -> contextlib.AbstractContextManager[IO[bytes]]:
+        return _opened_beneath(self.path, name, self.folder, links=links)
+
+    def _place(self) -> Path:
+        """Where this bundle lies by now: what was replaced while it was held has another name."""
+        if self.folder is not None and not self.is_in_place():
+            with contextlib.suppress(OSError):
+                return Path(os.readlink(f"/proc/self/fd/{self.folder.descriptor}"))
+        return self.path.absolute()
+
 
 class SharedFile:
     """A listed file that others open by its path once it is verified, such as ONNX Runtime, which maps it.
 
-    Between hashing and opening the file could change. `held` sees that it did not: device, inode, size and both times
-    of the file are those of the hashed one before and after. (Who may write the file can still change what is mapped,
-    as with a program's own libraries. An export never does, it puts another file in the place.)
+    Between hashing and opening the file could change. `opened_by` sees that it did not: device, inode, size and both
+    times of the file are those of the hashed one before and after. (Who may write the file can still change what is
+    mapped, as with a program's own libraries. An export never does, it puts another file in the place.)
 
-    Several threads may hold it at once.
+    Several threads may open it at once.
     """
 
     def __init__(self, bundle: Bundle, record: FileRecord) -> None:
         self.bundle, self.record = bundle, record
         self._hashed: tuple[int, ...] | None = None
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[Path]:
-        """Where the file lies, absolute and with all links resolved; it is the verified one while the block runs.
+    def opened_by(self, use: Callable[[Path], Result]) -> Result:
+        """What `use` gives for the place of the file: its absolute path, all links resolved. Its name may be another.
 
-        The name may be another than the listed one, as in a cache that names files by their content.
+        `use` is called anew where an export moves the bundle aside meanwhile.
 
         Raises:
             CorruptFileError: missing, not of the listed size and sha256, or changed meanwhile.
+            HcmenError: what `use` raises.
         """
-        real = Path(os.path.realpath(self.bundle.path / self.record.file))
+        moves = 2  # of a folder that is replaced, for good
+        while True:
+            place = self.bundle._place()
+            try:
+                return self._opened_at(Path(os.path.realpath(place / self.record.file)), use)
+            except CorruptFileError:
+                if not moves or place == self.bundle._place():
+                    raise
+            moves -= 1
+
+    def _opened_at(self, real: Path, use: Callable[[Path], Result]) -> Result:
         before = self._identity()
         if before != self._hashed:
             _, before = self.bundle._verify(self.record, keep=False)
             self._hashed = before
-        self._unchanged(before, real)
-        yield real
-        self._unchanged(before, real)
+        self._check(before, real)
+        result = use(real)
+        self._check(before, real)
+        return result
 
     def _identity(self) -> tuple[int, ...]:
-        with _opened_beneath(self.bundle.path, self.record.file) as file:
+        with self.bundle._opened(self.record.file) as file:
             return _identity(os.fstat(file.fileno()))
 
-    def _unchanged(self, before: tuple[int, ...], real: Path) -> None:
+    def _check(self, before: tuple[int, ...], real: Path) -> None:
         with contextlib.suppress(OSError):
             if before == self._identity() == _identity(os.stat(real)):
                 return
@@ -226,13 +288,17 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
         CorruptFileError: the manifest is damaged, altered or unsafe.
     """
     root = Path(path)
-    if not root.is_dir():
+    try:
+        folder = HeldFolder(root)
+    except OSError as error:
+        if root.is_dir():
+            raise _open_error(root, error, True) from error
         what = "not a folder" if root.exists() else "no such folder"
         raise InputError(
             f"{root}: {what}, expected a bundle: make one with hcmen-export --bundle {root}{or_the_demo(root)}"
-        )
+        ) from error
     try:
-        with _opened_beneath(root, MANIFEST_FILE) as file:
+        with _opened_beneath(root, MANIFEST_FILE, folder) as file:
             content = _content(file)
     except _MissingFile as error:
         raise InputError(
@@ -241,9 +307,32 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
         ) from error
     where = root / MANIFEST_FILE
     try:
-        return Bundle(root, Manifest.from_json(parse_json(content)))
+        return Bundle(root, Manifest.from_json(parse_json(content)), folder)
     except HcmenError as error:
         raise error.but(where=str(where)) from error
+
+
+def begun_again(
+    bundle: Bundle, work: Callable[[Bundle], Result], may_follow: Callable[[Bundle], bool] = lambda _: True
+) -> Result:
+    """`work(bundle)`; once more with its successor, where a file was not as listed since the bundle was replaced.
+
+    may_follow: whether the work can begin with the successor.
+
+    Raises:
+        InputError: the bundle was replaced, and the work cannot begin with the other one.
+        HcmenError: what `work` raises.
+    """
+    try:
+        return work(bundle)
+    except CorruptFileError as error:
+        found = bundle.successor()
+        if found is None:
+            raise
+        if not may_follow(found):
+            what = "another export was put there while this one was in use"
+            raise InputError(what, fix="load it again", where=str(bundle.path)) from error
+    return work(found)
 
 
 def file_record(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> FileRecord:
@@ -325,18 +414,20 @@ class _MissingFile(CorruptFileError):
 
 
 @contextlib.contextmanager
-def _opened_beneath(root: Path, name: str, *, links: bool = True) -> Iterator[IO[bytes]]:
+def _opened_beneath(root: Path, name: str, held: HeldFolder | None, *, links: bool = True) -> Iterator[IO[bytes]]:
     """The regular file `name` below `root`, open for reading; what goes wrong with it in the block is told here.
 
-    links: whether those on the way from `root` are followed.
+    held: `root`, where it is held. links: whether those on the way from `root` are followed.
     """
     where = root / name
     *parents, last = (name,) if links else PurePosixPath(name).parts
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     try:
         with contextlib.ExitStack() as stack:
-            folder = os.open(root, flags)
-            stack.callback(os.close, folder)
+            folder = None if held is None else held.descriptor
+            if folder is None:
+                folder = os.open(root, flags)
+                stack.callback(os.close, folder)
             for part in parents:
                 folder = os.open(part, flags | os.O_NOFOLLOW, dir_fd=folder)
                 stack.callback(os.close, folder)

@@ -219,6 +219,8 @@ def _index_locked(bundle: Bundle) -> Iterator[None]:
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if not bundle.is_in_place():
+            raise InputError("another export was put there meanwhile", fix="compile again", where=str(bundle.path))
         sweep(folder)
         yield
     finally:

@@ -1,8 +1,12 @@
 """Files and folders that are there whole or not at all, and small files read whole.
 
 A file or folder is written to a temporary neighbour, `.NAME.tmp-XXXXXXXX`, which is renamed when it is whole. The
-writer holds a lock (flock) on it meanwhile. `sweep` takes a neighbour that nobody locks for one that a killed writer
-left; process numbers would not do, since a container has its own.
+writer holds a shared lock (flock) on it meanwhile. `sweep` takes a neighbour that nobody locks for one that a killed
+writer left; process numbers would not do, since a container has its own.
+
+A reader of a folder that is replaced at any time takes such a lock too (`HeldFolder`). What it holds is not emptied
+when another is put in its place: it stays as a neighbour, which a sweep after the reader's end removes. No lock is ever
+waited for without an end.
 
 Needs the standard library alone.
 """
@@ -16,6 +20,7 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
@@ -23,6 +28,7 @@ from typing import IO
 from hcmen.base.errors import InputError, reason_of
 
 __all__ = [
+    "HeldFolder",
     "check_writable",
     "open_regular",
     "read_small",
@@ -37,6 +43,8 @@ __all__ = [
 
 _LEFT = re.compile(r"\.(.+)\.(tmp|old)-[0-9a-f]{8}\Z", re.DOTALL)
 _EXCHANGE, _AT_FDCWD = 2, -100
+_PATIENCE_SECONDS = 1.0
+"""How long a reader waits for a writer between two renames, which takes it some microseconds."""
 
 
 @contextlib.contextmanager
@@ -144,8 +152,9 @@ def writing_folder(
 def replace_folder(made: Path, target: Path) -> None:
     """Renames the folder `made` to its neighbour `target` and removes the folder that was there.
 
-    Where the system can exchange the two, `target` is there at every moment. Elsewhere the older folder moves aside
-    first; were the process killed then, the next `sweep` would put it back.
+    One that a reader holds (`HeldFolder`) stays as a hidden neighbour. Where the system can exchange the two, `target`
+    is there at every moment. Elsewhere the older folder moves aside first; were the process killed then, the next
+    `sweep` would put it back.
 
     Raises:
         OSError: it cannot be renamed; `target` is as it was.
@@ -158,7 +167,7 @@ def replace_folder(made: Path, target: Path) -> None:
     else:
         return
     if _exchanged(made, target):
-        shutil.rmtree(made, ignore_errors=True)
+        _remove_unless_held(made)
         return
     old = target.with_name(f".{target.name}.old-{os.urandom(4).hex()}")
     descriptor = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -170,9 +179,10 @@ def replace_folder(made: Path, target: Path) -> None:
         except BaseException:
             os.rename(old, target)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        os.rename(old, made)  # from here on no sweep would put it back
     finally:
         os.close(descriptor)
+    _remove_unless_held(made)
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
@@ -197,6 +207,16 @@ def check_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with _temporary_file(folder / "probe"):
         pass
+
+
+def _remove_unless_held(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if _locked(descriptor, fcntl.LOCK_EX):
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)
 
 
 def _sweep(left: Path, target: Path, kind: str) -> None:
@@ -248,10 +268,10 @@ def _new(target: Path, *, folder: bool) -> tuple[Path, int]:
             os.close(descriptor)
 
 
-def _locked(descriptor: int) -> bool:
-    """Locks what is open, unless another has; a file system without locks is written all the same."""
+def _locked(descriptor: int, kind: int = fcntl.LOCK_SH) -> bool:
+    """Locks what is open, unless another's lock forbids; a file system without locks is written all the same."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
@@ -298,6 +318,62 @@ def _flush(folder: Path) -> None:
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
+
+
+class HeldFolder:
+    """The folder `path`, open, whose content no writer of this module removes as long as somebody has this object.
+
+    descriptor: of the folder; None once it is closed. On a file system without locks it is one like others.
+
+    Raises:
+        OSError: no folder is there, or it cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.descriptor: int | None = None
+        until = time.monotonic() + _PATIENCE_SECONDS
+        while not self._opened(Path(path), final=time.monotonic() > until):
+            time.sleep(0.001)
+
+    def _opened(self, path: Path, *, final: bool) -> bool:
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            if final or not _is_being_replaced(path):
+                raise
+            return False
+        with contextlib.suppress(FileNotFoundError):
+            # A writer may have replaced it since it was opened, and be emptying it.
+            if final or (_locked(self.descriptor) and self.is_at(path)):
+                return True
+        self.close()
+        return False
+
+    def is_at(self, path: Path) -> bool:
+        """Whether it is what `path` leads to now; raises OSError where that cannot be told."""
+        return self.descriptor is not None and os.path.samestat(os.stat(path), os.fstat(self.descriptor))
+
+    def close(self) -> None:
+        """Lets go of it."""
+        descriptor, self.descriptor = self.descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """None: another process opens the folder by its path."""
+        return type(None), ()
+
+
+def _is_being_replaced(path: Path) -> bool:
+    """Whether the folder `path` is back, or moved aside by a writer that lacks `_exchanged`."""
+    target = Path(os.path.realpath(path))
+    with contextlib.suppress(OSError):
+        left = map(_LEFT.match, os.listdir(target.parent))
+        return any(found and found[2] == "old" and found[1] == target.name for found in left) or target.exists()
+    return False
 
 
 def open_regular(path: str | os.PathLike[str], *, folder: int | None = None, links: bool = True) -> IO[bytes]:

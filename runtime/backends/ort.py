@@ -214,8 +214,7 @@ class OrtBackend:
         """
         if not isinstance(weights, SharedFile):
             return self._made(model, weights, len(weights), weights_file, where)
-        with weights.held() as real:
-            return self._made(model, real, weights.record.bytes, weights_file, where)
+        return weights.opened_by(lambda real: self._made(model, real, weights.record.bytes, weights_file, where))
 
     def _made(
         self, model: bytes, weights: NDArray[np.uint8] | Path, size: int, weights_file: str, where: str

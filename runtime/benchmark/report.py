@@ -19,7 +19,7 @@ import numpy as np
 from hcmen.base.bundle import Bundle
 from hcmen.base.errors import CorruptFileError, InputError, reason_of, shown
 from hcmen.base.files import read_small, refused
-from hcmen.base.records import MANIFEST_FILE, parse_json
+from hcmen.base.records import parse_json
 from hcmen.runtime.benchmark.cold import STEPS, Cold
 from hcmen.runtime.benchmark.measure import Settings
 from hcmen.runtime.benchmark.rows import Measured
@@ -43,7 +43,7 @@ def row_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 def describe_bundle(label: str, bundle: Bundle) -> dict[str, Any]:
     """A bundle as the document names it; its manifest's sha256 stands for all of it, since it holds every other."""
     manifest = bundle.manifest
-    content = read_small(bundle.path / MANIFEST_FILE, _MAX_BYTES)
+    content = bundle.read_manifest()
     return {
         "label": label,
         "path": str(bundle.path),

@@ -15,7 +15,7 @@ from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,6 +27,9 @@ from hcmen.base.shipped import chosen_bundle
 from hcmen.runtime.backends import Ort, OrtCuda
 from hcmen.runtime.commands.doctor_rows import FAILED, INFO, OK, SKIPPED, Row
 from hcmen.runtime.commands.model import time_limit_option, trust_engines_option
+
+if TYPE_CHECKING:
+    from hcmen.base.bundle import Bundle
 
 __all__ = ["check_machine", "main"]
 
@@ -350,10 +353,7 @@ def _ran(operators: tuple[str, ...]) -> str:
 
 
 def _bundle(path: str, time_limit: float | None, *, can_run: bool) -> Row:
-    def check() -> str:
-        from hcmen.base.bundle import read_bundle
-
-        bundle = read_bundle(path)
+    def check(bundle: Bundle) -> str:
         bundle.verify()
         size = sum(r.bytes for r in bundle.records()) / 2**20
         what = f"{path}: {len(bundle.manifest.variants)} variants, {size:.1f} MiB, every file as listed"
@@ -369,7 +369,9 @@ def _bundle(path: str, time_limit: float | None, *, can_run: bool) -> Row:
         return f"{what}; self-test passed, largest score error {worst:.1e}"
 
     try:
-        return Row("bundle", OK, check())
+        from hcmen.base.bundle import begun_again, read_bundle
+
+        return Row("bundle", OK, begun_again(read_bundle(path), check))
     except CorruptFileError as error:
         return Row("bundle", FAILED, one_line(error), "copy the bundle again, or export it again with hcmen-export")
     except HcmenError as error:

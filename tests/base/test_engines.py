@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers.command import open_folder, without_privileges
+from helpers.small_bundle import make_bundle
 
 import hcmen.base.engines
 from hcmen.base.bundle import Bundle, read_bundle
@@ -146,3 +147,12 @@ def test_an_index_that_is_no_regular_file(bundle, tmp_path):
     index.symlink_to(tmp_path / "index")
     with pytest.raises(CorruptFileError, match="a link"):
         read_engines(opened)
+
+
+def test_engines_of_an_older_export_are_not_listed_beside_the_newer(tmp_path):
+    path = make_bundle(tmp_path / "b", ("full", "text_only"))
+    opened = read_bundle(path)
+    make_bundle(path, ("full", "text_only"), scale=2.0)
+    with pytest.raises(InputError, match="another export was put there meanwhile: compile again"):
+        write(opened, b"engine")
+    assert read_engines(read_bundle(path)) == ()
