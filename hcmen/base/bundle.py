@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hcmen.base.errors import CorruptFileError, HcmenError, InputError
-from hcmen.base.files import HeldFolder, open_regular, read_small, writing_folder
+from hcmen.base.files import HeldFolder, open_regular, read_small, write_file, writing_folder
 from hcmen.base.manifest import NAME, Manifest, VariantRecord
 from hcmen.base.modalities import variant_named
 from hcmen.base.records import MANIFEST_FILE, MOST_MANIFEST_BYTES, FileRecord, check_file_name, parse_json
@@ -369,7 +369,7 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Path:
     text = json.dumps(_plain(manifest.to_json()), indent=1, allow_nan=False)
     Manifest.from_json(parse_json(text.encode()))
     path = Path(folder) / MANIFEST_FILE
-    path.write_text(text + "\n", encoding="ascii")
+    write_file(path, text.encode("ascii") + b"\n")
     return path
 
 

@@ -4,6 +4,9 @@ A file or folder is written to a temporary neighbour, `.NAME.tmp-XXXXXXXX`, whic
 writer holds a shared lock (flock) on it meanwhile. `sweep` takes a neighbour that nobody locks for one that a killed
 writer left; process numbers would not do, since a container has its own.
 
+Every writer sweeps for the name that it writes. To list a folder of 100,000 entries takes 0.14 s, and to write a file
+6 ms: so a process lists a folder in a hundredth of its time at most (`_sweep_now_and_then`).
+
 A reader of a folder that is replaced at any time takes such a lock too (`HeldFolder`). What it holds is not emptied
 when another is put in its place: it stays as a neighbour, which a sweep after the reader's end removes. No lock is ever
 waited for without an end.
@@ -45,6 +48,8 @@ _LEFT = re.compile(r"\.(.+)\.(tmp|old)-[0-9a-f]{8}\Z", re.DOTALL)
 _EXCHANGE, _AT_FDCWD = 2, -100
 _PATIENCE_SECONDS = 1.0
 """How long a reader waits for a writer between two renames, which takes it some microseconds."""
+_LISTING_SHARE = 0.01
+_MOST_LISTED = 1000
 
 
 @contextlib.contextmanager
@@ -64,18 +69,23 @@ def refused(
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def write_file(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
+def write_file(path: str | os.PathLike[str], content: bytes | memoryview, *, mode: int = 0o666) -> None:
     """Writes `content` to `path` so that a reader, or a process killed at any moment, sees the old file or the new one.
+
+    A link at `path` is replaced, and what it leads to stays. What killed writers of `path` left is removed.
+
+    Args:
+        path, content: what goes where. mode: of the file, less the umask.
 
     Raises:
         OSError: the disk is full, or the place cannot be written; nothing is left behind.
     """
-    with writing_file(path) as file:
+    with writing_file(path, mode=mode) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
-def writing_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def writing_file(path: str | os.PathLike[str], *, mode: int = 0o666) -> Iterator[IO[bytes]]:
     """As `write_file`, for a block that writes to the file it is given.
 
     Raises:
@@ -83,7 +93,7 @@ def writing_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """
     path = Path(path)
     with contextlib.ExitStack() as stack:
-        temporary, file = stack.enter_context(_temporary_file(path))
+        temporary, file = stack.enter_context(_temporary_file(path, mode))
         yield file
         _to_disk(file)
         os.replace(temporary, path)
@@ -136,7 +146,7 @@ def writing_folder(
     check(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target.parent, target.name)
-    temporary, descriptor = _new(target, folder=True)
+    temporary, descriptor = _new(target, mode=None)
     try:
         yield temporary
         verify(temporary)
@@ -191,11 +201,9 @@ def sweep(folder: Path, name: str | None = None) -> None:
     A folder that a killed writer had moved aside is put back where nothing has come in its place.
     """
     with contextlib.suppress(FileNotFoundError):
-        for entry in sorted(os.listdir(folder)):
-            found = _LEFT.match(entry)
-            if found and name in (None, found[1]):
-                with contextlib.suppress(OSError):
-                    _sweep(folder / entry, folder / found[1], found[2])
+        for found in _left_in(folder):
+            if name in (None, found[1]):
+                _sweep(folder, found)
 
 
 def check_writable(folder: Path) -> None:
@@ -219,7 +227,38 @@ def _remove_unless_held(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _sweep(left: Path, target: Path, kind: str) -> None:
+def _left_in(folder: Path) -> list[re.Match[str]]:
+    """The neighbours in `folder` that writers make, whether their writer is alive or not."""
+    return [found for entry in sorted(os.listdir(folder)) if (found := _LEFT.match(entry))]
+
+
+_listed: dict[Path, tuple[float, list[re.Match[str]]]] = {}
+"""Folder -> when it may be listed again, and what was left in it when it was listed."""
+
+
+def _sweep_now_and_then(target: Path) -> None:
+    """As `sweep` for the name of `target`, by a listing that was made as long ago as it is cheap to make another."""
+    folder = Path(os.path.abspath(target.parent))
+    now = time.monotonic()
+    again, left = _listed.get(folder, (now, []))
+    if now >= again:
+        left = []
+        with contextlib.suppress(OSError):  # a folder that may be written and not listed
+            left = _left_in(folder)
+        if len(_listed) >= _MOST_LISTED:
+            _listed.clear()
+        _listed[folder] = (now + (time.monotonic() - now) / _LISTING_SHARE, left)
+    for found in left:
+        if found[1] == target.name:
+            _sweep(folder, found)
+
+
+def _sweep(folder: Path, found: re.Match[str]) -> None:
+    with contextlib.suppress(OSError):
+        _remove_or_put_back(folder / found[0], folder / found[1], found[2])
+
+
+def _remove_or_put_back(left: Path, target: Path, kind: str) -> None:
     descriptor = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -236,9 +275,10 @@ def _sweep(left: Path, target: Path, kind: str) -> None:
 
 
 @contextlib.contextmanager
-def _temporary_file(target: Path) -> Iterator[tuple[Path, IO[bytes]]]:
+def _temporary_file(target: Path, mode: int = 0o666) -> Iterator[tuple[Path, IO[bytes]]]:
     """A temporary neighbour of `target`, open and locked; removed at the end, unless it was renamed."""
-    temporary, descriptor = _new(target, folder=False)
+    _sweep_now_and_then(target)
+    temporary, descriptor = _new(target, mode=mode)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield temporary, file
@@ -247,8 +287,9 @@ def _temporary_file(target: Path) -> Iterator[tuple[Path, IO[bytes]]]:
             temporary.unlink(missing_ok=True)
 
 
-def _new(target: Path, *, folder: bool) -> tuple[Path, int]:
-    """A new neighbour of `target`, and the descriptor that holds its lock."""
+def _new(target: Path, *, mode: int | None) -> tuple[Path, int]:
+    """A new neighbour of `target`, and the descriptor that holds its lock. mode: of a file; None makes a folder."""
+    folder = mode is None
     flags = os.O_CLOEXEC | os.O_NOFOLLOW
     flags |= os.O_RDONLY | os.O_DIRECTORY if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL
     while True:
@@ -257,7 +298,7 @@ def _new(target: Path, *, folder: bool) -> tuple[Path, int]:
             if folder:
                 path.mkdir()
             try:
-                descriptor = os.open(path, flags, 0o666)
+                descriptor = os.open(path, flags, mode or 0)
             except FileNotFoundError:
                 if not folder:
                     raise

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from hcmen.base.errors import BackendError, CorruptFileError, InputError, shown
-from hcmen.base.files import refused
+from hcmen.base.files import refused, write_file
 
 __all__ = ["check_nobody_else_writes", "engine_key", "key_path", "library_from_environment", "made_key", "signature"]
 
@@ -103,26 +103,10 @@ def made_key() -> bytes:
             key = engine_key()  # another process may have been first
             if key is None:
                 key = secrets.token_bytes(32)
-                _write_key(path, key)
+                write_file(path, key.hex().encode() + b"\n", mode=0o600)
         finally:
             os.close(folder)
     return key
-
-
-def _write_key(path: Path, key: bytes) -> None:
-    """Writes a new key whole: to a file of its own name, which is then given the name of the key."""
-    new = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(key.hex().encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(new, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            new.unlink()
-        raise
 
 
 def signature(key: bytes, data: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from onnx import ModelProto, TensorProto, helper
 
+from hcmen.base.files import write_file
 from hcmen.base.op import (
     CAUSAL_CONV1D,
     DOMAIN,
@@ -137,5 +138,5 @@ def selfcheck_conv_model() -> ModelProto:
 if __name__ == "__main__":
     for name, model in {"selfcheck.onnx": selfcheck_model(), "selfcheck_conv.onnx": selfcheck_conv_model()}.items():
         target = Path(__file__).resolve().parents[1] / "base" / name
-        target.write_bytes(model.SerializeToString(deterministic=True))
+        write_file(target, model.SerializeToString(deterministic=True))
         print(f"wrote {target} ({target.stat().st_size} bytes)")

@@ -211,6 +211,53 @@ def test_leftovers_go_when_their_writer_has_gone_and_not_before(tmp_path: Path) 
     assert tree(tmp_path) == {}
 
 
+def test_every_writer_removes_what_killed_ones_left_of_its_name(
+    tmp_path: Path, write: Callable[[Path, str], None]
+) -> None:
+    for name in (".x.tmp-01234567", ".x.tmp-89abcdef", ".y.tmp-01234567"):
+        (tmp_path / name).write_text("half")
+    write(tmp_path / "x", "new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".y.tmp-01234567", "x"]
+
+
+def test_a_writer_leaves_what_a_living_one_of_the_same_name_has(tmp_path: Path) -> None:
+    with writing_file(tmp_path / "x") as file:
+        (mine,) = tmp_path.iterdir()
+        write_file(tmp_path / "x", b"another's")
+        assert mine.exists()
+        file.write(b"mine")
+    assert tree(tmp_path) == {"x": "mine"}
+
+
+def test_a_folder_that_many_files_are_written_to_is_seldom_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock of the test's: listing takes 0.1 s and writing 0.5 s, so it is listed every 10 s."""
+    clock, listed, genuine = [0.0], [], os.listdir
+
+    def listing(folder: Path) -> list[str]:
+        clock[0] += 0.1
+        listed.append(folder)
+        return genuine(folder)
+
+    monkeypatch.setattr(files.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(files.os, "listdir", listing)
+    for i in range(100):
+        write_file(tmp_path / str(i), b"")
+        clock[0] += 0.5
+        if i == 50:
+            (tmp_path / ".99.tmp-01234567").touch()
+    assert len(listed) == 5
+    assert not (tmp_path / ".99.tmp-01234567").exists()
+
+
+def test_a_file_may_be_for_its_user_alone(tmp_path: Path) -> None:
+    write_file(tmp_path / "key", b"secret", mode=0o600)
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+    write_file(tmp_path / "x", b"")
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o644
+
+
 def test_names_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
     for name in (".b.tmp-x", ".b.tmp-1234567g", ".b.tmp-123", "b.tmp-01234567", ".tmp-01234567", ".b.01234567"):
         (tmp_path / name).mkdir()

@@ -142,7 +142,7 @@ def test_a_maker_that_dies_leaves_no_key(state, monkeypatch):
     def dying(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trust.os, "rename", dying)
+    monkeypatch.setattr(trust.os, "replace", dying)
     with pytest.raises(KeyboardInterrupt):
         made_key()
     assert list(state.parent.iterdir()) == []
