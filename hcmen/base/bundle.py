@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hcmen.base.errors import CorruptFileError, HcmenError, InputError
-from hcmen.base.files import read_small, writing_folder
+from hcmen.base.files import open_regular, read_small, writing_folder
 from hcmen.base.manifest import NAME, Manifest, VariantRecord
 from hcmen.base.modalities import variant_named
 from hcmen.base.records import MANIFEST_FILE, MOST_MANIFEST_BYTES, FileRecord, check_file_name, parse_json
@@ -240,7 +240,7 @@ def file_record(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> F
     except ValueError as error:
         raise InputError(f"{path} is not inside {root}, expected a file of the bundle") from error
     digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while part := file.read(1 << 20):
             digest.update(part)
             size += len(part)
