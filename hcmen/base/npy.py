@@ -23,7 +23,7 @@ _ITEM = re.compile(
     r"""(?:(['"])(?P<descr>[<>|=]?[A-Za-z][0-9]{0,9}(?:\[\w+\])?)\3|(?P<order>True|False)|\((?P<shape>[0-9L,\s]*)\))"""
     r"""\s*(?:,|\Z)"""
 )
-_LENGTH = re.compile(r"\s*([0-9]{1,18})L?\s*\Z")  # Python 2 wrote an L
+_LENGTH = re.compile(r"\s*(0|[1-9][0-9]{0,17})L?\s*\Z")  # Python 2 wrote an L
 
 
 class NpyHeader(NamedTuple):
