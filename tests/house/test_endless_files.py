@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import shutil
 import signal
@@ -184,3 +185,39 @@ def test_what_is_no_file_is_refused_at_once(
     assert "it waits" not in outcome.err
     assert len(outcome.err) < 1200
     assert hcmen.training.command  # which torch comes with, once
+
+
+def test_of_a_file_that_grows_what_was_there_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each reading of a piece adds two: who reads to the end never comes there."""
+    import hcmen.base.bundle as bundle
+    from hcmen.base.files import read_small
+    from hcmen.data.unpickle import MappedPickle
+
+    path = tmp_path / "grows"
+    path.write_bytes(b"x" * 1000)
+
+    def grow() -> None:
+        with path.open("ab") as file:
+            file.write(b"x" * (4 << 20))
+        assert path.stat().st_size < 100 << 20, "it reads on and on"
+
+    real = os.pread
+
+    def pread(descriptor: int, count: int, at: int) -> bytes:
+        grow()
+        return real(descriptor, count, at)
+
+    monkeypatch.setattr(os, "pread", pread)
+    with MappedPickle(path) as pickled:
+        assert b"".join(pickled.pieces()) == b"x" * pickled.size
+
+    class Growing(io.FileIO):
+        def read(self, count: int | None = -1) -> bytes:
+            grow()
+            return super().read(-1 if count is None else count)
+
+    path.write_bytes(b"x" * 1000)
+    monkeypatch.setattr(bundle, "open_regular", Growing)
+    assert bundle.file_record(path, tmp_path).bytes == 1000
+    with pytest.raises(OSError, match="more than 1000 bytes"):
+        read_small(path, 1000)
