@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from hcmen.base.clip import Clip
     from hcmen.base.inputs import Inputs
-    from hcmen.base.manifest import Manifest
+    from hcmen.base.manifest import Manifest, Score
     from hcmen.export.kept import Kept
     from hcmen.export.reduced import LabelledData, Reduced
 
@@ -77,6 +77,7 @@ def export_bundle(
     if precision == "fp32" and data is not None:
         raise InputError(f"--data {data} judges --precision fp16 and int8, fp32 needs none: leave it out")
     model, about = load_checkpoint(checkpoint)
+    scores = scores_of(checkpoint, about)
     kept = kept_of(
         bundle,
         variants,
@@ -89,6 +90,8 @@ def export_bundle(
     labelled = None if precision == "fp32" else _labelled(checkpoint, about, model, data, console)
     clips = parity_clips(model.config.inputs, _recorded_clips(checkpoint, model))
     with writing_bundle(bundle, force=force) as folder:
+        if model.config.inputs.text_tokens is not None:
+            _copy_tokenizer(checkpoint, folder, kept, console)
         graphs = {}
         for i, variant in enumerate(variants, 1):
             console.note(f"[{i}/{len(variants)}] tracing {variant.name}")
@@ -98,11 +101,9 @@ def export_bundle(
             console.note(f"[{i}/{len(variants)}] eager outputs of {variant.name}, in float32 and float64")
             _write_golden(model, variant, clips, folder)
         kept.copy_golden(folder)
-        if model.config.inputs.text_tokens is not None:
-            _copy_tokenizer(checkpoint, folder, kept, console)
 
         def manifest_of(parity: Mapping[str, Mapping[str, Any]]) -> Manifest:
-            return _manifest(model, about, checkpoint, folder, precision, parity)
+            return _manifest(model, about, scores, folder, precision, parity)
 
         if labelled is None:
             made = {v.name: graph for v, graph in graphs.items()}
@@ -315,7 +316,7 @@ def _measure(folder: Path, clips: int) -> Iterator[tuple[str, dict[str, Any]]]:
 def _manifest(
     model: Any,
     about: Mapping[str, Any],
-    checkpoint: Path,
+    scores: tuple[Score, ...],
     folder: Path,
     precision: str,
     parity: Mapping[str, Mapping[str, Any]],
@@ -332,7 +333,7 @@ def _manifest(
     return Manifest(
         inputs=inputs,
         model=ModelRecord(model.config.kind, model.config.to_json()),
-        scores=scores_of(checkpoint, about),
+        scores=scores,
         normalisation={
             m: {key: tuple(values) for key, values in found.items()} for m, found in model.normalisation().items()
         },

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hcmen.base.errors import CorruptFileError, reason_of
-from hcmen.base.files import read_small
+from hcmen.base.files import read_small, refused
 from hcmen.base.manifest import Manifest, Score
 from hcmen.base.modalities import MODALITIES
 from hcmen.base.records import MOST_MANIFEST_BYTES, JsonFile, parse_json
@@ -36,10 +37,13 @@ def scores_of(checkpoint: Path, about: Mapping[str, Any]) -> tuple[Score, ...]:
         for variant, mae in validation.get("mae_by_variant", {}).items()
     ]
     path = checkpoint / "report.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return tuple(found)  # the training was stopped
+    fix = "remove it, or train again"
+    with refused(path, "a report of hcmen-train", fix):
+        content = read_small(path, MOST_MANIFEST_BYTES)
     try:
-        report = parse_json(read_small(path, MOST_MANIFEST_BYTES), JsonFile(str(path), "remove it, or train again"))
+        report = parse_json(content, JsonFile(str(path), fix))
         if (report["epoch"], report["validation_mae"]) == (about["epoch"], validation["mae"]):
             kind = about.get("kind", registry.DEFAULT)
             for variant, models in report["test"].items():

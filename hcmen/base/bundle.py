@@ -327,8 +327,9 @@ def file_record(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> F
     except ValueError as error:
         raise InputError(f"{path} is not inside {root}, expected a file of the bundle") from error
     digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
+    with open_regular(path) as file:
+        most = os.fstat(file.fileno()).st_size  # a file that grows meanwhile need not end
+        while part := file.read(min(_READ_BYTES, most - size)):
             digest.update(part)
             size += len(part)
     record = FileRecord(name, digest.hexdigest(), size)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import math
 import os
 import struct
 import zipfile
@@ -31,7 +30,7 @@ from hcmen.base.errors import CorruptFileError, InputError, did_you_mean, reason
 from hcmen.base.files import open_regular, writing_file
 from hcmen.base.inputs import Inputs
 from hcmen.base.modalities import MODALITIES, Variant, variant_for
-from hcmen.base.npy import undisturbed
+from hcmen.base.npy import NpyHeader, read_npy_header
 from hcmen.base.strangers import HEAD_BYTES, stranger
 from hcmen.base.typed import as_typed
 
@@ -51,7 +50,6 @@ TEXT_TOKENS = "text_tokens"
 _KEYS = (*MODALITIES, TEXT_TOKENS)
 _FLOATS = ("float16", "float32", "float64")
 _MAX_MEMBERS = 16
-_MAX_HEADER_BYTES = 4096
 
 # What reading a damaged or hostile zip can raise; zipfile has no common base for them. OSError: an offset below zero.
 _ZIP_ERRORS = (
@@ -387,58 +385,39 @@ def _read_members(
     wanted = {k: m for k, m in zip(keys, members, strict=True) if k in _wanted(inputs)}
     if not wanted:
         raise InputError("no modality is present", f"at least one of {', '.join(_wanted(inputs))}", where=name)
-    headers = {key: undisturbed(_read_header, name, key, archive, member, inputs) for key, member in wanted.items()}
-    arrays = {key: _read_array(archive, wanted[key], *header) for key, header in headers.items()}
+    headers = {key: _read_header(name, key, archive, member, inputs) for key, member in wanted.items()}
+    arrays = {key: _read_array(archive, wanted[key], header) for key, header in headers.items()}
     return arrays, tuple(k for k in keys if k not in wanted)
 
 
-def _read_header(
-    name: str, key: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo, inputs: Inputs
-) -> tuple[int, tuple[int, ...], bool, np.dtype[Any]]:
-    """(header bytes, shape, Fortran order, dtype), checked, from the first kilobytes of the member."""
+def _read_header(name: str, key: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo, inputs: Inputs) -> NpyHeader:
+    """The header, checked, from the first kilobytes of the member."""
     if member.flag_bits & 0x1:
         raise InputError(f"{key} is encrypted", "a plain .npz", "write the clip with numpy.savez", where=name)
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise InputError(f"{key} is compressed by method {member.compress_type}", "numpy.savez's own", where=name)
     with archive.open(member) as stream:
         try:
-            version = np.lib.format.read_magic(stream)
-            if version == (1, 0):
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=_MAX_HEADER_BYTES)
-            elif version == (2, 0):
-                shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream, max_header_size=_MAX_HEADER_BYTES)
-            else:
-                raise ValueError(f".npy version {version[0]}.{version[1]}")
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
-            # numpy explains allow_pickle and its limits at length here; the first sentence says enough.
-            reason = reason_of(error, 1000).partition(". ")[0]
+            header = read_npy_header(stream)
+        except ValueError as error:
             raise CorruptFileError(
-                f"{key} has no valid .npy header ({reason})", fix="write the clip again", where=name
+                f"{key} has no valid .npy header ({reason_of(error)})", fix="write the clip again", where=name
             ) from error
-        header_bytes = stream.tell()
-    _check_array(name, key, dtype, shape, inputs)
-    needed = header_bytes + math.prod(shape) * dtype.itemsize
+    _check_array(name, key, header.dtype, header.shape, inputs)
+    needed = header.offset + header.nbytes
     if member.file_size != needed:
         raise CorruptFileError(
             f"{key} declares {member.file_size} bytes",
-            f"{needed} for shape {list(shape)}",
+            f"{needed} for shape {list(header.shape)}",
             "write the clip again",
             where=name,
         )
-    return header_bytes, shape, fortran, dtype
+    return header
 
 
-def _read_array(
-    archive: zipfile.ZipFile,
-    member: zipfile.ZipInfo,
-    header_bytes: int,
-    shape: tuple[int, ...],
-    fortran: bool,
-    dtype: np.dtype[Any],
-) -> NDArray[Any]:
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, header: NpyHeader) -> NDArray[Any]:
     with archive.open(member) as stream:
         data = stream.read(member.file_size + 1)
     if len(data) != member.file_size:
         raise EOFError(f"{member.filename} ends after {len(data)} of {member.file_size} bytes")
-    values = np.frombuffer(data, dtype, offset=header_bytes)
-    return values.reshape(shape, order="F" if fortran else "C")
+    return header.array(data)

@@ -21,16 +21,16 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 import hcmen
 from hcmen.base.errors import CorruptFileError, InputError, reason_of, shown
-from hcmen.base.files import check_writable, read_small, refused, sweep, writing_folder
+from hcmen.base.files import check_writable, open_regular, read_small, refused, sweep, writing_folder
 from hcmen.base.inputs import Inputs
 from hcmen.base.modalities import MODALITIES
-from hcmen.base.npy import undisturbed
+from hcmen.base.npy import read_npy_header
 from hcmen.data import SPLITS, MultimodalDataset, Split
 from hcmen.data.layout import Fit, RawArray, RawSplit, fitted, open_split, whole_numbers, with_tokens
 
@@ -219,7 +219,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
         )
     try:
         with refused(path, "a data set"):
-            index = json.loads(read_small(path))
+            content = read_small(path)
+        index = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(
             f"not JSON ({reason_of(error, 100)})", fix="convert the data file again", where=str(path)
@@ -276,10 +277,13 @@ def _map_split(folder: Path, split: str, index: Mapping[str, Any]) -> dict[str, 
 def _map_array(path: Path, key: str) -> RawArray:
     dtype, rank = _ARRAYS[key]
     try:
-        # Not np.load, which would open a zip archive of that name as well. Arrays of objects are refused here.
-        with refused(path, "an array"):
-            array = undisturbed(np.lib.format.open_memmap, path, "r")
-    except (ValueError, SyntaxError, TypeError, EOFError) as error:
+        with refused(path, "an array"), open_regular(path) as file:
+            header = read_npy_header(file)
+            if header.dtype.hasobject:
+                raise ValueError("it holds Python objects")
+            order: Literal["C", "F"] = "F" if header.fortran else "C"
+            array = np.memmap(file, header.dtype, "r", header.offset, header.shape, order)
+    except (ValueError, OverflowError) as error:
         reason = reason_of(error, 100)
         raise CorruptFileError(f"{path}: damaged ({reason}): convert the data file again") from error
     if array.dtype != dtype or array.ndim != rank or not array.flags.c_contiguous:

@@ -115,7 +115,8 @@ class MappedPickle:
     def pieces(self) -> Iterator[bytes]:
         """The bytes of the file from start to end, a few megabytes at a time, read past the map."""
         at = 0
-        while piece := os.pread(self._file.fileno(), _PIECE_BYTES, at):
+        # A file that grows meanwhile need not end.
+        while piece := os.pread(self._file.fileno(), min(_PIECE_BYTES, self.size - at), at):
             yield piece
             at += len(piece)
 

@@ -227,7 +227,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
                 if name.endswith(".safetensors"):
                     read_header(file)
                     file.seek(0)
-                    return safetensors.torch.load(file.read())
+                    return safetensors.torch.load(file.read(os.fstat(file.fileno()).st_size))
                 if zipfile.is_zipfile(file):
                     with zipfile.ZipFile(file) as parts:
                         if sum(part.file_size for part in parts.infolist()) > os.fstat(file.fileno()).st_size:

@@ -265,14 +265,17 @@ class _Start:
             self._tell(sizes, why)
             return self.model.inputs
 
-        return _load_file(self.data.resolve(), fit, self.console)
+        return _load_file(os.path.realpath(self.data), fit, self.console)
 
     def _choose(self, name: str, given: Mapping[str, Any], sizes: Sizes | None) -> None:
         chosen = preset_named(name)
         self.model = chosen.model if sizes is None else sized(chosen.model, sizes)
         self.train = dataclasses.replace(chosen.train, **given)
         paths = {"data": self.data, "text_encoder": self.text_encoder}
-        self.source = {"preset": chosen.name, **{k: str(path.resolve()) if path else None for k, path in paths.items()}}
+        self.source = {
+            "preset": chosen.name,
+            **{k: os.path.realpath(path) if path else None for k, path in paths.items()},
+        }
         if self.text_encoder is not None:
             who = f"preset {chosen.name} expects" if sizes is None else f"{self.data} has"
             self.model, self.tokenizer = _with_text_encoder(self.model, self.text_encoder, who)
@@ -326,7 +329,7 @@ def _resumed_settings(
 
     _, state = load_state(out)
     paths = {"data": data, "text_encoder": text_encoder}
-    asked = {"preset": preset, **{name: str(path.resolve()) for name, path in paths.items() if path}, **given}
+    asked = {"preset": preset, **{name: os.path.realpath(path) for name, path in paths.items() if path}, **given}
     before = {**state["train"], **state["run"]}
     for name, value in asked.items():
         if value is not None and value != before.get(name):

@@ -45,6 +45,8 @@ _LIST_SECONDS = 1.0
 """How often a folder is listed though its time of change stands still: clocks are coarse, or a server's."""
 _SETTLE_SECONDS = 2.0
 """How long a damaged file must have stood still before it counts as one."""
+_PATIENCE_SECONDS = 30.0
+"""How long a damaged file may go on changing; one that is touched for ever would hold up all after it."""
 _MOST_CHUNK_FRAMES = 1 << 20
 _MOST_LATENCIES = 1 << 16
 _MOST_PATH_BYTES = 1 << 16
@@ -145,21 +147,27 @@ class _Follower:
     def run(self, chunks: Iterator[tuple[str, float] | None]) -> None:
         """Takes (path, when it was seen) from `chunks`, and None whenever there is nothing."""
         last = time.monotonic()
+        lost: InputError | None = None
         try:
-            for chunk in chunks:
-                if chunk is not None:
-                    self._take(*chunk)
-                    last = time.monotonic()
-                    if self.live:
-                        continue  # all that is there comes in before anything is scored
-                self._score(self.stream.updates)
-                timeout = self.idle_timeout
-                if chunk is None and timeout is not None and time.monotonic() - last > timeout:
-                    self.console.note(f"note: no chunk for {timeout:g} s, the source has ended")
-                    break
+            try:
+                for chunk in chunks:
+                    if chunk is not None:
+                        self._take(*chunk)
+                        last = time.monotonic()
+                        if self.live:
+                            continue  # all that is there comes in before anything is scored
+                    self._score(self.stream.updates)
+                    timeout = self.idle_timeout
+                    if chunk is None and timeout is not None and time.monotonic() - last > timeout:
+                        self.console.note(f"note: no chunk for {timeout:g} s, the source has ended")
+                        break
+            except InputError as error:  # the source is gone; what came of it is scored all the same
+                lost = error
             self._score(lambda: self.stream.flush(partial=self.partial))
         finally:
             self._summary()
+        if lost is not None:
+            raise lost
         if self.exit_code:
             raise click.exceptions.Exit(self.exit_code)
 
@@ -199,13 +207,14 @@ class _Follower:
                 now = time.monotonic()
                 try:
                     state = os.stat(path)
-                except OSError:
+                except (OSError, ValueError):  # a line of stdin may hold a NUL
                     growing = False
                 else:
                     if (state.st_size, state.st_mtime_ns) != before:
                         before, since = (state.st_size, state.st_mtime_ns), now
                     # By either clock: that of the file may be another machine's.
                     growing &= now - since < _SETTLE_SECONDS and time.time() - state.st_mtime < _SETTLE_SECONDS
+                    growing &= now - first < _PATIENCE_SECONDS
                 if not growing:
                     self._problem(error)
                     return None
@@ -319,7 +328,7 @@ def _from_folder(console: Console, folder: str) -> Iterator[tuple[str, float] | 
                 yield None
                 time.sleep(_POLL_SECONDS)
                 continue
-            names = [e.name for e in os.scandir(folder) if not e.name.startswith(".") and not e.is_dir()]
+            names = [n for n in os.listdir(folder) if not n.startswith(".") and not os.path.isdir(f"{folder}/{n}")]
         except OSError as error:
             reason = (error.strerror or "cannot be read").lower()
             raise InputError(f"{folder}: {reason}: the folder that is followed must stay") from error

@@ -155,7 +155,9 @@ def _expand(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, HcmenE
             paths.append(argument)
             continue
         try:
-            found = sorted(e.path for e in os.scandir(argument) if e.name.endswith(".npz") and not e.is_dir())
+            found = sorted(
+                e.path for e in os.scandir(argument) if e.name.endswith(".npz") and not os.path.isdir(e.path)
+            )
         except OSError as error:
             reason = (error.strerror or "cannot be read").lower()
             errors.append((argument, InputError(f"{argument}: {reason}: check its owner and permissions")))

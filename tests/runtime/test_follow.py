@@ -6,11 +6,13 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +206,90 @@ def test_a_folder_that_goes_away_ends_it(folder, process):
     code, err = process.end()
     assert code == 2
     assert err.splitlines()[-1].startswith(f"error: {folder}: no such file or directory: the folder that is followed")
+
+
+def test_what_came_before_the_folder_went_away_is_scored(shared_bundle, folder, process):
+    parts = [chunks()[0], {"audio": chunks()[1]["audio"]}]  # whose last windows wait for their vision
+    for i, arrays in enumerate(parts):
+        write_clip(folder / f"{i}.npz", arrays)
+    assert len(by_stream(shared_bundle, parts)) > len(process.wait_for(1))
+    time.sleep(1)
+    shutil.rmtree(folder)
+    code, _ = process.end()
+    assert code == 2
+    assert told("".join(process.lines)) == by_stream(shared_bundle, parts)
+
+
+def _parentheses(path: Path) -> None:
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': " + b"(" * 300 + b")" * 300 + b", }"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("audio.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+
+
+BAD_CHUNKS = {
+    "a pipe": (os.mkfifo, "not a regular file"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+    "a link to itself": (lambda path: path.symlink_to(path.name), "too many levels of symbolic links"),
+    "a link to nothing": (lambda path: path.symlink_to("gone.npz"), "no such file"),
+    "parentheses": (_parentheses, "no valid .npy header"),
+    "no bytes": (lambda path: path.touch(), "the file is empty"),
+}
+
+
+@pytest.mark.parametrize("live", [(), ("--live",)], ids=["paced", "live"])
+def test_a_bad_chunk_costs_itself_alone(shared_bundle, ended, live):
+    for i, (make, _) in enumerate(BAD_CHUNKS.values()):
+        path = ended / f"chunk-{i + 7}-bad.npz"
+        make(path)
+        if not path.is_symlink():
+            os.utime(path, (0, 0))  # as it has been for long
+    started = time.monotonic()
+    done = follow(shared_bundle, ended, "--format", "json", *live)
+    assert time.monotonic() - started < 30
+    assert done.code == 5
+    if not live:  # which drops late windows
+        assert told(done.out) == by_stream(shared_bundle, chunks())
+    *errors, summary = done.lines
+    assert "updates from 6 chunks" in summary
+    for i, ((_, words), line) in enumerate(zip(BAD_CHUNKS.values(), errors, strict=True)):
+        assert line.startswith(f"error: {ended / f'chunk-{i + 7}-bad.npz'}: ")
+        assert words in line
+        assert len(line) < 500
+
+
+def test_a_chunk_that_is_touched_for_ever_is_given_up(shared_bundle, ended, monkeypatch):
+    monkeypatch.setattr("hcmen.runtime.commands.follow._PATIENCE_SECONDS", 3.0)
+    bad, over = ended / "chunk-9-bad.npz", threading.Event()
+    bad.write_bytes(b"PK\x03\x04")
+
+    def touch() -> None:
+        while not over.wait(0.1):
+            os.utime(bad)
+
+    toucher = threading.Thread(target=touch)
+    toucher.start()
+    started = time.monotonic()
+    try:
+        done = follow(shared_bundle, ended, "--format", "json")
+    finally:
+        over.set()
+        toucher.join()
+    assert 3 <= time.monotonic() - started < 30
+    assert done.code == 5
+    assert told(done.out) == by_stream(shared_bundle, chunks())
+    assert [line for line in done.lines if line.startswith("error: ")] == [done.lines[0]]
+    assert str(bad) in done.lines[0]
+
+
+def test_a_path_that_no_system_takes_costs_itself_alone(shared_bundle, ended):
+    names = [str(ended / f"chunk-{i + 7}.npz") for i in range(6)]
+    command = [sys.executable, "-c", "from hcmen.runtime.commands.follow import main; main()"]
+    command += ["--bundle", str(shared_bundle), "-", *map(str, ARGUMENTS), "--format", "json"]
+    lines = "\n".join([*names[:3], "a\0b.npz", "x" * 5000, *names[3:]])
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert told(done.stdout) == by_stream(shared_bundle, chunks())
+    assert [line.startswith("error: ") for line in done.stderr.splitlines()] == [True, True, False]
 
 
 def test_an_idle_source_has_ended(shared_bundle, folder):
