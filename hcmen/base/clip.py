@@ -31,7 +31,7 @@ from hcmen.base.errors import CorruptFileError, InputError, did_you_mean, reason
 from hcmen.base.files import open_regular, writing_file
 from hcmen.base.inputs import Inputs
 from hcmen.base.modalities import MODALITIES, Variant, variant_for
-from hcmen.base.npy import undisturbed
+from hcmen.base.npy import read_header
 from hcmen.base.strangers import HEAD_BYTES, stranger
 
 __all__ = [
@@ -50,7 +50,6 @@ TEXT_TOKENS = "text_tokens"
 _KEYS = (*MODALITIES, TEXT_TOKENS)
 _FLOATS = ("float16", "float32", "float64")
 _MAX_MEMBERS = 16
-_MAX_HEADER_BYTES = 4096
 
 # What reading a damaged or hostile zip can raise; zipfile has no common base for them. OSError: an offset below zero.
 _ZIP_ERRORS = (
@@ -386,7 +385,7 @@ def _read_members(
     wanted = {k: m for k, m in zip(keys, members, strict=True) if k in _wanted(inputs)}
     if not wanted:
         raise InputError("no modality is present", f"at least one of {', '.join(_wanted(inputs))}", where=name)
-    headers = {key: undisturbed(_read_header, name, key, archive, member, inputs) for key, member in wanted.items()}
+    headers = {key: _read_header(name, key, archive, member, inputs) for key, member in wanted.items()}
     arrays = {key: _read_array(archive, wanted[key], *header) for key, header in headers.items()}
     return arrays, tuple(k for k in keys if k not in wanted)
 
@@ -401,16 +400,9 @@ def _read_header(
         raise InputError(f"{key} is compressed by method {member.compress_type}", "numpy.savez's own", where=name)
     with archive.open(member) as stream:
         try:
-            version = np.lib.format.read_magic(stream)
-            if version == (1, 0):
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=_MAX_HEADER_BYTES)
-            elif version == (2, 0):
-                shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream, max_header_size=_MAX_HEADER_BYTES)
-            else:
-                raise ValueError(f".npy version {version[0]}.{version[1]}")
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
-            # numpy explains allow_pickle and its limits at length here; the first sentence says enough.
-            reason = reason_of(error, 1000).partition(". ")[0]
+            shape, fortran, dtype = read_header(stream)
+        except ValueError as error:
+            reason = reason_of(error)
             raise CorruptFileError(
                 f"{key} has no valid .npy header ({reason})", fix="write the clip again", where=name
             ) from error

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -27,10 +29,10 @@ import numpy as np
 
 import hcmen
 from hcmen.base.errors import CorruptFileError, InputError, reason_of, shown
-from hcmen.base.files import check_writable, read_small, refused, sweep, writing_folder
+from hcmen.base.files import check_writable, open_regular, read_small, refused, sweep, writing_folder
 from hcmen.base.inputs import Inputs
 from hcmen.base.modalities import MODALITIES
-from hcmen.base.npy import undisturbed
+from hcmen.base.npy import read_header
 from hcmen.data import SPLITS, MultimodalDataset, Split
 from hcmen.data.layout import Fit, RawArray, RawSplit, fitted, open_split, whole_numbers, with_tokens
 
@@ -273,17 +275,21 @@ def _map_split(folder: Path, split: str, index: Mapping[str, Any]) -> dict[str, 
 
 
 def _map_array(path: Path, key: str) -> RawArray:
-    dtype, rank = _ARRAYS[key]
+    wanted, rank = _ARRAYS[key]
     try:
-        # Not np.load, which would open a zip archive of that name as well. Arrays of objects are refused here.
-        array = undisturbed(np.lib.format.open_memmap, path, "r")
-    except (OSError, ValueError, SyntaxError, TypeError, EOFError) as error:
+        with open_regular(path) as file:
+            shape, fortran, dtype = read_header(file)
+            if (dtype, len(shape), fortran) != (wanted, rank, False):
+                raise CorruptFileError(
+                    f"{path}: {dtype} of shape {list(shape)}, expected {wanted} with {rank} axes in C order: "
+                    "convert the data file again"
+                )
+            start, size = file.tell(), os.fstat(file.fileno()).st_size
+            if start + math.prod(shape) * dtype.itemsize != size:
+                raise ValueError(f"shape {list(shape)} in {size} bytes")
+        array = np.memmap(path, dtype, "r", start, shape)
+    except (OSError, ValueError) as error:
         reason = reason_of(error, 100)
         raise CorruptFileError(f"{path}: damaged ({reason}): convert the data file again") from error
-    if array.dtype != dtype or array.ndim != rank or not array.flags.c_contiguous:
-        raise CorruptFileError(
-            f"{path}: {array.dtype} of shape {list(array.shape)}, expected {dtype} with {rank} axes in C order: "
-            "convert the data file again"
-        )
     # As a plain array over the map: np.memmap would hand its own class on to every result.
     return np.asarray(array)
