@@ -96,7 +96,7 @@ class JsonObject:
         if not isinstance(value, (int, float)):
             raise CorruptFileError(f"'{self._name(key)}' is {_kind(value)}", "a number", where="manifest")
         if not least <= value <= most:
-            raise CorruptFileError(f"'{self._name(key)}' is {value:g}", f"{least:g} to {most:g}", where="manifest")
+            raise CorruptFileError(f"'{self._name(key)}' is {shown(value)}", f"{least:g} to {most:g}", where="manifest")
         return float(value)
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
