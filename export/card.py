@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hcmen.base.errors import CorruptFileError, reason_of
-from hcmen.base.files import read_small
+from hcmen.base.files import read_small, refused
 from hcmen.base.manifest import Manifest, Score
 from hcmen.base.modalities import MODALITIES
 from hcmen.models import registry
@@ -28,24 +28,28 @@ def scores_of(checkpoint: Path, about: Mapping[str, Any]) -> tuple[Score, ...]:
         checkpoint: the folder; a report.json in it counts where it is of this very epoch. about: its config.json.
 
     Raises:
-        CorruptFileError: report.json is damaged.
+        CorruptFileError: report.json is damaged, or what `about` says of the data and the validation.
     """
-    data, validation = str(about.get("dataset", {}).get("name", "")), about.get("validation", {})
-    found = [
-        Score(data, "valid", _PROTOCOL, variant, {"mae": mae})
-        for variant, mae in validation.get("mae_by_variant", {}).items()
-    ]
+    try:
+        data, validation = str(about.get("dataset", {}).get("name", "")), about.get("validation", {})
+        maes = validation.get("mae_by_variant", {}).items()
+    except AttributeError as error:
+        raise CorruptFileError(
+            f"{checkpoint}: config.json does not describe a training ({reason_of(error, 100)}): train again"
+        ) from error
+    found = [Score(data, "valid", _PROTOCOL, variant, {"mae": mae}) for variant, mae in maes]
     path = checkpoint / "report.json"
     if not path.is_file():
         return tuple(found)  # the training was stopped
     try:
-        report = json.loads(read_small(path))
+        with refused(path, fix="check its owner and permissions"):
+            report = json.loads(read_small(path))
         if (report["epoch"], report["validation_mae"]) == (about["epoch"], validation["mae"]):
             kind = about.get("kind", registry.DEFAULT)
             for variant, models in report["test"].items():
                 measures = {name: x for name, x in models[kind].items() if x is not None}
                 found.append(Score(data, "test", _PROTOCOL, variant, measures))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptFileError(
             f"{path}: no report of hcmen-train ({reason_of(error, 100)}): remove it, or train again"
         ) from error
