@@ -1,6 +1,7 @@
 # make demo   train on the synthetic set, export the seven variants, score a clip on each and check it
 # make test   the test suite
 # make wheel  the wheel for this machine in build/wheel, tried in an environment of its own
+# make fuzz   hostile files for every parser, SECONDS=600 of them: docs/results/robustness.json
 # All set everything up by themselves: a virtual environment in .venv, the Python packages, the C++ library.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard runtime/csrc/*)
 
-.PHONY: demo test wheel lint types bench exhaustive arm cuda-architectures clean
+.PHONY: demo test wheel lint types bench fuzz exhaustive arm cuda-architectures clean
 
 demo: $(VENV)/installed
 	$(BIN)/python samples/demo.py
@@ -34,6 +35,9 @@ types: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/scan.py --out docs/results/scan_cpu.json
 	$(BIN)/python benchmarks/training.py --out docs/results/training_speed.json
+
+fuzz: $(VENV)/installed
+	$(BIN)/python tests/fuzz/run.py --seconds $(or $(SECONDS),600) --out docs/results/robustness.json
 
 # The elementary functions of the kernels at every float32: some 10 minutes of two cores.
 exhaustive: $(VENV)/installed

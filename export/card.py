@@ -29,13 +29,16 @@ def scores_of(checkpoint: Path, about: Mapping[str, Any]) -> tuple[Score, ...]:
         checkpoint: the folder; a report.json in it counts where it is of this very epoch. about: its config.json.
 
     Raises:
-        CorruptFileError: report.json is damaged.
+        CorruptFileError: report.json is damaged, or what `about` says of the data and the validation.
     """
-    data, validation = str(about.get("dataset", {}).get("name", "")), about.get("validation", {})
-    found = [
-        Score(data, "valid", _PROTOCOL, variant, {"mae": mae})
-        for variant, mae in validation.get("mae_by_variant", {}).items()
-    ]
+    try:
+        data, validation = str(about.get("dataset", {}).get("name", "")), about.get("validation", {})
+        maes = validation.get("mae_by_variant", {}).items()
+    except AttributeError as error:
+        raise CorruptFileError(
+            f"{checkpoint}: config.json does not describe a training ({reason_of(error, 100)}): train again"
+        ) from error
+    found = [Score(data, "valid", _PROTOCOL, variant, {"mae": mae}) for variant, mae in maes]
     path = checkpoint / "report.json"
     if not os.path.lexists(path):
         return tuple(found)  # the training was stopped

@@ -107,7 +107,8 @@ class EngineRecord:
 
     def signed_with(self, key: bytes | None) -> bool:
         """Whether the signature is that of `key` over this very record."""
-        return key is not None and hmac.compare_digest(self.signature.encode(), signature(key, self.to_json()).encode())
+        found = self.signature.encode("utf-8", "replace")  # JSON may hold what is no Unicode text
+        return key is not None and hmac.compare_digest(found, signature(key, self.to_json()).encode())
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the index, without the signature."""

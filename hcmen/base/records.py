@@ -112,7 +112,7 @@ class JsonObject:
         if not isinstance(value, (int, float)):
             raise self.file.damaged(f"'{self._name(key)}' is {_kind(value)}", "a number")
         if not least <= value <= most:
-            raise self.file.damaged(f"'{self._name(key)}' is {value:g}", f"{least:g} to {most:g}")
+            raise self.file.damaged(f"'{self._name(key)}' is {shown(value)}", f"{least:g} to {most:g}")
         return float(value)
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:

@@ -59,9 +59,11 @@ def checked(cls: type, data: Mapping[str, Any], prefix: str = "", *, whole: bool
         made_of = (list, tuple) if declared.startswith("tuple[") else (Mapping,)
         kinds = _TYPES.get(declared) or (*made_of, *([type(None)] if declared.endswith("| None") else []))
         value = data[name]
+        # A whole number may have more digits than any float.
+        fits = declared != "float" or not isinstance(value, int) or value.bit_length() < 1024
         require(
             # In Python a bool is an int, in JSON it is not.
-            isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)),
+            fits and isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)),
             f"config key '{prefix}{name}' is {shown(value)}, expected {declared}",
         )
     return {name: data[name] for name in fields if name in data}

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -275,21 +276,20 @@ def _map_split(folder: Path, split: str, index: Mapping[str, Any]) -> dict[str, 
 
 
 def _map_array(path: Path, key: str) -> RawArray:
-    dtype, rank = _ARRAYS[key]
+    wanted, rank = _ARRAYS[key]
     try:
         with refused(path, "an array"), open_regular(path) as file:
             header = read_npy_header(file)
-            if header.dtype.hasobject:
-                raise ValueError("it holds Python objects")
-            order: Literal["C", "F"] = "F" if header.fortran else "C"
-            array = np.memmap(file, header.dtype, "r", header.offset, header.shape, order)
+            if (header.dtype, len(header.shape), header.fortran) != (wanted, rank, False):
+                raise CorruptFileError(
+                    f"{path}: {header.dtype} of shape {list(header.shape)}, expected {wanted} with {rank} axes in C "
+                    "order: convert the data file again"
+                )
+            size = os.fstat(file.fileno()).st_size
+            # np.memmap reckons with 64 bits, beyond which a shape may come to any size.
+            if header.offset + header.nbytes != size:
+                raise ValueError(f"shape {list(header.shape)} in {size} bytes")
+            # As a plain array over the map: np.memmap would hand its own class on to every result.
+            return np.asarray(np.memmap(file, wanted, "r", header.offset, header.shape))
     except (ValueError, OverflowError) as error:
-        reason = reason_of(error, 100)
-        raise CorruptFileError(f"{path}: damaged ({reason}): convert the data file again") from error
-    if array.dtype != dtype or array.ndim != rank or not array.flags.c_contiguous:
-        raise CorruptFileError(
-            f"{path}: {array.dtype} of shape {list(array.shape)}, expected {dtype} with {rank} axes in C order: "
-            "convert the data file again"
-        )
-    # As a plain array over the map: np.memmap would hand its own class on to every result.
-    return np.asarray(array)
+        raise CorruptFileError(f"{path}: damaged ({reason_of(error, 100)}): convert the data file again") from error

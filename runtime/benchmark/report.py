@@ -32,6 +32,7 @@ WHAT = "hcmen-bench"
 PERCENTILES = (50, 90, 99)
 _PERCENTILE_KEYS = ("p50", "p90", "p99")
 _MAX_BYTES = 256 << 20
+_MOST_NUMBER = 1e15  # of milliseconds, bytes and counts, far from where one number divided by another is no number
 _KEY = ("bundle", "variant", "engine", "precision", "threads", "batch")
 
 
@@ -262,7 +263,7 @@ def _check_document(data: dict[str, Any]) -> None:
     _require(isinstance(data["machine"]["environment"], dict), "environment")
     _require(_number(data["settings"]["rounds"]), "settings")
     shares = data["cpu_time_of_others"]
-    _require(shares is None or all(map(_number, shares.values())), "cpu_time_of_others")
+    _require(shares is None or all(_number(shares[k]) for k in ("others_share", "stolen_share")), "cpu_time_of_others")
     for bundle in data["bundles"]:
         _require(all(isinstance(bundle[k], str) for k in ("label", "path", "manifest_sha256")), "bundles")
         _require(_number(bundle["weights_bytes"]), "bundles")
@@ -317,12 +318,12 @@ def _require(holds: object, where: str) -> None:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= _MOST_NUMBER
 
 
 def _time(value: Any) -> bool:
-    """Whether it is a number above zero, of which a logarithm can be taken."""
-    return _number(value) and value > 0
+    """Whether it is a number above zero that can be divided by, and of which a logarithm can be taken."""
+    return _number(value) and value >= 1 / _MOST_NUMBER
 
 
 def document_path(path: str) -> Path:

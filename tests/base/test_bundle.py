@@ -202,6 +202,12 @@ def test_only_sha256_digests_are_taken(document, digest):
         Manifest.from_json(changed(document, ("weights", "sha256"), digest))
 
 
+def test_a_bound_of_any_number_of_digits_is_refused(document):
+    document["precision"] = "int8"
+    with pytest.raises(CorruptFileError, match="atol' is a number of 1329 bits, expected 0 to 6"):
+        Manifest.from_json(changed(document, ("variants", "full", "parity", "atol"), 10**400))
+
+
 def test_versions_of_another_age_say_what_to_do(document):
     with pytest.raises(InputError, match="schema_version is 3, expected 1 or 2: upgrade hcmen"):
         Manifest.from_json(changed(document, ("schema_version",), 3))

@@ -63,6 +63,17 @@ def test_what_is_written_is_read_back(bundle):
     read_bundle(bundle).verify()  # the bundle itself is as it was
 
 
+def test_a_signature_that_is_no_text_is_nobodys(bundle):
+    opened = read_bundle(bundle)
+    write(opened, b"engine")
+    path = bundle / "engines" / "manifest.json"
+    index = json.loads(path.read_text())
+    index["engines"][0]["signature"] = "\ud800"
+    path.write_text(json.dumps(index))
+    (record,) = read_engines(opened)
+    assert not record.signed_with(b"key")
+
+
 def test_one_of_the_same_name_is_replaced(bundle):
     opened = read_bundle(bundle)
     write(opened, b"old")

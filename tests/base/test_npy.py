@@ -173,3 +173,13 @@ def test_no_header_is_evaluated(shared_bundle: Path, tmp_path: Path, monkeypatch
     array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     np.save(tmp_path / "audio.npy", array)
     np.testing.assert_array_equal(_map_array(tmp_path / "audio.npy", "audio"), array)
+
+
+@pytest.mark.parametrize(
+    "shape", ["(999999999999999999, 6, 2)", "(99999999999999999, 0, 2)", "(4294967296, 4294967296, 16)", "(2, 3, 5)"]
+)
+def test_a_shape_that_is_not_that_of_the_file(tmp_path: Path, shape: str):
+    (tmp_path / "audio.npy").write_bytes(npy(header(shape), 1, bytes(96)))
+    with pytest.raises(CorruptFileError, match="damaged") as caught:
+        _map_array(tmp_path / "audio.npy", "audio")
+    assert "\n" not in str(caught.value)

@@ -9,7 +9,7 @@ import pytest
 from helpers.small_bundle import make_bundle
 
 from hcmen.base.bundle import read_bundle
-from hcmen.base.errors import CorruptFileError
+from hcmen.base.errors import CorruptFileError, InputError
 from hcmen.base.inputs import FeatureConfig, Inputs, TokenConfig
 from hcmen.base.manifest import ModelRecord, Score
 from hcmen.export.card import card, scores_of
@@ -34,10 +34,27 @@ def test_scores_are_those_of_this_checkpoint(tmp_path: Path):
         assert scores_of(tmp_path, ABOUT) == (VALID,)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", json.dumps({**REPORT, "test": {"full": {}}})])
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 100_000, json.dumps({**REPORT, "test": {"full": {}}})])
 def test_a_damaged_report_is_named(tmp_path: Path, content: str):
     (tmp_path / "report.json").write_text(content)
     with pytest.raises(CorruptFileError, match=r"report\.json: no report of hcmen-train .*remove it, or train again"):
+        scores_of(tmp_path, ABOUT)
+
+
+@pytest.mark.parametrize("part", ["dataset", "validation"])
+@pytest.mark.parametrize("value", [None, [], 1.5, "x"])
+def test_a_damaged_configuration_is_named(tmp_path: Path, part: str, value: object):
+    with pytest.raises(CorruptFileError, match=r"config\.json does not describe a training .*: train again"):
+        scores_of(tmp_path, {**ABOUT, part: value})
+
+
+def test_a_report_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def denied(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "report.json").write_text(json.dumps(REPORT))
+    monkeypatch.setattr("hcmen.export.card.read_small", denied)
+    with pytest.raises(InputError, match=r"report\.json: permission denied: check its owner"):
         scores_of(tmp_path, ABOUT)
 
 

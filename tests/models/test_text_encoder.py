@@ -298,6 +298,7 @@ def test_a_missing_package_is_named(bert: Path, config: ModelConfig, monkeypatch
         {"unknown_token": 99999},
         {"dropout": 1.0},
         {"norm_epsilon": 0.0},
+        {"norm_epsilon": float("nan")},
         {"positions": 2},
     ],
 )

@@ -503,7 +503,7 @@ def test_every_damaged_field_is_noticed_or_harmless(report, tmp_path):
         at = damaged
         for step in found[index][:-1]:
             at = at[step]
-        at[found[index][-1]] = (None, "x", -1, [], {})[index % 5]
+        at[found[index][-1]] = (None, "x", -1, [], {}, 10**400, 1e-320, 1e300)[index % 8]
         (tmp_path / "old.json").write_text(json.dumps(damaged))
         try:
             data = read_document(tmp_path / "old.json")
