@@ -1,14 +1,18 @@
 """The main job, end to end: train, export the seven variants, score a clip on each, check it against PyTorch.
 
 Run by `make demo`. Everything lands in build/: train/ (checkpoint, curves), bundle/ (what a device needs) and demo/
-(the table below as text and as a picture). With --ship checkpoint and bundle are put into the package as well, as the
-ones that commands take where a user has made none.
+(the table below as text and as a picture). A training or bundle there that it did not make is never replaced. With
+--ship checkpoint and bundle are put into the package as well, as the ones that commands take where a user has made
+none.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -19,7 +23,8 @@ from typing import Any
 
 from hcmen.base.bundle import read_bundle, write_manifest
 from hcmen.base.clip import batch_clips, read_clip
-from hcmen.base.files import writing_folder
+from hcmen.base.errors import HcmenError
+from hcmen.base.files import write_file, writing_folder
 from hcmen.base.modalities import VARIANTS, variant_named
 from hcmen.base.shipped import BUNDLE, DEMO
 from hcmen.base.tables import aligned
@@ -29,7 +34,11 @@ from hcmen.runtime import load
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = Path(sys.executable).parent
 TIMED_RUNS = 100
-HEADER = ("variant", "score", "eager score", "difference", "latency", "graph file")
+TRAINED = ("checkpoint.safetensors", "config.json", "last.safetensors")
+TIME_IS = f"Time: median of {TIMED_RUNS} calls after the first."
+MADE = "made.json"
+"""In demo/: the checkpoints that the demo made at this place, by the sha256 of their weights."""
+HEADER = ("variant", "score", "eager score", "difference", "time", "graph file")
 
 
 def run(*arguments: str | Path, capture: bool = False) -> str:
@@ -42,6 +51,54 @@ def run(*arguments: str | Path, capture: bool = False) -> str:
     if done.returncode:
         sys.exit(done.returncode)
     return done.stdout or ""
+
+
+def refuse_to_lose(train: Path, bundle: Path, made: Path) -> None:
+    """Ends the demo where `train` or `bundle` holds what somebody else made. made: the list of what the demo made."""
+    ours = made_before(made)
+    strangers = []
+    if any((train / name).exists() for name in TRAINED) and checkpoint_of(train) not in ours:
+        strangers.append(train)
+    if bundle.is_dir() and any(bundle.iterdir()) and exported_of(bundle) not in ours:
+        strangers.append(bundle)
+    if strangers:
+        other = f"{shlex.join([from_here(sys.executable), from_here(__file__)])} --build OTHER"
+        print(
+            f"error: {' and '.join(map(from_here, strangers))}: not made by the demo, which would replace it: move it "
+            f"away, or let the demo write elsewhere with {other}",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+def made_before(made: Path) -> set[object]:
+    """The weights that the demo made; those in the package are its own as well."""
+    found = {checkpoint_of(DEMO / "train")} - {None}
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        found.update(json.loads(made.read_bytes()))
+    return found
+
+
+def remember(train: Path, made: Path) -> None:
+    """Adds what lies in `train` now to the list of what the demo made."""
+    made.parent.mkdir(parents=True, exist_ok=True)
+    write_file(made, json.dumps(sorted(map(str, made_before(made) | {checkpoint_of(train)} - {None}))).encode())
+
+
+def checkpoint_of(train: Path) -> object:
+    """The sha256 of the weights in the folder `train`; None where there is no whole checkpoint."""
+    try:
+        return hashlib.sha256((train / "checkpoint.safetensors").read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def exported_of(bundle: Path) -> object:
+    """The sha256 of the weights that the bundle was exported from; None where nothing says."""
+    try:
+        return read_bundle(bundle).manifest.source.get("checkpoint_sha256")
+    except (HcmenError, OSError):
+        return None
 
 
 def score_every_variant(clip: Path, train: Path, bundle: Path) -> list[dict[str, Any]]:
@@ -166,7 +223,10 @@ def next_commands(clip: Path, bundle: Path) -> str:
 
 
 def main() -> None:
-    """Trains, exports, runs, and writes build/demo/table.{txt,json,png}."""
+    """Trains, exports, runs, and writes build/demo/table.{txt,json,png}.
+
+    Refuses, with exit code 2, to replace a training or bundle that it did not make.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", type=Path, default=ROOT / "build", help="where everything is written")
     parser.add_argument("--clip", type=Path, default=ROOT / "samples" / "clip.npz")
@@ -175,7 +235,11 @@ def main() -> None:
     train, bundle, demo = (arguments.build / name for name in ("train", "bundle", "demo"))
 
     started = time.monotonic()
-    run("hcmen-train", "--preset", "tiny", "--out", train, "--force")
+    refuse_to_lose(train, bundle, demo / MADE)
+    try:
+        run("hcmen-train", "--preset", "tiny", "--out", train, "--force")
+    finally:  # a demo that is stopped can be run again
+        remember(train, demo / MADE)
     run("hcmen-export", "--checkpoint", train, "--bundle", bundle, "--force")
     rows = score_every_variant(arguments.clip, train, bundle)
     minutes = (time.monotonic() - started) / 60
@@ -185,7 +249,7 @@ def main() -> None:
     largest = max(r["difference"] for r in rows)
     footer = (
         f"{arguments.clip.name} on ONNX Runtime, checked against eager PyTorch: largest difference {largest:.1e}. "
-        f"Latency: median of {TIMED_RUNS} runs.\n"
+        f"{TIME_IS}\n"
         f"All graphs share weights.bin, {(bundle / 'weights.bin').stat().st_size / 1024:.0f} KiB. "
         f"Training, export and runs took {minutes:.1f} min."
     )

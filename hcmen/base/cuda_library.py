@@ -35,6 +35,8 @@ LIBRARY_VERSION = 2
 """HCMEN_CUDA_OPS_VERSION of runtime/csrc/cuda_ops.h."""
 FORWARD_STATES, BACKWARD_STATES = 512, 256
 """The most states of a channel, forward and backward."""
+VARIABLE = "HCMEN_CUDA_LIBRARY"
+"""What a user sets to another library; whoever set it is told where it leads to none."""
 _FIX = "build it with `pip install --config-settings=cmake.define.HCMEN_CUDA=ON .` in a checkout, with nvcc on the path"
 
 _i32, _i64, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
@@ -92,7 +94,7 @@ def cuda_library_path() -> Path:
         BackendError: it is in none of the places searched; the message lists them.
         InputError, CorruptFileError: HCMEN_CUDA_LIBRARY names it in a way that is not safe.
     """
-    named = library_from_environment("HCMEN_CUDA_LIBRARY", _FIX)
+    named = library_from_environment(VARIABLE, _FIX)
     if named is not None:
         return named
     places = [folder / LIBRARY_NAME for folder in library_folders()]

@@ -123,7 +123,7 @@ def library_from_environment(variable: str, fix: str) -> Path | None:
 
     Raises:
         InputError: the path is relative: what it names would depend on the folder that one stands in.
-        BackendError: no file is there; the message ends with `fix`.
+        BackendError: no file is there; the message has `fix`.
         CorruptFileError: another user could have put the file there.
     """
     named = os.environ.get(variable)
@@ -132,7 +132,7 @@ def library_from_environment(variable: str, fix: str) -> Path | None:
     if not os.path.isabs(named):
         raise InputError(f"{variable} is {shown(named)}", "an absolute path")
     if not os.path.isfile(named):
-        raise BackendError(f"{variable} is {shown(named)}", "a file", fix)
+        raise BackendError(f"{variable} is {shown(named)}", "a file", f"{fix}; or correct or unset {variable}")
     return check_nobody_else_writes(Path(named), variable)
 
 

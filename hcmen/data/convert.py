@@ -87,6 +87,9 @@ def convert(
         return write_folder(out, splits, origin, pickled.release, written)
 
 
+_REPORTED = ("source", "cleaned", "misplaced", "left_out", "label_min", "label_max", "splits")
+
+
 @command(
     "hcmen-convert",
     examples=("hcmen-convert mosi.pkl build/mosi", "hcmen-train --data build/mosi"),
@@ -123,7 +126,7 @@ def main(console: Console, source: Path, out: Path, force: bool, sha256: str | N
         console.note(f"{split}: text_bert is left out ({reason})")
     samples = {name: split["samples"] for name, split in index["splits"].items()}
     console.emit(
-        {"out": str(out), **{key: index[key] for key in ("source", "cleaned", "label_min", "label_max", "splits")}},
+        {"out": str(out), **{key: index[key] for key in _REPORTED}},
         f"{out}: {', '.join(f'{count} {name}' for name, count in samples.items())}, labels {index['label_min']:g} to "
         f"{index['label_max']:g}, from {source.name} (SHA-256 {index['source']['sha256']})",
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hcmen.base.cuda_library import CudaLaunch, call, cuda_library_path, load_cuda_library, workspace_bytes
+from hcmen.base.cuda_library import VARIABLE, CudaLaunch, call, cuda_library_path, load_cuda_library, workspace_bytes
 from hcmen.base.errors import BackendError, InputError
 from hcmen.base.op import CAUSAL_CONV1D, SELECTIVE_SCAN, Operator
 from hcmen.mamba.native import (
@@ -49,11 +50,12 @@ def demand() -> None:
 
 @functools.cache
 def works() -> bool:
-    """Whether the library is there and loads. One that is there and does not load is warned of, once."""
+    """Whether the library is there and loads. One that is there or was asked for, and does not, is warned of once."""
     try:
         cuda_library_path()
     except BackendError:
-        return False
+        if not os.environ.get(VARIABLE):
+            return False
     try:
         load_cuda_library()
     except BackendError as error:

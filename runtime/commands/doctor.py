@@ -153,12 +153,12 @@ def _cuda() -> Iterator[Row]:
     yield Row("cuda provider", OK if provider else INFO, "in onnxruntime" if provider else "not in onnxruntime")
     try:
         path: Path | None = cuda_library.cuda_library_path()
-    except BackendError as error:
-        path = None
-        yield Row("cuda kernels", INFO, f"not built: {one_line(error)}")
     except HcmenError as error:
         path = None
-        yield failed("cuda kernels", error, "name a library that nobody else can write: docs/cuda.md")
+        if isinstance(error, BackendError) and not os.environ.get(cuda_library.VARIABLE):
+            yield Row("cuda kernels", INFO, f"not built: {one_line(error)}")
+        else:
+            yield failed("cuda kernels", error, "name a library that nobody else can write: docs/cuda.md")
     else:
 
         def load() -> str:
@@ -213,7 +213,8 @@ def _table(rows: list[Row], screen: int | None) -> str:
     indent = " " * (4 if below else 7 + 2 + width + 2)
     lines = []
     for r in rows:
-        texts = [r.detail, *([f"fix: {r.fix}"] if r.fix else [])]
+        detail = r.detail.removesuffix(f": {r.fix}") if r.fix else r.detail
+        texts = [detail, *([f"fix: {r.fix}"] if r.fix else [])]
         details = [indent + part for text in texts for part in folded(text, screen and screen - len(indent))]
         head = f"{r.status:7}  {r.name:{width}}  "
         first = head.rstrip() if below else head + details.pop(0).removeprefix(indent)

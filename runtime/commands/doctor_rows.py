@@ -16,7 +16,7 @@ OK, FAILED, INFO, SKIPPED = "ok", "FAILED", "info", "skipped"
 class Row:
     """One finding. status: "ok", "FAILED" (then `fix` says what to do), "info", or "skipped" for a cause above it.
 
-    A failure's `fix` is empty where its detail ends with the advice.
+    A failure's detail may end with the same advice.
     """
 
     name: str
@@ -29,4 +29,4 @@ def failed(name: str, error: Exception, fix: str) -> Row:
     """The row of a check that raised `error`: its own advice fits its cause, and `fix` is for an error without."""
     if not isinstance(error, HcmenError):
         return Row(name, FAILED, f"{type(error).__name__}: {one_line(error)}", fix)
-    return Row(name, FAILED, one_line(error.but(fix="")), one_line(error.fix or fix))
+    return Row(name, FAILED, one_line(error), one_line(error.fix or fix))

@@ -71,11 +71,22 @@ def test_the_index_says_where_the_numbers_come_from(tmp_path: Path, capsys: pyte
         "audio": {"steps": 50, "features": 5},
         "vision": {"steps": 50, "features": 20},
     }
-    assert json.loads(captured.out)["source"]["sha256"] == digest
+    assert index["misplaced"] == dict.fromkeys(("text", "audio", "vision"), 0)
+    assert index["left_out"] == {}
+    told = json.loads(captured.out)
+    assert {key: index[key] for key in index if key != "versions"} == {k: v for k, v in told.items() if k != "out"}
     assert captured.err.splitlines() == [
         f"{m}: {cleaned[m]} stored values were NaN or infinite and are 0 now" for m in ("audio", "vision")
     ]
     assert names(tmp_path / "a") == ["b"]
+
+
+def test_the_page_on_data_names_every_key_of_the_index(tmp_path: Path, source: Path) -> None:
+    assert run(source, tmp_path / "out") == 0
+    page = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = page.partition("| key | what it says |\n|---|---|\n")[2].partition("\n\n")[0].splitlines()
+    told = [key for row in rows for key in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(told) == sorted(json.loads((tmp_path / "out" / "dataset.json").read_text()))
 
 
 @pytest.mark.parametrize("piece", [1, 30_000, 1 << 23])

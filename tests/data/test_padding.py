@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,8 @@ def test_a_folder_says_which_tokens_it_left_out(tmp_path: Path) -> None:
     data = fet()
     data["test"]["text_bert"] = data["test"]["text_bert"] + 0.5
     read(tmp_path, data, "folder")
-    done = run(main, tmp_path / "set.pkl", tmp_path / "again")
+    done = run(main, tmp_path / "set.pkl", tmp_path / "again", "--format", "json")
+    assert list(json.loads(done.out)["left_out"]) == ["test"]
     assert "test: text_bert is left out" in done.err
     assert not (tmp_path / "again/test/text_bert.npy").exists()
     assert (tmp_path / "again/train/text_bert.npy").exists()

@@ -165,6 +165,14 @@ def test_the_choice_for_cuda_tensors(monkeypatch, tmp_path):
         pytest.raises(BackendError, match=r"libnone.so was not found in .*HCMEN_CUDA=ON"),
     ):
         choose(x)
+    # Asked for and not there: said once.
+    monkeypatch.setenv("HCMEN_CUDA_LIBRARY", str(tmp_path / "none.so"))
+    native_cuda.works.cache_clear()
+    with pytest.warns(
+        UserWarning, match=r"the CUDA scan is unavailable: HCMEN_CUDA_LIBRARY is '.*none.so', expected a"
+    ):
+        assert choose(x) == "ref"
+    assert choose(x) == "ref"
     # There and broken: said once.
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"not a library")

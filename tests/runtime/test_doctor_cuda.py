@@ -90,6 +90,17 @@ def test_a_library_that_does_not_load_fails(monkeypatch, tmp_path):
     assert found["SelectiveScan, cuda"].detail == "needs a device"
 
 
+def test_a_library_that_was_named_and_is_not_there_fails(monkeypatch, tmp_path):
+    pretend(monkeypatch, device=False, provider=False, library=tmp_path / "none.so")
+    row = rows()["cuda kernels"]
+    assert row.status == "FAILED"
+    assert row.detail.startswith(f"HCMEN_CUDA_LIBRARY is '{tmp_path / 'none.so'}', expected a file")
+    assert row.fix.endswith("or correct or unset HCMEN_CUDA_LIBRARY")
+    monkeypatch.setenv("HCMEN_CUDA_LIBRARY", "")  # as good as not set
+    monkeypatch.setattr(cuda_library, "LIBRARY_NAME", "libnone.so")
+    assert rows()["cuda kernels"].status == "info"
+
+
 @pytest.mark.parametrize("unsafe", ["relative", "written by others"])
 def test_a_library_that_may_not_be_trusted_fails(monkeypatch, tmp_path, unsafe):
     library = tmp_path / "library.so"
