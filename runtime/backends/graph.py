@@ -188,6 +188,8 @@ def _located(tensor: Message, weights_file: str, weights_bytes: int, where: str)
     if len(shape) > 8:
         raise CorruptFileError(f"{name} has {len(shape)} dimensions, expected at most 8", fix="export the bundle again")
     needed = math.prod(shape) * np.dtype(dtype).itemsize
+    if math.prod(max(n, 1) for n in shape) >> 59:  # NumPy has no array of such sizes, even of no element
+        raise CorruptFileError(f"{name} has sizes that no tensor has: export it again")
     offset, length = entries.get("offset", "0"), entries.get("length", str(needed))
     digits = offset.isascii() and offset.isdigit() and length.isascii() and length.isdigit()
     fits = digits and max(len(offset), len(length)) < 19 and int(length) == needed

@@ -67,14 +67,21 @@ def _clip(folder: Path) -> Path:
     return folder / "given.npz"
 
 
+def _is_file(path: Path) -> bool:
+    """Whether it may be touched beforehand: a link may lead anywhere, and a pipe is waited for."""
+    return path.is_file() and not path.is_symlink()
+
+
 def _recorded(folder: Path, *names: str) -> None:
     """Makes the manifest of the bundle agree with the files as they are."""
     path = folder / "bundle" / "manifest.json"
     document = json.loads(path.read_bytes())
     places = {"graph": document["variants"]["text_only"], "golden": document["variants"]["text_only"]["golden"]}
     for name in names:
-        content = (folder / "bundle" / places[name]["file"]).read_bytes()
-        places[name] |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        found = folder / "bundle" / places[name]["file"]
+        if _is_file(found):
+            content = found.read_bytes()
+            places[name] |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     path.write_text(json.dumps(document))
 
 
@@ -195,7 +202,8 @@ def _read_key(folder: Path) -> object:
     from hcmen.base.trust import engine_key
 
     os.environ["XDG_STATE_HOME"] = str(folder)
-    (folder / "hcmen" / "engine.key").chmod(0o600)
+    if _is_file(folder / "hcmen" / "engine.key"):
+        (folder / "hcmen" / "engine.key").chmod(0o600)
     return engine_key()
 
 
@@ -319,7 +327,7 @@ def _read_array(file: str) -> Callable[[Path], object]:
 
     def read(folder: Path) -> object:
         index = json.loads((folder / "set" / "dataset.json").read_bytes())
-        index["splits"][split]["bytes"][name] = (folder / "set" / file).stat().st_size
+        index["splits"][split]["bytes"][name] = (folder / "set" / file).lstat().st_size
         (folder / "set" / "dataset.json").write_text(json.dumps(index))
         return _read_folder(folder)
 
@@ -337,11 +345,19 @@ def _tokenizers(folder: Path) -> list[bytes]:
     from helpers.tiny_bert import vocabulary
     from tokenizers.implementations import BertWordPieceTokenizer
 
-    words = {word: i for i, word in enumerate(word for word in vocabulary() if "unused" not in word)}
+    # Few words, so that mutants are of the other parts.
+    words = {word: i for i, word in enumerate(word for word in vocabulary(("a", "good")) if "unused" not in word)}
     made = BertWordPieceTokenizer(words, lowercase=True)
     made.enable_truncation(8)
     made.enable_padding(length=8)
-    return [BertWordPieceTokenizer(words, lowercase=True).to_str().encode(), made.to_str().encode()]
+    plain = BertWordPieceTokenizer(words, lowercase=True).to_str().encode()
+    # Parts that no BERT of ours has, and that the library takes all the same.
+    rich = json.loads(made.to_str())
+    swap = {"type": "Replace", "pattern": {"Regex": "g+"}, "content": "g"}
+    rich["normalizer"] = {"type": "Sequence", "normalizers": [swap, {"type": "Prepend", "prepend": "a"}]}
+    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}
+    rich["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, {"type": "FixedLength", "length": 5}]}
+    return [plain, made.to_str().encode(), json.dumps(rich).encode()]
 
 
 def _read_tokenizer(folder: Path) -> object:
@@ -414,9 +430,9 @@ def _read_weights(folder: Path) -> object:
 
 
 def _read_state(folder: Path) -> object:
-    from hcmen.training.checkpoint import load_state
+    from hcmen.training.command import _resumed_settings
 
-    return load_state(folder / "train")
+    return _resumed_settings(folder / "train", None, {}, None, None)
 
 
 def _export(folder: Path) -> list[str]:

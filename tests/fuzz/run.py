@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fuzz.formats import FORMATS
 from fuzz.worker import MOST_BYTES, MOST_SECONDS, Outcome, Worker
 
-__all__ = ["SETTINGS", "fuzzed", "main"]
+__all__ = ["SETTINGS", "Tally", "fuzzed", "main"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,7 +58,7 @@ def fuzzed(
 
 
 @dataclass
-class _Parser:
+class Tally:
     """What became of one parser's cases."""
 
     cases: int = 0
@@ -100,7 +100,7 @@ def _kept(folder: Path, name: str, content: bytes, found: Outcome, seed: int) ->
 
 def _fuzz(names: Sequence[str], seconds: float, seed: int, keep: Path) -> dict[str, Any]:
     """Turns of `_BATCH` cases, each with the next seed, to the parser that has had the least time."""
-    parsers = {name: _Parser() for name in names}
+    parsers = {name: Tally() for name in names}
     began, turns, interrupted = time.monotonic(), 0, False
     with tempfile.TemporaryDirectory(prefix="hcmen-fuzz-") as folder:
         worker = Worker(Path(folder))

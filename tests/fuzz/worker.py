@@ -31,7 +31,7 @@ from fuzz.formats import FORMATS
 from hcmen.base.console import one_line
 from hcmen.base.errors import HcmenError
 
-__all__ = ["DOCUMENTED", "MOST_BYTES", "MOST_SECONDS", "Outcome", "Worker", "put"]
+__all__ = ["DOCUMENTED", "MOST_BYTES", "MOST_SECONDS", "Outcome", "Worker", "main", "put"]
 
 MOST_SECONDS = 20.0
 MOST_BYTES = 1 << 30
@@ -62,9 +62,9 @@ class Outcome:
 class Worker:
     """The child, started when it is needed and again after it died."""
 
-    def __init__(self, folder: Path) -> None:
-        """`folder`: an empty folder, in which each format gets one of its own."""
-        self.folder = folder
+    def __init__(self, folder: Path, child: Path = Path(__file__)) -> None:
+        """`folder`: an empty folder, in which each format gets one of its own. child: the script that is run."""
+        self.folder, self._child = folder, child
         self._samples: dict[str, Sequence[bytes]] = {}
         self._warm: set[str] = set()
         self._process: subprocess.Popen[bytes] | None = None
@@ -129,7 +129,7 @@ class Worker:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, str(self.folder), str(theirs.fileno())],
+                [sys.executable, str(self._child), str(self.folder), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -210,6 +210,11 @@ def _serve(folder: Path, connection: Connection) -> None:
         connection.send(dataclasses.astuple(found))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The child: answers until the parent is gone."""
     os.setsid()
     _serve(Path(sys.argv[1]), Connection(int(sys.argv[2])))
+
+
+if __name__ == "__main__":
+    main()

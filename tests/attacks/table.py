@@ -1,0 +1,645 @@
+"""Named attacks: hostile files, each with what it tries, the exit code that it ends in, and a part of the line.
+
+A new one is a line here. What the fuzzer found lies in tests/attacks/files.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import struct
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from attacks.pickles import BOMBS, CALLS
+from fuzz.formats import FORMATS
+from helpers.small_bundle import graph
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+__all__ = ["ATTACKS", "Attack"]
+
+FILES = Path(__file__).resolve().parent / "files"
+
+
+@dataclass(frozen=True)
+class Attack:
+    """parser: whose file it is, of `FORMATS`. tries: in a few words. code: what its reader ends with, 0 for a file that
+    may be read. says: a part of the line. made: the content, or a function that makes the file at a path from a valid
+    content. command: the exit code of the command that reads it, where that is asked for. mended_elsewhere: why it
+    fails today.
+    """
+
+    parser: str
+    tries: str
+    code: int
+    says: str
+    made: bytes | Callable[[Path, bytes], object]
+    command: int | None = None
+    mended_elsewhere: str = ""
+
+
+def file(name: str) -> bytes:
+    """What the fuzzer found, and kept."""
+    return (FILES / name).read_bytes()
+
+
+def content(make: Callable[[bytes], bytes]) -> Callable[[Path, bytes], object]:
+    """A file that is made of a valid one when it is needed."""
+    return lambda path, valid: path.write_bytes(make(valid))
+
+
+# --- files that are none ---------------------------------------------------------------------------------------------
+
+
+def fifo(path: Path, valid: bytes) -> None:
+    os.mkfifo(path)
+
+
+def zeros(path: Path, valid: bytes) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def loop(path: Path, valid: bytes) -> None:
+    path.symlink_to(path.name)
+
+
+def folder(path: Path, valid: bytes) -> None:
+    path.mkdir()
+
+
+def linked(path: Path, valid: bytes) -> None:
+    path.with_name("elsewhere").write_bytes(valid)
+    path.symlink_to("elsewhere")
+
+
+_PLACES: dict[str, tuple[int, str]] = {
+    "clip": (2, "not a regular file"),
+    "manifest": (5, ""),
+    "golden set": (5, ""),
+    "engine index": (5, ""),
+    "engine key": (5, ""),
+    "pickle": (2, ""),
+    "folder: dataset.json": (2, ""),
+    "folder: audio.npy": (5, ""),
+    "folder: id.json": (5, ""),
+    "bench report": (2, ""),
+}
+
+
+def placed() -> list[Attack]:
+    """Each kind of thing that is no file, in the place of each file; a link to a file is one to a user's own files."""
+    made = []
+    for parser, (code, says) in _PLACES.items():
+        made.append(Attack(parser, "a pipe that nobody writes to", code, says, fifo))
+        made.append(Attack(parser, "a link to /dev/zero", code, says, zeros))
+        made.append(Attack(parser, "a link to itself", code, says if parser != "clip" else "symbolic links", loop))
+        made.append(Attack(parser, "a folder", code, "" if says else says, folder))
+    for parser in ("manifest", "golden set", "engine index", "engine key"):
+        made.append(Attack(parser, "a link to a valid file", 5, "a link", linked))
+    return made
+
+
+# --- clips -----------------------------------------------------------------------------------------------------------
+
+
+def npy(shape: str = "(3, 6)", descr: str = "'<f4'", order: str = "False", body: bytes = bytes(72)) -> bytes:
+    header = f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + body
+
+
+def npz(members: dict[str, bytes] | None = None, method: int = zipfile.ZIP_STORED, **arrays: bytes) -> bytes:
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w", method) as archive:
+        for name, data in {**(members or {}), **{f"{key}.npy": x for key, x in arrays.items()}}.items():
+            archive.writestr(zipfile.ZipInfo(name), data, compress_type=method)
+    return target.getvalue()
+
+
+def patched(data: bytes, mark: bytes, at: int, value: bytes, last: bool = False) -> bytes:
+    """`data` with bytes set behind the first or last `mark`."""
+    start = (data.rindex(mark) if last else data.index(mark)) + at
+    return data[:start] + value + data[start + len(value) :]
+
+
+LOCAL, CENTRAL, END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
+_NAN = np.full((3, 6), np.nan, np.float32).tobytes()
+_TWO = npz(text=npy(), audio=npy("(6, 3)"))
+
+
+def _clip(tries: str, code: int, says: str, made: bytes | Callable[[Path, bytes], object], *more: Any) -> Attack:
+    return Attack("clip", tries, code, says, made, *more)
+
+
+def bomb(_: bytes) -> bytes:
+    return npz(method=zipfile.ZIP_DEFLATED, text=npy("(11184810, 6)", body=bytes(11184810 * 24)))
+
+
+def encrypted() -> bytes:
+    return patched(patched(npz(text=npy()), LOCAL, 6, b"\x01"), CENTRAL, 8, b"\x01")
+
+
+CLIPS = [
+    _clip(
+        "300 parentheses, which Python's parser recurses into", 5, "no valid .npy header", npz(text=npy("(" * 300)), 5
+    ),
+    _clip(
+        "a header that no string ends, which Python's tokenizer raises at", 5, "no valid .npy", file("clip-no-end.npz")
+    ),
+    _clip("an escape that newer Pythons warn of", 5, "no valid .npy header", npz(text=npy(descr=r"'\d'"))),
+    _clip("long numbers of Python 2, which NumPy warns of", 0, "", npz(text=npy("(3L, 6L)"))),
+    _clip("a header of 4 GiB", 5, "header", npz(text=b"\x93NUMPY\x02\x00" + b"\xff" * 4 + npy()[10:])),
+    _clip("a bomb of 256 MiB in 256 KiB", 2, "at most 12", content(bomb), 2),
+    _clip(
+        "a member that says 1 GiB over a header of 72 bytes",
+        5,
+        "declares",
+        patched(npz(text=npy()), CENTRAL, 24, struct.pack("<I", 1 << 30)),
+    ),
+    _clip("members that overlap", 5, "damaged", patched(_TWO, CENTRAL, 42, bytes(4), last=True)),
+    _clip("a member beyond the end", 5, "damaged", patched(npz(text=npy()), CENTRAL, 42, b"\xff\xff\xff\x7f")),
+    _clip("an encrypted member", 2, "is encrypted", encrypted(), 2),
+    _clip("a wrong checksum", 5, "Bad CRC", patched(npz(text=npy()), CENTRAL, 16, b"abcd"), 5),
+    _clip("a member of LZMA", 2, "compressed by method 14", npz(method=zipfile.ZIP_LZMA, text=npy())),
+    _clip("65,535 members announced by 22 bytes", 2, "no modality", END + bytes(4) + b"\xff" * 4 + bytes(10)),
+    _clip("17 members", 2, "17 arrays", npz({f"{i}.npy": npy() for i in range(17)})),
+    _clip("a name outside", 2, "unknown key", npz({"../text.npy": npy()})),
+    _clip(
+        "Python objects, pickled",
+        5,
+        "holds Python objects",
+        npz(text=npy(descr="'|O'", body=b"cos\nsystem\n(S'id'\ntR.")),
+        5,
+    ),
+    _clip("no dimension", 2, "shape []", npz(text=npy("()", body=bytes(4)))),
+    _clip("2**63 steps", 2, "at most 12", npz(text=npy("(9223372036854775808, 6)"))),
+    _clip("2**63 features of no step", 2, "features", npz(text=npy("(0, 9223372036854775808)", body=b""))),
+    _clip("a size below zero", 5, "no valid .npy header", npz(text=npy("(-1, 6)"))),
+    _clip("texts of 4 GB each", 5, "descr is", npz(text=npy(descr="'<U999999999'"))),
+    _clip("records", 2, "dtype [('a', '<f4')]", npz(text=npy(descr="[('a', '<f4')]"))),
+    _clip("no numbers", 2, "18 NaN", npz(text=npy(body=_NAN)), 2),
+    _clip("Fortran's order", 0, "", npz(text=npy(order="True"))),
+    _clip("big-endian numbers", 0, "", npz(text=npy(descr="'>f4'"))),
+    _clip("the begin of an archive alone", 5, "damaged", npz(text=npy())[:60]),
+]
+
+GOLDEN = [
+    Attack(
+        "golden set", "Python objects, pickled", 5, "damaged golden file", npz({"000/text.npy": npy(descr="'|O'")}), 5
+    ),
+    Attack("golden set", "5,000 members", 5, "expected far fewer", npz({f"{i}/a.npy": b"" for i in range(5000)})),
+    Attack(
+        "golden set",
+        "a member that says 1 GiB",
+        5,
+        "far fewer",
+        patched(npz(text=npy()), CENTRAL, 24, struct.pack("<I", 1 << 30)),
+    ),
+    Attack(
+        "golden set", "a shape of 2**62 in 72 bytes", 5, "damaged", npz({"0/text.npy": npy("(4611686018427387904,)")})
+    ),
+    Attack("golden set", "no case", 5, "no case", npz()),
+    Attack("golden set", "no outputs", 5, "lacks", npz({"0/text.npy": npy()})),
+    Attack("golden set", "no archive", 5, "damaged golden file", b"hello"),
+]
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+class Raw(str):
+    """Stands in the file as it is."""
+
+
+def edited(*path: str | int, to: Any) -> Callable[[Path, bytes], object]:
+    """A valid file with one value in the place of another; ... takes it out."""
+
+    def make(valid: bytes) -> bytes:
+        document = json.loads(valid)
+        place = document
+        for part in path[:-1]:
+            place = place[part]
+        if to is ...:
+            del place[path[-1]]
+            return json.dumps(document).encode()
+        place[path[-1]] = "@@" if isinstance(to, Raw) else to
+        return json.dumps(document).replace('"@@"', str(to)).encode()
+
+    return content(make)
+
+
+def prefixed(text: str) -> Callable[[Path, bytes], object]:
+    """A valid object with other keys before its own."""
+    return content(lambda valid: b"{" + text.encode() + valid[1:])
+
+
+_DEEP = Raw("[" * 100_000 + "]" * 100_000)
+_DIGITS = Raw("9" * 5000)
+
+
+def everywhere(parser: str, *path: str | int) -> list[Attack]:
+    """What any JSON file of a bundle may hold at `path`."""
+    tried: list[tuple[str, Any]] = [
+        ("a number of 5,000 digits", _DIGITS),
+        ("a value 100,000 deep", _DEEP),
+        ("NaN", Raw("NaN")),
+        ("a number beyond float64", Raw("1e999")),
+        ("null", None),
+        ("a list", []),
+    ]
+    made = [Attack(parser, f"{tries} at {path[-1]}", 5, "", edited(*path, to=value)) for tries, value in tried]
+    made += [
+        Attack(parser, "a key that is there twice", 5, "is there twice", prefixed('"schema_version": 1,')),
+        Attack(parser, "an unknown key", 5, "unknown key", prefixed('"more": 1,')),
+        Attack(parser, "17 MiB of blanks", 5, "more than", content(lambda valid: valid + b" " * (17 << 20))),
+        Attack(parser, "no UTF-8", 5, "not valid JSON", content(lambda valid: valid.replace(b"schema", b"\xff", 1))),
+        Attack(parser, "a mark of byte order", 5, "not valid JSON", content(lambda valid: b"\xef\xbb\xbf" + valid)),
+        Attack(parser, "nothing", 5, "not valid JSON", b""),
+    ]
+    return made
+
+
+_WEIGHTS = ("weights", "file")
+MANIFESTS = [
+    *everywhere("manifest", "opset"),
+    *(
+        Attack("manifest", f"weights in {name!r:.40}", 5, "unsafe", edited(*_WEIGHTS, to=name))
+        for name in ("../secret", "/etc/passwd", "a/b/c", "a//b", ".", "", "a\0", "a\n", "manifest.json", "~/x", "a\\b")
+    ),
+    Attack("manifest", "weights in /etc/passwd", 5, "unsafe", edited(*_WEIGHTS, to="/etc/passwd"), 5),
+    Attack("manifest", "10**400 opset", 5, "opset", edited("opset", to=10**400), 5),
+    Attack("manifest", "10**400 bytes", 5, "bytes", edited("weights", "bytes", to=10**400)),
+    Attack("manifest", "10**400 features", 5, "features", edited("inputs", "text", "features", to=10**400)),
+    Attack("manifest", "10**400 as a label", 5, "label_max", edited("inputs", "label_max", to=10**400)),
+    Attack("manifest", "10**400 as a mean", 5, "mean", edited("normalisation", "text", "mean", 0, to=10**400)),
+    Attack(
+        "manifest",
+        "max_steps of 10**9, which bounds what a clip may take",
+        5,
+        "max_steps",
+        edited("inputs", "text", "max_steps", to=10**9),
+        5,
+    ),
+    Attack("manifest", "a schema of tomorrow", 2, "upgrade hcmen", edited("schema_version", to=3), 2),
+    Attack("manifest", "ops of tomorrow", 3, "upgrade hcmen", edited("op", "version", to=2), 3),
+    Attack(
+        "manifest",
+        "escape codes in a word that is shown",
+        5,
+        "printable",
+        edited("inputs", "label_max_means", to="\x1b[2J"),
+    ),
+    Attack(
+        "manifest", "half a character in a word that is shown", 5, "", edited("inputs", "label_max_means", to="\ud800")
+    ),
+    Attack("manifest", "a bound of parity that nothing fails", 5, "precision", edited("precision", to="int4")),
+    Attack("manifest", "no variant", 5, "is empty", edited("variants", to={})),
+    Attack("manifest", "a variant of no name", 5, "unknown variant", edited("variants", to={"\x1b": {}})),
+]
+_ENTRY = ("engines", 0)
+ENGINES = [
+    *everywhere("engine index", *_ENTRY, "sm"),
+    Attack("engine index", "an engine outside", 5, "unsafe", edited(*_ENTRY, "file", to="../a.engine")),
+    Attack("engine index", "the name of another engine", 5, "expected", edited(*_ENTRY, "file", to="engines/a.engine")),
+    Attack("engine index", "10**400 of sm", 5, "sm", edited(*_ENTRY, "sm", to=10**400)),
+    Attack(
+        "engine index",
+        "half a character as one of two signatures",
+        0,
+        "",
+        edited("engines", 1, "signature", to="\ud800"),
+    ),
+    Attack("engine index", "1,001 engines", 5, "expected at most 1000", edited("engines", to=[{}] * 1001)),
+    Attack("engine index", "a schema of tomorrow", 2, "schema_version", edited("schema_version", to=2)),
+    Attack("engine key", "a key of 1 MB", 5, "no key", b"a" * (1 << 20)),
+    Attack("engine key", "a key of capitals", 5, "no key", b"A" * 64 + b"\n"),
+]
+
+# --- graphs ----------------------------------------------------------------------------------------------------------
+
+
+def varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes((*out, value))
+
+
+def block(number: int, data: bytes, beyond: int = 0) -> bytes:
+    """A field of bytes. beyond: bits of the tag above the 32 that protobuf keeps."""
+    return varint(number << 3 | 2 | beyond << 32) + varint(len(data)) + data
+
+
+def outside(location: str, **entries: str) -> TensorProto:
+    tensor = TensorProto(name="w", data_type=1, dims=[2], data_location=1)
+    for key, value in {"location": location, **entries}.items():
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+def with_tensor(tensor: TensorProto, beyond: int = 0) -> bytes:
+    return b"\x08\x09" + block(7, block(5, tensor.SerializeToString(), beyond))
+
+
+def sized(*dims: int) -> bytes:
+    """A tensor of no byte whose sizes are believed, in the weights file."""
+    tensor = outside("weights.bin", offset="0", length="0")
+    tensor.dims[:] = dims
+    return with_tensor(tensor)
+
+
+def of_nodes(*nodes: Any, functions: Any = (), **values: Any) -> bytes:
+    tensors = [numpy_helper.from_array(np.asarray(v), k) for k, v in values.items()]
+    opsets = [helper.make_opsetid("", 19), helper.make_opsetid("z", 1)]
+    made = helper.make_graph(list(nodes), "g", [], [], tensors)
+    return helper.make_model(made, opset_imports=opsets, functions=functions).SerializeToString()
+
+
+def doubling(times: int, last: str = "Identity") -> bytes:
+    """A function that calls another one twice, and so on."""
+    functions = []
+    for i in range(times):
+        op, domain = (f"F{i + 1}", "z") if i < times - 1 else (last, "" if last == "Identity" else "z")
+        body = [helper.make_node(op, [a], [b], domain=domain) for a, b in ("am", "mr")]
+        opsets = [helper.make_opsetid("", 19), helper.make_opsetid("z", 1)]
+        functions.append(helper.make_function("z", f"F{i}", ["a"], ["r"], body, opsets))
+    return of_nodes(helper.make_node("F0", ["x"], ["y"], domain="z"), functions=functions)
+
+
+def nested(depth: int) -> bytes:
+    """Ifs within Ifs."""
+    data = b""
+    for _ in range(depth):
+        data = block(1, block(4, b"If") + block(5, block(6, data)))
+    return b"\x08\x09" + block(7, data)
+
+
+def endless() -> ModelProto:
+    """The sound graph behind a loop of 2**62 turns."""
+    made = graph("text_only")
+    info = helper.make_tensor_value_info
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Add", ["v", "v"], ["w"])],
+        "body",
+        [info("i", TensorProto.INT64, []), info("go", TensorProto.BOOL, []), info("v", TensorProto.INT64, None)],
+        [info("on", TensorProto.BOOL, []), info("w", TensorProto.INT64, None)],
+    )
+    turns, yes = (numpy_helper.from_array(np.array(v), n) for v, n in ((1 << 62, "turns"), (True, "yes")))
+    made.graph.initializer.extend([turns, yes])
+    made.graph.node.insert(0, helper.make_node("Loop", ["turns", "yes", "text_length"], ["endless"], body=body))
+    for node in made.graph.node[1:]:
+        node.input[:] = ["endless" if name == "text_length" else name for name in node.input]
+    return made
+
+
+def of_another_rank(valid: bytes) -> bytes:
+    made = ModelProto.FromString(valid)
+    score = next(value for value in made.graph.output if value.name == "score")
+    score.type.tensor_type.shape.dim.add().dim_value = 1
+    next(node for node in made.graph.node if node.output[0] == "score").output[0] = "flat"
+    made.graph.node.append(helper.make_node("Unsqueeze", ["flat", "axis1"], ["score"]))
+    return made.SerializeToString()
+
+
+_ONE = helper.make_node("Identity", ["x"], ["y"]).SerializeToString()
+GRAPHS = [
+    Attack(
+        "graph",
+        "a file outside, under a tag of 33 bits",
+        5,
+        "not an ONNX file",
+        with_tensor(outside("/etc/passwd"), 1),
+        5,
+    ),
+    Attack(
+        "graph", "a file outside, under a tag of 35 bits", 5, "not an ONNX file", with_tensor(outside("/etc/passwd"), 4)
+    ),
+    Attack("graph", "a number of 70 bits", 5, "not an ONNX file", b"\x08" + b"\xff" * 9 + b"\x7f"),
+    Attack(
+        "graph",
+        "ONNX Runtime's own format, which is not checked",
+        5,
+        "own format",
+        b"\x12\x0c\x00\x00ORTM" + bytes(6),
+        5,
+    ),
+    *(
+        Attack("graph", f"weights in {name!r}", 5, "expected 'weights.bin'", with_tensor(outside(name)))
+        for name in (
+            "/etc/passwd",
+            "../weights.bin",
+            "./weights.bin",
+            "",
+            "WEIGHTS.BIN",
+            "weights.bin\0",
+            "/proc/self/mem",
+        )
+    ),
+    Attack("graph", "weights beyond the file", 5, "bytes within", with_tensor(outside("weights.bin", offset="48"))),
+    Attack("graph", "an offset below zero", 5, "bytes within", with_tensor(outside("weights.bin", offset="-8"))),
+    Attack(
+        "graph", "an offset of 1,000 digits", 5, "bytes within", with_tensor(outside("weights.bin", offset="9" * 1000))
+    ),
+    Attack("graph", "no element of 2**63 each", 5, "", sized(0, (1 << 63) - 1, 4)),
+    Attack("graph", "sizes below zero", 5, "", sized(-1, -8)),
+    Attack("graph", "nine dimensions", 5, "at most 8", sized(*[0] * 9)),
+    Attack(
+        "graph",
+        "a file outside in a node",
+        5,
+        "nested tensor",
+        of_nodes(helper.make_node("Constant", [], ["y"], value=outside("/etc/passwd"))),
+    ),
+    Attack("graph", "2**28 nodes of functions that double", 5, "functions written out", doubling(28), 5),
+    Attack("graph", "a function that calls itself", 5, "calls itself", doubling(3, "F0")),
+    Attack("graph", "3,000 functions in one another", 5, "functions deep", doubling(3000)),
+    Attack(
+        "graph",
+        "200,000 nodes",
+        5,
+        "more than 50000 nodes",
+        content(lambda _: b"\x08\x09" + block(7, block(1, _ONE) * 200_000)),
+    ),
+    Attack("graph", "2,000 graphs in one another", 5, "nested more than", nested(2000)),
+    Attack(
+        "graph",
+        "a constant of 6 GB out of eight bytes",
+        5,
+        "elements once",
+        of_nodes(helper.make_node("ConstantOfShape", ["s"], ["y"]), s=[1_600_000_000]),
+        5,
+    ),
+    Attack(
+        "graph", "an output of another rank than the manifest's", 0, "expected [batch]", content(of_another_rank), 5
+    ),
+    Attack(
+        "graph", "a loop of 2**62 turns", 0, "took more than 2 s", content(lambda _: endless().SerializeToString()), 3
+    ),
+    Attack("graph", "nothing", 0, "", b"", 5),
+]
+
+# --- data sets, words, checkpoints, reports --------------------------------------------------------------------------
+
+
+def tokenizer(**parts: Any) -> Callable[[Path, bytes], object]:
+    return content(lambda valid: json.dumps({**json.loads(valid), **parts}).encode())
+
+
+def replaces(count: int) -> dict[str, Any]:
+    one = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+    return {"type": "Sequence", "normalizers": [one] * count}
+
+
+_PANIC = "the tokenizer's panics are mended with its reader"
+_SIZES = "sizes are bounded with the reader of checkpoints"
+_FIX = "size and SHA-256", "check its SHA-256", "dump it again"
+_AUDIO = ("folder: audio.npy",)
+OTHERS = [
+    *(Attack("pickle", tries, 5, "", made) for tries, made in {**BOMBS, **CALLS}.items()),
+    Attack("pickle", "os.system, through hcmen-convert", 5, "os.system", CALLS["GLOBAL and REDUCE of os.system"], 5),
+    Attack("pickle", "tuples as keys, through hcmen-convert", 5, "as a key", BOMBS["tuples as keys, deep"], 5),
+    Attack("pickle", "an archive of torch.save", 5, "torch.save", npz({"archive/data.pkl": b""})),
+    Attack("folder: dataset.json", "a value 100,000 deep", 5, "not JSON", edited("splits", to=_DEEP), 5),
+    Attack("folder: dataset.json", "another schema", 5, "schema_version", edited("schema_version", to=[[]])),
+    Attack(
+        "folder: dataset.json",
+        "a file of another name",
+        5,
+        "does not describe",
+        edited("splits", "test", "bytes", "../x", to=1),
+    ),
+    Attack(
+        "folder: dataset.json",
+        "another size",
+        5,
+        "truncated or altered",
+        edited("splits", "test", "bytes", "audio.npy", to=10**400),
+    ),
+    Attack("folder: audio.npy", "300 parentheses", 5, "damaged", npy("(" * 300)),
+    Attack("folder: audio.npy", "a header that no string ends", 5, "damaged", file("folder-no-end.npy")),
+    Attack("folder: audio.npy", "Python objects, pickled", 5, "object of shape", npy("(2, 4, 3)", "'|O'")),
+    Attack("folder: audio.npy", "2**63 samples", 5, "damaged", npy("(9223372036854775808, 4, 3)")),
+    Attack("folder: audio.npy", "sizes whose product overflows", 5, "damaged", npy("(4294967296, 4294967296, 3)")),
+    Attack("folder: audio.npy", "a header of 4 GiB", 5, "damaged", b"\x93NUMPY\x02\x00" + b"\xff" * 4 + bytes(300)),
+    Attack("folder: audio.npy", "a zip, which numpy.load would open", 5, "damaged", npz(text=npy())),
+    Attack("folder: id.json", "a value 100,000 deep", 5, "no list of names", str(_DEEP).encode()),
+    Attack("folder: id.json", "a name of 100 kB", 2, "'id'", json.dumps(["a", "b" * 100_000]).encode()),
+    Attack("tokenizer", "a value 100,000 deep", 5, "no tokenizer", tokenizer(model=[]), None),
+    Attack(
+        "tokenizer",
+        "ids beyond the text encoder",
+        5,
+        "knows 0 to",
+        tokenizer(model={"type": "WordLevel", "vocab": {"u": 4294967295}, "unk_token": "u"}),
+    ),
+    Attack(
+        "tokenizer",
+        "a table of characters that no byte is in, which panics",
+        5,
+        "",
+        tokenizer(normalizer={"type": "Precompiled", "precompiled_charsmap": base64.b64encode(bytes(4)).decode()}),
+        None,
+        _PANIC,
+    ),
+    Attack(
+        "tokenizer",
+        "pieces of no length, which panic",
+        5,
+        "",
+        tokenizer(pre_tokenizer={"type": "FixedLength", "length": 0}),
+        None,
+        _PANIC,
+    ),
+    Attack(
+        "tokenizer",
+        "a pattern that never ends, which panics",
+        5,
+        "",
+        tokenizer(normalizer={"type": "Replace", "pattern": {"Regex": "(\\w+)+$"}, "content": "x"}),
+        None,
+        _PANIC,
+    ),
+    Attack("tokenizer", "a text that grows tenfold nine times", 5, "", tokenizer(normalizer=replaces(9)), None, _PANIC),
+    Attack("checkpoint: config.json", "a width of 10**8", 5, "", edited("model", "width", to=10**8), None, _SIZES),
+    Attack("checkpoint: config.json", "a width of 10**400", 5, "", edited("model", "width", to=10**400)),
+    Attack("checkpoint: config.json", "a value 100,000 deep", 5, "not JSON", edited("model", to=_DEEP), 5),
+    Attack(
+        "checkpoint: config.json",
+        "10**400 as dropout",
+        5,
+        "a number of 1329 bits",
+        edited("model", "dropout", to=10**400),
+    ),
+    Attack(
+        "checkpoint: config.json", "a kind of model that is not known", 2, "kind", edited("kind", to="os.system"), 2
+    ),
+    Attack(
+        "checkpoint: config.json", "a list as the data", 5, "does not describe a training", edited("dataset", to=[])
+    ),
+    Attack("checkpoint: checkpoint.safetensors", "a header of 2**63", 5, "does not describe", b"\x00" * 7 + b"\x80{}"),
+    Attack(
+        "checkpoint: checkpoint.safetensors",
+        "a pickle",
+        5,
+        "does not describe",
+        CALLS["GLOBAL and REDUCE of os.system"],
+    ),
+    Attack("checkpoint: last.safetensors", "a header of 2**63", 5, "damaged", b"\x00" * 7 + b"\x80{}"),
+    Attack(
+        "checkpoint: last.safetensors",
+        "a state 100,000 deep",
+        5,
+        "damaged",
+        content(lambda _: deep_state()),
+        None,
+        _SIZES,
+    ),
+    Attack("checkpoint: report.json", "a value 100,000 deep", 5, "no report", edited("test", to=_DEEP)),
+    Attack("BERT: config.json", "10**400 as an epsilon", 2, "norm_epsilon", edited("layer_norm_eps", to=10**400)),
+    Attack("bench report", "10**400 milliseconds", 5, "damaged report", edited("rows", 0, "run", "p50", to=10**400), 5),
+    Attack(
+        "bench report",
+        "a time so short that nothing can be divided by it",
+        5,
+        "damaged",
+        edited("rows", 0, "run", "p50", to=5e-324),
+    ),
+    Attack(
+        "bench report",
+        "10**400 seconds of a cold start",
+        5,
+        "damaged",
+        edited("cold", 0, "median", "steps_ms", 0, to=10**400),
+    ),
+    Attack(
+        "bench report",
+        "no share of stolen time",
+        5,
+        "stolen_share",
+        edited("cpu_time_of_others", "stolen_share", to=...),
+    ),
+    Attack("bench report", "a value 100,000 deep", 5, "", edited("rows", to=_DEEP)),
+    Attack("lines of --follow", "a line of 70,000 bytes", 2, "a line of more than", b"x" * 70_000),
+    Attack(
+        "lines of --follow",
+        "names that are none, and a device",
+        0,
+        "",
+        b"\0\n\xff\n/dev/zero\n..\n\r\n" + b"a" * 5000 + b"\n",
+    ),
+]
+
+
+def deep_state() -> bytes:
+    header = json.dumps({"__metadata__": {"state": str(_DEEP)}}).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+ATTACKS = [*CLIPS, *GOLDEN, *MANIFESTS, *ENGINES, *GRAPHS, *OTHERS, *placed()]
+assert all(attack.parser in FORMATS for attack in ATTACKS)
