@@ -16,6 +16,8 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hcmen.base.errors import reason_of
+
 __all__ = ["Header", "hold", "on_meta", "read_header"]
 
 # By safetensors' names; what no module of ours has is not among them.
@@ -52,7 +54,7 @@ def on_meta(make: Callable[[], Any]) -> Any:
         with torch.device("meta"):
             return make()
     except (RuntimeError, NotImplementedError, ArithmeticError, TypeError) as error:
-        raise ValueError(f"no model of these sizes can be built ({str(error)[:200]})") from error
+        raise ValueError(f"no model of these sizes can be built ({reason_of(error)})") from error
 
 
 def read_header(file: IO[bytes]) -> Header:
