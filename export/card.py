@@ -46,7 +46,7 @@ def scores_of(checkpoint: Path, about: Mapping[str, Any]) -> tuple[Score, ...]:
     with refused(path, "a report of hcmen-train", fix):
         content = read_small(path, MOST_MANIFEST_BYTES)
     try:
-        report = parse_json(content, JsonFile(str(path), fix))
+        report = parse_json(content, JsonFile(f"{path}: no report of hcmen-train", fix))
         if (report["epoch"], report["validation_mae"]) == (about["epoch"], validation["mae"]):
             kind = about.get("kind", registry.DEFAULT)
             for variant, models in report["test"].items():

@@ -20,9 +20,11 @@ __all__ = ["NpyHeader", "read_npy_header"]
 _MOST_BYTES = 4096
 _ITEM = re.compile(
     r"""\s*(['"])(?P<key>\w+)\1\s*:\s*"""
-    r"""(?:(['"])(?P<descr>[<>|=]?[A-Za-z][0-9]{0,9}(?:\[\w+\])?)\3|(?P<order>True|False)|\((?P<shape>[0-9L,\s]*)\))"""
+    r"""(?:(['"])(?P<descr>[<>|=]?[A-Za-z][0-9]{0,9}(?:\[\w+\])?)\3|(?P<order>True|False)|\((?P<shape>[0-9L,\s]*)\)"""
+    r"""|\[(?P<fields>[\w'<>|=(), ]*)\])"""
     r"""\s*(?:,|\Z)"""
 )
+_FIELD = re.compile(r"\('(\w+)', '([<>|=]?[A-Za-z][0-9]{0,9})'\)(?:, |\Z)")
 _LENGTH = re.compile(r"\s*(0|[1-9][0-9]{0,17})L?\s*\Z")  # Python 2 wrote an L
 
 
@@ -69,9 +71,9 @@ def read_npy_header(stream: IO[bytes]) -> NpyHeader:
         raise ValueError("it ends too early")
     found = _items(text.strip())
     try:
-        dtype = np.dtype(found["descr"])
+        dtype = np.dtype(_fields(found["fields"]) if "fields" in found else found["descr"])
     except (TypeError, ValueError) as error:
-        raise ValueError(f"no dtype {found['descr'][:20]!r}") from error
+        raise ValueError(f"no dtype {found.get('descr', 'of records')[:20]!r}") from error
     return NpyHeader(_shape(found["shape"]), found["order"] == "True", dtype, 8 + len(prefix) + length)
 
 
@@ -82,13 +84,21 @@ def _items(text: str) -> dict[str, str]:
     if text[:1] == "{" and text[-1:] == "}":
         body, at = text[1:-1].strip(), 0
         while item := _ITEM.match(body, at):
-            name = names.get(item["key"])
+            name = "fields" if item["key"] == "descr" and item["fields"] is not None else names.get(item["key"])
             if name is None or item[name] is None or name in found:
                 break
             found[name], at = item[name], item.end()
-        if at == len(body) and len(found) == 3:
+        if at == len(body) and len(found) == 3 and {"order", "shape"} < found.keys():
             return found
     raise ValueError("no dictionary of descr, fortran_order and shape")
+
+
+def _fields(text: str) -> list[tuple[str, str]]:
+    """The fields of records, which no array here has, so that a message can name them."""
+    found = [(field[1], field[2]) for field in _FIELD.finditer(text)]
+    if sum(len(name) + len(kind) for name, kind in found) + 10 * len(found) - 2 != len(text):
+        raise ValueError("no fields of records")
+    return found
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -24,7 +24,6 @@ __all__ = [
 
 MANIFEST_FILE = "manifest.json"
 MOST_MANIFEST_BYTES = 16 << 20
-_MOST_PARTS = 1 << 20
 _MAX_DEPTH = 32
 _MAX_FILE_BYTES = 8 << 30
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
@@ -155,20 +154,20 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "null" if value is None else "a number")
 
 
-def parse_json(content: bytes, file: JsonFile) -> Any:
+def parse_json(content: bytes, file: JsonFile, most: int = MOST_MANIFEST_BYTES) -> Any:
     """JSON without its traps: no duplicate keys, no NaN or infinity, no excess of size or depth.
 
     Args:
-        content: what stands in the file. file: what it is.
+        content: what stands in the file. file: what it is. most: bytes.
 
     Raises:
         CorruptFileError: it has one of them, or is no JSON.
     """
-    if len(content) > MOST_MANIFEST_BYTES:
-        raise file.damaged(f"more than {MOST_MANIFEST_BYTES} bytes")
+    if len(content) > most:
+        raise file.damaged(f"more than {most} bytes")
     # Python takes some 70 bytes for an empty list and 200 for a key, of 3 and 6 bytes.
-    if sum(map(content.count, b"[{:")) > _MOST_PARTS:
-        raise file.damaged(f"more than {_MOST_PARTS} lists, objects and keys", "a few thousand")
+    if sum(map(content.count, b"[{:")) > most >> 4:
+        raise file.damaged(f"more than {most >> 4} lists, objects and keys", "a few thousand")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made: dict[str, Any] = {}

@@ -8,19 +8,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+from hcmen.base.errors import CorruptFileError
 from hcmen.base.files import read_small
+from hcmen.base.records import MOST_MANIFEST_BYTES, JsonFile, parse_json
 
 __all__ = ["BUNDLE", "CHECKPOINT", "DEMO", "chosen_bundle", "chosen_checkpoint", "or_the_demo"]
 
 DEMO = Path(__file__).absolute().parent.parent / "demo"
 BUNDLE, CHECKPOINT = Path("build/bundle"), Path("build/train")
 """Where hcmen-export and hcmen-train write, seen from the working directory."""
-_MOST_CONFIG_BYTES = 16 << 20
 
 Note = Callable[[str], None]
 
@@ -67,6 +67,7 @@ def _taken(places: list[Path], note: Note, option: str) -> Path:
 def _weights(checkpoint: Path) -> object:
     """What the config.json of `checkpoint` says of its weights; None if it says nothing."""
     try:
-        return json.loads(read_small(checkpoint / "config.json", _MOST_CONFIG_BYTES))["weights"]["sha256"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        content = read_small(checkpoint / "config.json", MOST_MANIFEST_BYTES)
+        return parse_json(content, JsonFile("config.json", "train again"))["weights"]["sha256"]
+    except (OSError, CorruptFileError, LookupError, TypeError):
         return None

@@ -32,6 +32,7 @@ from hcmen.base.files import check_writable, open_regular, read_small, refused, 
 from hcmen.base.inputs import Inputs
 from hcmen.base.modalities import MODALITIES
 from hcmen.base.npy import read_npy_header
+from hcmen.base.records import MOST_MANIFEST_BYTES, JsonFile, parse_json
 from hcmen.data import SPLITS, MultimodalDataset, Split
 from hcmen.data.layout import Fit, RawArray, RawSplit, fitted, open_split, whole_numbers, with_tokens
 
@@ -48,6 +49,8 @@ _ARRAYS = {
     "regression_labels": (np.dtype("<f4"), 1),
 }
 _OPTIONAL = {"text_bert.npy"}
+_AGAIN = "convert the data file again"
+_MOST_ID_BYTES = 64 << 20
 
 
 def read_folder(folder: Path, inputs: Inputs | Fit) -> MultimodalDataset:
@@ -218,14 +221,9 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{folder}: is a directory without {INDEX}, expected a data file or a folder that hcmen-convert wrote"
         )
-    try:
-        with refused(path, "a data set"):
-            content = read_small(path)
-        index = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(
-            f"not JSON ({reason_of(error, 100)})", fix="convert the data file again", where=str(path)
-        ) from error
+    with refused(path, "a data set"):
+        content = read_small(path, MOST_MANIFEST_BYTES)
+    index = parse_json(content, JsonFile(str(path), _AGAIN))
     found = index.get("schema_version") if isinstance(index, dict) else None
     if found != SCHEMA_VERSION:
         raise CorruptFileError(
@@ -265,13 +263,9 @@ def _map_split(folder: Path, split: str, index: Mapping[str, Any]) -> dict[str, 
         key: _map_array(folder / split / f"{key}.npy", key) for key in _ARRAYS if f"{key}.npy" in sizes
     }
     path = folder / split / _IDS
-    try:
-        with refused(path, "a list of names"):
-            data["id"] = json.loads(read_small(path))
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(
-            f"{path}: no list of names ({reason_of(error, 100)}): convert the data file again"
-        ) from error
+    with refused(path, "a list of names"):
+        content = read_small(path, _MOST_ID_BYTES)
+    data["id"] = parse_json(content, JsonFile(str(path), _AGAIN), _MOST_ID_BYTES)
     return data
 
 

@@ -84,7 +84,8 @@ HOSTILE = {
     "a number as shape": header("6"),
     "a number in parentheses": header("(6)"),
     "a shape of 33 axes": header(f"({'1, ' * 33})"),
-    "a dtype of its own": header(descr="[('a', '<f4')]"),
+    "records of nothing": header(descr="[(, )]"),
+    "records of records": header(descr="[('a', [('b', '<f4')])]"),
     "no dtype": header(descr="'nonsense'"),
     "a dtype of 10 digits": header(descr="'<f1234567890'"),
     "an order that is 0": header(order="0"),
@@ -145,6 +146,11 @@ def test_any_header_is_read_or_refused_as_numpy_does(text: str, at: int, cut: in
 def test_a_header_that_ends_too_early_is_refused(cut: int):
     with pytest.raises(ValueError, match=r"begin|early|version"):
         read_npy_header(io.BytesIO(npy(header())[:cut]))
+
+
+def test_records_are_named():
+    content = npy(header(descr="[('a', '<f4'), ('b', '|u1')]"), 1, bytes(30))
+    assert read_npy_header(io.BytesIO(content)).dtype == np.dtype([("a", "<f4"), ("b", "u1")])
 
 
 def test_python_objects_are_never_made():

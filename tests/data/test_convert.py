@@ -464,7 +464,7 @@ def _archive(out: Path) -> None:
 
 DAMAGED = {
     "no index": (lambda out: (out / "dataset.json").unlink(), InputError, "is a directory without dataset.json"),
-    "index cut": (lambda out: os.truncate(out / "dataset.json", 50), CorruptFileError, "not JSON"),
+    "index cut": (lambda out: os.truncate(out / "dataset.json", 50), CorruptFileError, "not valid JSON"),
     "index is a list": (
         lambda out: (out / "dataset.json").write_text("[]"),
         CorruptFileError,
@@ -484,6 +484,16 @@ DAMAGED = {
         r"train/text.npy: has 5000 bytes, dataset.json says \d+: truncated or altered",
     ),
     "array gone": (lambda out: (out / "test" / "audio.npy").unlink(), CorruptFileError, "cannot be found or read"),
+    "index of a million lists": (
+        lambda out: (out / "dataset.json").write_text("[" + "[]," * (1 << 20) + "[]]"),
+        CorruptFileError,
+        "lists, objects and keys",
+    ),
+    "names within names": (
+        lambda out: (out / "test" / "id.json").write_text("[" * 40 + "]" * 40),
+        CorruptFileError,
+        "id.json",
+    ),
     "names cut": (lambda out: (out / "test" / "id.json").write_text("x" * 80), CorruptFileError, "id.json"),
     "pickled objects": (
         _same_size("valid/text.npy", np.array([_Call()], dtype=object)),

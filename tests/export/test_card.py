@@ -37,7 +37,7 @@ def test_scores_are_those_of_this_checkpoint(tmp_path: Path):
 @pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 100_000, json.dumps({**REPORT, "test": {"full": {}}})])
 def test_a_damaged_report_is_named(tmp_path: Path, content: str):
     (tmp_path / "report.json").write_text(content)
-    with pytest.raises(CorruptFileError, match=r"report\.json: no report of hcmen-train .*remove it, or train again"):
+    with pytest.raises(CorruptFileError, match=r"report\.json: no report of hcmen-train.*remove it, or train again"):
         scores_of(tmp_path, ABOUT)
 
 
