@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hcmen.base.tables import aligned
+from hcmen.base.tables import fitted, folded
 
 if TYPE_CHECKING:
     from hcmen.base.manifest import Manifest
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 __all__ = ["failure", "figure", "table"]
 
 
-def table(manifest: Manifest) -> str:
-    """The parity of every variant in `manifest`."""
+def table(manifest: Manifest, width: int | None = None) -> str:
+    """The parity of every variant in `manifest`, within `width` columns (None: any)."""
     if manifest.precision != "fp32":
-        return _reduced_table(manifest)
+        return _reduced_table(manifest, width)
     header = ("variant", "graph", "cases", "max |difference|", "mean", "p99", "cosine", "NaN", "parity")
     lines = [header]
     for name, v in manifest.variants.items():
@@ -36,10 +36,11 @@ def table(manifest: Manifest) -> str:
             )
         )
     weights = f"weights.bin {manifest.weights.bytes / 1024:.0f} KiB, shared by all variants"
-    return "\n".join([*aligned(lines), "", weights])
+    least = ("NaN", "cosine", "p99", "mean", "cases", "graph")
+    return "\n".join([*fitted(lines, width, least=least), "", *folded(weights, width)])
 
 
-def _reduced_table(manifest: Manifest) -> str:
+def _reduced_table(manifest: Manifest, width: int | None) -> str:
     """What a precision costs and gains, beside float32."""
     header = (
         *("variant", "graph + weights", "of fp32", "latency", "of fp32", "max |difference|"),
@@ -75,7 +76,9 @@ def _reduced_table(manifest: Manifest) -> str:
         notes.append(f"Left in float, since {manifest.precision} moved the MAE too far: {', '.join(sorted(kept))}")
     if slower:
         notes.append(f"{manifest.precision} is slower than fp32 on this machine for {', '.join(slower)}.")
-    return "\n".join([*aligned(lines), "", *notes])
+    least = ("of fp32", "MAE eager", "graph + weights", "max |difference|", header[7], "latency", "moved")
+    table = fitted(lines, width, least=least)
+    return "\n".join([*table, "", *(part for note in notes for part in folded(note, width))])
 
 
 def figure(value: float | None, form: str = ".1e") -> str:

@@ -15,7 +15,7 @@ from hcmen.base.errors import HcmenError, InputError
 from hcmen.base.modalities import variant_named
 from hcmen.base.records import MANIFEST_FILE
 from hcmen.base.shipped import BUNDLE, DEMO, chosen_bundle
-from hcmen.base.tables import aligned
+from hcmen.base.tables import fitted, screen_width
 from hcmen.base.typed import as_typed, from_here
 
 if TYPE_CHECKING:
@@ -184,4 +184,4 @@ def _table(built: Sequence[Built]) -> list[str]:
         build = f"{b.seconds:.1f} s" if b.fresh else "was there"
         size = f"{b.record.engine.bytes / 1024:.0f} KiB"
         rows.append((b.record.variant, b.record.engine.file, size, build, f"{score['max_abs']:.1e}", "ok"))
-    return aligned(rows)
+    return fitted(rows, screen_width(), least=("build", "size", "engine"))

@@ -11,6 +11,7 @@ from hcmen.base.console import Choice, Console, VariantChoice, command
 from hcmen.base.manifest import PRECISIONS
 from hcmen.base.modalities import VARIANTS, variant_named
 from hcmen.base.shipped import BUNDLE, chosen_checkpoint
+from hcmen.base.tables import screen_width
 from hcmen.base.typed import as_typed, from_here
 from hcmen.export.bundle import export_bundle
 from hcmen.export.report import table
@@ -108,7 +109,7 @@ def main(
             "weights_bytes": manifest.weights.bytes,
             **({} if models is None else {"triton": {"repository": str(triton), "models": models}}),
         },
-        table(manifest)
+        table(manifest, screen_width())
         + f"\n\nBundle: {bundle}\nNext:   {_next(checkpoint, bundle)}"
         + ("" if models is None else f"\nTriton: {triton}, {len(models)} models, to be mounted at {triton_root}"),
     )

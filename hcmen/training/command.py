@@ -19,6 +19,7 @@ import click
 from hcmen.base.console import Choice, Console, command
 from hcmen.base.errors import InputError
 from hcmen.base.files import check_writable, refused, sweep
+from hcmen.base.tables import screen_width
 from hcmen.training.config import AUXILIARIES, MIXES, PRECISIONS, TrainConfig, train_setting
 from hcmen.training.presets import PRESETS, preset_for, preset_named, sized
 from hcmen.training.report import draw_curves, scores_text, test_scores
@@ -236,7 +237,7 @@ def main(
     }
     plain = _without_nan(report)
     write_json(out / REPORT, {"schema_version": 1, **plain})
-    console.emit(plain, scores_text(report, model.config.kind))
+    console.emit(plain, scores_text(report, model.config.kind, screen_width()))
 
 
 # --- settings and data ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hcmen.base.modalities import VARIANTS
+from hcmen.base.tables import folded
 
 if TYPE_CHECKING:
     from hcmen.data import MultimodalDataset
@@ -23,6 +24,9 @@ _TERMS = {
     "polarity_loss": "polarity: nats",
     "polarity_mix_loss": "polarity of mixtures: nats",
 }
+
+_MEASURE_WIDTH = 26
+"""The columns of a measure: three models of seven, two spaces between, three before."""
 
 
 def _drawn_terms(history: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
@@ -84,8 +88,11 @@ def test_scores(model: Model, dataset: MultimodalDataset) -> dict[str, dict[str,
     }
 
 
-def scores_text(report: Mapping[str, Any], kind: str) -> str:
-    """The table of the test split of a model of the kind `kind`, with what it says underneath."""
+def scores_text(report: Mapping[str, Any], kind: str, screen: int | None = None) -> str:
+    """The table of the test split of a model of the kind `kind`, with what it says underneath.
+
+    It has `screen` columns at most (None: any): measures from the right are left out, and named.
+    """
     from hcmen.base import metrics
     from hcmen.models import registry
 
@@ -96,6 +103,9 @@ def scores_text(report: Mapping[str, Any], kind: str) -> str:
     measures = (("MAE", "mae", ".3f"), ("Corr", "corr", ".3f"), ("Acc-2", accuracy, ".1%"))
     models = ((title, kind), ("floor", "floor"), ("linear", "linear"))
     width = max(len(v.name) for v in VARIANTS)
+    shown = len(measures) if screen is None else max(1, min(len(measures), (screen - width) // _MEASURE_WIDTH))
+    left_out = ", ".join(name for name, *_ in measures[shown:])
+    measures = measures[:shown]
     lines = [
         f"test split, {dataset['samples']['test']} samples, epoch {report['epoch']} "
         f"(validation MAE {report['validation_mae']:.3f})",
@@ -125,7 +135,8 @@ def scores_text(report: Mapping[str, Any], kind: str) -> str:
         ),
         f"checkpoint: {report['checkpoint']}",
     ]
-    return "\n".join(lines)
+    lines += [f"left out in {screen} columns: {left_out}"] if left_out else []
+    return "\n".join(part for line in lines for part in folded(line, screen))
 
 
 def _beaten(variants: Sequence[str], behind: Sequence[str]) -> str:

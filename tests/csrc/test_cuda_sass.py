@@ -82,7 +82,7 @@ def test_kernels_stay_short(sass: ModuleType, tmp_path: Path) -> None:
     build = sys.modules["build"]
     if build.find_nvcc() is None or sass.find_tools() is None:
         pytest.skip("there is no nvcc, or no cuobjdump and nvdisasm")
-    library, kernels = build.build(ROOT / "build" / "cuda_test", [ARCHITECTURE])
+    library, kernels = build.build(ROOT / "build" / "cuda test", [ARCHITECTURE])
     ptxas = {k.name: k for k in kernels}
     counted = sass.counts(library, ARCHITECTURE)
     # Instructions of a round and of a tile, special functions of a round, registers: at most.

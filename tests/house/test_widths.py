@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from hcmen.base.bundle import read_bundle
 from hcmen.base.shipped import DEMO
 from hcmen.base.tables import aligned, fitted, folded
 
@@ -109,6 +111,24 @@ def test_a_pipe_gets_all_columns(folder: Path, name: str) -> None:
     assert max(map(len, done.stdout.splitlines())) > 120
     heads = {"doctor": "ok       python", "run": "clip  ", "eval": "setting  "}
     assert any(line.startswith(heads[name]) for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120, None])
+def test_the_tables_after_a_training_and_an_export_fit_as_well(columns: int | None) -> None:
+    from hcmen.export.report import table
+    from hcmen.training.report import scores_text
+
+    report = json.loads((DEMO / "train" / "report.json").read_text(encoding="utf-8"))
+    trained = scores_text(report, "hcmen", columns)
+    exported = table(read_bundle(DEMO / "bundle").manifest, columns)
+    if columns is not None:
+        assert max(map(len, [*trained.splitlines(), *exported.splitlines()])) <= columns
+    assert "MAE" in trained
+    assert (re.search(r"MAE +Corr +Acc-2", trained) is None) == ("left out in" in trained)
+    assert "beats the floor" in trained.replace("\n", " ")
+    assert exported.splitlines()[0].endswith("parity")
+    assert exported.count(" ok") == 7
+    assert ("left out" in exported) == (columns in (60, 80))
 
 
 # --- the layout -------------------------------------------------------------------------------------------------------
