@@ -496,10 +496,23 @@ def replaces(count: int) -> dict[str, Any]:
     return {"type": "Sequence", "normalizers": [one] * count}
 
 
+def state_with(part: str, value: Any) -> Callable[[Path, bytes], object]:
+    """A valid last.safetensors whose state says something else."""
+
+    def make(valid: bytes) -> bytes:
+        size = int.from_bytes(valid[:8], "little")
+        header = json.loads(valid[8 : 8 + size])
+        state = json.loads(header["__metadata__"]["state"])
+        state[part] = "@@" if isinstance(value, Raw) else value
+        header["__metadata__"]["state"] = json.dumps(state).replace('"@@"', str(value))
+        content = json.dumps(header).encode()
+        return len(content).to_bytes(8, "little") + content + valid[8 + size :]
+
+    return content(make)
+
+
 _PANIC = "the tokenizer's panics are mended with its reader"
 _SIZES = "sizes are bounded with the reader of checkpoints"
-_FIX = "size and SHA-256", "check its SHA-256", "dump it again"
-_AUDIO = ("folder: audio.npy",)
 OTHERS = [
     *(Attack("pickle", tries, 5, "", made) for tries, made in {**BOMBS, **CALLS}.items()),
     Attack("pickle", "os.system, through hcmen-convert", 5, "os.system", CALLS["GLOBAL and REDUCE of os.system"], 5),
@@ -591,15 +604,9 @@ OTHERS = [
         CALLS["GLOBAL and REDUCE of os.system"],
     ),
     Attack("checkpoint: last.safetensors", "a header of 2**63", 5, "damaged", b"\x00" * 7 + b"\x80{}"),
-    Attack(
-        "checkpoint: last.safetensors",
-        "a state 100,000 deep",
-        5,
-        "damaged",
-        content(lambda _: deep_state()),
-        None,
-        _SIZES,
-    ),
+    Attack("checkpoint: last.safetensors", "a state 100,000 deep", 5, "", state_with("history", _DEEP), None, _SIZES),
+    Attack("checkpoint: last.safetensors", "a text as the run", 5, "", state_with("run", "x"), None, _SIZES),
+    Attack("checkpoint: last.safetensors", "another kind", 2, "kind", state_with("kind", "os.system")),
     Attack("checkpoint: report.json", "a value 100,000 deep", 5, "no report", edited("test", to=_DEEP)),
     Attack("BERT: config.json", "10**400 as an epsilon", 2, "norm_epsilon", edited("layer_norm_eps", to=10**400)),
     Attack("bench report", "10**400 milliseconds", 5, "damaged report", edited("rows", 0, "run", "p50", to=10**400), 5),
@@ -634,11 +641,6 @@ OTHERS = [
         b"\0\n\xff\n/dev/zero\n..\n\r\n" + b"a" * 5000 + b"\n",
     ),
 ]
-
-
-def deep_state() -> bytes:
-    header = json.dumps({"__metadata__": {"state": str(_DEEP)}}).encode()
-    return len(header).to_bytes(8, "little") + header
 
 
 ATTACKS = [*CLIPS, *GOLDEN, *MANIFESTS, *ENGINES, *GRAPHS, *OTHERS, *placed()]

@@ -186,6 +186,8 @@ _SHAPES = (
 
 
 def _npy(rng: Random, data: bytes) -> bytes:
+    if len(data) < 10:  # a mutant already
+        return havoc(rng, data)
     size = struct.unpack_from("<H", data, 8)[0]
     header, body, version = data[10 : 10 + size].decode("latin1").rstrip(), data[10 + size :], data[6:8]
     for _ in range(rng.choice((1, 1, 2))):
