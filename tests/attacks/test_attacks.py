@@ -7,7 +7,9 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from attacks.table import ATTACKS, FILES, Attack
+from attacks.attack import FILES, Attack
+from attacks.pickles import BOMBS
+from attacks.table import ATTACKS
 from fuzz.formats import FORMATS
 from fuzz.worker import Worker, put
 
@@ -44,6 +46,8 @@ def test_an_attack_ends_as_documented(worker: Worker, attack: Attack) -> None:
         assert attack.says in found.detail
         assert "\n" not in found.detail
         assert len(found.detail) < 1100
+    if attack.parser == "pickle" and attack.tries in BOMBS:
+        assert any(fix in found.detail for fix in ("check its SHA-256", "size and SHA-256", "dump it again"))
 
 
 @pytest.mark.parametrize("attack", [pytest.param(a, id=named(a)) for a in _COMMANDS])
