@@ -15,8 +15,7 @@ FILES = Path(__file__).resolve().parent / "files"
 class Attack:
     """parser: whose file it is, of `FORMATS`. tries: in a few words. code: what its reader ends with, 0 for a file that
     may be read. says: a part of the line. made: the content, or a function that makes the file at a path from a valid
-    content. command: the exit code of the command that reads it, where that is asked for. mended_elsewhere: why it
-    fails today.
+    content. command: the exit code of the command that reads it, where that is asked for.
     """
 
     parser: str
@@ -25,7 +24,6 @@ class Attack:
     says: str
     made: bytes | Callable[[Path, bytes], object]
     command: int | None = None
-    mended_elsewhere: str = ""
 
 
 def file(name: str) -> bytes:

@@ -32,13 +32,7 @@ def made_by(worker: Worker, attack: Attack) -> bytes | object:
     return made if isinstance(made, bytes) else lambda path: made(path, valid)
 
 
-def marked(attacks: list[Attack]) -> list[object]:
-    """Those that fail today are known to."""
-    xfail = {a: [pytest.mark.xfail(strict=True, reason=a.mended_elsewhere)] for a in attacks if a.mended_elsewhere}
-    return [pytest.param(attack, id=named(attack), marks=xfail.get(attack, [])) for attack in attacks]
-
-
-@pytest.mark.parametrize("attack", marked(ATTACKS))
+@pytest.mark.parametrize("attack", [pytest.param(a, id=named(a)) for a in ATTACKS])
 def test_an_attack_ends_as_documented(worker: Worker, attack: Attack) -> None:
     found = worker.attempt(attack.parser, made_by(worker, attack))
     assert found.kind == (f"exit {attack.code}" if attack.code else "ok"), found.detail

@@ -22,7 +22,6 @@ from fuzz.worker import Outcome, Worker
 from hypothesis import settings
 
 _HOW = settings(SETTINGS, max_examples=200, derandomize=True)
-_KNOWN = {"checkpoint: last.safetensors": "a state that is nested too deep is refused with its reader"}
 pytestmark = pytest.mark.fuzz
 
 
@@ -33,17 +32,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     made.close()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            id=name.replace(" ", "_"),
-            marks=[pytest.mark.xfail(strict=True, reason=_KNOWN[name])] if name in _KNOWN else [],
-        )
-        for name in FORMATS
-    ],
-)
+@pytest.mark.parametrize("name", [pytest.param(name, id=name.replace(" ", "_")) for name in FORMATS])
 def test_mutants_are_read_or_refused(worker: Worker, name: str, tmp_path: Path) -> None:
     kinds: set[str] = set()
 
