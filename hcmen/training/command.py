@@ -335,7 +335,7 @@ def _resumed_settings(
                 f"{option} is {value}, the run in {out} has {before.get(name)}: leave the option out "
                 "to resume, or start over with --force"
             )
-    kind = registry.named(state.get("kind", registry.DEFAULT))
+    kind = registry.named(str(state.get("kind", registry.DEFAULT)))
     return kind.config.from_json(state["model"]), TrainConfig.from_json(state["train"]), state["run"]
 
 

@@ -384,6 +384,9 @@ OTHERS = [
         _PANIC,
     ),
     Attack("tokenizer", "a text that grows tenfold nine times", 5, "", tokenizer(normalizer=replaces(9)), None, _PANIC),
+    Attack(
+        "checkpoint: config.json", "an expansion of 10**6", 5, "", edited("model", "expand", to=10**6), None, _SIZES
+    ),
     Attack("checkpoint: config.json", "a width of 10**8", 5, "", edited("model", "width", to=10**8), None, _SIZES),
     Attack("checkpoint: config.json", "a width of 10**400", 5, "", edited("model", "width", to=10**400)),
     Attack("checkpoint: config.json", "a value 100,000 deep", 5, "not JSON", edited("model", to=_DEEP), 5),
@@ -412,6 +415,7 @@ OTHERS = [
     Attack("checkpoint: last.safetensors", "a state 100,000 deep", 5, "", state_with("history", _DEEP), None, _SIZES),
     Attack("checkpoint: last.safetensors", "a text as the run", 5, "", state_with("run", "x"), None, _SIZES),
     Attack("checkpoint: last.safetensors", "another kind", 2, "kind", state_with("kind", "os.system")),
+    Attack("checkpoint: last.safetensors", "a list as the kind", 2, "kind", state_with("kind", [])),
     Attack("checkpoint: report.json", "a value 100,000 deep", 5, "no report", edited("test", to=_DEEP)),
     Attack("BERT: config.json", "10**400 as an epsilon", 2, "norm_epsilon", edited("layer_norm_eps", to=10**400)),
     Attack("bench report", "10**400 milliseconds", 5, "damaged report", edited("rows", 0, "run", "p50", to=10**400), 5),
