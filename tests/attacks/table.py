@@ -403,6 +403,7 @@ OTHERS = [
     Attack("checkpoint: last.safetensors", "a state 100,000 deep", 5, "", state_with("history", _DEEP)),
     Attack("checkpoint: last.safetensors", "a text as the run", 5, "", state_with("run", "x")),
     Attack("checkpoint: last.safetensors", "another kind", 2, "kind", state_with("kind", "os.system")),
+    Attack("checkpoint: last.safetensors", "a list as the kind", 2, "kind", state_with("kind", [])),
     Attack("checkpoint: report.json", "a value 100,000 deep", 5, "no report", edited("test", to=_DEEP)),
     Attack("BERT: config.json", "10**400 as an epsilon", 2, "norm_epsilon", edited("layer_norm_eps", to=10**400)),
     Attack("bench report", "10**400 milliseconds", 5, "damaged report", edited("rows", 0, "run", "p50", to=10**400), 5),
