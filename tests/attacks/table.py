@@ -377,6 +377,7 @@ OTHERS = [
     ),
     Attack("tokenizer", "a text that grows tenfold nine times", 5, "", tokenizer(normalizer=replaces(9))),
     Attack("checkpoint: config.json", "an expansion of 10**6", 5, "", edited("model", "expand", to=10**6)),
+    Attack("checkpoint: config.json", "2**31 layers", 5, "", edited("model", "backbone_depth", to=1 << 31)),
     Attack("checkpoint: config.json", "a width of 10**8", 5, "", edited("model", "width", to=10**8)),
     Attack("checkpoint: config.json", "a width of 10**400", 5, "", edited("model", "width", to=10**400)),
     Attack("checkpoint: config.json", "a value 100,000 deep", 5, "nested too deeply", edited("model", to=_DEEP), 5),
