@@ -6,6 +6,7 @@ The seeds are fixed: a run is the same as the one before. `make fuzz` runs longe
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -127,6 +128,20 @@ def test_a_finding_is_kept(faulty: Worker, tmp_path: Path) -> None:
     assert (tmp_path / "kept" / place["file"]).read_bytes() == b"raise"
     assert "ZeroDivisionError" in (tmp_path / "kept" / f"{place['file']}.txt").read_text()
     assert counted.to_json()["outcomes"] == {"exit 70": 3}
+
+
+def test_what_is_said_of_security_is_the_result() -> None:
+    found = json.loads((ROOT / "docs" / "results" / "robustness.json").read_bytes())
+    said = re.search(
+        r"more than ([\d,]+) hostile files, none of which may take (\d+) s, or (\d+) MiB",
+        " ".join((ROOT / "SECURITY.md").read_text().split()),
+    )
+    assert said is not None
+    assert found["cases"] > int(said[1].replace(",", ""))
+    assert found["limits"] == {"seconds": int(said[2]), "mib": int(said[3])}
+    assert found["complete"]
+    assert set(found["parsers"]) == set(FORMATS)
+    assert all(parser["cases"] for parser in found["parsers"].values())
 
 
 def test_a_run_writes_what_became_of_the_cases(tmp_path: Path) -> None:
