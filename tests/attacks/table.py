@@ -387,6 +387,9 @@ OTHERS = [
     Attack(
         "checkpoint: config.json", "an expansion of 10**6", 5, "", edited("model", "expand", to=10**6), None, _SIZES
     ),
+    Attack(
+        "checkpoint: config.json", "2**31 layers", 5, "", edited("model", "backbone_depth", to=1 << 31), None, _SIZES
+    ),
     Attack("checkpoint: config.json", "a width of 10**8", 5, "", edited("model", "width", to=10**8), None, _SIZES),
     Attack("checkpoint: config.json", "a width of 10**400", 5, "", edited("model", "width", to=10**400)),
     Attack("checkpoint: config.json", "a value 100,000 deep", 5, "not JSON", edited("model", to=_DEEP), 5),
