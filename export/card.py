@@ -42,11 +42,10 @@ def scores_of(checkpoint: Path, about: Mapping[str, Any]) -> tuple[Score, ...]:
     path = checkpoint / "report.json"
     if not os.path.lexists(path):
         return tuple(found)  # the training was stopped
-    fix = "remove it, or train again"
-    with refused(path, "a report of hcmen-train", fix):
+    with refused(path, "a report of hcmen-train"):
         content = read_small(path, MOST_MANIFEST_BYTES)
     try:
-        report = parse_json(content, JsonFile(f"{path}: no report of hcmen-train", fix))
+        report = parse_json(content, JsonFile(f"{path}: no report of hcmen-train", "remove it, or train again"))
         if (report["epoch"], report["validation_mae"]) == (about["epoch"], validation["mae"]):
             kind = about.get("kind", registry.DEFAULT)
             for variant, models in report["test"].items():

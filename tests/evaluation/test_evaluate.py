@@ -465,9 +465,11 @@ def test_checkpoints_that_do_not_say_what_they_were_trained_on(tmp_path: Path, d
 
 def test_an_altered_checkpoint(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "train")
-    with open(folder / "checkpoint.safetensors", "ab") as file:
-        file.write(b"x")
-    refused(evaluated("--checkpoint", folder, "--out", tmp_path / "out"), 5, "sha256")
+    weights = folder / "checkpoint.safetensors"
+    content = weights.read_bytes()
+    for altered, told in ((content + b"x", "bytes"), (content[:-1] + bytes([content[-1] ^ 1]), "sha256")):
+        weights.write_bytes(altered)
+        refused(evaluated("--checkpoint", folder, "--out", tmp_path / "out"), 5, told, "altered")
 
 
 def test_a_place_that_cannot_be_written(checkpoints: list[Path], tmp_path: Path) -> None:

@@ -49,12 +49,14 @@ def test_a_damaged_configuration_is_named(tmp_path: Path, part: str, value: obje
 
 
 def test_a_report_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def denied(path: Path) -> bytes:
+    def denied(path: Path, most: int) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))
 
     (tmp_path / "report.json").write_text(json.dumps(REPORT))
     monkeypatch.setattr("hcmen.export.card.read_small", denied)
-    with pytest.raises(InputError, match=r"report\.json: permission denied: check its owner"):
+    with pytest.raises(
+        InputError, match=r"report\.json: permission denied, expected a report of hcmen-train: check its owner"
+    ):
         scores_of(tmp_path, ABOUT)
 
 

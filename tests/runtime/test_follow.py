@@ -21,6 +21,7 @@ from helpers.command import Outcome, run
 from helpers.small_bundle import INPUTS, clip_arrays
 
 from hcmen.base.clip import write_clip
+from hcmen.base.typed import as_typed
 from hcmen.runtime import load
 from hcmen.runtime.commands import follow as follow_module
 from hcmen.runtime.commands.follow import main
@@ -477,7 +478,7 @@ def test_the_option_of_hcmen_run_that_it_was_says_where_it_is_now(shared_bundle,
     assert done.code == 0
     assert told(done.out) == by_stream(shared_bundle, chunks())
     assert done.lines[0] == (
-        "warning: hcmen-run --follow FOLDER goes away in the next version: use hcmen-follow FOLDER"
+        f"warning: hcmen-run --follow FOLDER goes away in the next version: use {as_typed('hcmen-follow', 'FOLDER')}"
     )
     assert "--follow" not in run(run_main, "--help").out
     done = run(run_main, "clip.npz", "--bundle", shared_bundle, "--window", "1")
