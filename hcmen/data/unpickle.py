@@ -32,8 +32,9 @@ from typing import Any
 
 from hcmen.base.errors import CorruptFileError, InputError
 from hcmen.base.files import open_regular
-from hcmen.base.strangers import HEAD_BYTES, stranger
+from hcmen.base.strangers import HEAD_BYTES
 from hcmen.data.pickle_machine import Reader
+from hcmen.data.unpickle_advice import no_pickle
 
 __all__ = ["MappedPickle", "load_pickle"]
 
@@ -71,7 +72,7 @@ class MappedPickle:
 
         Raises:
             InputError: there is no such file, or it cannot be read.
-            CorruptFileError: it is a zip archive.
+            CorruptFileError: it is something else.
         """
         self.path, self._scratch = path, scratch
         self._maps: list[mmap.mmap] = []
@@ -81,13 +82,9 @@ class MappedPickle:
                 on_error.callback(self._file.close)
                 self.size = os.fstat(self._file.fileno()).st_size
                 head = os.pread(self._file.fileno(), HEAD_BYTES, 0)
-                other = stranger(head, str(path))
+                other = no_pickle(head, str(path))
                 if other is not None:
                     raise CorruptFileError(other[0], "a pickle of MMSA's layout", other[1], where=str(path))
-                if head.startswith(b"PK\x03\x04"):
-                    raise CorruptFileError(
-                        f"{path}: a zip archive, expected a pickle of MMSA's layout: unpack it first"
-                    )
                 # Nothing can be mapped of an empty file.
                 self._view = self._mapped(self._file) if self.size else memoryview(b"")
                 on_error.pop_all()

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["advice"]
+import re
+from pathlib import PurePath
+
+from hcmen.base.strangers import stranger
+
+__all__ = ["advice", "no_pickle"]
 
 _PLAIN = "write it again with plain dicts and NumPy arrays"
 _CAUSES = (
@@ -16,6 +21,26 @@ _CAUSES = (
     ("'datetime.", "turn each date into a string before pickle.dump"),
     ("UnicodeDecodeError", "Python 2 wrote it: load it with pickle.load(file, encoding='latin1') and dump it again"),
 )
+_STORE = "store its arrays with pickle.dump, in the layout of docs/data.md"
+_STARTS = (
+    (re.compile(rb"\x93NUMPY"), "a single .npy array", _STORE),
+    (re.compile(rb"PK\x03\x04.{26}[^\x00]{1,200}\.npy", re.DOTALL), "an .npz archive of arrays", _STORE),
+    (re.compile(rb"PK\x03\x04"), "a zip archive", "unpack it first"),
+    (re.compile(rb"(?:\xef\xbb\xbf)?\s*[\[{]"), "JSON", _STORE),
+)
+_TABLES = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".md", ".yaml", ".yml", ".xls", ".ods")
+
+
+def no_pickle(head: bytes, name: str) -> tuple[str, str] | None:
+    """What a file is that is no pickle, and what to do with it; None if it may be one.
+
+    Args:
+        head: its first `strangers.HEAD_BYTES` bytes. name: its name.
+    """
+    known = stranger(head, name) or next(((what, fix) for start, what, fix in _STARTS if start.match(head)), None)
+    if known is None and PurePath(name).suffix.lower() in _TABLES:
+        return "a text or table, by its name", _STORE
+    return known
 
 
 def advice(problem: str) -> str:

@@ -148,6 +148,8 @@ def main(
 
 def _expand(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, HcmenError]]]:
     """The clip files that the arguments stand for, and the arguments that stand for none."""
+    from hcmen.base.bundle import looks_like_bundle
+
     paths: list[str] = []
     errors: list[tuple[str, HcmenError]] = []
     for argument in arguments:
@@ -163,9 +165,10 @@ def _expand(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, HcmenE
             errors.append((argument, InputError(f"{argument}: {reason}: check its owner and permissions")))
             continue
         if not found:
-            errors.append(
-                (argument, InputError(f"{argument}: no .npz file in this folder: give clips, or their folder"))
-            )
+            what, fix = "no .npz file in this folder", "give clips, or their folder"
+            if looks_like_bundle(Path(argument)):
+                what, fix = "a bundle, expected clips", f"name it with --bundle {argument}"
+            errors.append((argument, InputError(what, fix=fix, where=argument)))
         paths += found
     return paths, errors
 

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -385,11 +386,26 @@ def test_damaged_files(tmp_path: Path, case: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_an_archive_is_called_one(tmp_path: Path) -> None:
-    """A .npz, or what torch.save writes: read as a pickle, its first letter would be an opcode."""
+def test_what_is_no_pickle_is_called_by_its_name(tmp_path: Path) -> None:
+    """Read as a pickle, the first letter of each would be an opcode or none, and the advice that for a damaged one."""
+    store = r", expected a pickle of MMSA's layout: store its arrays with pickle\.dump, in the layout of docs/data\.md"
     np.savez(tmp_path / "set.npz", x=np.zeros(3))
-    with pytest.raises(CorruptFileError, match="a zip archive, expected a pickle"):
-        read_mmsa(tmp_path / "set.npz", CONFIG.inputs)
+    np.save(tmp_path / "set.npy", np.zeros(3))
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.writestr("set.pkl", b"")
+    (tmp_path / "set.pkl").write_text('\n {"train": {}}')
+    (tmp_path / "set.csv").write_text("id,label\n1,2\n")
+    (tmp_path / "set.jsonl").write_text("")
+    for name, says in (
+        ("set.npz", "an .npz archive of arrays" + store),
+        ("set.npy", r"a single \.npy array" + store),
+        ("set.zip", "a zip archive, expected a pickle of MMSA's layout: unpack it first"),
+        ("set.pkl", "JSON" + store),
+        ("set.csv", "a text or table, by its name" + store),
+        ("set.jsonl", "a text or table, by its name" + store),
+    ):
+        with pytest.raises(CorruptFileError, match=says):
+            read_mmsa(tmp_path / name, CONFIG.inputs)
 
 
 def test_truncated_anywhere(tmp_path: Path) -> None:

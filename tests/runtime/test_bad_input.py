@@ -25,6 +25,7 @@ from hcmen.base.bundle import file_record
 from hcmen.base.clip import write_clip
 from hcmen.base.console import command
 from hcmen.base.errors import BackendError, CorruptFileError
+from hcmen.base.shipped import DEMO
 from hcmen.runtime.backends import ort
 
 
@@ -124,6 +125,7 @@ def loop(path: Path) -> None:
 CLIPS = [
     Case("missing", lambda p: None, 2, ("no such file or directory",)),
     Case("folder without clips", lambda p: p.mkdir(), 2, ("no .npz file in this folder",)),
+    Case("a bundle", lambda p: shutil.copytree(DEMO / "bundle", p), 2, ("a bundle, expected clips", "--bundle ")),
     Case("empty file", raw(b""), 5, ("the file is empty",)),
     Case("not a zip", raw(b"hello, world"), 2, ("not an .npz file", "use numpy.savez")),
     Case("single array", lambda p: p.write_bytes(b"\x93NUMPY\x01\x00"), 2, ("a single .npy array",)),
