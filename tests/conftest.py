@@ -17,6 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 # A library that a group may write is refused, and some umasks let groups write all that is made.
 os.umask(0o022)
 
+# Users have buffered streams, and what is in a buffer when a command ends is half of what can go wrong there.
+os.environ.pop("PYTHONUNBUFFERED", None)
+
 # A shell starts its background jobs with Ctrl-C ignored, and child processes would inherit that; some are tested on it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -286,9 +286,15 @@ def end_at_once() -> None:
 
 
 def _flush() -> None:
+    """Writes what waits. What cannot be written goes nowhere, or the interpreter would complain of it after us."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(ValueError, OSError):
+        try:
             stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())
+                os.close(null)
 
 
 def _closed_streams_to_null() -> list[str]:
@@ -353,6 +359,7 @@ class Command(click.Command):
     ) -> Any:
         """Runs the command and ends the process with its exit code (or returns it, with standalone_mode off)."""
         closed = _closed_streams_to_null()
+        stdout = sys.stdout
         for stream in (sys.stdout, sys.stderr):
             # A file name need not be text in the terminal's encoding; that must not become an error of its own.
             with contextlib.suppress(AttributeError, ValueError, OSError):
@@ -363,17 +370,19 @@ class Command(click.Command):
                 _echo_marked("warning:", "yellow", "stdout is closed, what would be printed there is lost")
             try:
                 code = super().main(args, prog_name or self.name, complete_var, standalone_mode=False, **extra)
-                sys.stdout.flush()
+                if not code:  # else the error has been told
+                    sys.stdout.flush()
             except click.exceptions.Exit as stop:
                 code = stop.exit_code
             except SystemExit as stop:
-                code = stop.code
+                # So click ends what it prints itself, its help, when nobody reads it: with 1, and another stdout.
+                code = EXIT_BROKEN_PIPE if sys.stdout is not stdout else stop.code
             except BaseException as error:
                 code = _report(error, verbose=_asked_for_details(args))
         code = code if isinstance(code, int) else 0
+        _flush()
         if standalone_mode:
             if _at_once:
-                _flush()
                 os._exit(code)
             sys.exit(code)
         return code
@@ -400,7 +409,6 @@ def _report(error: BaseException, *, verbose: bool) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 0
     if isinstance(error, BrokenPipeError):
-        _silence_stdout()
         return EXIT_BROKEN_PIPE
     line, code = describe_error(error)
     if verbose and not isinstance(error, (click.ClickException, KeyboardInterrupt)):
@@ -413,14 +421,6 @@ def _report(error: BaseException, *, verbose: bool) -> int:
         _echo_error(line)
     _sigterm_ends(code)
     return code
-
-
-def _silence_stdout() -> None:
-    """Lets the interpreter's last flush of stdout go nowhere, or it would complain after us."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
 
 
 def _show_warning(

@@ -152,7 +152,7 @@ def test_errors_name_commands_that_can_be_typed_where_one_is(here, way):
     assert typed != told
     usage = line("--no-such-option").partition("(see ")[2].removesuffix(")")
     for each in (typed, usage):
-        assert each.startswith(("/", ".venv")), each
+        assert each.startswith(("/", "'/", ".venv")), each
         done = subprocess.run(["sh", "-c", each], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("Usage: ")

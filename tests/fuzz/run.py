@@ -9,7 +9,6 @@ place in the sources, with what was told beside it. Exit code 1 if there is any.
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import json
 import secrets
@@ -101,25 +100,36 @@ def _kept(folder: Path, name: str, content: bytes, found: Outcome, seed: int) ->
 def _fuzz(names: Sequence[str], seconds: float, seed: int, keep: Path) -> dict[str, Any]:
     """Turns of `_BATCH` cases, each with the next seed, to the parser that has had the least time."""
     parsers = {name: Tally() for name in names}
-    began, turns, interrupted = time.monotonic(), 0, False
+    began, turns = time.monotonic(), 0
+    ended: list[int] = []
+    # An exception could be raised where it is ignored, in Hypothesis' callback of the garbage collector for one.
+    before = {
+        end: signal.signal(end, lambda number, _: ended.append(number)) for end in (signal.SIGINT, signal.SIGTERM)
+    }
     with tempfile.TemporaryDirectory(prefix="hcmen-fuzz-") as folder:
         worker = Worker(Path(folder))
         try:
-            while time.monotonic() - began < seconds:
+            while time.monotonic() - began < seconds and not ended:
                 name = min(names, key=lambda n: parsers[n].spent)
-                parser, start = parsers[name], time.monotonic()
+                start = time.monotonic()
 
-                told = functools.partial(parser.take, keep, name, seed + turns)
+                def told(content: bytes, found: Outcome, name: str = name, seed: int = seed + turns) -> None:
+                    parsers[name].take(keep, name, seed, content, found)
+                    if ended:
+                        raise KeyboardInterrupt
+
                 fuzzed(worker, name, _BATCH, told, seed + turns)
-                parser.spent += time.monotonic() - start
+                parsers[name].spent += time.monotonic() - start
                 turns += 1
         except KeyboardInterrupt:
-            interrupted = True
+            pass
         finally:
             worker.close()
+            for end, handler in before.items():
+                signal.signal(end, handler)
     outcomes = sum((p.outcomes for p in parsers.values()), Counter[str]())
     return {
-        "complete": not interrupted,
+        "complete": not ended,
         "seconds": round(time.monotonic() - began, 1),
         "limits": {"seconds": MOST_SECONDS, "mib": MOST_BYTES >> 20},
         "seeds": {"first": seed, "count": turns, "cases_each": _BATCH.max_examples},
@@ -142,7 +152,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", type=Path, default=ROOT / "build" / "fuzz", help="where findings go")
     parser.add_argument("--out", type=Path)
     a = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     hypothesis.configuration.set_hypothesis_home_dir(tempfile.gettempdir())
     result = _fuzz(a.only or list(FORMATS), a.seconds, secrets.randbits(32) if a.seed is None else a.seed, a.keep)
     for name, found in result["parsers"].items():

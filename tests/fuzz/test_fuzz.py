@@ -156,7 +156,11 @@ def test_a_run_that_is_interrupted_writes_what_it_has(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         text=True,
     )
-    time.sleep(8)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until = time.monotonic() + 60
+    while not children.read_text() and time.monotonic() < until:  # the worker has not begun
+        time.sleep(0.1)
+    time.sleep(3)
     process.send_signal(signal.SIGINT)
     told, _ = process.communicate(timeout=60)
     assert process.returncode == 0

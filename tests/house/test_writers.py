@@ -25,7 +25,7 @@ ALLOWED = {
     ("export/triton.py", "write_repository"): NEW,
     ("hcmen/base/clip.py", "write_clip"): "to the file of writing_file",
     ("hcmen/base/console.py", "_closed_streams_to_null"): "to /dev/null",
-    ("hcmen/base/console.py", "_silence_stdout"): "to /dev/null",
+    ("hcmen/base/console.py", "_flush"): "to /dev/null",
     ("hcmen/base/engines.py", "_index_locked"): "an empty file for a lock, and O_NOFOLLOW",
     ("hcmen/base/files.py", "_new"): "this is the way",
     ("hcmen/base/files.py", "_temporary_file"): "this is the way",

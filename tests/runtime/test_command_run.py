@@ -322,7 +322,7 @@ def test_a_reader_that_goes_away_is_no_error_of_ours(shared_bundle, tmp_path, cl
     done = subprocess.run(
         ["bash", "-c", f"{command} --bundle '{shared_bundle}' | head -n 1; echo ${{PIPESTATUS[0]}}"],
         # Unbuffered, Python itself takes a cut write for a whole one and never learns of the closed pipe.
-        env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
         capture_output=True,
         text=True,
         check=True,
@@ -331,68 +331,37 @@ def test_a_reader_that_goes_away_is_no_error_of_ours(shared_bundle, tmp_path, cl
     assert done.stderr == ""
 
 
-def test_a_full_stdout_is_one_line(shared_bundle, clip):
+def child(words: list[str], stdout: int, unbuffered: bool) -> subprocess.CompletedProcess[str]:
+    """The command with that for its stdout; what is buffered is written when the interpreter ends, or not at all."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | (
+        {"PYTHONUNBUFFERED": "1"} if unbuffered else {}
+    )
+    command = [sys.executable, "-m", "hcmen", *words]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, env=env)
+
+
+PRINTS = {
+    "a score": ["run", "CLIP", "--quiet", "--bundle", "BUNDLE"],
+    "a self-test": ["run", "--self-test", "--quiet", "--bundle", "BUNDLE"],
+    "a report": ["doctor", "--quiet", "--bundle", "BUNDLE"],
+    "a help": ["run", "--help"],
+    "the home's help": ["--help"],
+    "a version": ["export", "--version"],
+}
+
+
+@pytest.mark.parametrize("unbuffered", [False, True], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("words", PRINTS.values(), ids=PRINTS)
+def test_a_full_stdout_is_one_line_and_a_closed_one_is_none(shared_bundle, clip, words, unbuffered):
+    words = [{"CLIP": str(clip), "BUNDLE": str(shared_bundle)}.get(word, word) for word in words]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                "from hcmen.runtime.commands.run import main; main()",
-                clip,
-                "--bundle",
-                shared_bundle,
-            ],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert "no space left on device" in done.stderr
-
-
-@pytest.mark.parametrize("width", [60, 80, 120])
-def test_the_table_of_scores_fits_the_terminal(shared_bundle, clip, monkeypatch, width):
-    monkeypatch.setattr("hcmen.runtime.commands.run.screen_width", lambda: width)
-    done = run(main, clip, "--bundle", shared_bundle)
-    assert "of -3 (negative) to 3 (positive)" in done.out
-    assert max(map(len, done.out.splitlines())) <= width
-
-
-@pytest.mark.parametrize("name", ["song.wav", "song.mp3", "movie.mp4", "movie.MKV", "picture.jpg"])
-def test_sound_and_video_are_told_apart_from_damaged_clips(shared_bundle, tmp_path, name):
-    (tmp_path / name).write_bytes(bytes(100))
-    done = run(main, tmp_path / name, "--bundle", shared_bundle)
-    assert (done.code, len(done.lines)) == (2, 1)
-    assert "take features from it first" in done.err
-
-
-def test_a_score_without_its_modality_has_no_weight_in_text(shared_bundle, tmp_path):
-    write_clip(tmp_path / "a.npz", clip_arrays(2, ("audio",)))
-    done = run(main, tmp_path / "a.npz", "--bundle", shared_bundle)
-    assert done.out.splitlines()[2].partition("(positive)")[2].split()[0::2][:2] == ["-", "-"]
-
-
-def test_several_texts_lose_none(shared_bundle, monkeypatch):
-    from hcmen.runtime.predictor import Predictor
-
-    asked = []
-
-    def encode(self, text):
-        from hcmen.base.errors import InputError
-
-        asked.append(text)
-        if text == "B":
-            raise InputError("B was reached")
-        return np.ones((3, 4), np.int64), 0
-
-    monkeypatch.setattr(Predictor, "encode", encode)
-    done = run(main, "--text", "A", "--text", "B", "--bundle", shared_bundle)
-    assert (done.code, asked) == (2, ["A", "B"])
-    assert done.lines == ["error: B was reached"]
-
-
-def test_several_texts_do_not_fit_one_clip(shared_bundle, clip):
-    done = run(main, clip, "--text", "A", "--text", "B", "--bundle", shared_bundle)
-    assert (done.code, len(done.lines)) == (2, 1)
-    assert "expected one --text with a clip" in done.err
+        done = child(words, full.fileno(), unbuffered)
+    assert (done.returncode, done.stderr.splitlines()) == (
+        2,
+        ["error: no space left on device, free some space or choose another place"],
+    )
+    unread, pipe = os.pipe()
+    os.close(unread)
+    done = child(words, pipe, unbuffered)
+    os.close(pipe)
+    assert (done.returncode, done.stderr) == (141, "")
