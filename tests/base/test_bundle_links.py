@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from helpers.command import run
 from helpers.linked import LAYOUTS, linked
+from helpers.processes import open_files
 
 import hcmen.base.files
 import hcmen.runtime.commands.run
@@ -88,14 +89,14 @@ def test_what_is_no_file_behind_a_link_is_refused_at_once(bundle: Path, kind: st
     place, why = HOSTILE[kind]
     (bundle / name).unlink()
     place(bundle / name)
-    before, started = len(os.listdir("/proc/self/fd")), time.monotonic()
+    before, started = open_files(), time.monotonic()
     with pytest.raises(CorruptFileError, match=why) as told:
         read_bundle(bundle).verify()
     assert time.monotonic() - started < 5
     assert "\n" not in str(told.value)
     assert name in str(told.value)
     del told  # whose frames have the bundle
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
     done = run(hcmen.runtime.commands.run.main, "--self-test", "--bundle", bundle)
     assert (done.code, done.out) == (5, "")
     assert [line.startswith("error: ") for line in done.lines] == [True]
@@ -120,12 +121,12 @@ def test_what_is_put_in_the_place_while_it_is_opened_is_refused(
         os.replace(tmp_path / "pipe", tmp_path / "x")
         return genuine(path, *arguments, **more)
 
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     with monkeypatch.context() as patch:
         patch.setattr(hcmen.base.files.os, "open", late)
         with pytest.raises(OSError, match="changed while it was opened"):
             open_regular(tmp_path / "x")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
 
 
 def test_no_link_brings_in_a_name_that_is_not_plain(shared_bundle: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.processes import open_files
 
 from hcmen.base import files
 from hcmen.base.errors import InputError
@@ -317,11 +318,11 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -
         (tmp_path, errno.EISDIR),
     ):
         for read in (open_regular, read_small):
-            before = len(os.listdir("/proc/self/fd"))
+            before = open_files()
             with pytest.raises(OSError) as told:
                 read(path)
             assert (told.value.errno, told.value.filename) == (number, str(path))
-            assert len(os.listdir("/proc/self/fd")) == before
+            assert open_files() == before
 
 
 def test_small_files_are_read_up_to_the_most(tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ import os
 import pickle
 import shutil
 import time
+from functools import partial
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.linked import linked
+from helpers.processes import open_files
 from helpers.small_bundle import clip_arrays, expected, make_bundle
 
 from hcmen.base import files
@@ -83,11 +85,9 @@ def test_what_a_reader_held_goes_with_the_next_export_after_its_end(tmp_path: Pa
 
 
 def test_no_descriptor_stays_behind(shared_bundle: Path) -> None:
-    def count() -> int:
-        return len(os.listdir("/proc/self/fd"))
-
+    count = partial(open_files, collected=False)  # they are closed at once
     load(shared_bundle)(clip_arrays(0))
-    before = count()
+    before = open_files()
     for i in range(200):
         model = load(shared_bundle)
         if i % 20 == 0:
