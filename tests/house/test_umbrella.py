@@ -144,6 +144,6 @@ def test_bash_itself_completes_once_it_is_switched_on(tmp_path):
     assert "_hcmen_completion hcmen" in done.stdout
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/environment.md"])
-def test_the_pages_say_how_to_switch_completion_on(page):
-    assert 'eval "$(_HCMEN_COMPLETE=bash_source hcmen)"' in (ROOT / page).read_text(encoding="utf-8")
+def test_the_docs_say_how_to_switch_completion_on():
+    page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+    assert 'eval "$(_HCMEN_COMPLETE=bash_source hcmen)"' in page
