@@ -1,6 +1,8 @@
 """Builds the sdist and out of it the wheel for this machine, and runs the wheel beside nothing but what it needs.
 
-    python tests/wheel/run.py            docs/results/wheel.json; several minutes, most of it compiling
+    python tests/wheel/run.py --out docs/results/wheel.json
+
+Without --out the result lies beside the wheel: a wheel that somebody makes changes no figure of the documentation.
 
 Needs a C++17 compiler, a package index, and NumPy in this interpreter. Exit code 1 if anything fails.
 """
@@ -24,12 +26,13 @@ HERE = Path(__file__).resolve().parent
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "wheel.json")
+    parser.add_argument("--out", type=Path, help="by default wheel.json in --folder")
     parser.add_argument(
         "--folder", type=Path, default=ROOT / "build" / "wheel", help="for the wheel and the environment"
     )
     options = parser.parse_args(arguments)
     folder = options.folder.resolve()
+    out = options.out or folder / "wheel.json"
     try:
         sdist = build_sdist(folder.parent / "sdist", folder.parent / "packager")
         wheel = build_wheel(folder, folder.parent / "auditwheel", source=sdist)
@@ -45,10 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     ran = json.loads(done.stdout)
     data = {"schema_version": 1, "machine": describe(), "wheel": facts, "ran": ran}
-    options.out.write_text(json.dumps(data, indent=2) + "\n")
+    out.write_text(json.dumps(data, indent=2) + "\n")
     worst = max(ran["self_test"].values())
     print(f"beside {', '.join(sorted(ran['installed']))}:")
-    print(f"{len(ran['self_test'])} variants, largest score error {worst:.1e}: {options.out}")
+    print(f"{len(ran['self_test'])} variants, largest score error {worst:.1e}: {out}")
     return 0
 
 
