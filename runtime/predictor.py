@@ -345,8 +345,8 @@ class Predictor:
         backend = cast("OrtBackend", self.backend)
         record, manifest = bundle.variant(variant), bundle.manifest
         if self._weights is None:
-            asked = backend.maps_weights and self._options["backend"].map
-            shared = asked or (backend.maps_weights and not bundle.others_may_write(manifest.weights))
+            chosen = self._options["backend"]  # of which only those that map have a setting for it
+            shared = backend.maps_weights and (chosen.map or not bundle.others_may_write(manifest.weights))
             self._weights = SharedFile(bundle, manifest.weights) if shared else bundle.read(manifest.weights)
         where = str(bundle.path / record.graph.file)
         session = backend.session(bundle.read(record.graph).tobytes(), self._weights, manifest.weights.file, where)

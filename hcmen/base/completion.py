@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import click
-from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 __all__ = ["Umbrella", "complete_files"]
 
@@ -33,6 +36,8 @@ class Umbrella(click.Group):
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """The commands by their names, and the options; click's own way would import every command for its help."""
+        from click.shell_completion import CompletionItem
+
         names = [CompletionItem(n, help=what) for n, (_, what) in self.homes.items() if n.startswith(incomplete)]
         return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
 
@@ -40,6 +45,9 @@ class Umbrella(click.Group):
 class _Text(click.types.StringParamType):
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """What the shell itself completes, which are files."""
+        # Every command has this module, and only a shell that asks needs click's.
+        from click.shell_completion import CompletionItem
+
         return [CompletionItem(incomplete, type="file")]
 
 

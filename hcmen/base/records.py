@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from hcmen.base.errors import CorruptFileError, did_you_mean, reason_of, shown
+from hcmen.base.files import read_small, refused
 
 __all__ = [
     "MANIFEST",
@@ -20,6 +22,7 @@ __all__ = [
     "JsonObject",
     "check_file_name",
     "parse_json",
+    "read_json",
 ]
 
 MANIFEST_FILE = "manifest.json"
@@ -152,6 +155,24 @@ class JsonObject:
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "an integer"}
     return names.get(type(value), "null" if value is None else "a number")
+
+
+def read_json(
+    path: str | os.PathLike[str], fix: str, expected: str | None = None, most: int = MOST_MANIFEST_BYTES
+) -> Any:
+    """What `parse_json` makes of the regular file `path`.
+
+    Args:
+        path: the file. fix: what helps when it is damaged. expected: what it should be, where it cannot be read.
+        most: bytes.
+
+    Raises:
+        InputError: it cannot be read.
+        CorruptFileError: as `parse_json`.
+    """
+    with refused(path, expected):
+        content = read_small(path, most)
+    return parse_json(content, JsonFile(os.fspath(path), fix), most)
 
 
 def parse_json(content: bytes, file: JsonFile, most: int = MOST_MANIFEST_BYTES) -> Any:

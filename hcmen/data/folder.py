@@ -28,11 +28,11 @@ import numpy as np
 
 import hcmen
 from hcmen.base.errors import CorruptFileError, InputError, reason_of, shown
-from hcmen.base.files import check_writable, open_regular, read_small, refused, sweep, writing_folder
+from hcmen.base.files import check_writable, open_regular, refused, sweep, writing_folder
 from hcmen.base.inputs import Inputs
 from hcmen.base.modalities import MODALITIES
 from hcmen.base.npy import read_npy_header
-from hcmen.base.records import MOST_MANIFEST_BYTES, JsonFile, parse_json
+from hcmen.base.records import read_json
 from hcmen.data import SPLITS, MultimodalDataset, Split
 from hcmen.data.layout import Fit, RawArray, RawSplit, fitted, open_split, whole_numbers, with_tokens
 
@@ -221,9 +221,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{folder}: is a directory without {INDEX}, expected a data file or a folder that hcmen-convert wrote"
         )
-    with refused(path, "a data set"):
-        content = read_small(path, MOST_MANIFEST_BYTES)
-    index = parse_json(content, JsonFile(str(path), _AGAIN))
+    index = read_json(path, _AGAIN, "a data set")
     found = index.get("schema_version") if isinstance(index, dict) else None
     if found != SCHEMA_VERSION:
         raise CorruptFileError(
@@ -262,10 +260,7 @@ def _map_split(folder: Path, split: str, index: Mapping[str, Any]) -> dict[str, 
     data: dict[str, Any] = {
         key: _map_array(folder / split / f"{key}.npy", key) for key in _ARRAYS if f"{key}.npy" in sizes
     }
-    path = folder / split / _IDS
-    with refused(path, "a list of names"):
-        content = read_small(path, _MOST_ID_BYTES)
-    data["id"] = parse_json(content, JsonFile(str(path), _AGAIN), _MOST_ID_BYTES)
+    data["id"] = read_json(folder / split / _IDS, _AGAIN, "a list of names", _MOST_ID_BYTES)
     return data
 
 

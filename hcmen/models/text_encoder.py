@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from hcmen.base.errors import BackendError, CorruptFileError, InputError, reason_of, shown
 from hcmen.base.files import open_regular, read_small, refused
 from hcmen.base.inputs import MOST_FEATURES
-from hcmen.base.records import MOST_MANIFEST_BYTES, JsonFile, parse_json
+from hcmen.base.records import MOST_MANIFEST_BYTES, read_json
 from hcmen.media.tokenizer_file import guarded, read_tokenizer_file
 from hcmen.models.contract import MASKED
 from hcmen.models.held import read_header
@@ -107,9 +107,7 @@ def read_sizes(folder: Path) -> tuple[TextEncoderConfig, int]:
     path = folder / "config.json"
     if not path.exists():
         raise InputError(f"{folder}: has no config.json, expected a folder that BertModel.save_pretrained wrote")
-    with refused(path):
-        content = read_small(path, MOST_MANIFEST_BYTES)
-    found = parse_json(content, JsonFile(str(path), "copy the folder again"))
+    found = read_json(path, "copy the folder again")
     kind = found.get("model_type") if isinstance(found, dict) else None
     if kind != "bert":
         raise InputError(f"{path}: model_type is {shown(kind)}, expected 'bert': choose a BERT")
@@ -190,10 +188,7 @@ def _tokenizer(folder: Path) -> Any:
         lower = True
         about = folder / "tokenizer_config.json"
         if os.path.lexists(about):
-            with refused(about):
-                settings = parse_json(
-                    read_small(about, MOST_MANIFEST_BYTES), JsonFile(str(about), "copy the folder again")
-                )
+            settings = read_json(about, "copy the folder again")
             lower = not isinstance(settings, dict) or settings.get("do_lower_case", True) is not False
         try:
             vocabulary = {word: i for i, word in enumerate(content.decode().splitlines())}

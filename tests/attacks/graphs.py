@@ -70,7 +70,7 @@ def nested(depth: int) -> bytes:
 
 
 def endless() -> ModelProto:
-    """The sound graph behind a loop of 2**62 turns."""
+    """The graph of text_only, behind a loop of 2**62 turns that starts with the input's length."""
     made = graph("text_only")
     info = helper.make_tensor_value_info
     body = helper.make_graph(

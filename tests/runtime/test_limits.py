@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from attacks.graphs import endless
 from helpers.command import run
 from helpers.small_bundle import clip_arrays, graph, make_bundle
 from onnx import ModelProto, TensorProto, helper, numpy_helper
@@ -26,25 +27,6 @@ from hcmen.runtime.backends.limits import within
 IS_FREE = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 31)
 FREE = pytest.mark.skipif(not IS_FREE, reason="no thread runs while a session is made")
 TEXT = ("text",)
-
-
-def endless() -> ModelProto:
-    """The graph of text_only, behind a loop of 2**62 turns that starts with the input's length."""
-    made = graph("text_only")
-    info = helper.make_tensor_value_info
-    body = helper.make_graph(
-        [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Add", ["v", "v"], ["w"])],
-        "body",
-        [info("i", TensorProto.INT64, []), info("go", TensorProto.BOOL, []), info("v", TensorProto.INT64, None)],
-        [info("on", TensorProto.BOOL, []), info("w", TensorProto.INT64, None)],
-    )
-    made.graph.initializer.extend(
-        [numpy_helper.from_array(np.int64(1 << 62), "turns"), numpy_helper.from_array(np.array(True), "yes")]
-    )
-    made.graph.node.insert(0, helper.make_node("Loop", ["turns", "yes", "text_length"], ["endless"], body=body))
-    for node in made.graph.node[1:]:
-        node.input[:] = ["endless" if name == "text_length" else name for name in node.input]
-    return made
 
 
 def slow_to_load() -> ModelProto:
