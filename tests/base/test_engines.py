@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import multiprocessing
 import shutil
@@ -11,39 +10,16 @@ from pathlib import Path
 
 import pytest
 from helpers.command import open_folder, without_privileges
-from helpers.small_bundle import make_bundle
+from helpers.small_bundle import engine_record, make_bundle
 
 import hcmen.base.engines
 from hcmen.base.bundle import Bundle, read_bundle
 from hcmen.base.engines import EngineRecord, read_engines, write_engine
 from hcmen.base.errors import CorruptFileError, InputError
-from hcmen.base.records import FileRecord
-
-
-def record_of(bundle: Bundle, content: bytes, variant: str = "full", sm: int = 87) -> EngineRecord:
-    name = EngineRecord.file_name(variant, "fp16", sm, "10.3.0")
-    return EngineRecord(
-        engine=FileRecord(name, hashlib.sha256(content).hexdigest(), len(content)),
-        variant=variant,
-        precision="fp16",
-        sm=sm,
-        tensorrt="10.3.0",
-        machine="aarch64",
-        plugin="library",
-        plugin_embedded=False,
-        version_compatible=False,
-        hardware_compatible=True,
-        max_batch=32,
-        opt_batch=8,
-        graph_sha256=bundle.manifest.variants[variant].graph.sha256,
-        weights_sha256=bundle.manifest.weights.sha256,
-        created="2026-01-01T00:00:00+00:00",
-        parity={"passed": True},
-    )
 
 
 def write(bundle: Bundle, content: bytes, variant: str = "full", sm: int = 87) -> EngineRecord:
-    record = record_of(bundle, content, variant, sm)
+    record = engine_record(bundle, content, variant, sm=sm)
     write_engine(bundle, record, content, {"seconds": 1.0})
     return record
 
@@ -129,7 +105,7 @@ def test_two_processes_lose_nothing(bundle):
 def test_the_record_must_be_of_the_engine(bundle):
     opened = read_bundle(bundle)
     with pytest.raises(InputError, match="the record is of another engine"):
-        write_engine(opened, record_of(opened, b"one"), b"two", {})
+        write_engine(opened, engine_record(opened, b"one"), b"two", {})
     assert not (bundle / "engines").exists()
 
 

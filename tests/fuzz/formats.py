@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from fuzz import mutate
-from helpers.small_bundle import INPUTS, clip_arrays, golden, graph, make_bundle
+from helpers.small_bundle import INPUTS, clip_arrays, engine_record, golden, graph, make_bundle
 
 from hcmen.base.inputs import Inputs, TokenConfig
 
@@ -157,30 +157,13 @@ def _indexes(folder: Path) -> list[bytes]:
     import platform
 
     from hcmen.base.bundle import read_bundle
-    from hcmen.base.engines import EngineRecord, write_engine
-    from hcmen.base.records import FileRecord
+    from hcmen.base.engines import write_engine
 
     os.environ["XDG_STATE_HOME"] = str(folder / "state")
     bundle = read_bundle(_bundle(folder))
     for sm in (80, 87):
-        name = EngineRecord.file_name("text_only", "fp16", sm, "10.3.0")
-        record = EngineRecord(
-            engine=FileRecord(name, hashlib.sha256(b"engine").hexdigest(), 6),
-            variant="text_only",
-            precision="fp16",
-            sm=sm,
-            tensorrt="10.3.0",
-            machine=platform.machine(),
-            plugin="library",
-            plugin_embedded=False,
-            version_compatible=True,
-            hardware_compatible=True,
-            max_batch=32,
-            opt_batch=8,
-            graph_sha256=bundle.manifest.variants["text_only"].graph.sha256,
-            weights_sha256=bundle.manifest.weights.sha256,
-            created="2026-01-01T00:00:00+00:00",
-            parity={"passed": True},
+        record = engine_record(
+            bundle, b"engine", "text_only", sm=sm, machine=platform.machine(), version_compatible=True
         )
         write_engine(bundle, record, b"engine", {})
     return [(bundle.path / "engines" / "manifest.json").read_bytes()]

@@ -7,6 +7,7 @@ weights.bin, so that the runtime can be tested before and apart from the model, 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from hcmen.base.bundle import file_record, write_manifest, writing_bundle
+from hcmen.base.bundle import Bundle, file_record, write_manifest, writing_bundle
+from hcmen.base.engines import EngineRecord
 from hcmen.base.inputs import FeatureConfig, Inputs
 from hcmen.base.manifest import Manifest, ModelRecord, VariantRecord
 from hcmen.base.modalities import MODALITIES, VARIANTS, variant_named
+from hcmen.base.records import FileRecord
 
 INPUTS = Inputs(FeatureConfig(6, 12), FeatureConfig(3, 20), FeatureConfig(4, 15))
 BIAS = 0.25
@@ -182,3 +185,28 @@ def make_bundle(
             np.savez(folder / "golden" / f"{name}.npz", **golden(name))
         write_manifest(folder, manifest(folder, names, **changes))
     return path
+
+
+def engine_record(bundle: Bundle, content: bytes, variant: str = "full", **changes: Any) -> EngineRecord:
+    """The record of an engine with that content, of `variant` as `bundle` has it; `changes`: of its other fields."""
+    fields = {
+        "variant": variant,
+        "precision": "fp16",
+        "sm": 87,
+        "tensorrt": "10.3.0",
+        "machine": "aarch64",
+        "plugin": "library",
+        "plugin_embedded": False,
+        "version_compatible": False,
+        "hardware_compatible": True,
+        "max_batch": 32,
+        "opt_batch": 8,
+        "graph_sha256": bundle.manifest.variants[variant].graph.sha256,
+        "weights_sha256": bundle.manifest.weights.sha256,
+        "created": "2026-01-01T00:00:00+00:00",
+        "parity": {"passed": True},
+        "flavour": "tensorrt",
+        **changes,
+    }
+    name = EngineRecord.file_name(*(fields[key] for key in ("variant", "precision", "sm", "tensorrt", "flavour")))
+    return EngineRecord(engine=FileRecord(name, hashlib.sha256(content).hexdigest(), len(content)), **fields)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import platform
 import sys
@@ -11,11 +10,11 @@ import types
 from pathlib import Path
 
 import pytest
+from helpers.small_bundle import engine_record
 
 from hcmen.base.bundle import Bundle, read_bundle
 from hcmen.base.engines import FLAVOURS, EngineRecord, read_engines, write_engine
 from hcmen.base.errors import BackendError, CorruptFileError
-from hcmen.base.records import FileRecord
 from hcmen.runtime.backends.flavour import TENSORRT, Flavour, TrtModule
 from hcmen.runtime.backends.tensorrt import choose_engine
 
@@ -38,24 +37,17 @@ def other(monkeypatch) -> Flavour:
 
 
 def engine(bundle: Bundle, version: str, flavour: str, content: bytes = b"an engine") -> EngineRecord:
-    name = EngineRecord.file_name("full", "fp32", 90, version, flavour)
-    record = EngineRecord(
-        engine=FileRecord(name, hashlib.sha256(content).hexdigest(), len(content)),
-        variant="full",
+    record = engine_record(
+        bundle,
+        content,
         precision="fp32",
         sm=90,
         tensorrt=version,
         machine=platform.machine(),
         plugin="function",
-        plugin_embedded=False,
-        version_compatible=False,
         hardware_compatible=False,
         max_batch=1,
         opt_batch=1,
-        graph_sha256=bundle.manifest.variants["full"].graph.sha256,
-        weights_sha256=bundle.manifest.weights.sha256,
-        created="2026-01-01T00:00:00+00:00",
-        parity={"passed": True},
         flavour=flavour,
     )
     write_engine(bundle, record, content, {})
