@@ -109,6 +109,8 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return _describe_os_error(error), 2
     if isinstance(error, MemoryError):
         return "out of memory: end other programs, or give less at a time", EXIT_INTERNAL
+    if isinstance(error, getattr(sys.modules.get("torch"), "OutOfMemoryError", ())):
+        return "the GPU has no memory left: end what else uses it, or give less at a time", 3
     what = one_line(error) or "no message"
     return f"unexpected {type(error).__name__}: {what} (run again with -v for the traceback)", EXIT_INTERNAL
 
@@ -244,8 +246,7 @@ class Progress:
     """A count that shows itself: one line rewritten on a terminal, else a line every ten seconds."""
 
     def __init__(self, label: str, total: int, unit: str = "", *, shown: bool = True):
-        self.label, self.total, self.unit, self.shown = label, total, unit, shown
-        self.done = 0
+        self.label, self.total, self.unit, self.shown, self.done = label, total, unit, shown, 0
         self._terminal = sys.stderr.isatty()
         self._started = time.monotonic()
         self._next = self._started + (1.0 if self._terminal else 10.0)

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 LIBRARY_NAME = "libhcmen_ops_cuda.so"
-LIBRARY_VERSION = 2
+LIBRARY_VERSION = 3
 """HCMEN_CUDA_OPS_VERSION of runtime/csrc/cuda_ops.h."""
 FORWARD_STATES, BACKWARD_STATES = 512, 256
 """The most states of a channel, forward and backward."""
@@ -40,7 +40,7 @@ VARIABLE = "HCMEN_CUDA_LIBRARY"
 _FIX = "build it with `pip install --config-settings=cmake.define.HCMEN_CUDA=ON .` in a checkout, with nvcc on the path"
 
 _i32, _i64, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-_CUDA_FAILED = 16
+_CUDA_FAILED, _TOO_LARGE = 16, 18
 
 
 class CudaLaunch(ctypes.Structure):
@@ -83,6 +83,7 @@ _FUNCTIONS: dict[str, tuple[Sequence[Any], Any]] = {
     "hcmen_cuda_ops_version": ((), ctypes.c_int),
     "hcmen_cuda_warm": ((), ctypes.c_int),
     "hcmen_cuda_problem": ((), ctypes.c_char_p),
+    "hcmen_cuda_fix": ((), ctypes.c_char_p),
     "hcmen_cuda_nothing": ((_launch,), ctypes.c_int),
 }
 
@@ -137,8 +138,8 @@ def load_cuda_library() -> ctypes.CDLL:
     except OSError as error:
         raise BackendError(f"{path} cannot be loaded ({error}): build it on this machine") from error
     declare(library, str(path))
-    # Else the first launch of a kernel loads it, which fails in a stream that is being recorded. Where there is no
-    # device this fails, and so will the first call, which has words for it.
+    # Else every kernel's first launch waits for it. Where there is no device this fails, and so will the first call,
+    # which has words for it.
     library.hcmen_cuda_warm()
     return library
 
@@ -150,8 +151,7 @@ def workspace_bytes(library: ctypes.CDLL, name: str, *structures: Any) -> int:
         InputError: the function refused its arguments.
     """
     size = _i64()
-    arguments = [ctypes.byref(s) if isinstance(s, ctypes.Structure) else s for s in structures]
-    _raise(library, f"hcmen_cuda_{name}_workspace", *arguments, ctypes.byref(size))
+    _raise(library, f"{name}_workspace", *structures, size)
     return size.value
 
 
@@ -162,21 +162,29 @@ def call(library: ctypes.CDLL, name: str, *structures: ctypes.Structure) -> None
         InputError: it refused its arguments.
         BackendError: CUDA failed; the message has its words.
     """
-    _raise(library, f"hcmen_cuda_{name}", *(ctypes.byref(s) for s in structures))
+    _raise(library, name, *structures)
+
+
+_SIZES = ("batch", "time", "channel", "state", "width", "group")
 
 
 def _raise(library: ctypes.CDLL, name: str, *arguments: Any) -> None:
-    status = getattr(library, name)(*arguments)
+    given = [ctypes.byref(a) if isinstance(a, (ctypes.Structure, _i64)) else a for a in arguments]
+    status = getattr(library, f"hcmen_cuda_{name}")(*given)
+    if status == 0:
+        return
+    problem, fix = (getattr(library, f"hcmen_cuda_{part}")().decode(errors="replace") for part in ("problem", "fix"))
     if status == _CUDA_FAILED:
-        raise BackendError(
-            f"{name}: CUDA failed ({library.hcmen_cuda_problem().decode()}): check the driver and the device with "
-            "nvidia-smi; 'no kernel image' means a library built for other architectures"
-        )
-    if status != 0:
-        raise InputError(
-            f"{name} refused its arguments (status {status}): sizes must be at least 1 and fit each other, "
-            f"with at most {FORWARD_STATES} states forward and {BACKWARD_STATES} backward"
-        )
+        raise BackendError(f"hcmen_cuda_{name}: CUDA failed: {problem}", fix=fix)
+    first = arguments[0] if arguments else None
+    sizes = ", ".join(f"{size} {getattr(first, size)}" for size in _SIZES if hasattr(first, size)) or "its arguments"
+    if status == _TOO_LARGE:
+        raise InputError(f"hcmen_cuda_{name}: {sizes} make {problem}", fix=fix)
+    raise InputError(
+        f"hcmen_cuda_{name} refused {sizes} (status {status})",
+        "sizes of at least 1 that fit each other, "
+        f"at most {FORWARD_STATES} states forward and {BACKWARD_STATES} backward, 2^28 channels and 2^31 - 1 steps",
+    )
 
 
 def device_problem(load: Callable[[str], Any] = ctypes.CDLL) -> str | None:

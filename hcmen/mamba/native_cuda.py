@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hcmen.base.cuda_library import VARIABLE, CudaLaunch, call, cuda_library_path, load_cuda_library, workspace_bytes
 from hcmen.base.errors import BackendError, InputError
+from hcmen.base.library import ScanArguments
 from hcmen.base.op import CAUSAL_CONV1D, SELECTIVE_SCAN, Operator
 from hcmen.mamba.native import (
     causal_conv1d_backward_op,
@@ -64,11 +65,31 @@ def works() -> bool:
     return True
 
 
+def _workspace(name: str, device: torch.device, size: int) -> Tensor | None:
+    """`size` bytes on `device` for `hcmen_cuda_<name>`.
+
+    Raises:
+        BackendError: the device has no room for them.
+    """
+    try:
+        # The allocator gives memory back to its own stream only, so the kernels may still be using it on return.
+        return torch.empty(size, dtype=torch.uint8, device=device) if size else None
+    except torch.OutOfMemoryError as error:
+        raise BackendError(
+            f"hcmen_cuda_{name}: {device} has no room for a workspace of {-(-size // 2**20)} MiB",
+            fix="take fewer sequences at once, or end what else uses the device",
+        ) from error
+
+
 def _run(name: str, device: torch.device, size: int, *structures: ctypes.Structure) -> None:
     """Queues `hcmen_cuda_<name>` with a workspace of `size` bytes on the current stream of `device`."""
-    # The allocator gives memory back to its own stream only, so the kernels may still be using it on return.
-    workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
-    launch = CudaLaunch(workspace=pointer(workspace), workspace_bytes=size)
+    _launch(name, device, CudaLaunch(), _workspace(name, device, size), *structures)
+
+
+def _launch(
+    name: str, device: torch.device, launch: CudaLaunch, workspace: Tensor | None, *structures: ctypes.Structure
+) -> None:
+    launch.workspace, launch.workspace_bytes = pointer(workspace), 0 if workspace is None else workspace.numel()
     guard: Any = contextlib.nullcontext()
     if device.type == "cuda":
         launch.stream = torch.cuda.current_stream(device).cuda_stream
@@ -100,9 +121,22 @@ def _scan_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 @selective_scan_backward_op.register_kernel("cuda")
 def _scan_backward(dy: Tensor, dlast_state: Tensor, *inputs: Any) -> list[Tensor]:
-    def run(scan: ctypes.Structure, gradients: ctypes.Structure) -> None:
-        size = workspace_bytes(load_cuda_library(), "selective_scan", scan, None, 1)
-        _run("selective_scan_backward", inputs[0].device, size, scan, gradients)
+    device: torch.device = inputs[0].device
+
+    def run(scan: ScanArguments, gradients: ctypes.Structure) -> None:
+        # The rule lets a workspace have 4 GiB. Where that is not there, fewer sequences at once give the same numbers.
+        at_once = scan.batch
+        while True:
+            launch = CudaLaunch(sequences_at_once=at_once)
+            size = workspace_bytes(load_cuda_library(), "selective_scan", scan, launch, 1)
+            try:
+                workspace = _workspace("selective_scan_backward", device, size)
+            except BackendError:
+                if at_once == 1:
+                    raise
+                at_once = -(-at_once // 2)
+                continue
+            return _launch("selective_scan_backward", device, launch, workspace, scan, gradients)
 
     return scan_gradients_by(run, dy, dlast_state, inputs)
 

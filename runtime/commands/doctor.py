@@ -163,6 +163,8 @@ def _cuda() -> Iterator[Row]:
 
         def load() -> str:
             library = cuda_library.load_cuda_library()
+            if not problem:
+                cuda_library.call(library, "warm")
             return f"version {library.hcmen_cuda_ops_version()}, {path}"
 
         yield _attempt("cuda kernels", load, "build libhcmen_ops_cuda.so again: docs/cuda.md")

@@ -211,7 +211,7 @@ int plan(const hcmen_conv& c, bool backward, ConvArguments* a) {
     if (a->run < least) a->run = least;
   }
   a->runs = ceil_div(c.time, a->run);
-  return (double)columns * (double)a->runs > (double)kMostBlocks ? HCMEN_BAD_ARGUMENT : HCMEN_OK;
+  return check_blocks((double)columns * (double)a->runs);
 }
 
 int64_t rounded(int64_t floats) { return ceil_div(floats, 4) * 4; }

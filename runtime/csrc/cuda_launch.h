@@ -24,47 +24,54 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // What any device gives a block without being asked for more.
 constexpr int64_t kMostSharedBytes = 48 << 10;
 
-// Keeps what CUDA said for hcmen_cuda_problem, and returns HCMEN_CUDA_FAILED.
+// A grid has at most this many blocks.
+constexpr int64_t kMostBlocks = INT32_MAX;
+
+// Keeps what CUDA said, and what to do, for hcmen_cuda_problem. Returns HCMEN_CUDA_FAILED.
 int failed(cudaError_t error);
+
+// Likewise, of a grid that would need `blocks`, a double since the product may fit nothing else. HCMEN_OK if it may have
+// them, else HCMEN_CUDA_TOO_LARGE.
+int check_blocks(double blocks);
+
+// Whether `kernel` may be launched. Loads it where `stream` is being recorded into a CUDA graph, as its first launch could
+// not do it there.
+int ready(const void* kernel, int64_t blocks, void* stream);
+
+// Loads a kernel, which its first launch would do else.
+int load_kernel(const void* kernel);
 
 #if defined(HCMEN_EMULATE)
 inline float* shared_memory() { return ::emulation::block->shared.get(); }
-
-template <class Arguments>
-int launch(void (*kernel)(Arguments), int64_t blocks, int threads, int64_t shared_bytes, void* stream,
-           const Arguments& arguments) {
-  (void)stream;
-  ::emulation::launch((unsigned)blocks, (unsigned)threads, (size_t)shared_bytes, [&] { kernel(arguments); });
-  return HCMEN_OK;
-}
 #else
 __device__ inline float* shared_memory() {
   extern __shared__ float4 hcmen_shared[];
   return reinterpret_cast<float*>(hcmen_shared);
 }
+#endif
 
 template <class Arguments>
 int launch(void (*kernel)(Arguments), int64_t blocks, int threads, int64_t shared_bytes, void* stream,
            const Arguments& arguments) {
+  const void* const code = reinterpret_cast<const void*>(kernel);
+  if (const int status = ready(code, blocks, stream)) return status;
+#if defined(HCMEN_EMULATE)
+  const cudaError_t error = ::emulation::load(code);
+  if (error == cudaSuccess) {
+    ::emulation::launch((unsigned)blocks, (unsigned)threads, (size_t)shared_bytes, [&] { kernel(arguments); });
+  }
+#else
   Arguments copy = arguments;
   void* list[] = {&copy};
-  const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3((unsigned)blocks),
-                                             dim3((unsigned)threads), list, (size_t)shared_bytes,
-                                             static_cast<cudaStream_t>(stream));
+  const cudaError_t error = cudaLaunchKernel(code, dim3((unsigned)blocks), dim3((unsigned)threads), list,
+                                             (size_t)shared_bytes, static_cast<cudaStream_t>(stream));
+#endif
   return error == cudaSuccess ? HCMEN_OK : failed(error);
 }
-#endif
 
-// Loads a kernel, which its first launch would do else.
 template <class Arguments>
 int load_kernel(void (*kernel)(Arguments)) {
-#if defined(HCMEN_EMULATE)
-  return kernel ? HCMEN_OK : HCMEN_BAD_ARGUMENT;
-#else
-  cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
-  return error == cudaSuccess ? HCMEN_OK : failed(error);
-#endif
+  return load_kernel(reinterpret_cast<const void*>(kernel));
 }
 
 template <class Arguments, class... Others>
@@ -81,9 +88,6 @@ int load_kernels(void (*kernel)(Arguments), Others... others) {
 int load_forward_kernels();
 int load_backward_kernels();
 int load_convolution_kernels();
-
-// A grid has at most this many blocks.
-constexpr int64_t kMostBlocks = INT32_MAX;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -22,6 +22,7 @@ extern "C" {
 enum {
   HCMEN_CUDA_FAILED = 16,       // CUDA refused a launch: hcmen_cuda_problem says why
   HCMEN_SMALL_WORKSPACE = 17,   // less memory was handed in than hcmen_cuda_..._workspace asks for
+  HCMEN_CUDA_TOO_LARGE = 18,    // more blocks than a grid has: hcmen_cuda_problem says how many
 };
 
 // The most states of a channel that the kernels serve.
@@ -65,15 +66,17 @@ HCMEN_API int hcmen_cuda_causal_conv1d_backward(const hcmen_conv* conv, const hc
                                                 const hcmen_cuda_launch* launch);
 
 // The version of this C interface.
-#define HCMEN_CUDA_OPS_VERSION 2
+#define HCMEN_CUDA_OPS_VERSION 3
 HCMEN_API int hcmen_cuda_ops_version(void);
 
-// Loads every kernel of this library onto the current device. Without it the first launch of each kernel loads it, which
-// fails while a stream is being recorded into a CUDA graph. HCMEN_OK, or HCMEN_CUDA_FAILED.
+// Loads every kernel of this library onto the current device, which else the first launch of each does. It may be called
+// while a stream is being recorded into a CUDA graph. HCMEN_OK, or HCMEN_CUDA_FAILED.
 HCMEN_API int hcmen_cuda_warm(void);
 
-// What CUDA said when a function of this library last returned HCMEN_CUDA_FAILED on this thread; empty before that.
+// What was wrong, and what to do about it, when a function of this library last returned HCMEN_CUDA_FAILED or
+// HCMEN_CUDA_TOO_LARGE on this thread; empty before that. Parts of one line.
 HCMEN_API const char* hcmen_cuda_problem(void);
+HCMEN_API const char* hcmen_cuda_fix(void);
 
 // Queues a kernel that does nothing, for benchmarks: what any launch costs.
 HCMEN_API int hcmen_cuda_nothing(const hcmen_cuda_launch* launch);

@@ -55,7 +55,9 @@ class Cuda {
   }
 
   static std::string problem(int status) {
-    if (status == HCMEN_CUDA_FAILED) return std::string("CUDA failed: ") + hcmen_cuda_problem();
+    if (status == HCMEN_CUDA_FAILED || status == HCMEN_CUDA_TOO_LARGE) {
+      return std::string(status == HCMEN_CUDA_FAILED ? "CUDA failed: " : "") + hcmen_cuda_problem() + ": " + hcmen_cuda_fix();
+    }
     return "the kernel failed (status " + std::to_string(status) + ")";
   }
 

@@ -76,8 +76,8 @@ int plan_backward(const hcmen_scan& s, const hcmen_cuda_launch* wish, BackwardPl
   }
   p.chunks = ceil_div(p.tiles, p.chunk_tiles);
 
-  // What a warp keeps is numbered in 32 bits; past these no device has the memory.
-  if (starts > (double)INT32_MAX || warps * (double)p.chunks > (double)INT32_MAX) return HCMEN_BAD_ARGUMENT;
+  // What a warp keeps is numbered in 32 bits, as blocks are; past these no device has the memory.
+  if (const int status = check_blocks(starts > warps * (double)p.chunks ? starts : warps * (double)p.chunks)) return status;
   const double most = kMostStarts / starts;
   p.portion = most < 1.0 ? 1 : most > (double)s.batch ? s.batch : (int64_t)most;
   if (at_once > 0 && p.portion > at_once) p.portion = at_once;
@@ -746,7 +746,6 @@ int launch_sums(const SumsArguments& sums, void* stream) {
   for (int i = 0; i < sums.plain_count; ++i) size += sums.plain[i].size;
   if (size == 0) return HCMEN_OK;
   const int64_t blocks = ceil_div(size, kSumThreads);
-  if (blocks > kMostBlocks) return HCMEN_BAD_ARGUMENT;
   return launch(scan_backward_sums_kernel, blocks, kSumThreads, 0, stream, sums);
 }
 
@@ -805,7 +804,6 @@ int backward(const hcmen_scan& s, const hcmen_scan_grad& g, const BackwardPlan& 
     if (status) return status;
     if (cut) {
       const int64_t carries = 2 * count * plan.columns * (kCells / kCarryThreads);
-      if (carries > kMostBlocks) return HCMEN_BAD_ARGUMENT;
       if (const int failure = launch(scan_backward_carries_kernel, carries, kCarryThreads, 0, with.stream, a)) {
         return failure;
       }

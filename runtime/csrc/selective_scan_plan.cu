@@ -155,8 +155,7 @@ int plan_forward(const hcmen_scan& s, const hcmen_cuda_launch* wish, Layout* pla
   }
   p.chunks = ceil_div(s.time, p.chunk);
   const int64_t blocks = s.batch * s.group * p.channel_blocks;
-  // In doubles: the product may not fit.
-  if ((double)blocks * (double)p.chunks > (double)kMostBlocks) return HCMEN_BAD_ARGUMENT;
+  if (const int status = check_blocks((double)blocks * (double)p.chunks)) return status;
   *plan = p;
   return HCMEN_OK;
 }

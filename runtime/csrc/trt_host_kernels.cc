@@ -47,5 +47,6 @@ int hcmen_cuda_causal_conv1d_forward(const hcmen_conv* conv, const hcmen_cuda_la
 }
 
 const char* hcmen_cuda_problem(void) { return "the stream is broken"; }
+const char* hcmen_cuda_fix(void) { return "mend it"; }
 
 }  // extern "C"

@@ -305,8 +305,8 @@ class Plugin final : public trt::IPluginV3,
 
   int32_t kernel_failed(int status) const {
     Line line;
-    if (status == HCMEN_CUDA_FAILED) {
-      line.add("the kernel could not be launched: %s", hcmen_cuda_problem());
+    if (status == HCMEN_CUDA_FAILED || status == HCMEN_CUDA_TOO_LARGE) {
+      line.add("the kernel could not be launched: %s: %s", hcmen_cuda_problem(), hcmen_cuda_fix());
     } else {
       line.add("the kernel refused its arguments: error %d", status);
     }

@@ -269,7 +269,7 @@ void test_bad_enqueue() {
   if (!counts_launches) return;
   int64_t broken = -1;
   refused(fresh()->enqueue(plugin, &broken) != 0, "enqueue",
-          "could not be launched: the stream is broken (layer 'node')");
+          "could not be launched: the stream is broken: mend it (layer 'node')");
   refused(fresh()->enqueue(plugin, nullptr) != 0, "enqueue", "refused its arguments: error 1");
 }
 

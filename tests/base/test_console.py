@@ -13,6 +13,7 @@ import warnings
 
 import click
 import pytest
+import torch
 from helpers.command import run
 
 from hcmen.base.console import Choice, Console, Progress, command, describe_error, one_line
@@ -37,6 +38,11 @@ ERRORS = {
     "torch": (ModuleNotFoundError("No module named 'torch'", name="torch.nn"), 3, "error: torch is not installed: pip"),
     "other module": (ModuleNotFoundError("No module named 'x'", name="x"), 70, "error: unexpected ModuleNotFoundError"),
     "memory": (MemoryError(), 70, "error: out of memory"),
+    "memory of a GPU": (
+        torch.OutOfMemoryError("CUDA out\nof memory"),
+        3,
+        "error: the GPU has no memory left: end what",
+    ),
     "defect": (ZeroDivisionError("a\nb"), 70, "error: unexpected ZeroDivisionError: a b (run again with -v"),
     "silent defect": (AssertionError(), 70, "error: unexpected AssertionError: no message"),
     "Ctrl-C": (KeyboardInterrupt(), 130, "error: interrupted"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -84,13 +85,59 @@ def test_what_is_registered(built):
 def test_without_a_device_a_call_says_what_cuda_says(built):
     library = declare(ctypes.CDLL(str(built[0])))
     arrays = {**scan_arrays(ScanCase()), "y": np.empty((2, 9, 5), np.float32)}
-    with pytest.raises(BackendError, match="hcmen_cuda_selective_scan_forward: CUDA failed \\(cudaError"):
+    with pytest.raises(BackendError, match="hcmen_cuda_selective_scan_forward: CUDA failed: cudaError"):
         call(library, "selective_scan_forward", scan_structure(ScanCase(), arrays, address), CudaLaunch())
     x = {"x": np.empty((2, 9, 5)), "y": np.empty((2, 9, 5)), "weight": np.empty((5, 4)), "bias": np.empty(5)}
     with pytest.raises(BackendError, match="CUDA failed"):
         call(library, "causal_conv1d_forward", conv_structure(ConvCase(), x, address), CudaLaunch())
     with pytest.raises(BackendError, match="CUDA failed"):
         call(library, "nothing", CudaLaunch())
+
+
+# As much of a driver as the runtime inside the library asks before it says that this one is too old.
+OLD_DRIVER = """
+#include <string.h>
+int cuInit(unsigned flags) { return 0; }
+int cuDriverGetVersion(int* version) { return *version = 12020, 0; }
+static int other(void) { return 801; }
+int cuGetProcAddress_v2(const char* name, void** function, int version, unsigned long long flags, int* found);
+int cuGetProcAddress(const char* name, void** function, int version, unsigned long long flags) {
+  *function = other;
+  if (!strcmp(name, "cuInit")) *function = cuInit;
+  if (!strcmp(name, "cuDriverGetVersion")) *function = cuDriverGetVersion;
+  if (!strcmp(name, "cuGetProcAddress")) *function = version < 12000 ? (void*)cuGetProcAddress : cuGetProcAddress_v2;
+  return 0;
+}
+int cuGetProcAddress_v2(const char* name, void** function, int version, unsigned long long flags, int* found) {
+  return cuGetProcAddress(name, function, version, flags);
+}
+"""
+CALL = """
+import ctypes, sys
+from hcmen.base.cuda_library import CudaLaunch, call, declare
+call(declare(ctypes.CDLL(sys.argv[1])), "nothing", CudaLaunch())
+"""
+
+
+@needs_nvcc
+def test_a_driver_that_is_older_than_the_library(built, tmp_path):
+    (tmp_path / "driver.c").write_text(OLD_DRIVER)
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    assert compiler is not None, "nvcc does not work without a host compiler"
+    command = [compiler, "-shared", "-fPIC", str(tmp_path / "driver.c"), "-o", str(tmp_path / "libcuda.so.1")]
+    subprocess.run(command, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CALL, str(built[0])],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
+    )
+    assert re.fullmatch(
+        r"hcmen\.base\.errors\.BackendError: hcmen_cuda_nothing: CUDA failed: cudaErrorInsufficientDriver \(.*\): "
+        r"the driver serves CUDA 12\.2, the library was built with \d+\.\d: update the driver, or build the library "
+        r"with an older nvcc",
+        done.stderr.splitlines()[-1],
+    )
 
 
 @needs_nvcc

@@ -21,6 +21,8 @@
 
 #include <functional>
 #include <memory>
+#include <set>
+#include <utility>
 #include <vector>
 
 #if defined(HCMEN_EMULATE_THREADS)
@@ -38,8 +40,21 @@
 #define __launch_bounds__(...)
 
 using cudaStream_t = void*;
-using cudaError_t = int;
-constexpr cudaError_t cudaSuccess = 0;
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorUnsupportedPtxVersion = 222,
+  cudaErrorStreamCaptureUnsupported = 900,
+  cudaErrorStreamCaptureWrongThread = 908,
+};
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed = 2 };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76 };
+struct cudaFuncAttributes {};
+// What nvcc makes of the options with architectures.
+#define __CUDA_ARCH_LIST__ 750, 900, 1200
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -192,6 +207,21 @@ inline void run_threads(Block& b) {
 
 inline uint64_t launches = 0;
 
+// What tests/emulation/control.cc sets. failure: what every call of CUDA returns that works on the device. recording: a
+// stream is being recorded, during which kernels can be loaded in the relaxed mode alone.
+inline cudaError_t failure = cudaSuccess;
+inline int driver_version = 13000;
+inline bool recording = false;
+inline cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+inline std::set<const void*> loaded;
+
+inline cudaError_t load(const void* code) {
+  if (failure != cudaSuccess) return failure;
+  if (loaded.count(code) == 0 && recording && mode != cudaStreamCaptureModeRelaxed) return cudaErrorStreamCaptureUnsupported;
+  loaded.insert(code);
+  return cudaSuccess;
+}
+
 inline void launch(unsigned grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
   if (grid == 0 || threads == 0 || threads > 1024 || shared_bytes > 48 << 10) stop("a launch that CUDA refuses", 0);
   ++launches;
@@ -218,6 +248,33 @@ inline void launch(unsigned grid, unsigned threads, size_t shared_bytes, const s
 }
 
 }  // namespace emulation
+
+// --- the runtime ----------------------------------------------------------------------------------------------------
+
+inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorEmulated"; }
+inline const char* cudaGetErrorString(cudaError_t) { return "in words"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = emulation::driver_version, cudaSuccess; }
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 8 : 6;
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void* code) { return emulation::load(code); }
+inline cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  *memory = emulation::failure == cudaSuccess ? malloc(bytes) : nullptr;
+  return *memory ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+inline cudaError_t cudaFree(void* memory) { return free(memory), cudaSuccess; }
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = emulation::recording ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, emulation::mode);
+  return cudaSuccess;
+}
 
 #define threadIdx (::emulation::self->index)
 #define blockIdx (::emulation::block->index)

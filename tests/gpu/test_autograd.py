@@ -4,6 +4,9 @@ beyond what the emulation can run, on other streams, in CUDA graphs, and under t
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -126,6 +129,30 @@ def test_another_stream_and_a_cuda_graph():
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(recorded, selective_scan(**data, delta_softplus=True))
+
+
+FIRST_LAUNCH = """
+import sys, torch
+from hcmen.mamba.scan import implementation, selective_scan
+torch.manual_seed(0)
+u, delta, z = (torch.randn(1, 2048, 64, device="cuda") for _ in range(3))
+B, C = (torch.randn(1, 2048, 1, 16, device="cuda") for _ in range(2))
+A, D, bias = -torch.rand(64, 16, device="cuda"), torch.randn(64, device="cuda"), torch.randn(64, device="cuda")
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with implementation("native"):
+    with torch.cuda.graph(graph):
+        recorded = selective_scan(u, delta, A, B, C, D, bias, z, delta_softplus=True)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(recorded, selective_scan(u, delta, A, B, C, D, bias, z, delta_softplus=True))
+"""
+
+
+def test_the_first_launch_of_a_process_may_be_recorded():
+    """Kernels, and the library itself, are then loaded while the stream is being recorded."""
+    done = subprocess.run([sys.executable, "-c", FIRST_LAUNCH], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")

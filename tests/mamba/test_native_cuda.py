@@ -139,6 +139,61 @@ def test_tensors_of_two_devices_are_refused(library, monkeypatch):
         native_cuda._scan_forward(*inputs, True, False)
 
 
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """An allocator that gives at most `most` bytes; the list gets the sizes of workspaces that were asked for."""
+    asked: list[int] = []
+    empty = torch.empty
+
+    def limited(*size: Any, **options: Any) -> Tensor:
+        if options.get("dtype") == torch.uint8:
+            asked.append(size[0])
+            if size[0] > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\na lot")
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", limited)
+    return asked
+
+
+def test_memory_that_runs_out_in_a_workspace(library, monkeypatch):
+    """Backward takes fewer sequences at once, to the same bits, and gives up when one is too many; forward at once."""
+    monkeypatch.setattr(native_cuda, "load_cuda_library", lambda: library)
+    torch.manual_seed(0)
+    batch, time, channel, state = 7, 40, 33, 16
+    u, delta, z = (torch.randn(batch, time, channel) for _ in range(3))
+    B, C = (torch.randn(batch, time, 1, state) for _ in range(2))
+    A, D, bias = -torch.rand(channel, state), torch.randn(channel), torch.randn(channel)
+    inputs = (u, delta, A, B, C, D, bias, z, None, True, False)
+    dy, dlast = torch.randn(batch, time, channel), torch.randn(batch, channel, state)
+    want = native_cuda._scan_backward(dy, dlast, *inputs)
+    with monkeypatch.context() as patch:
+        whole = short_of_memory(patch, 2**40)
+        native_cuda._scan_backward(dy, dlast, *inputs)
+    with monkeypatch.context() as patch:
+        asked = short_of_memory(patch, whole[0] // 2)
+        got = native_cuda._scan_backward(dy, dlast, *inputs)
+    assert asked[0] == whole[0]
+    assert len(asked) == 3  # for 7, 4 and 2
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
+    with monkeypatch.context() as patch:
+        asked = short_of_memory(patch, 1000)
+        with pytest.raises(BackendError) as told:
+            native_cuda._scan_backward(dy, dlast, *inputs)
+    assert len(asked) == 4  # for 7, 4, 2 and 1
+    assert str(told.value) == (
+        "hcmen_cuda_selective_scan_backward: cpu has no room for a workspace of 1 MiB: take fewer sequences at once, "
+        "or end what else uses the device"
+    )
+    long = (*(torch.randn(1, 700, channel) for _ in range(2)), A, *(torch.randn(1, 700, 1, state) for _ in range(2)))
+    with monkeypatch.context() as patch:
+        short_of_memory(patch, 1000)
+        with pytest.raises(
+            BackendError, match="hcmen_cuda_selective_scan_forward: cpu has no room for a workspace of 1 MiB"
+        ):
+            native_cuda._scan_forward(*long, D, bias, None, None, True, False)
+
+
 class OnCuda:
     """As much of a CUDA tensor as the choice looks at."""
 

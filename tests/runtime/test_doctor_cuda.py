@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import emulated
 
 import hcmen.base.cuda_library as cuda_library
 import hcmen.runtime.backends.ort_cuda as ort_cuda
@@ -112,6 +113,29 @@ def test_a_library_that_may_not_be_trusted_fails(monkeypatch, tmp_path, unsafe):
     assert found["cuda kernels"].status == "FAILED"
     assert ("expected an absolute path" if unsafe == "relative" else "chmod go-w") in found["cuda kernels"].detail
     assert found["SelectiveScan, cuda"].detail == "needs the kernels"
+
+
+@pytest.mark.skipif(emulated.compiler() is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize(
+    ("error", "detail", "fix"),
+    [
+        (0, "version 3, ", ""),
+        (209, "the device is sm_86, the library has code for 75, 90, 120", "build the library for 86: docs/cuda.md"),
+        (35, "the driver serves CUDA 12.2, the library was built with 13.0", "update the driver, or build the library"),
+    ],
+)
+def test_a_library_that_does_not_serve_the_device_fails(monkeypatch, error, detail, fix):
+    path = emulated.operators_library()
+    pretend(monkeypatch, device=True, provider=False, library=path)
+    library = emulated.load(path)
+    library.emulation_set(error, 12020, 0)
+    try:
+        row = rows()["cuda kernels"]
+    finally:
+        library.emulation_set(0, 13000, 0)
+    assert row.status == ("FAILED" if error else "ok")
+    assert detail in row.detail
+    assert str(row.fix or "").startswith(fix)
 
 
 @pytest.mark.parametrize("error", [0.0, 1e-3])
