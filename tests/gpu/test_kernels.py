@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from csrc.test_cuda_kernels import (  # noqa: F401
     one_thread,
@@ -21,7 +26,7 @@ from csrc.test_cuda_kernels import (  # noqa: F401
 )
 from helpers.op_cases import ScanCase, scan_arrays
 
-from hcmen.base.cuda_library import cuda_library_path, device_problem
+from hcmen.base.cuda_library import CudaLaunch, cuda_library_path, device_problem
 from hcmen.base.errors import BackendError
 
 
@@ -60,3 +65,27 @@ def test_results_are_the_same_bits_at_every_run(kernels):
             np.testing.assert_array_equal(got, want)
         for name, got in kernels.scan_gradients(case, arrays, dy, None).items():
             np.testing.assert_array_equal(got, first[1][name])
+
+
+def test_a_library_without_code_for_this_device_says_what_it_has(kernels, tmp_path):
+    sys.path.insert(0, str(Path(__file__).parent))
+    try:
+        from build import CSRC, WANTED, device_architecture, find_nvcc
+    finally:
+        sys.path.pop(0)
+    nvcc, here = find_nvcc(), device_architecture()
+    if nvcc is None:
+        pytest.skip("there is no nvcc")
+    other = next(a for a in WANTED if a // 10 != here // 10)
+    target, rest = tmp_path / "libother.so", tmp_path / "rest.cc"  # one file of the kernels is enough
+    names = ("forward", "backward", "convolution")
+    rest.write_text("".join(f"namespace hcmen::cuda {{ int load_{n}_kernels() {{ return 0; }} }}\n" for n in names))
+    code = f"-gencode=arch=compute_{other},code=sm_{other}"
+    command = [nvcc, "-std=c++17", code, "-cudart=static", "-shared", "-Xcompiler=-fPIC", str(CSRC / "cuda_launch.cu")]
+    subprocess.run([*command, str(rest), "-o", str(target)], check=True)
+    library = ctypes.CDLL(str(target))
+    library.hcmen_cuda_problem.restype = library.hcmen_cuda_fix.restype = ctypes.c_char_p
+    assert library.hcmen_cuda_nothing(ctypes.byref(CudaLaunch())) == 16
+    problem = library.hcmen_cuda_problem().decode()
+    assert f"the device is sm_{here}, the library has code for {other}" in problem
+    assert library.hcmen_cuda_fix().decode() == f"build the library for {here}: docs/cuda.md"
