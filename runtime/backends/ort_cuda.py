@@ -13,6 +13,9 @@ tests/runtime/test_ort_cuda.py runs it over a runtime that takes the CPU for the
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,6 +61,7 @@ class OrtCudaBackend(OrtBackend):
         problem = device_problem()
         if problem is not None:
             raise BackendError(f"{problem}, and the backend 'ort-cuda' needs one: check nvidia-smi, or use 'ort'")
+        _load_cuda_of_pip(self._ort)
         self.library, self.library_problem = self._library_path(), None
         self._options(self.library)
         # TF32 is the default there. It keeps 10 bits of a product's factors: scores miss the float32 bound.
@@ -75,9 +79,19 @@ class OrtCudaBackend(OrtBackend):
         if PROVIDER not in running:
             raise BackendError(
                 f"{where}: ONNX Runtime {self.version} fell back to {', '.join(running)}: install the CUDA and cuDNN "
-                "versions that it was built for, or use the backend 'ort'"
+                "versions that it was built for (pip install 'onnxruntime-gpu[cuda,cudnn]'), or use the backend 'ort'"
             )
         return OrtCudaSession(self._ort, session, kernels, where, self.device, self.cuda_graph)
+
+
+def _load_cuda_of_pip(ort: Any) -> None:
+    """Loads CUDA and cuDNN from pip's packages, where no loader looks and ONNX Runtime does when it is asked."""
+    preload = getattr(ort, "preload_dlls", None)  # from 1.21 on
+    if preload is None or importlib.util.find_spec("nvidia") is None:
+        return
+    # It prints what it misses, where a command's result goes. What is missing shows when a session is made.
+    with contextlib.redirect_stdout(io.StringIO()):
+        preload()
 
 
 class _Recorded:

@@ -4,6 +4,7 @@ the CPU for the device and runs the emulated kernels, that its bindings and its 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import types
 from pathlib import Path
@@ -218,6 +219,19 @@ def test_a_runtime_that_falls_back(monkeypatch, library, model):
         OrtCudaBackend().session(model, NO_WEIGHTS, "weights.bin", "graph")
     assert one_line(error).startswith("graph: ONNX Runtime")
     assert "fell back to CPUExecutionProvider" in one_line(error)
+
+
+@pytest.mark.parametrize("pip", [False, True])
+def test_cuda_of_pip_is_loaded_before_a_session_is_made(monkeypatch, stand, model, capsys, pip):
+    def preload() -> None:
+        print("Failed to load libcufft.so.12")
+        stand.calls.append("preload")
+
+    stand.module.preload_dlls = preload
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if pip and name == "nvidia" else None)
+    OrtCudaBackend().session(model, NO_WEIGHTS, "weights.bin", "graph")
+    assert [call.split()[0] for call in stand.calls] == ["preload"] * pip + ["session"]
+    assert capsys.readouterr().out == ""
 
 
 def test_a_run_that_fails_says_why(stand, model):
