@@ -101,7 +101,8 @@ __device__ __forceinline__ int anew(int x) {
   return x;
 }
 
-// The same, where a register too few would go to local memory. sm_90 has enough: its code stays as it was measured.
+// The same, where a register too few would go to local memory. It costs a kernel at most 1.3 % more instructions, and
+// saves some as many. sm_90 has enough registers: its code stays as it was measured.
 __device__ __forceinline__ int anew_but_on_90(int x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
   return x;
