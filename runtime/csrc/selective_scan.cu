@@ -408,7 +408,7 @@ __global__ void __launch_bounds__(kForwardThreads, forward_blocks(kStates, kLane
       my_B += 2 * kRound * row;
       if (kMode == kOutputs) {
         finish_round(s, seat, to_y, own && seat.writes() ? left : 0, in, parts, z);
-      } else if (kMode == kChunks) {
+      } else {
 #pragma unroll
         for (int q = 0; q < kOwn; ++q) chunk_steps += in.d[q];
       }
@@ -512,7 +512,9 @@ __global__ void __launch_bounds__(kMostTimeWarps* kWarp, kStates == 4 && kLanes 
 #pragma unroll
       for (int p = 0; p < kStates; ++p) h[p] = state[p];
     }
-    scan_round<kStates, kLanes, true>(seat, in, my_B, row, rate, h, parts);
+    // The way from state to state is not kept in all its multiples since the round before: 16 states of four lanes would
+    // spill on sm_80 and 120, four of four on sm_100 and 120.
+    scan_round<kStates, kLanes, true>(seat, in, my_B, anew_but_on_90(row), rate, h, parts);
     finish_round(s, seat, to_y, own && seat.writes() ? left : 0, in, parts, z);
     if (!more && s.last_state && own && warp == plan.time_warps - 1) {
       write_states(h, first_state, (int)s.state, s.last_state + (at.batch * s.channel + channel) * s.state);
@@ -592,21 +594,6 @@ int launch_scan(ForwardKernel kernel, const ForwardArguments& a, int64_t chunks,
   return launch(kernel, blocks, a.plan.warps() * kWarp, a.plan.shared_bytes(), stream, a);
 }
 
-template <class T, int kMode>
-int launch_forward(const ForwardArguments& a, void* stream) {
-  const int lanes = a.plan.lanes(), states = a.plan.states;
-  if (a.plan.chunks > 1) {
-    if (const int status = launch_scan(forward_kernel<T, kChunks>(lanes, states), a, a.plan.chunks - 1, stream)) {
-      return status;
-    }
-    const int64_t blocks = ceil_div(a.s.batch * a.s.state * a.s.channel, kCarryThreads);
-    if (const int status = launch(scan_carry_kernel, blocks, kCarryThreads, 0, stream, a)) return status;
-  }
-  const ForwardKernel kernel =
-      a.plan.time_warps > 1 ? split_kernel<T>(lanes, states) : forward_kernel<T, kMode>(lanes, states);
-  return launch_scan(kernel, a, a.plan.chunks, stream);
-}
-
 template <class T>
 int forward(const hcmen_scan& s, const Layout& plan, const hcmen_cuda_launch& with) {
   ForwardArguments a{};
@@ -615,7 +602,17 @@ int forward(const hcmen_scan& s, const Layout& plan, const hcmen_cuda_launch& wi
   a.four = four_at_once(s);
   a.ends = static_cast<float*>(with.workspace);
   a.sums = a.ends + rounded(s.batch * (plan.chunks - 1) * s.state * s.channel);
-  return launch_forward<T, kOutputs>(a, with.stream);
+  const int lanes = plan.lanes(), states = plan.states;
+  if (plan.chunks > 1) {
+    if (const int status = launch_scan(forward_kernel<T, kChunks>(lanes, states), a, plan.chunks - 1, with.stream)) {
+      return status;
+    }
+    const int64_t blocks = ceil_div(s.batch * s.state * s.channel, kCarryThreads);
+    if (const int status = launch(scan_carry_kernel, blocks, kCarryThreads, 0, with.stream, a)) return status;
+  }
+  const ForwardKernel kernel =
+      plan.time_warps > 1 ? split_kernel<T>(lanes, states) : forward_kernel<T, kOutputs>(lanes, states);
+  return launch_scan(kernel, a, plan.chunks, with.stream);
 }
 
 template <class T>

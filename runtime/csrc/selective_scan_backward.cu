@@ -135,14 +135,6 @@ struct Spot {
   }
 };
 
-// `x`, of which the compiler knows nothing: what follows from it is not kept in registers for a later use of the same.
-__device__ __forceinline__ int anew(int x) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
-}
-
 // Computed anew by every call, so that no part of it takes a register from here to there.
 __device__ __forceinline__ Spot find_spot(const BackwardArguments& a) {
   Spot p;
@@ -585,7 +577,9 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
     __syncthreads();
     const Spot here = find_spot(a);
     if (here.state_block * kStates + lane % kStates < s.state) {
-      float* const to = (lane < kStates ? a.parts_B : a.parts_C) + find_walk(s, here, first).projection +
+      // `first` from the tile, not kept until here: else sm_120 spills it.
+      const int64_t again = (int64_t)anew_but_on_90(tile) * kTile;
+      float* const to = (lane < kStates ? a.parts_B : a.parts_C) + find_walk(s, here, again).projection +
                         here.channel_block * (s.batch * s.time * s.group * s.state);
       for (int k = here.warp; k < steps; k += a.warps) {
         const float* from = shared_memory() + (row_gradients - rows) + k * kWarp + lane;

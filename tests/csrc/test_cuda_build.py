@@ -1,5 +1,6 @@
 """The CUDA sources by nvcc, for one architecture: no warning, no spilled register, and a library that loads, exports
 what it should and reports errors on a machine without a GPU. `make cuda-architectures` compiles for all of them.
+What tests/gpu/build.py takes, makes and refuses is tried with a compiler that only writes down what it was asked.
 """
 
 from __future__ import annotations
@@ -60,6 +61,191 @@ def test_no_kernel_spills(built):
     assert len(kernels) == len(built[1]) == 63
     assert {k.architecture for k in kernels.values()} == {ARCHITECTURE}
     assert [k.name for k in kernels.values() if k.spill_bytes or k.stack_bytes] == []
+
+
+SPILLED = """ptxas info    : Compiling entry function '_ZN5hcmen4cuda9my_kernelIfLi16ELi4EEEv' for 'sm_80'
+ptxas info    : Function properties for _ZN5hcmen4cuda9my_kernelIfLi16ELi4EEEv
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 128 registers, used 1 barriers, 8 bytes cumulative stack size, 568 bytes cmem[0]
+"""
+IN_CALLS = SPILLED.replace("8 bytes stack", "0 bytes stack").replace("4 bytes spill", "0 bytes spill")
+FINE = IN_CALLS.replace("12 bytes", "0 bytes").replace(", 8 bytes cumulative stack size", "")
+FAKE_NVCC = """#!/bin/sh
+if test "$1" = --list-gpu-arch; then echo compute_80; echo compute_90; exit; fi
+echo "$*" >> "$ASKED"
+cat "$ASKED.says"
+for last; do :; done
+echo "$*" > "$last"
+case "$*" in *-shared*|*probe*) exit "$(cat "$ASKED.status")";; esac
+"""
+
+
+class Compiler:
+    """A false nvcc and C++ compiler."""
+
+    def __init__(self, path: Path):
+        self.asked = path / "asked"
+        self.program = path / "nvcc"
+        self.program.write_text(FAKE_NVCC)
+        self.program.chmod(0o755)
+        self.behave(FINE)
+
+    def behave(self, says: str, links: bool = True) -> None:
+        """What it says of each source; whether it can link."""
+        self.asked.with_suffix(".says").write_text(says)
+        self.asked.with_suffix(".status").write_text(str(int(not links)))
+
+    def calls(self) -> int:
+        """Since the last time."""
+        lines = self.asked.read_text().splitlines() if self.asked.exists() else []
+        self.asked.unlink(missing_ok=True)
+        return len(lines)
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    made = Compiler(tmp_path)
+    for name in ("CUDACXX", "CXX"):
+        monkeypatch.setenv(name, str(made.program))
+    monkeypatch.setenv("ASKED", str(made.asked))
+    return made
+
+
+def _without_nvcc(monkeypatch):
+    monkeypatch.setenv("CUDACXX", "/none/nvcc")
+
+
+FROM_SOURCES, ALL_STEPS = len(build.CUDA_SOURCES), len(build.CUDA_SOURCES) + 2
+
+
+def test_local_memory_is_refused(compiler, tmp_path, capsys):
+    arguments = ["--architectures", "80", "--out", str(tmp_path / "out")]
+    for says, bytes_used in ((SPILLED, "16 bytes spilled, 8 of stack"), (IN_CALLS, "12 bytes spilled, 8 of stack")):
+        compiler.behave(says)
+        with pytest.raises(RuntimeError, match=rf"my_kernel<float, 16, 4> on sm_80 \({bytes_used}\)"):
+            build.build(tmp_path / "out", [80])
+        assert build.main(arguments) == 1
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert shown.err.count("\n") == 1
+        shutil.rmtree(tmp_path / "out")
+    # tests/gpu/run.py has its own words for it.
+    assert build.build(tmp_path / "out", [80], strict=False)[1][0].spill_bytes == 12
+    compiler.behave(FINE.replace("Used 128", "Takes 128"))
+    with pytest.raises(RuntimeError, match="words that build"):
+        build.build(tmp_path / "new", [80])
+    compiler.behave(FINE)
+    assert build.main([*arguments, "--out", str(tmp_path / "fine")]) == 0
+
+
+@needs_nvcc
+def test_nvcc_says_what_is_refused(tmp_path, monkeypatch, capsys):
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    (sources / "local.cu").write_text(
+        "__global__ void local_kernel(float* x, int n) {\n  float kept[64];\n"
+        "  for (int i = 0; i < n; ++i) kept[i] = x[i] * x[n - i];\n  x[0] = kept[n / 3] + kept[n / 5];\n}\n"
+    )
+    monkeypatch.setattr(build, "CSRC", sources)
+    monkeypatch.setattr(build, "CUDA_SOURCES", ("local.cu",))
+    assert build.main(["--architectures", str(ARCHITECTURE), "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert (
+        said == f"no kernel may use local memory: local_kernel on sm_{ARCHITECTURE} (0 bytes spilled, 256 of stack)\n"
+    )
+
+
+def test_what_is_there_is_taken(compiler, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    built, kernels = build.build(out, [80, 90])
+    assert compiler.calls() == ALL_STEPS
+    assert len(kernels) == FROM_SOURCES
+    _without_nvcc(monkeypatch)
+    assert build.build(out, [80, 90]) == (built, kernels)
+    assert build.build(out, [80], strict=False) == (built, kernels)
+    assert build.build(out, [90]) == (built, [])  # the compiler spoke of sm_80 alone
+    with pytest.raises(RuntimeError, match="nvcc and a C"):
+        build.build(out, [75, 80])
+    # Brought elsewhere: its stamp goes along, the logs need not.
+    for log in out.glob("*.log"):
+        log.unlink()
+    moved = out.rename(tmp_path / "moved")
+    assert build.build(moved, [80]) == (moved / built.name, [])
+    (moved / built.name).write_text("another library")
+    with pytest.raises(RuntimeError, match="nvcc and a C"):
+        build.build(moved, [80])
+
+
+def test_what_is_there_is_not_taken_for_more_than_it_is(compiler, tmp_path, monkeypatch):
+    sources = tmp_path / "csrc"
+    shutil.copytree(build.CSRC, sources)
+    monkeypatch.setattr(build, "CSRC", sources)
+    build.build(tmp_path / "out", [80], strict=False)
+    compiler.calls()
+    for wanted, strict in (([80], True), ([80, 90], True)):
+        build.build(tmp_path / "out", wanted, strict=strict)
+        assert compiler.calls() == ALL_STEPS
+    with (sources / "checks.h").open("a") as header:
+        header.write("\n")
+    # A build that fails while it links leaves no stamp, also where the next one has the sources of the one before.
+    compiler.behave(FINE, links=False)
+    with pytest.raises(RuntimeError, match="-shared"):
+        build.build(tmp_path / "out", [80, 90])
+    assert not (tmp_path / "out" / "libhcmen_ops_cuda.stamp").exists()
+    compiler.behave(FINE)
+    compiler.calls()
+    build.build(tmp_path / "out", [80, 90])
+    assert compiler.calls() == 2
+
+
+def test_the_probe_is_taken(compiler, tmp_path, monkeypatch):
+    compiler.behave(FINE, links=False)
+    with pytest.raises(RuntimeError, match=r"probe\.cu"):
+        build.build_probe(tmp_path / "out", 80)
+    compiler.behave(FINE)
+    probe = build.build_probe(tmp_path / "out", 80)
+    _without_nvcc(monkeypatch)
+    assert build.build_probe(tmp_path / "out", 80) == probe
+    with pytest.raises(RuntimeError, match="nvcc is needed"):
+        build.build_probe(tmp_path / "out", 90)
+    probe.write_text("another program")
+    with pytest.raises(RuntimeError, match="nvcc is needed"):
+        build.build_probe(tmp_path / "out", 80)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--architectures", "abc"], 2, "--architectures is 'abc', expected all, or numbers like 87,90"),
+        (["--architectures", ""], 2, "--architectures is '', expected"),
+        (["--architectures", "90,"], 2, "--architectures is '90,', expected"),
+        (["--architectures", "42"], 2, "architecture 42 is not known: expected one of 80, 90"),
+        (["--architectures", "80,120"], 3, "does not compile for 120, only for 80, 90"),
+        (["--architectures", "80", "--jobs", "0"], 2, "--jobs is 0, expected at least 1"),
+        (["--architectures", "80", "--out", "{file}/out"], 2, "cannot be written (Not a directory): name another"),
+        (["--architectures", "80", "--out", "{file}"], 2, "cannot be written (File exists): name another"),
+    ],
+)
+def test_what_cannot_be_built(compiler, tmp_path, capsys, arguments, code, said):
+    (tmp_path / "file").write_text("")
+    given = [a.format(file=tmp_path / "file") for a in arguments]
+    assert build.main([*(["--out", str(tmp_path / "out")] if "--out" not in given else []), *given]) == code
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert shown.err.count("\n") == 1
+    assert compiler.calls() == 0
+
+
+def test_tools_that_are_missing(compiler, tmp_path, capsys, monkeypatch):
+    arguments = ["--architectures", "all", "--out", str(tmp_path / "out")]
+    monkeypatch.setenv("CUDACXX", "true")  # a program, but no nvcc
+    assert build.main(arguments) == 3
+    assert "names no architecture" in capsys.readouterr().err
+    _without_nvcc(monkeypatch)
+    assert build.main(arguments) == 3
+    assert capsys.readouterr().err == (
+        "nvcc and a C++ compiler are needed: put them on the path, or name them in CUDACXX, CXX\n"
+    )
 
 
 @needs_nvcc
