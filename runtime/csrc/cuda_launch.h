@@ -103,28 +103,20 @@ __host__ __device__ __forceinline__ float widened(__half x) { return __half2floa
 __host__ __device__ __forceinline__ void narrow(float x, float* to) { *to = x; }
 __host__ __device__ __forceinline__ void narrow(float x, __half* to) { *to = __float2half_rn(x); }
 
-// kCount (1 or 4) consecutive elements; of four the address must be a multiple of their size.
-template <int kCount, class T>
-__device__ __forceinline__ void load(const T* from, float (&to)[kCount]) {
-  if constexpr (kCount == 4) {
-    const Four<T> x = *reinterpret_cast<const Four<T>*>(from);
+// Four consecutive elements; the address must be a multiple of their size.
+template <class T>
+__device__ __forceinline__ void load(const T* from, float (&to)[4]) {
+  const Four<T> x = *reinterpret_cast<const Four<T>*>(from);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = widened(x.at[i]);
-  } else {
-    to[0] = widened(*from);
-  }
+  for (int i = 0; i < 4; ++i) to[i] = widened(x.at[i]);
 }
 
-template <int kCount, class T>
-__device__ __forceinline__ void store(const float (&from)[kCount], T* to) {
-  if constexpr (kCount == 4) {
-    Four<T> x;
+template <class T>
+__device__ __forceinline__ void store(const float (&from)[4], T* to) {
+  Four<T> x;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) narrow(from[i], &x.at[i]);
-    *reinterpret_cast<Four<T>*>(to) = x;
-  } else {
-    narrow(from[0], to);
-  }
+  for (int i = 0; i < 4; ++i) narrow(from[i], &x.at[i]);
+  *reinterpret_cast<Four<T>*>(to) = x;
 }
 
 inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % (uintptr_t)bytes == 0; }

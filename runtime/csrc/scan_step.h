@@ -137,11 +137,6 @@ HCMEN_HD float after(Chunk chunk, float rate, float state) {
   return fmaf(power_of_two(rate * chunk.steps), state, chunk.end);
 }
 
-// `first`, then `second`. Associative, so chunks may be put together in any grouping.
-HCMEN_HD Chunk combine(Chunk first, Chunk second, float rate) {
-  return {first.steps + second.steps, after(second, rate, first.end)};
-}
-
 // --- backward -------------------------------------------------------------------------------------------------------
 //
 // With s the gradient of y before the gate and g that of the state after a step:

@@ -184,7 +184,7 @@ __device__ __forceinline__ void read_states(const float* from, int first, int co
   for (int p = 0; p < kStates; p += 4) {
     float some[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     if (four) {
-      if (first + p < count) load<4>(from + first + p, some);
+      if (first + p < count) load(from + first + p, some);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -286,7 +286,7 @@ struct Projections {
     float wide[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) wide[e] = widened(x.at[e]);
-    store<4>(wide, to);
+    store(wide, to);
   }
 };
 
@@ -306,8 +306,8 @@ __device__ __forceinline__ void scan_round(const Seat<kLanes>& seat, const Input
 #pragma unroll
     for (int p = 0; p < kStates; p += 4) {
       float B[4], C[4];
-      load<4>(my_B + 2 * j * row + p, B);
-      if constexpr (kY) load<4>(my_B + (2 * j + 1) * row + p, C);
+      load(my_B + 2 * j * row + p, B);
+      if constexpr (kY) load(my_B + (2 * j + 1) * row + p, C);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         h[p + i] = step::advance(h[p + i], d, rate[p + i], input, B[i]);

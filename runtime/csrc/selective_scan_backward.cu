@@ -181,12 +181,12 @@ using Cells = float[kSide][kSide];
 
 __device__ __forceinline__ void load_cells(const float* from, Cells& to) {
 #pragma unroll
-  for (int j = 0; j < kSide; ++j) load<4>(from + j * kWarp * kSide, to[j]);
+  for (int j = 0; j < kSide; ++j) load(from + j * kWarp * kSide, to[j]);
 }
 
 __device__ __forceinline__ void store_cells(const Cells& from, float* to) {
 #pragma unroll
-  for (int j = 0; j < kSide; ++j) store<4>(from[j], to + j * kWarp * kSide);
+  for (int j = 0; j < kSide; ++j) store(from[j], to + j * kWarp * kSide);
 }
 
 __device__ __forceinline__ void load_rates(const hcmen_scan& s, const Spot& at, Cells& rate) {
@@ -258,9 +258,9 @@ __device__ __forceinline__ float stage_tile(const BackwardArguments& a, const Sp
 __device__ __forceinline__ void advance_cells(const float* rows, const float* row_BC, const Spot& at, int k,
                                               const Cells& rate, Cells& h) {
   float d[kSide], u[kSide], B[kSide];
-  load<4>(rows + kD * kRows + k * kWarp + at.quad * kSide, d);
-  load<4>(rows + kU * kRows + k * kWarp + at.quad * kSide, u);
-  load<4>(row_BC + k * kWarp + at.slice * kSide, B);
+  load(rows + kD * kRows + k * kWarp + at.quad * kSide, d);
+  load(rows + kU * kRows + k * kWarp + at.quad * kSide, u);
+  load(row_BC + k * kWarp + at.slice * kSide, B);
 #pragma unroll
   for (int j = 0; j < kSide; ++j) {
     const float input = d[j] * u[j];
@@ -331,11 +331,11 @@ __global__ void __launch_bounds__(kMostWarps * kWarp) scan_backward_ends_kernel(
         continue;
       }
       float d[kSide], u[kSide], out[kSide], B[kSide], C[kSide];
-      load<4>(rows + kD * kRows + k * kWarp + at.quad * kSide, d);
-      load<4>(rows + kU * kRows + k * kWarp + at.quad * kSide, u);
-      load<4>(rows + kS * kRows + k * kWarp + at.quad * kSide, out);
-      load<4>(row_BC + k * kWarp + at.slice * kSide, B);
-      load<4>(row_BC + k * kWarp + kStates + at.slice * kSide, C);
+      load(rows + kD * kRows + k * kWarp + at.quad * kSide, d);
+      load(rows + kU * kRows + k * kWarp + at.quad * kSide, u);
+      load(rows + kS * kRows + k * kWarp + at.quad * kSide, out);
+      load(row_BC + k * kWarp + at.slice * kSide, B);
+      load(row_BC + k * kWarp + kStates + at.slice * kSide, C);
 #pragma unroll
       for (int j = 0; j < kSide; ++j) {
         const float input = d[j] * u[j];
@@ -480,7 +480,7 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
       Cells carried;
       float before[kSide];
       load_cells(a.ends + at.chunk_number(a) * kCells + at.cell(), carried);
-      load<4>(a.before + kept * kChannels + at.quad * kSide, before);
+      load(a.before + kept * kChannels + at.quad * kSide, before);
 #pragma unroll
       for (int j = 0; j < kSide; ++j) {
 #pragma unroll
@@ -506,11 +506,11 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
       for (int q = 0; q < kSub; ++q) {
         const int k = sub * kSub + q;
         float d[kSide], u[kSide], out[kSide], B[kSide], C[kSide], y[kSide], dC[kSide];
-        load<4>(rows + kD * kRows + k * kWarp + quad * kSide, d);
-        load<4>(rows + kU * kRows + k * kWarp + quad * kSide, u);
-        load<4>(rows + kS * kRows + k * kWarp + quad * kSide, out);
-        load<4>(row_BC + k * kWarp + slice * kSide, B);
-        load<4>(row_BC + k * kWarp + kStates + slice * kSide, C);
+        load(rows + kD * kRows + k * kWarp + quad * kSide, d);
+        load(rows + kU * kRows + k * kWarp + quad * kSide, u);
+        load(rows + kS * kRows + k * kWarp + quad * kSide, out);
+        load(row_BC + k * kWarp + slice * kSide, B);
+        load(row_BC + k * kWarp + kStates + slice * kSide, C);
 #pragma unroll
         for (int j = 0; j < kSide; ++j) y[j] = dC[j] = 0.0f;
 #pragma unroll
@@ -541,11 +541,11 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
         element -= Walk::series_step(s);
         if (q == 0) load_cells(kept_states + sub * kCells, h);
         float d[kSide], u[kSide], out[kSide], B[kSide], C[kSide], through[kSide], decayed[kSide], dB[kSide];
-        load<4>(rows + kD * kRows + k * kWarp + quad * kSide, d);
-        load<4>(rows + kU * kRows + k * kWarp + quad * kSide, u);
-        load<4>(rows + kS * kRows + k * kWarp + quad * kSide, out);
-        load<4>(row_BC + k * kWarp + slice * kSide, B);
-        load<4>(row_BC + k * kWarp + kStates + slice * kSide, C);
+        load(rows + kD * kRows + k * kWarp + quad * kSide, d);
+        load(rows + kU * kRows + k * kWarp + quad * kSide, u);
+        load(rows + kS * kRows + k * kWarp + quad * kSide, out);
+        load(row_BC + k * kWarp + slice * kSide, B);
+        load(row_BC + k * kWarp + kStates + slice * kSide, C);
 #pragma unroll
         for (int j = 0; j < kSide; ++j) through[j] = decayed[j] = dB[j] = 0.0f;
 #pragma unroll

@@ -58,8 +58,8 @@ void each_channel(const hcmen_scan& s, Work work) {
 extern "C" {
 
 // chunk <= 0: step after step. Else in chunks of so many steps: all of them from zero, then their starts one after the
-// other (`tree` 0) or by prefixes of combined chunks (`tree` 1), then all outputs.
-HCMEN_API void step_forward(const hcmen_scan* scan, int64_t chunk, int tree) {
+// other, then all outputs.
+HCMEN_API void step_forward(const hcmen_scan* scan, int64_t chunk) {
   const hcmen_scan& s = *scan;
   each_channel(s, [&](const Channel& c) {
     std::vector<float> h(s.state);
@@ -79,24 +79,10 @@ HCMEN_API void step_forward(const hcmen_scan* scan, int64_t chunk, int tree) {
     }
     std::vector<float> start(chunks * s.state);
     for (int64_t n = 0; n < s.state; ++n) {
-      if (!tree) {
-        float state = c.initial(n);
-        for (int64_t j = 0; j < chunks; ++j) {
-          start[j * s.state + n] = state;
-          state = step::after(parts[j * s.state + n], c.rate(n), state);
-        }
-      } else {
-        // Hillis and Steele's prefixes: another grouping of the same chunks.
-        std::vector<step::Chunk> prefix(chunks), next;
-        for (int64_t j = 0; j < chunks; ++j) prefix[j] = parts[j * s.state + n];
-        for (int64_t stride = 1; stride < chunks; stride *= 2) {
-          next = prefix;
-          for (int64_t j = stride; j < chunks; ++j) next[j] = step::combine(prefix[j - stride], prefix[j], c.rate(n));
-          prefix = next;
-        }
-        for (int64_t j = 0; j < chunks; ++j) {
-          start[j * s.state + n] = j == 0 ? c.initial(n) : step::after(prefix[j - 1], c.rate(n), c.initial(n));
-        }
+      float state = c.initial(n);
+      for (int64_t j = 0; j < chunks; ++j) {
+        start[j * s.state + n] = state;
+        state = step::after(parts[j * s.state + n], c.rate(n), state);
       }
     }
     for (int64_t j = 0; j < chunks; ++j) {

@@ -52,7 +52,7 @@ def loops(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     built = subprocess.run([compiler, *flags, *sources, "-o", str(path)], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     library = ctypes.CDLL(str(path))
-    library.step_forward.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    library.step_forward.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.step_backward.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     library.step_evaluate.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     for function in (library.step_forward, library.step_backward, library.step_evaluate):
@@ -60,12 +60,12 @@ def loops(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return library
 
 
-def forward(loops: ctypes.CDLL, case: ScanCase, chunk: int, tree: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def forward(loops: ctypes.CDLL, case: ScanCase, chunk: int) -> tuple[np.ndarray, np.ndarray]:
     arrays = scan_arrays(case)
     y = np.full(arrays["u"].shape, np.nan, np.float32)
     last = np.full((case.batch, case.channel, case.state), np.nan, np.float32)
     scan = scan_structure(case, {**arrays, "y": y, "last_state": last}, address)
-    loops.step_forward(*by_reference(scan), chunk, tree)
+    loops.step_forward(*by_reference(scan), chunk)
     return y, last
 
 
@@ -97,16 +97,15 @@ def test_step_after_step(loops: ctypes.CDLL, case: ScanCase, reverse: bool) -> N
     assert_near("last_state", last, want_last, bound)
 
 
-@pytest.mark.parametrize("tree", [0, 1])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("time", [1, CHUNK - 1, CHUNK, CHUNK + 1, 4096])
-def test_chunks(loops: ctypes.CDLL, time: int, reverse: bool, tree: int) -> None:
+def test_chunks(loops: ctypes.CDLL, time: int, reverse: bool) -> None:
     case = ScanCase(batch=2, time=time, channel=3, state=5, reverse=reverse, masked=time // 3)
     want = scan_oracle(case, scan_arrays(case))
     for chunk in (CHUNK, 1, 7):
         if chunk == 1 and time > CHUNK + 1:
             continue
-        for name, got, expected in zip(("y", "last_state"), forward(loops, case, chunk, tree), want, strict=True):
+        for name, got, expected in zip(("y", "last_state"), forward(loops, case, chunk), want, strict=True):
             assert_near(f"{name} in chunks of {chunk}", got, expected, 1e-6)
 
 
