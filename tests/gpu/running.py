@@ -31,6 +31,8 @@ MOST_OUTPUT = 64 << 20
 MOST_RESULT, MOST_JSON, MOST_LOG = 1 << 20, 5 << 20, 4 << 20
 """Bytes of one result, of gpu.json and of gpu.log. The new file lies beside the old one for a moment."""
 TAIL = 3000
+MOST_SHOWN = 5
+"""Failed cases of a suite in the table; gpu.json has more."""
 NO_CASES, SANITIZER_FOUND = 5, 9
 """Exit codes: of pytest where it found no cases, and of compute-sanitizer where it found a fault."""
 
@@ -70,8 +72,11 @@ STOP = Stop()
 
 def say(text: str, error: bool = False) -> None:
     """Prints, and goes on where nobody reads any more."""
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+    stream = sys.stderr if error else sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _kill(process: subprocess.Popen[bytes]) -> int | None:
@@ -262,7 +267,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         counts = f"{r['passed']} passed, {r['failed']} failed, {r['not_run']} skipped" if "passed" in r else ""
         detail = ", ".join(part for part in (counts, r.get("reason"), r.get("result_left_out")) if part)
         lines.append(f"{r['status']:<8} {name:<14} {r.get('seconds', ''):>7}  {detail}")
-        for failure in r.get("failures", ()):
+        for failure in r.get("failures", ())[:MOST_SHOWN]:
             lines.append(f"           {failure['case']}")
         if r["status"] == FAILED and r.get("begun"):
             lines.append(f"           had begun and not ended: {', '.join(r['begun'])}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import emulated
 
 from hcmen.base import cuda_library
 from hcmen.base.cuda_library import device_problem
@@ -235,11 +236,11 @@ def test_every_stage_gets_its_part_of_the_time(tmp_path, machine):
         SUITES.append(Suite("absent", "", 4, (program("no-such-program"),), command=hang, share=10**6))
         """,
         "--seconds",
-        "10",
+        "9",
     )
     started = time.monotonic()
     assert run.wait()[0] == 1
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 9
     assert json.loads((run.out / "gpu.json").read_text(encoding="utf-8"))["complete"]
     seconds = [run.suites()[f"s{n}"]["seconds"] for n in (1, 2, 3)]
     assert seconds[0] < seconds[1] < seconds[2]
@@ -291,6 +292,49 @@ def test_a_signal_leaves_the_cases_that_ended(tmp_path, machine, number):
         run.wait()
         if (tmp_path / "pid").exists() and (Path("/proc") / (tmp_path / "pid").read_text()).exists():
             os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+def test_it_goes_on_where_nobody_reads(tmp_path, machine):
+    run = Run(tmp_path, machine, 'SUITES = [Suite("one", "", 1, (), command=py("print(1)"))]')
+    assert run.process.stdout is not None
+    run.process.stdout.close()
+    assert run.process.wait(60) == 0
+    assert run.suites()["one"]["status"] == "passed"
+    assert run.process.stderr is not None
+    assert run.process.stderr.read() == ""
+    run.process.stderr.close()
+
+
+def test_preparing_leaves_earlier_results(tmp_path, machine):
+    run = Run(tmp_path, machine, "SUITES = []", "--prepare")
+    code, out, err = run.wait()
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1].endswith(f"HCMEN_CUDA_LIBRARY={machine['LIBRARY']}")
+    assert not list(run.out.iterdir())
+
+
+def test_a_library_that_does_not_load_is_a_failure(tmp_path, machine):
+    (tmp_path / "text.so").write_text("x")
+    suites = 'SUITES = [Suite("one", "", 1, (suites.library,), command=py("print(1)"))]'
+    code, _, err = Run(tmp_path, {**machine, "LIBRARY": str(tmp_path / "text.so")}, suites).wait()
+    assert code == 1
+    assert "text.so cannot be loaded" in err
+    rows = json.loads((tmp_path / "out" / "gpu.json").read_text(encoding="utf-8"))["suites"]
+    assert rows["build"]["status"] == "FAILED"
+    assert rows["one"]["reason"] == "there is no libhcmen_ops_cuda.so"
+
+
+def test_what_the_sanitizers_watch_tells_every_case(gpu_modules, tmp_path, monkeypatch):
+    """Over the kernels on the host."""
+    import sanitize
+
+    if emulated.compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    monkeypatch.setattr(sanitize, "DeviceKernels", lambda: emulated.Kernels(emulated.kernels_library()))
+    sanitize.main(str(tmp_path / "memcheck.json"))
+    found = json.loads((tmp_path / "memcheck.json").read_text(encoding="utf-8"))
+    assert found["done"] == len(sanitize.SCANS) + 10
+    assert found["last"] == "2x30x130 w7 float16 silu"
 
 
 def test_cases_of_several_workers_are_counted(tmp_path):
