@@ -168,6 +168,7 @@ def test_results_are_sorted_and_written(tmp_path, machine):
         running.MOST_OUTPUT = 1 << 20
         stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('began'); time.sleep(60)"
         here = {str(tmp_path)!r}
+        right = "import sys; open('r.json', 'w').write(sys.argv[1])"
         refusal = "=========.*(Device not supported)"
         SUITES = [
             Suite("mixed", "", 1, (), [here + "/test_mixed.py"]),
@@ -176,7 +177,7 @@ def test_results_are_sorted_and_written(tmp_path, machine):
             Suite("unreadable", "", 1, (), [here + "/test_unreadable.py"]),
             Suite("segfault", "", 1, (), [here + "/test_crash.py"]),
             Suite("absent", "", 2, (program("no-such-program"),), command=("true",)),
-            Suite("right", "", 2, (), command=py("open('r.json', 'w').write('[1]')"), result="r.json"),
+            Suite("right", "", 2, (), command=(*py(right), "{{seconds}}"), result="r.json"),
             Suite("silent", "", 2, (), command=py("pass"), result="s.json"),
             Suite("half", "", 2, (), command=py("open('h.json', 'w').write('[1')"), result="h.json"),
             Suite("large", "", 2, (), command=py("open('l.json', 'w').write(str([1] * 10**6))"), result="l.json"),
@@ -203,7 +204,7 @@ def test_results_are_sorted_and_written(tmp_path, machine):
     assert {name for name, s in status.items() if s == "skipped"} == {"probe", "none", "absent", "refused", "late"}
     assert suites["build"]["reason"] == f"built elsewhere, taken as it stands: {machine['LIBRARY']}"
     assert suites["probe"]["reason"].startswith("nvcc is needed")
-    assert suites["right"]["result"] == [1]
+    assert suites["right"]["result"] == 60  # of 120, so that a case that began can end
     assert suites["large"]["result_left_out"] == "3000000 bytes, expected at most 1048576"
     assert suites["silent"]["reason"] == suites["half"]["reason"] == "it ended well and wrote no result"
     assert suites["hung"]["reason"] == "stopped after 2 s"

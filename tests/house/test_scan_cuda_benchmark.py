@@ -195,6 +195,30 @@ def test_an_empty_kernel_that_fails_is_noted(benchmark):
     assert "over_nothing" not in rows[0]
 
 
+def test_a_time_of_the_host_that_fails_is_noted(benchmark):
+    benchmark.fails("host_us", RuntimeError("no"))
+    code, rows = benchmark()
+    assert (code, rows[0]["host_us"]) == (0, {"ours": {"failed": "RuntimeError: no"}})
+    assert "median_us" in rows[0]["times"]["ours"]
+
+
+@pytest.mark.parametrize(("name", "options"), [("randn_like", []), ("randn", ["--tune"])])
+def test_no_memory_for_the_gradient_of_the_output_is_noted(benchmark, name, options):
+    kept = getattr(torch, name)
+
+    def full(*arguments: Any, **more: Any) -> torch.Tensor:
+        shape = arguments[0].shape if isinstance(arguments[0], torch.Tensor) else arguments[0]
+        if shape == (1, 20, 8):  # y of the first case; a case's own tensors have their sizes one by one
+            raise MEMORY
+        return kept(*arguments, **more)
+
+    benchmark.patch(torch, name, full)
+    code, rows = benchmark("--backward", *options)
+    assert code == 1
+    assert TOLD.items() <= rows[0].items()
+    assert "ranked" in rows[1] or "median_us" in rows[1]["times"]["ours"]
+
+
 def test_a_refused_way_is_noted(benchmark, capsys):
     code, rows = benchmark("--ways", "lanes=3;chunk=8")
     assert code == 0
