@@ -37,6 +37,11 @@ NO_CASES, SANITIZER_FOUND = 5, 9
 """Exit codes: of pytest where it found no cases, and of compute-sanitizer where it found a fault."""
 
 
+def _signal(number: int) -> str:
+    names = {s.value: s.name for s in signal.Signals}
+    return names.get(number, f"signal {number}")
+
+
 class Stop:
     """Which signal asked for the end, if any, and when all must end. Everything that waits looks at them, so that no
     process is left behind."""
@@ -49,7 +54,7 @@ class Stop:
 
     @property
     def reason(self) -> str:
-        return f"stopped by {signal.Signals(self.number).name}"
+        return f"stopped by {_signal(self.number)}"
 
     @contextlib.contextmanager
     def noticed(self, deadline: float) -> Iterator[None]:
@@ -158,8 +163,11 @@ class State:
             content = (json.dumps({**data, "suites": suites}, indent=1) + "\n").encode()
             if len(content) <= MOST_JSON:
                 return content
-            largest = max(suites.values(), key=lambda r: len(json.dumps(r.get("result"))))
-            size = len(json.dumps(largest.pop("result", None)))
+            with_result = [r for r in suites.values() if "result" in r]
+            if not with_result:
+                return content
+            largest = max(with_result, key=lambda r: len(json.dumps(r["result"])))
+            size = len(json.dumps(largest.pop("result")))
             largest["result_left_out"] = f"{size} characters, beyond the {MOST_JSON} bytes of this file"
 
     def _log(self) -> bytes:
@@ -239,7 +247,7 @@ class Running:
         if code is None:
             reason += ", and the kernel does not let go of it"
         elif code < 0 and not reason:
-            reason = f"ended by {signal.Signals(-code).name}"
+            reason = f"ended by {_signal(-code)}"
         self.changed()
         row = {**self.row(), "status": FAILED if reason or code else PASSED}
         return self._judged(row, reason, code)
@@ -281,33 +289,44 @@ def run_stage(suites: Sequence[Suite], state: State, environment: Mapping[str, s
     workers = max(1, min(8, (os.cpu_count() or 1) // (2 * max(1, cases))))
     part = share * STOP.left()
     for suite in suites:
-        if STOP.number or STOP.left() < suite.least_s:
-            reason = (
-                STOP.reason
-                if STOP.number
-                else f"{max(0.0, STOP.left()):.0f} s are left, it takes at least {suite.least_s}"
-            )
-            state.results[suite.name] = {"status": SKIPPED, "reason": reason}
-            say(table({suite.name: state.results[suite.name]}))
-            continue
         seconds = min(suite.timeout_s, STOP.left(), max(part, suite.least_s))
-        running.append(Running(suite, state.folder, environment, seconds, workers))
-        state.results[suite.name] = running[-1].row()
+        reason = STOP.reason if STOP.number else ""
+        if not reason and STOP.left() < suite.least_s:
+            reason = f"{max(0.0, STOP.left()):.0f} s are left, it takes at least {suite.least_s}"
+        row = {"status": SKIPPED, "reason": reason}
+        if not reason:
+            try:
+                running.append(Running(suite, state.folder, environment, seconds, workers))
+                row = running[-1].row()
+            except OSError as error:
+                row = {"status": FAILED, "reason": f"it does not start: {error}"}
+        state.results[suite.name] = row
+        if row["status"] != RUNNING:
+            say(table({suite.name: row}))
+    try:
+        _follow(running, state)
+    finally:
+        for one in running:
+            _kill(one.process)
+
+
+def _follow(running: list[Running], state: State) -> None:
+    """Takes suites off the list as they end, and writes what changes meanwhile."""
     state.write()
     written = time.monotonic()
     while running:
         time.sleep(TICK_S)
         late, changed = time.monotonic() - written >= WRITE_S, False
         for one in list(running):
-            row = one.ended()
-            if row is not None:
+            ended = one.ended()
+            if ended is not None:
                 running.remove(one)
-                say(table({one.suite.name: row}))
+                state.results[one.suite.name] = ended
+                say(table({one.suite.name: ended}))
                 changed = late = True
             elif late and one.changed():
-                row, changed = one.row(), True
-            if row is not None:
-                state.results[one.suite.name] = row
+                state.results[one.suite.name] = one.row()
+                changed = True
         if changed:
             state.write()
             written = time.monotonic()

@@ -188,6 +188,8 @@ def test_results_are_sorted_and_written(tmp_path, machine):
                   refused=refusal),
             Suite("found", "", 2, (), command=py("print('========= Device not supported'); raise SystemExit(9)"),
                   refused=refusal),
+            Suite("unknown", "", 2, (), command=py("import os; os.kill(os.getpid(), 40)")),
+            Suite("unstartable", "", 2, (), command=("/no/such/program",)),
             Suite("late", "", 3, (), command=py("print(1)"), least_s=10**6),
         ]
         """,
@@ -211,6 +213,8 @@ def test_results_are_sorted_and_written(tmp_path, machine):
     assert "began" in suites["hung"]["output_tail"]
     assert suites["hung"]["seconds"] < 30
     assert suites["flood"]["reason"] == "stopped, it had printed more than 1 MiB"
+    assert suites["unknown"]["reason"] == "ended by signal 40"
+    assert suites["unstartable"]["reason"].startswith("it does not start: ")
     assert suites["refused"]["reason"] == "Error: Device not supported"
     assert "it takes at least 1000000" in suites["late"]["reason"]
     assert suites["absent"]["reason"] == "no-such-program is not on the path"
@@ -223,7 +227,7 @@ def test_results_are_sorted_and_written(tmp_path, machine):
     assert [case.split("::")[-1] for case in suites["segfault"]["begun"]] == ["test_fatal"]
     assert "why" in (run.out / "gpu.log").read_text(encoding="utf-8")
     assert sum(p.stat().st_size for p in run.out.iterdir()) < 16 << 20
-    assert "4 passed, 9 failed, 5 skipped" in out
+    assert "4 passed, 11 failed, 5 skipped" in out
     assert "--- wrong ---" in err
 
 
