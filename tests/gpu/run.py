@@ -33,9 +33,13 @@ from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from build import ROOT, device_architecture, find_nvcc
+# Where the folder build/ is, ruff sorts the module of that name in another place.
+# isort: split
 from running import FAILED, HERE, PASSED, SKIPPED, STOP, State, ask, run_stage, say, table
 from suites import SUITES, Suite, library
+
+# isort: split
+from build import ROOT, device_architecture, find_nvcc
 
 # Where images of GPU machines keep tools that are not on the path.
 TOOL_FOLDERS = ("/usr/local/nvidia/bin", "/usr/local/cuda/bin")
@@ -112,8 +116,17 @@ def prepare(options: argparse.Namespace, state: State, architecture: int) -> Non
         row |= row.pop("result", {})
         if row["status"] == PASSED:
             os.environ[variable] = row["path"]
-    if named:
+    if state.results["build"]["status"] == SKIPPED:
+        state.results["build"]["status"] = FAILED  # no time even for it: nothing is run, which is no success
+    if named and state.results["build"]["status"] == PASSED:
         state.results["build"]["reason"] = f"built elsewhere, taken as it stands: {options.library}"
+
+
+def parts(suites: Sequence[Suite]) -> dict[int, float]:
+    """Stage -> its part of the time that is left when it begins. What one leaves over goes to all that follow."""
+    stages = sorted({s.stage for s in suites})
+    shares = {stage: max(s.share for s in suites if s.stage == stage) for stage in stages}
+    return {stage: shares[stage] / sum(shares[s] for s in stages if s >= stage) for stage in stages}
 
 
 def run(wanted: Sequence[Suite], state: State) -> None:
@@ -128,11 +141,8 @@ def run(wanted: Sequence[Suite], state: State) -> None:
         else:
             state.results[suite.name] = {"status": SKIPPED, "reason": reason}
             say(table({suite.name: state.results[suite.name]}))
-    stages = sorted({s.stage for s in runnable})
-    shares = {stage: max(s.share for s in runnable if s.stage == stage) for stage in stages}
-    for stage in stages:
-        share = shares[stage] / sum(shares[s] for s in stages if s >= stage)
-        run_stage([s for s in runnable if s.stage == stage], state, os.environ, share)
+    for stage, part in parts(runnable).items():
+        run_stage([s for s in runnable if s.stage == stage], state, os.environ, part)
 
 
 class _Parser(argparse.ArgumentParser):

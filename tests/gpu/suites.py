@@ -9,12 +9,10 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from build import ROOT
-from running import SANITIZER_FOUND, ask
+from running import HERE, SANITIZER_FOUND, ask
 
-HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 
 
 # --- what a suite may need ------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ and whatever stops the run, its two files tell. What the suites test is seen onl
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -252,51 +253,80 @@ def test_every_stage_gets_its_part_of_the_time(tmp_path, machine):
     assert (run.out / "gpu.log").read_text(encoding="utf-8").count("began") == 3
 
 
+def test_eight_minutes_are_enough_for_every_stage(gpu_modules):
+    """Also where every suite before it takes all that it may."""
+    from run import RESERVE_S, parts
+    from suites import SUITES
+
+    left = 480 - RESERVE_S - 30  # the library and PyTorch's import
+    for stage, part in parts(SUITES).items():
+        suites = [s for s in SUITES if s.stage == stage]
+        seconds = {s.name: min(s.timeout_s, left * part) for s in suites}
+        assert all(0.6 * s.share <= seconds[s.name] <= s.timeout_s for s in suites), seconds
+        left -= max(seconds.values())
+    assert left >= -1e-6
+
+
+def test_without_time_nothing_has_passed(tmp_path, machine):
+    run = Run(tmp_path, machine, 'SUITES = [Suite("one", "", 1, (), command=py("print(1)"))]', "--seconds", "1")
+    assert run.wait()[0] == 1
+    assert run.suites()["build"]["status"] == "FAILED"
+    assert run.suites()["one"]["status"] == "skipped"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_leaves_the_cases_that_ended(tmp_path, machine, number):
-    (tmp_path / "test_slow.py").write_text(
-        "import os, pathlib, time\n"
-        "def test_fine(): pass\n"
-        "def test_hangs():\n"
-        f"    pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
-        "    time.sleep(100)\n"
+    hangs = (
+        f"import os, pathlib, time\npathlib.Path({str(tmp_path)!r}, f'pid-{{os.getpid()}}').touch()\ntime.sleep(100)\n"
     )
+    test = f"def test_fine(): pass\ndef test_hangs():\n{textwrap.indent(hangs, '    ')}"
+    (tmp_path / "test_slow.py").write_text(test)
+    (tmp_path / "bench.py").write_text(f"open('b.json', 'w').write('[1]')\n{hangs}")
     run = Run(
         tmp_path,
         machine,
         f"""
+        here = {str(tmp_path)!r}
         SUITES = [
             Suite("first", "", 1, (), command=py("print('done')")),
-            Suite("slow", "", 1, (), [{str(tmp_path / "test_slow.py")!r}]),
+            Suite("slow", "", 1, (), [here + "/test_slow.py"]),
+            Suite("bench", "", 1, (), command=(sys.executable, here + "/bench.py"), result="b.json"),
             Suite("next", "", 2, (), command=py("print('done')")),
         ]
         """,
     )
+    pids: list[int] = []
     try:
         row = run.until("slow", passed=1)
         assert row["status"] == "running"
         assert row["begun"][0].endswith("test_slow.py::test_hangs")
+        assert run.until("bench", result=[1])["status"] == "running"
         assert run.until("first", status="passed")
+        for _ in range(600):
+            pids = [int(p.name.removeprefix("pid-")) for p in tmp_path.glob("pid-*")]
+            if len(pids) == 2:
+                break
+            time.sleep(0.05)
         run.process.send_signal(number)
         code, _, _ = run.wait()
         suites = run.suites()
-        assert suites["first"]["status"] == "passed"
-        assert suites["slow"]["passed"] == 1
-        child = Path("/proc") / (tmp_path / "pid").read_text()
+        assert (suites["first"]["status"], suites["slow"]["passed"], suites["bench"]["result"]) == ("passed", 1, [1])
         if number == signal.SIGKILL:
             assert code == -signal.SIGKILL
-            assert suites["slow"]["status"] == "running"
+            assert suites["slow"]["status"] == suites["bench"]["status"] == "running"
             return
         assert code == 128 + number
-        assert not child.exists()
-        assert suites["slow"]["status"] == "FAILED"
+        assert len(pids) == 2
+        assert not any(Path("/proc", str(pid)).exists() for pid in pids)
+        assert suites["slow"]["status"] == suites["bench"]["status"] == "FAILED"
         assert suites["slow"]["reason"] == suites["next"]["reason"] == f"stopped by {number.name}"
         assert not json.loads((run.out / "gpu.json").read_text(encoding="utf-8"))["complete"]
     finally:
         run.process.kill()
         run.wait()
-        if (tmp_path / "pid").exists() and (Path("/proc") / (tmp_path / "pid").read_text()).exists():
-            os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_it_goes_on_where_nobody_reads(tmp_path, machine):
