@@ -138,6 +138,25 @@ def test_wrong_options_are_told_in_one_line(tmp_path, machine, options, told):
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_what_the_machine_lacks_is_named(tmp_path, machine):
+    """The suites themselves, over a driver that has a device and nothing else."""
+    command = [sys.executable, str(GPU / "run.py"), "--folder", str(tmp_path), "--library", machine["LIBRARY"]]
+    command += ["--only", "functions,autograd,scan_tune", "--seconds", "90"]
+    done = subprocess.run(command, env=machine, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    data = json.loads((tmp_path / "results" / "gpu.json").read_text(encoding="utf-8"))
+    assert data["complete"]
+    assert data["passed"]
+    assert {name: r.get("reason") for name, r in data["suites"].items()} == {
+        "build": f"built elsewhere, taken as it stands: {machine['LIBRARY']}",
+        "probe": "nvcc is needed: put it on the path, or name it in CUDACXX",
+        "functions": "the probe was not built",
+        "autograd": "PyTorch has no CUDA",
+        "scan_tune": "PyTorch has no CUDA",
+    }
+    assert data["suites"]["functions"]["status"] == "skipped"
+
+
 def test_results_are_sorted_and_written(tmp_path, machine):
     (tmp_path / "test_mixed.py").write_text(
         "import pytest\n"
