@@ -4,172 +4,63 @@
     python tests/gpu/pack.py join FOLDER --target SITE          SITE then goes onto PYTHONPATH
 
 make writes NAME.000, NAME.001 and so on, none above --piece-mib, and NAME.json. The listing has the sizes and digests,
-the files, and what was cut or left out. join checks all digests before it writes a file.
+the files, and what was cut or left out. join takes every listing of FOLDER. It checks all of them and all digests of
+pieces, unpacks into a new folder beside SITE, and renames that once everything is right; SITE must not be there before.
 
-With --architecture, images of device code for other architectures are overwritten with zeros, which xz packs to almost
-nothing. No file changes its size, and all headers stay, so the loader and the CUDA runtime walk them as before. Such a
-library serves devices of that one architecture only. cuobjdump needs -arch for it, as it would unpack the zeros too.
+With --architecture, device code for other architectures is cut as fatbin.py tells.
 
-Standard library only. Slices of the files are packed one by one, so that all cores unpack at once.
+Standard library only. Slices of the files are packed one by one, so that all cores unpack at once. Exit code 2 for
+wrong arguments, 5 for pieces or a listing that are damaged or would lead outside SITE.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import hashlib
 import json
 import lzma
 import os
-import struct
+import re
+import shutil
 import sys
+import tempfile
 import zipfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
-__all__ = ["Image", "blank_images", "join", "make", "read_containers", "runnable"]
+__all__ = ["Damaged", "join", "make"]
 
 VERSION = 1
 SLICE = 8 << 20
-CONTAINER_MAGIC = 0xBA55ED50
-CONTAINER_HEADER = struct.Struct("<IHHQ")
-"""Magic, version, size of this header, size of what follows it."""
-IMAGE_HEADER = struct.Struct("<HHIQ")
-"""Kind, attributes, size of this header, size of the payload with its padding."""
-IMAGE_ARCHITECTURE, IMAGE_FLAGS, IMAGE_HEADER_LEAST = 28, 40, 48
-PTX, ELF = 1, 2
-EXACT_ONLY = 1 << 20
-"""The flag of sm_90a and its like: code that runs on this very architecture and on no later one."""
+MOST_PIECE_MIB = 60
+MOST_LISTING, MOST_XZ_MEMORY = 32 << 20, 128 << 20
+"""Bytes of a listing, and of what unpacking one slice may take; xz's preset 9 takes 65 MiB."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-@dataclass(frozen=True)
-class Image:
-    """Device code for one architecture. start and end: its payload within the file, without the header."""
-
-    kind: int
-    architecture: int
-    exact_only: bool
-    start: int
-    end: int
-
-    @property
-    def name(self) -> str:
-        """As cuobjdump names it, with a prefix for PTX and for kinds that are not known here."""
-        prefix = {PTX: "ptx_", ELF: "sm_"}.get(self.kind, f"kind{self.kind}_")
-        return f"{prefix}{self.architecture}{'a' if self.exact_only else ''}"
-
-
-def fatbin_sections(data: bytes | bytearray) -> list[tuple[int, int]]:
-    """Where the .nv_fatbin sections of a 64-bit little-endian ELF file start and end. Other files have none."""
-    if data[:6] != b"\x7fELF\x02\x01" or len(data) < 64:
-        return []
-    (table,) = struct.unpack_from("<Q", data, 0x28)
-    entry_size, count, names_index = struct.unpack_from("<HHH", data, 0x3A)
-    # name, type, flags, address, offset, size
-    headers = [struct.unpack_from("<IIQQQQ", data, table + entry_size * i) for i in range(count)]
-    if names_index >= count:
-        return []
-    names = headers[names_index][4]
-    wanted = b".nv_fatbin\0"
-    return [(h[4], h[4] + h[5]) for h in headers if data[names + h[0] : names + h[0] + len(wanted)] == wanted]
-
-
-def read_containers(data: bytes | bytearray, start: int, end: int) -> Iterator[list[Image]]:
-    """The images of each container in a section. ValueError for anything that is not understood."""
-    at = start
-    while at + CONTAINER_HEADER.size <= end:
-        magic, _, header_size, size = CONTAINER_HEADER.unpack_from(data, at)
-        if magic == 0:  # padding between two containers
-            at += 4
-            continue
-        stop = at + header_size + size
-        if magic != CONTAINER_MAGIC or header_size < CONTAINER_HEADER.size or stop > end:
-            raise ValueError(f"no container of device code at byte {at}")
-        at += header_size
-        images = []
-        while at < stop:
-            if at + IMAGE_HEADER_LEAST > stop:
-                raise ValueError(f"an image's header at byte {at} reaches past its container")
-            kind, _, header_size, size = IMAGE_HEADER.unpack_from(data, at)
-            (architecture,) = struct.unpack_from("<I", data, at + IMAGE_ARCHITECTURE)
-            (flags,) = struct.unpack_from("<Q", data, at + IMAGE_FLAGS)
-            payload = at + header_size
-            if header_size < IMAGE_HEADER_LEAST or payload + size > stop:
-                raise ValueError(f"an image at byte {at} reaches past its container")
-            images.append(Image(kind, architecture, bool(flags & EXACT_ONLY), payload, payload + size))
-            at = payload + size
-        yield images
-    if any(data[at:end]):
-        raise ValueError(f"no container of device code at byte {at}")
-
-
-def runnable(images: Sequence[Image], architecture: int) -> list[Image]:
-    """What of one container a device of this architecture may load. Kinds that are not known are always among it.
-
-    Machine code for this very architecture wins. Without it, all machine code of the same generation that is not newer
-    stays, and so does all PTX that is not newer.
-    """
-    unknown = [i for i in images if i.kind not in (PTX, ELF)]
-    exact = [i for i in images if i.kind == ELF and i.architecture == architecture]
-    if exact:
-        return exact + unknown
-    older = [
-        i
-        for i in images
-        if i.architecture == architecture or (i.architecture < architecture and not i.exact_only)
-        if i.kind == PTX or (i.kind == ELF and i.architecture // 10 == architecture // 10)
-    ]
-    return older + unknown
-
-
-def blank_images(data: bytearray, architecture: int) -> dict[str, Any] | None:
-    """Overwrites, in a library, the images that this architecture does not load. Says what was done, or None."""
-    sections = fatbin_sections(data)
-    if not sections:
-        return None
-    kept: Counter[str] = Counter()
-    blanked: Counter[str] = Counter()
-    containers = inexact = empty = kept_bytes = blanked_bytes = 0
-    for section in sections:
-        # All of a section is read before any of it is changed.
-        for images in list(read_containers(data, *section)):
-            containers += 1
-            keep = runnable(images, architecture)
-            empty += not keep
-            inexact += bool(keep) and not any(i.kind == ELF and i.architecture == architecture for i in keep)
-            for image in images:
-                size = image.end - image.start
-                if image in keep:
-                    kept[image.name] += 1
-                    kept_bytes += size
-                else:
-                    data[image.start : image.end] = bytes(size)
-                    blanked[image.name] += 1
-                    blanked_bytes += size
-    return {
-        "architecture": architecture,
-        "containers": containers,
-        "containers_without_exact_image": inexact,
-        "containers_with_nothing_to_run": empty,
-        "kept_bytes": kept_bytes,
-        "blanked_bytes": blanked_bytes,
-        "kept": dict(sorted(kept.items())),
-        "blanked": dict(sorted(blanked.items())),
-    }
+class Damaged(ValueError):
+    """A listing or a piece is not what `make` wrote."""
 
 
 def installed_path(name: str) -> str | None:
     """Where a file of a wheel lies once installed, or None for scripts and other data outside the packages."""
     parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or "\\" in name:
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
         raise ValueError(f"{name!r} is no path inside a wheel")
     if parts[0].endswith(".data"):
         return "/".join(parts[2:]) if len(parts) > 2 and parts[1] in ("purelib", "platlib") else None
     return "/".join(parts)
+
+
+def _opened(wheel: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(wheel)
+    except zipfile.BadZipFile:
+        raise ValueError(f"{wheel} is no wheel: it is no zip archive") from None
 
 
 def compress(raw: bytes, preset: int) -> bytes:
@@ -189,14 +80,22 @@ def make(
     leave_out: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Packs the wheels into pieces in the folder out, and returns the listing that lies beside them."""
+    from fatbin import blank_images  # join needs this file alone
+
     name = name or wheels[0].name.split("-")[0]
+    if not NAME.fullmatch(name):
+        raise ValueError(f"the name is {name!r}, expected letters, digits, '.', '_' and '-'")
+    out.mkdir(parents=True, exist_ok=True)
+    listing_path = out / f"{name}.json"
+    listing_path.write_text("")  # now, and not after minutes of packing
+    listing_path.unlink()
     files: list[dict[str, Any]] = []
     left_out: list[dict[str, Any]] = []
     cut: dict[str, Any] = {}
     seen: set[str] = set()
     content = bytearray()
     for wheel in wheels:
-        with zipfile.ZipFile(wheel) as archive:
+        with _opened(wheel) as archive:
             for info in archive.infolist():
                 if info.is_dir():
                     continue
@@ -205,7 +104,7 @@ def make(
                     left_out.append({"path": info.filename, "size": info.file_size})
                     continue
                 if path in seen:
-                    raise ValueError(f"{path} is in two of the wheels")
+                    raise ValueError(f"{path} comes twice, the second time from {wheel}")
                 seen.add(path)
                 data = bytearray(archive.read(info))
                 if architecture is not None:
@@ -219,12 +118,16 @@ def make(
                 files.append({"path": path, "size": len(data), "executable": executable})
                 content += data
 
+    served = [done for done in cut.values() if done["containers"] > done["containers_with_nothing_to_run"]]
+    if cut and not served:
+        found = sorted({image for done in cut.values() for image in done["blanked"]})
+        raise ValueError(f"no device code serves architecture {architecture}: there is {', '.join(found)}")
+
     raw = [bytes(content[at : at + SLICE]) for at in range(0, len(content), SLICE)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # lzma lets go of the interpreter's lock
         slices = list(pool.map(lambda part: compress(part, preset), raw))
     packed = b"".join(slices)
 
-    out.mkdir(parents=True, exist_ok=True)
     for old in out.glob(f"{name}.[0-9][0-9][0-9]"):
         old.unlink()
     pieces = []
@@ -244,49 +147,155 @@ def make(
         "slices": [len(part) for part in slices],
         "files": files,
     }
-    (out / f"{name}.json").write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
+    listing_path.write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
     return listing
 
 
-def check(data: bytes | bytearray, stated: dict[str, Any], what: str) -> None:
-    """ValueError unless size and digest are as stated."""
-    if len(data) != stated["size"]:
-        raise ValueError(f"{what} has {len(data)} bytes, not {stated['size']}")
-    if hashlib.sha256(data).hexdigest() != stated["sha256"]:
-        raise ValueError(f"{what} has another digest than the listing says")
+def _require(right: bool, what: str) -> None:
+    if not right:
+        raise Damaged(what)
 
 
-def join(listing_path: Path, target: Path) -> int:
-    """Checks and unpacks the pieces beside one listing into the folder target. Returns the number of files."""
-    listing = json.loads(listing_path.read_text(encoding="utf-8"))
-    if listing.get("version") != VERSION:
-        raise ValueError(f"{listing_path} is no listing of this version")
+def _whole(value: object, least: int = 0) -> bool:
+    return type(value) is int and value >= least
+
+
+def _sized(value: object, what: str) -> None:
+    right = isinstance(value, dict) and _whole(value.get("size")) and isinstance(value.get("sha256"), str)
+    _require(right, f"{what} has no size and sha256")
+
+
+def read_listing(path: Path) -> dict[str, Any]:
+    """A listing whose names, paths and sizes are safe and add up.
+
+    Raises:
+        Damaged: the message says what is wrong.
+    """
+    _require(
+        path.is_file() and path.stat().st_size <= MOST_LISTING, f"{path} is no file of at most {MOST_LISTING} bytes"
+    )
+    try:
+        listing = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise Damaged(f"{path} is no JSON") from None
+    _require(isinstance(listing, dict) and listing.get("version") == VERSION, f"{path} is no listing of this version")
+    pieces, slices, files = (listing.get(key) for key in ("pieces", "slices", "files"))
+    lists = all(isinstance(value, list) for value in (pieces, slices, files))
+    _require(lists, f"{path} has no lists of pieces, slices and files")
+    for key in ("whole", "content"):
+        _sized(listing.get(key), f"{path}: {key}")
+    for number, piece in enumerate(pieces):
+        _sized(piece, f"{path}: piece {number}")
+        _require(piece.get("name") == f"{path.stem}.{number:03}", f"{path}: piece {number} has another name")
+    paths = set()
+    for number, file in enumerate(files):
+        right = (
+            isinstance(file, dict) and isinstance(file.get("path"), str) and isinstance(file.get("executable"), bool)
+        )
+        _require(right and _whole(file.get("size")), f"{path}: file {number} has no path, size and executable")
+        try:
+            kept = installed_path(file["path"])
+        except ValueError as error:
+            raise Damaged(f"{path}: {error}") from None
+        _require(kept == file["path"] and kept not in paths, f"{path}: {file['path']!r} is no path to unpack, or twice")
+        paths.add(kept)
+    _require(all(_whole(size, 1) for size in slices), f"{path}: a slice's size is no number above 0")
+    packed, size = listing["whole"]["size"], listing["content"]["size"]
+    adds_up = packed == sum(p["size"] for p in pieces) == sum(slices) and size == sum(f["size"] for f in files)
+    _require(adds_up and len(slices) == -(-size // SLICE), f"{path}: the sizes do not add up")
+    return listing
+
+
+def read_pieces(listing_path: Path, listing: dict[str, Any]) -> bytes:
+    """The packed bytes, with the sizes and digests that the listing states."""
     packed = bytearray()
     for stated in listing["pieces"]:
-        piece = (listing_path.parent / Path(stated["name"]).name).read_bytes()
-        check(piece, stated, stated["name"])
+        path = listing_path.parent / stated["name"]
+        _require(path.is_file(), f"{path} is not there")
+        _require(path.stat().st_size == stated["size"], f"{path} has {path.stat().st_size} bytes, not {stated['size']}")
+        piece = path.read_bytes()
+        _require(
+            hashlib.sha256(piece).hexdigest() == stated["sha256"], f"{path} has another digest than the listing says"
+        )
         packed += piece
-    check(packed, listing["whole"], "the whole")
+    right = hashlib.sha256(packed).hexdigest() == listing["whole"]["sha256"]
+    _require(right, f"{listing_path}: the pieces together have another digest")
+    return bytes(packed)
 
-    parts, at = [], 0
-    for size in listing["slices"]:
-        parts.append(bytes(packed[at : at + size]))
-        at += size
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # lzma lets go of the interpreter's lock
-        content = b"".join(pool.map(lzma.decompress, parts))
-    check(content, listing["content"], "the content")
 
-    view, at = memoryview(content), 0
-    for file in listing["files"]:
-        path = installed_path(file["path"])
-        if path is None or path != file["path"]:
-            raise ValueError(f"{file['path']!r} is no path to unpack")
-        destination = target / path
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        destination.write_bytes(view[at : at + file["size"]])
-        destination.chmod(0o755 if file["executable"] else 0o644)
-        at += file["size"]
-    return len(listing["files"])
+def unpack(packed: bytes) -> bytes:
+    """One slice, which holds at most SLICE bytes."""
+    try:
+        stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MOST_XZ_MEMORY)
+        raw = stream.decompress(packed, max_length=SLICE + 1)
+    except lzma.LZMAError as error:
+        raise Damaged(f"a slice cannot be unpacked: {error}") from None
+    _require(stream.eof and not stream.unused_data and len(raw) <= SLICE, "a slice holds more or less than it should")
+    return raw
+
+
+def contents(packed: bytes, sizes: Sequence[int]) -> Iterator[bytes]:
+    """The slices, some at a time, so that no more of them than cores are in memory."""
+    workers, at = os.cpu_count() or 1, 0
+    with ThreadPoolExecutor(workers) as pool:  # lzma lets go of the interpreter's lock
+        for first in range(0, len(sizes), workers):
+            parts = []
+            for size in sizes[first : first + workers]:
+                parts.append(packed[at : at + size])
+                at += size
+            yield from pool.map(unpack, parts)
+
+
+def spread(slices: Iterator[bytes], files: Sequence[dict[str, Any]], folder: Path) -> str:
+    """Writes the files that the slices hold one after another. Returns the digest of all."""
+    digest, rest = hashlib.sha256(), memoryview(b"")
+    for stated in files:
+        path, left = folder / stated["path"], stated["size"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as file:
+            while left:
+                if not rest:
+                    data = next(slices, b"")
+                    _require(bool(data), "the slices hold less than the listing states")
+                    digest.update(data)
+                    rest = memoryview(data)
+                count = file.write(rest[:left])
+                rest, left = rest[count:], left - count
+        path.chmod(0o755 if stated["executable"] else 0o644)
+    _require(not rest and next(slices, None) is None, "the slices hold more than the listing states")
+    return digest.hexdigest()
+
+
+def join(listing_paths: Sequence[Path], target: Path) -> dict[str, int]:
+    """Unpacks the pieces beside the listings into the folder target, which must not be there. Files of each listing.
+
+    Raises:
+        Damaged: a listing or a piece is not what `make` wrote. Then nothing is left of it.
+        FileExistsError: something is at target.
+    """
+    if os.path.lexists(target):
+        raise FileExistsError(f"{target} is there already: name a folder that is not")
+    listings = [read_listing(path) for path in listing_paths]
+    needed = sum(listing["content"]["size"] for listing in listings)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise OSError(f"{needed} bytes are to be unpacked into {target.parent}, {free} are free")
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        for path, listing in zip(listing_paths, listings, strict=True):
+            packed = read_pieces(path, listing)
+            try:
+                found = spread(contents(packed, listing["slices"]), listing["files"], folder)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise Damaged(f"{path}: {error.filename} is a file and a folder, or twice") from None
+            _require(found == listing["content"]["sha256"], f"{path}: the files have another digest")
+        folder.chmod(0o755)
+        folder.rename(target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return {path.stem: len(listing["files"]) for path, listing in zip(listing_paths, listings, strict=True)}
 
 
 def run_make(arguments: argparse.Namespace) -> None:
@@ -305,6 +314,8 @@ def run_make(arguments: argparse.Namespace) -> None:
         if done["containers_without_exact_image"] or done["containers_with_nothing_to_run"]:
             inexact, empty = done["containers_without_exact_image"], done["containers_with_nothing_to_run"]
             print(f"  of {done['containers']} containers {inexact} have no exact image, {empty} nothing to run")
+    if arguments.architecture is not None and not listing["cut"]:
+        print("no device code was found: nothing was cut, and --architecture makes no difference")
     for file in listing["left_out"]:
         print(f"{file['path']}: left out, {file['size']:,} bytes")
     for piece in listing["pieces"]:
@@ -315,34 +326,46 @@ def run_join(arguments: argparse.Namespace) -> None:
     """The command join."""
     listings = sorted(arguments.folder.glob("*.json"))
     if not listings:
-        raise ValueError(f"there is no listing in {arguments.folder}")
-    for listing in listings:
-        print(f"{listing.stem}: {join(listing, arguments.target)} files in {arguments.target}")
+        raise FileNotFoundError(f"there is no listing in {arguments.folder}")
+    for name, count in join(listings, arguments.target).items():
+        print(f"{name}: {count} files in {arguments.target}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"pack.py: {message}\n")
+
+
+def _mib(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 1 / (1 << 20) <= float(text) <= MOST_PIECE_MIB:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"'{text}' is no number above 0 and up to {MOST_PIECE_MIB}")
 
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Packs wheels into pieces, and puts the pieces together.")
-    commands = parser.add_subparsers(required=True)
+    parser = _Parser(description="Packs wheels into pieces, and puts the pieces together.")
+    commands = parser.add_subparsers(required=True, metavar="make or join")
     command = commands.add_parser("make", help="pack wheels into pieces")
     command.add_argument("wheel", type=Path, nargs="+")
     command.add_argument("--out", type=Path, required=True, help="the folder for the pieces")
     command.add_argument("--name", help="what the pieces are called; the first wheel's name by default")
     command.add_argument("--architecture", type=int, help="the one to keep device code for, such as 90; all by default")
-    command.add_argument("--piece-mib", type=float, default=60, help="the most a piece may have")
+    command.add_argument("--piece-mib", type=_mib, default=MOST_PIECE_MIB, help="the most a piece may have, up to 60")
     command.add_argument("--preset", type=int, default=6, choices=range(10), help="of xz")
     command.add_argument("--leave-out", action="append", default=[], metavar="PATTERN", help="files to leave out")
     command.set_defaults(run=run_make)
     command = commands.add_parser("join", help="put pieces together")
     command.add_argument("folder", type=Path, help="where the pieces and their listings lie")
-    command.add_argument("--target", type=Path, required=True, help="the folder to unpack into")
+    command.add_argument("--target", type=Path, required=True, help="the folder to unpack into, which is not there yet")
     command.set_defaults(run=run_join)
     arguments = parser.parse_args()
     try:
         arguments.run(arguments)
-    except (OSError, ValueError, KeyError, lzma.LZMAError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:  # RuntimeError: a wheel under a password
         print(f"pack.py: {error}", file=sys.stderr)
-        return 1
+        return 5 if isinstance(error, Damaged) else 2
     return 0
 
 

@@ -3,16 +3,18 @@
     python3 tests/gpu/run.py                             everything; results in build/gpu/results
     python3 tests/gpu/run.py --seconds 480 --out DIR     what fits the time, in the order of what it teaches
     python3 tests/gpu/run.py --only kernels,ort          some suites
+    python3 tests/gpu/run.py --library FILE              a libhcmen_ops_cuda.so that was built elsewhere, without nvcc
     python3 tests/gpu/run.py --list
     python3 tests/gpu/run.py --prepare                   only build, and print the environment for a program of your own
 
 It needs a compiler, nvcc, PyTorch, ONNX, NumPy, click and pytest, and no installation of this package: a folder of
 links stands for it. The kernel library is built here for the device's architecture alone, or taken from --folder where
-it was built elsewhere from the same sources. DIR gets gpu.json, written again after every suite, and gpu.log. Suites of
-one stage that time nothing run beside each other; a suite that hangs or crashes costs itself alone. Exit code 1 if
-anything failed, 3 if there is no CUDA device.
+it was built elsewhere from the same sources. DIR gets gpu.json and gpu.log, written again after every suite and every
+case. Suites of one stage that time nothing run beside each other; a suite that hangs or crashes costs itself alone, and
+none takes more than its part of the time. The table is complete before --seconds are over. Exit code 1 if anything
+failed, 2 for wrong options, 3 if there is no CUDA device, 130 or 143 if a signal stopped it.
 
-More suites are added to SUITES.
+More suites are added to SUITES in suites.py.
 """
 
 from __future__ import annotations
@@ -20,263 +22,29 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import functools
 import importlib.metadata
-import importlib.util
-import json
+import math
 import os
 import platform
 import shutil
-import signal
-import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from build import ROOT, build, build_probe, device_architecture, find_nvcc
+# Where the folder build/ is, ruff sorts the module of that name in another place.
+# isort: split
+from running import FAILED, HERE, PASSED, SKIPPED, STOP, State, ask, run_stage, say, table
+from suites import SUITES, Suite, library
 
-HERE = Path(__file__).resolve().parent
-PASSED, FAILED, SKIPPED = "passed", "FAILED", "skipped"
+# isort: split
+from build import ROOT, device_architecture, find_nvcc
+
 # Where images of GPU machines keep tools that are not on the path.
 TOOL_FOLDERS = ("/usr/local/nvidia/bin", "/usr/local/cuda/bin")
-MOST_LOG_BYTES = 1 << 20
-"""Of one suite's output in gpu.log; the middle goes."""
-
-
-# --- what a suite may need ------------------------------------------------------------------------------------------
-
-
-def _module(name: str) -> Callable[[], str | None]:
-    """Whether a module is installed, without importing it."""
-    return lambda: None if importlib.util.find_spec(name) is not None else f"{name} is not installed"
-
-
-def _program(name: str) -> Callable[[], str | None]:
-    return lambda: None if shutil.which(name) else f"{name} is not on the path"
-
-
-@functools.cache
-def _answers(code: str) -> bool:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120).returncode == 0
-
-
-def _torch_with_cuda() -> str | None:
-    if _module("torch")() is not None:
-        return "torch is not installed"
-    code = "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 9)"
-    return None if _answers(code) else "PyTorch has no CUDA"
-
-
-def _ort_with_cuda() -> str | None:
-    code = "import onnxruntime, sys; sys.exit('CUDAExecutionProvider' not in onnxruntime.get_available_providers())"
-    return None if _answers(code) else "onnxruntime with the CUDA provider (onnxruntime-gpu) is not installed"
-
-
-def _library() -> str | None:
-    return None if "HCMEN_CUDA_LIBRARY" in os.environ else "libhcmen_ops_cuda.so was not built"
-
-
-# --- the suites -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Suite:
-    """A command and what it needs. `tests`: files for pytest, whose cases are counted; or `command`, which passes or
-    fails as a whole.
-
-    stage: suites of one stage run beside each other; those that time anything have a stage of their own.
-    least_s: with less time left it is not started.
-    result: a JSON file that the command writes, which goes into gpu.json whatever becomes of the suite.
-    """
-
-    name: str
-    what: str
-    stage: int
-    needs: Sequence[Callable[[], str | None]]
-    tests: Sequence[str] = ()
-    command: Sequence[str] = ()
-    timeout_s: int = 120
-    least_s: int = 10
-    result: str | None = None
-
-
-_PYTEST = (_library, _module("pytest"), _module("numpy"), _module("torch"))
-_TORCH = (_library, _torch_with_cuda)
-
-
-def _benchmark(name: str, what: str, stage: int, seconds: int, *arguments: str) -> Suite:
-    file = f"{name}.json"
-    command = (sys.executable, str(ROOT / "benchmarks" / "scan_cuda.py"), "--out", file)
-    command += ("--seconds", str(seconds), *arguments)
-    return Suite(name, what, stage, _TORCH, command=command, timeout_s=seconds + 60, least_s=20, result=file)
-
-
-def _sanitizer(tool: str, what: str) -> Suite:
-    needs = (_library, _program("compute-sanitizer"), _module("numpy"))
-    command = ("compute-sanitizer", "--error-exitcode", "9", "--tool", tool, sys.executable, str(HERE / "sanitize.py"))
-    return Suite(tool, f"compute-sanitizer: {what}", 4, needs, command=command, timeout_s=180)
-
-
-SUITES = [
-    Suite(
-        "functions",
-        "elementary functions at every float32 against double precision",
-        1,
-        (lambda: None if "HCMEN_PROBE" in os.environ else "the probe was not built",),
-        command=(sys.executable, "-c", "import os; os.execv(os.environ['HCMEN_PROBE'], ['probe'])"),
-        timeout_s=60,
-    ),
-    Suite("kernels", "kernels over the driver alone, the emulation's cases", 1, _PYTEST, ["test_kernels.py"]),
-    Suite("autograd", "PyTorch: values, gradients, streams, graphs", 1, (*_PYTEST, *_TORCH), ["test_autograd.py"]),
-    _benchmark("scan_float32", "the forward scan in float32, every size", 2, 120, "--dtype", "float32"),
-    _benchmark(
-        "scan_tune",
-        "other ways of sharing out beside the rule's",
-        3,
-        90,
-        "--tune",
-        "--batch",
-        "1,16",
-        "--dtype",
-        "float32",
-    ),
-    _sanitizer("memcheck", "accesses outside arrays"),
-    _sanitizer("racecheck", "races in shared memory"),
-    _sanitizer("synccheck", "barriers"),
-    _sanitizer("initcheck", "reads of memory that nothing wrote"),
-    Suite(
-        "training",
-        "the model and its training on CUDA",
-        4,
-        (*_PYTEST, *_TORCH),
-        ["test_model_on_gpu.py", "test_training_cuda.py"],
-    ),
-    Suite(
-        "ort",
-        "ONNX Runtime's CUDA provider, every variant",
-        4,
-        (*_PYTEST, _module("onnx"), _ort_with_cuda),
-        ["test_ort_on_gpu.py"],
-    ),
-    _benchmark("scan_float16", "the forward scan in float16, every size", 5, 90, "--dtype", "float16"),
-    _benchmark("scan_backward", "gradients in float32", 6, 90, "--backward", "--dtype", "float32"),
-    Suite(
-        "tensorrt",
-        "TensorRT engines: built, held to the eager model, run",
-        7,
-        (*_PYTEST, _module("onnx"), _module("tensorrt")),
-        ["test_tensorrt.py"],
-        timeout_s=3600,
-        least_s=60,
-    ),
-]
-
-
-class Running:
-    """A suite in a process group of its own, its output in a file."""
-
-    def __init__(self, suite: Suite, folder: Path, environment: Mapping[str, str], seconds: float, workers: int):
-        self.suite, self.folder, self.seconds = suite, folder, min(seconds, suite.timeout_s)
-        self.report, self.log = folder / f"{suite.name}.xml", folder / f"{suite.name}.log"
-        for old in (self.report, *([folder / suite.result] if suite.result else [])):
-            old.unlink(missing_ok=True)
-        command = list(suite.command)
-        if suite.tests:
-            files = [str(HERE / name) for name in suite.tests]
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={self.report}"]
-            if workers > 1 and importlib.util.find_spec("xdist") is not None:
-                command += ["-n", str(workers)]
-            command += files
-        self.started = time.monotonic()
-        with self.log.open("wb") as output:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**environment, "PYTHONUNBUFFERED": "1"},
-                cwd=folder,  # in the checkout itself, its folder `hcmen` would come first
-                start_new_session=True,
-            )
-
-    def wait(self) -> dict[str, Any]:
-        """What became of it: status, counts, seconds, its own result, and the end of its output if it failed."""
-        hung = False
-        try:
-            self.process.wait(max(0.0, self.started + self.seconds - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            hung = True
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        code = self.process.wait()
-        result: dict[str, Any] = {"seconds": round(time.monotonic() - self.started, 1)}
-        output = self.log.read_bytes().decode(errors="replace")
-        counted = _counts(self.report) if self.suite.tests else None
-        if counted is not None:
-            result |= counted
-            if code == 0 and counted["passed"] == 0:
-                return {**result, "status": SKIPPED, "reason": "every case was skipped: see its log"}
-        written = self.folder / self.suite.result if self.suite.result else None
-        if written is not None and written.exists():
-            result["result"] = _json(written.read_text())
-        elif self.suite.name == "functions":
-            result["result"] = _json(output)
-        result["status"] = PASSED if code == 0 else FAILED
-        if hung:
-            result["reason"] = f"stopped after {self.seconds:.0f} s"
-        elif code < 0:
-            result["reason"] = f"ended by {signal.Signals(-code).name}"
-        if code != 0:
-            result["output_tail"] = output[-3000:]
-        return result
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
-
-
-def _counts(report: Path) -> dict[str, int] | None:
-    """Cases that passed, failed and were not run, from pytest's report; None where there is none or half of one."""
-    try:
-        cases = [c.attrib for c in ElementTree.parse(report).getroot().iter("testsuite")]
-    except (OSError, ElementTree.ParseError):
-        return None
-    tests, failures, errors, skipped = (
-        sum(int(c.get(k, 0)) for c in cases) for k in ("tests", "failures", "errors", "skipped")
-    )
-    failed = failures + errors
-    return {"passed": tests - failed - skipped, "failed": failed, "not_run": skipped}
-
-
-def run_stage(
-    suites: Sequence[Suite], folder: Path, environment: Mapping[str, str], left: Callable[[], float]
-) -> dict[str, dict[str, Any]]:
-    """Runs suites beside each other and gives what became of each, in their order. left: seconds until all must end."""
-    results: dict[str, dict[str, Any]] = {}
-    running: list[Running] = []
-    with_cases = sum(1 for s in suites if s.tests)
-    for suite in suites:
-        reason = next((r for need in suite.needs if (r := need()) is not None), None)
-        if reason is None and left() < suite.least_s:
-            reason = f"{left():.0f} s are left, it takes at least {suite.least_s}"
-        if reason is not None:
-            results[suite.name] = {"status": SKIPPED, "reason": reason}
-            continue
-        workers = max(1, min(8, (os.cpu_count() or 1) // (2 * max(1, with_cases))))
-        running.append(Running(suite, folder, environment, left(), workers))
-    for one in running:
-        results[one.suite.name] = one.wait()
-    return {s.name: results[s.name] for s in suites}
-
-
-# --- the machine ----------------------------------------------------------------------------------------------------
+RESERVE_S = 4.0
+"""In hand for the end: processes that die slowly, and the last writing."""
 
 
 def lay_out(folder: Path) -> Path:
@@ -301,11 +69,12 @@ def describe() -> dict[str, Any]:
     }
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,compute_cap", "--format=csv,noheader"]
     if shutil.which("nvidia-smi"):
-        found["devices"] = subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()
+        answer = ask(query, 20)
+        found["devices"] = answer[1].strip().splitlines() if answer else ["nvidia-smi did not answer within 20 s"]
     nvcc = find_nvcc()
-    if nvcc:
-        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-        found["nvcc"] = version.split("release ")[-1][:12]
+    version = ask([nvcc, "--version"], 20) if nvcc else None
+    if version:
+        found["nvcc"] = version[1].split("release ")[-1][:12]
     found["versions"] = {}
     for package in ("torch", "onnxruntime-gpu", "onnxruntime", "onnx", "numpy", "mamba-ssm", "tensorrt"):
         try:
@@ -315,105 +84,148 @@ def describe() -> dict[str, Any]:
     return found
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line per suite."""
-    lines = []
-    for name, r in results.items():
-        counts = f"{r['passed']} passed, {r['failed']} failed, {r['not_run']} skipped" if "passed" in r else ""
-        detail = ", ".join(part for part in (counts, r.get("reason")) if part)
-        lines.append(f"{r['status']:<8} {name:<14} {r.get('seconds', ''):>7}  {detail}")
-    return "\n".join(lines)
+def find_more(environment: MutableMapping[str, str]) -> None:
+    """Puts what NVIDIA's Python packages hold behind what is on the paths: ONNX Runtime searches libraries of CUDA and
+    cuDNN there only, and compute-sanitizer is one of the packages."""
+    for variable, folders, pattern in (
+        ("PATH", TOOL_FOLDERS, "nvidia/*/bin"),
+        ("LD_LIBRARY_PATH", (), "nvidia/*/lib"),
+    ):
+        found = [str(folder) for site in sys.path if site for folder in sorted(Path(site).glob(pattern))]
+        paths = [*environment.get(variable, "").split(os.pathsep), *folders, *found]
+        environment[variable] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
 
 
-def _write(out: Path, results: Mapping[str, Mapping[str, Any]], machine: Mapping[str, Any], log: str) -> None:
-    """gpu.json and gpu.log whole, so that whatever stops this run leaves the last suite's state."""
-    failed = [name for name, r in results.items() if r["status"] == FAILED]
-    data = {"schema_version": 2, "machine": machine, "passed": not failed, "suites": results}
-    for name, text in (("gpu.json", json.dumps(data, indent=1) + "\n"), ("gpu.log", log)):
-        part = out / f"{name}.part"
-        part.write_text(text)
-        part.replace(out / name)
+def prepare(options: argparse.Namespace, state: State, architecture: int) -> None:
+    """Builds the library and the probe, or takes the library that was named, and names both in the environment."""
+    arguments = [str(options.folder), str(architecture)]
+    named = [str(options.library)] if options.library else []
+
+    def part(name: str, what: str, result: str, *more: str, refused: str | None = None) -> Suite:
+        command = (sys.executable, str(HERE / "prepare.py"), result, *arguments, *more)
+        file = f"{result}.json"
+        return Suite(name, what, 0, (), command=command, timeout_s=3600, least_s=0, result=file, refused=refused)
+
+    suites = [
+        part("build", "the kernel library", "library", *named),
+        part("probe", "the program of elementary functions", "probe", refused="nvcc is needed.*"),
+    ]
+    run_stage(suites, state, os.environ)
+    for name, variable in (("build", "HCMEN_CUDA_LIBRARY"), ("probe", "HCMEN_PROBE")):
+        row = state.results[name]
+        row |= row.pop("result", {})
+        if row["status"] == PASSED:
+            os.environ[variable] = row["path"]
+    if state.results["build"]["status"] == SKIPPED:
+        state.results["build"]["status"] = FAILED  # no time even for it: nothing is run, which is no success
+    if named and state.results["build"]["status"] == PASSED:
+        state.results["build"]["reason"] = f"built elsewhere, taken as it stands: {options.library}"
 
 
-def _cut(text: str) -> str:
-    if len(text) <= MOST_LOG_BYTES:
-        return text
-    half = MOST_LOG_BYTES // 2
-    return f"{text[:half]}\n... {len(text) - 2 * half} characters left out ...\n{text[-half:]}"
+def parts(suites: Sequence[Suite]) -> dict[int, float]:
+    """Stage -> its part of the time that is left when it begins. What one leaves over goes to all that follow."""
+    stages = sorted({s.stage for s in suites})
+    shares = {stage: max(s.share for s in suites if s.stage == stage) for stage in stages}
+    return {stage: shares[stage] / sum(shares[s] for s in stages if s >= stage) for stage in stages}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def run(wanted: Sequence[Suite], state: State) -> None:
+    """Stage after stage. What is missing is asked first, so that no time is kept for suites that cannot be run."""
+    runnable = []
+    for suite in wanted:
+        reason = next((r for need in suite.needs if (r := need()) is not None), None)
+        if STOP.number:
+            reason = STOP.reason
+        if reason is None:
+            runnable.append(suite)
+        else:
+            state.results[suite.name] = {"status": SKIPPED, "reason": reason}
+            say(table({suite.name: state.results[suite.name]}))
+    for stage, part in parts(runnable).items():
+        run_stage([s for s in runnable if s.stage == stage], state, os.environ, part)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"run.py: {message}\n")
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"'{text}' is no number of seconds above 0")
+
+
+def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Suite]]:
+    """The options, with folders that are there and can be written, and the suites that were named."""
+    parser = _Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", help="names of suites, with commas between them")
     parser.add_argument("--list", action="store_true", help="name the suites and leave")
     parser.add_argument("--prepare", action="store_true", help="build the library, print the environment, and leave")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="time for everything, the build included")
+    parser.add_argument("--seconds", type=_seconds, default=3600.0, help="time for everything, the build included")
     parser.add_argument("--out", type=Path, help="for gpu.json and gpu.log; by default results/ in --folder")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "gpu", help="for the library, links and logs")
+    parser.add_argument("--library", type=Path, help="a libhcmen_ops_cuda.so that was built elsewhere; none is built")
     options = parser.parse_args(arguments)
-    if options.list:
-        print("\n".join(f"{s.name:<14} {s.what}" for s in SUITES))
-        return 0
-    options.folder = options.folder.resolve()
-    out: Path = (options.out or options.folder / "results").resolve()
     names = [s.name for s in SUITES]
-    wanted = options.only.split(",") if options.only else names
-    unknown = [n for n in wanted if n not in names]
-    if unknown:
-        parser.error(f"no suite '{unknown[0]}': choose from {', '.join(names)}")
+    wanted = names if options.only is None else options.only.split(",")
+    for name in wanted:
+        if name not in names:
+            parser.error(f"no suite '{name}': choose from {', '.join(names)}")
+    if options.library is not None and not options.library.is_file():
+        parser.error(f"--library is '{options.library}', which is no file")
+    options.folder = options.folder.absolute()
+    options.out = (options.out or options.folder / "results").absolute()
+    options.library = options.library and options.library.absolute()
+    return options, [s for s in SUITES if s.name in wanted]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options, wanted = _options(arguments)
+    if options.list:
+        say("\n".join(f"{s.name:<14} {s.what}" for s in SUITES))
+        return 0
     started = time.monotonic()
-    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), *TOOL_FOLDERS])
     architecture = device_architecture()
     if architecture is None:
-        print("the driver shows no CUDA device: nothing was run", file=sys.stderr)
+        say("the driver shows no CUDA device: nothing was run", error=True)
         return 3
+    for name, folder in (("--folder", options.folder), ("--out", options.out)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "gpu.json.part").write_bytes(b"")
+        except OSError as error:
+            say(f"run.py: {name} is '{folder}', expected a folder to write into: {error.strerror}", error=True)
+            return 2
+        (folder / "gpu.json.part").unlink()
+    with STOP.noticed(started + options.seconds - RESERVE_S):
+        return _run(options, wanted, architecture)
 
-    def left() -> float:
-        return float(options.seconds - (time.monotonic() - started))
 
-    options.folder.mkdir(parents=True, exist_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict[str, Any]] = {}
+def _run(options: argparse.Namespace, wanted: Sequence[Suite], architecture: int) -> int:
     for variable in ("HCMEN_CUDA_LIBRARY", "HCMEN_PROBE"):
         os.environ.pop(variable, None)
-    try:
-        library, kernels = build(options.folder, [architecture], jobs=os.cpu_count() or 2, strict=False)
-        os.environ["HCMEN_CUDA_LIBRARY"] = str(library)
-        on_stack = [k.name for k in kernels if k.spill_bytes or k.stack_bytes]
-        results["build"] = {"status": PASSED, "kernels": len(kernels), "spilled_or_on_the_stack": on_stack}
-        os.environ["HCMEN_PROBE"] = str(build_probe(options.folder, architecture))
-    except RuntimeError as error:
-        results["build"] = {"status": FAILED, "output_tail": str(error)[-3000:]}
-    results["build"]["seconds"] = round(time.monotonic() - started, 1)
-    print(table({"build": results["build"]}), flush=True)
-
-    paths = [str(lay_out(options.folder / "site")), str(ROOT / "tests")]
+    find_more(os.environ)
+    paths = [str(lay_out(options.folder / "site")), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    state = State(None if options.prepare else options.out, options.folder, describe())
+    prepare(options, state, architecture)
     if options.prepare:
-        print(
-            f"export PYTHONPATH={os.pathsep.join(paths)} HCMEN_CUDA_LIBRARY={os.environ.get('HCMEN_CUDA_LIBRARY', '')}"
-        )
-        return 0 if "HCMEN_CUDA_LIBRARY" in os.environ else 1
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
-    machine, log = describe(), ""
-    _write(out, results, machine, log)
-    for stage in sorted({s.stage for s in SUITES if s.name in wanted}):
-        suites = [s for s in SUITES if s.stage == stage and s.name in wanted]
-        done = run_stage(suites, options.folder, environment, left)
-        results |= done
-        print(table(done), flush=True)
-        for name, result in done.items():
-            if "seconds" in result:
-                text = (options.folder / f"{name}.log").read_bytes().decode(errors="replace")
-                log += f"=== {name} ===\n{_cut(text)}\n"
-        _write(out, results, machine, log)
-
-    failed = [name for name, r in results.items() if r["status"] == FAILED]
-    skipped = [name for name, r in results.items() if r["status"] == SKIPPED]
+        named = os.environ.get("HCMEN_CUDA_LIBRARY", "")
+        say(f"export PYTHONPATH={os.pathsep.join(paths[:2])} HCMEN_CUDA_LIBRARY={named}")
+        return 0 if library() is None else 1
+    run(wanted, state)
+    state.write(complete=not STOP.number)
+    failed, skipped = state.named(FAILED), state.named(SKIPPED)
     for name in failed:
-        print(f"\n--- {name} ---\n{results[name].get('output_tail', '')}", file=sys.stderr, flush=True)
-    passed = len(results) - len(failed) - len(skipped)
-    print(f"\n{table(results)}\n\n{passed} passed, {len(failed)} failed, {len(skipped)} skipped: {out / 'gpu.json'}")
-    return 1 if failed else 0
+        say(f"\n--- {name} ---\n{state.results[name].get('output_tail', '')}", error=True)
+    passed = len(state.results) - len(failed) - len(skipped)
+    counts = f"{passed} passed, {len(failed)} failed, {len(skipped)} skipped"
+    say(f"\n{table(state.results)}\n\n{counts}: {options.out / 'gpu.json'}")
+    if STOP.number:
+        return 128 + STOP.number
+    return 1 if failed or state.problem else 0
 
 
 if __name__ == "__main__":

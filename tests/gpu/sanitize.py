@@ -1,9 +1,16 @@
 """What compute-sanitizer watches: every kernel once or twice at awkward sizes, without PyTorch in the process.
 
-compute-sanitizer --tool memcheck --error-exitcode 9 python tests/gpu/sanitize.py
+    compute-sanitizer --tool memcheck --error-exitcode 9 python tests/gpu/sanitize.py [RESULT]
+
+RESULT gets what was run, after every case. compute-sanitizer has ended well without starting the program it was given;
+then there is no RESULT.
 """
 
 from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
 
 import numpy as np
 from helpers.device import DeviceKernels
@@ -22,8 +29,17 @@ SCANS: list[tuple[ScanCase, dict[str, int]]] = [
 ]
 
 
-def main() -> None:
+def main(result: str | None = None) -> None:
     kernels = DeviceKernels()
+    done: list[str] = []
+
+    def ended(case: ScanCase | ConvCase) -> None:
+        done.append(str(case))
+        if result is not None:
+            part = Path(f"{result}.part")
+            part.write_text(json.dumps({"done": len(done), "last": done[-1]}), encoding="utf-8")
+            part.replace(result)
+
     rng = np.random.default_rng(0)
     for case, wish in SCANS:
         arrays = scan_arrays(case)
@@ -34,6 +50,7 @@ def main() -> None:
             dy = rng.normal(size=y.shape).astype(np.float32)
             for name, x in kernels.scan_gradients(case, arrays, dy, None).items():
                 assert np.isfinite(x).all(), name
+        ended(case)
     for width in (1, 2, 3, 4, 7):
         for dtype in ("float32", "float16"):
             conv = ConvCase(2, 30, 130, width, dtype, reverse=width == 3)
@@ -42,8 +59,9 @@ def main() -> None:
             if dtype == "float32":
                 dy = rng.normal(size=inputs["x"].shape).astype(np.float32)
                 assert all(np.isfinite(x).all() for x in kernels.conv_gradients(conv, inputs, dy).values())
-    print(f"{len(SCANS)} scans and 10 convolutions")
+            ended(conv)
+    print(f"{len(done)} scans and convolutions")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
