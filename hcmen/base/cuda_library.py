@@ -182,7 +182,7 @@ def _raise(library: ctypes.CDLL, name: str, *arguments: Any) -> None:
         raise InputError(f"hcmen_cuda_{name}: {sizes} make {problem}", fix=fix)
     raise InputError(
         f"hcmen_cuda_{name} refused {sizes} (status {status})",
-        "sizes of at least 1 that fit each other, "
+        "sizes of at least 1 that fit each other and what is wished, "
         f"at most {FORWARD_STATES} states forward and {BACKWARD_STATES} backward, 2^28 channels and 2^31 - 1 steps",
     )
 

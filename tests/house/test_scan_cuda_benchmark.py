@@ -225,7 +225,7 @@ def test_a_refused_way_is_noted(benchmark, capsys):
     for row in rows:
         found = {r["way"]: r for r in row["ranked"]}
         assert set(found) == {"the rule", "lanes=3", "chunk=8"}
-        assert "refused its arguments" in found["lanes=3"]["refused"]
+        assert "refused batch" in found["lanes=3"]["refused"]
         assert "median_us" in found["chunk=8"]
     assert "lanes=3 InputError" in capsys.readouterr().out
 

@@ -27,6 +27,7 @@ COMMANDS = Path(sys.executable).parent
 GPU, NETWORK, MINUTES = "needs a GPU", "downloads or installs", "takes minutes"
 NOT_RUN: dict[str, str] = {
     "pip install": NETWORK,
+    "pip download": NETWORK,
     "sudo apt-get": NETWORK,
     "docker": NETWORK,
     ".venv/bin/pip install": NETWORK,
@@ -38,6 +39,7 @@ NOT_RUN: dict[str, str] = {
     ".venv/bin/python tests/gpu": GPU,
     "python3 tests/gpu": GPU,
     "python3 benchmarks/scan_cuda.py": GPU,
+    "PYTHONPATH=SITE": GPU,
     "sudo nvpmodel": GPU,
     "sudo jetson_clocks": GPU,
     "hcmen-compile": GPU,
