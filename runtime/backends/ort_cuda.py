@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hcmen.base.cuda_library import cuda_library_path, device_problem
+from hcmen.base.cuda_library import call, cuda_library_path, device_problem, load_cuda_library
 from hcmen.base.errors import BackendError
 from hcmen.runtime.backends.options import Ort, OrtCuda
 from hcmen.runtime.backends.ort import OrtBackend, OrtSession, _reason
@@ -42,7 +42,8 @@ class OrtCudaBackend(OrtBackend):
     device: the device's number.
 
     Raises:
-        BackendError: the CUDA provider, the device or the kernel library is missing.
+        BackendError: the CUDA provider, the device or the kernel library is missing, or the library does not serve the
+            device or its driver.
     """
 
     name = "ort-cuda"
@@ -64,6 +65,8 @@ class OrtCudaBackend(OrtBackend):
         _load_cuda_of_pip(self._ort)
         self.library, self.library_problem = self._library_path(), None
         self._options(self.library)
+        if device == 0:  # the one that the library begins with
+            call(load_cuda_library(), "warm")
         # TF32 is the default there. It keeps 10 bits of a product's factors: scores miss the float32 bound.
         provider = {"device_id": str(device), "use_tf32": "0"}
         if self.cuda_graph:

@@ -20,6 +20,7 @@ from helpers.op_cases import ScanCase, scan_arrays, scan_oracle
 
 import hcmen.runtime.backends.ort as ort_module
 import hcmen.runtime.backends.ort_cuda as module
+from hcmen.base.cuda_library import load_cuda_library
 from hcmen.base.errors import BackendError
 from hcmen.mamba.one_node import scan_model
 from hcmen.runtime import load
@@ -108,6 +109,7 @@ def use(monkeypatch: pytest.MonkeyPatch, made: Stand, library: Path) -> None:
     monkeypatch.setattr(ort_module, "import_onnxruntime", lambda: made.module)
     monkeypatch.setattr(module, "device_problem", lambda: None)
     monkeypatch.setenv("HCMEN_CUDA_LIBRARY", str(library))
+    load_cuda_library.cache_clear()
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------
@@ -211,6 +213,28 @@ def test_no_library(monkeypatch, stand, tmp_path):
     with pytest.raises(BackendError) as error:
         OrtCudaBackend()
     assert "refused" in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (209, "the device is sm_86, the library has code for 75, 90, 120: build the library for 86: docs/cuda.md"),
+        (35, "the driver serves CUDA 12.2, the library was built with 13.0: update the driver, or build the library"),
+    ],
+)
+def test_a_library_that_does_not_serve_the_device(stand, library, shared_bundle, error, words):
+    """Said before anything is run, by the command too."""
+    emulation = emulated.load(library)
+    emulation.emulation_set(error, 12020, 0)
+    try:
+        with pytest.raises(BackendError) as told:
+            OrtCudaBackend()
+        done = run(main, "--bundle", shared_bundle, "--backend", "ort-cuda", "--self-test")
+    finally:
+        emulation.emulation_set(0, 13000, 0)
+    assert words in one_line(told)
+    assert (done.code, done.err.count("\n")) == (3, 1)
+    assert words in done.err
 
 
 def test_a_runtime_that_falls_back(monkeypatch, library, model):
