@@ -393,3 +393,26 @@ def test_cmake_builds_it_when_asked(tmp_path):
     done = subprocess.run(none, capture_output=True, text=True, env=environment)
     assert done.returncode != 0
     assert "there is no nvcc" in done.stderr or "CUDACXX" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("9.0", 90), ("NVIDIA H200, 580.1, 1 MiB, 9.0\n12.0", 90), ("12.1", 121), ("[N/A]", None), ("", None)],
+)
+def test_the_device_by_nvidia_smi(monkeypatch, tmp_path, answer, expected):
+    """Where the driver's library is not on the loader's path."""
+
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\ncat <<'END'\n{answer}\nEND\n")
+    smi.chmod(0o755)
+    monkeypatch.setattr(build.ctypes, "CDLL", missing)
+    monkeypatch.setattr(build, "TOOL_FOLDERS", ())
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert build.device_architecture() == expected
+    smi.write_text("#!/bin/sh\nexit 9\n")
+    assert build.device_architecture() is None
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert build.device_architecture() is None

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 __all__ = [
+    "TOOL_FOLDERS",
     "WANTED",
     "BuildError",
     "Kernel",
@@ -44,6 +45,8 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
+TOOL_FOLDERS = ("/usr/local/nvidia/bin", "/usr/local/cuda/bin")
+"""Where images of GPU machines keep tools that are not on the path."""
 CSRC = ROOT / "runtime" / "csrc"
 WANTED = (75, 80, 86, 87, 89, 90, 100, 110, 120)
 """Turing to Blackwell, Orin (87) and Thor (110) among them."""
@@ -99,11 +102,12 @@ def architectures_known(nvcc: str) -> list[int]:
 
 
 def device_architecture() -> int | None:
-    """Of the first device, from the driver, or None."""
+    """Of the first device, from the driver, or from nvidia-smi where the driver's library is not on the loader's path;
+    None without one."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return None
+        return _architecture_by_smi()
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     if driver.cuInit(0) != 0 or driver.cuDeviceGet(ctypes.byref(device), 0) != 0:
         return None
@@ -111,6 +115,19 @@ def device_architecture() -> int | None:
         if driver.cuDeviceGetAttribute(ctypes.byref(value), number, device) != 0:
             return None
     return 10 * major.value + minor.value
+
+
+def _architecture_by_smi() -> int | None:
+    smi = shutil.which("nvidia-smi", path=os.pathsep.join([os.environ.get("PATH", ""), *TOOL_FOLDERS]))
+    if smi is None:
+        return None
+    try:
+        query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+        answer = subprocess.run(query, capture_output=True, text=True, errors="replace", timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r"(\d+)\.(\d)$", answer.partition("\n")[0].strip())
+    return 10 * int(found[1]) + int(found[2]) if found else None
 
 
 def build(

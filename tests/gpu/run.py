@@ -39,10 +39,8 @@ from running import FAILED, HERE, PASSED, SKIPPED, STOP, State, ask, run_stage, 
 from suites import SUITES, Suite, library
 
 # isort: split
-from build import ROOT, device_architecture, find_nvcc
+from build import ROOT, TOOL_FOLDERS, device_architecture, find_nvcc
 
-# Where images of GPU machines keep tools that are not on the path.
-TOOL_FOLDERS = ("/usr/local/nvidia/bin", "/usr/local/cuda/bin")
 RESERVE_S = 4.0
 """In hand for the end: processes that die slowly, and the last writing."""
 
@@ -216,6 +214,7 @@ def _run(options: argparse.Namespace, wanted: Sequence[Suite], architecture: int
         say(f"export PYTHONPATH={os.pathsep.join(paths[:2])} HCMEN_CUDA_LIBRARY={named}")
         return 0 if library() is None else 1
     run(wanted, state)
+    state.results = {name: state.results[name] for name in ("build", "probe", *(s.name for s in wanted))}
     state.write(complete=not STOP.number)
     failed, skipped = state.named(FAILED), state.named(SKIPPED)
     for name in failed:
