@@ -31,6 +31,7 @@ from hcmen.base.inputs import FeatureConfig
 from hcmen.base.manifest import Manifest
 from hcmen.base.modalities import Variant, variant_named
 from hcmen.base.selfcheck import operators_run
+from hcmen.base.typed import as_typed
 from hcmen.data.mmsa import dataset_from_mmsa
 from hcmen.data.synthetic import make_synthetic
 from hcmen.export import int8
@@ -449,7 +450,7 @@ def test_an_int8_export_from_end_to_end(train, tmp_path):
     assert table.code == 0
     assert "MAE int8" in table.out
     assert "0.01" not in table.err
-    assert f"hcmen-run --self-test --bundle {Path('build/bundle-int8')}" in table.out
+    assert as_typed("hcmen-run", "--self-test", "--bundle", "build/bundle-int8") in table.out
 
 
 def test_a_float16_export(train, tmp_path):

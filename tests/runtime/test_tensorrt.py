@@ -631,8 +631,16 @@ def test_without_a_bundle_the_demo_is_copied_for_its_engines(monkeypatch, tmp_pa
     assert before.items() <= made.items()
     assert {name.split("/")[0] for name in made.keys() - before.keys()} == {"engines"}
     last = done.out.splitlines()[-1]
-    assert last.endswith(
-        "hcmen-run --self-test --bundle build/bundle --variant audio_only --backend tensorrt --precision fp16"
-    )
-    arguments = last.partition("hcmen-run ")[2].split()
+    arguments = [
+        "--self-test",
+        "--bundle",
+        "build/bundle",
+        "--variant",
+        "audio_only",
+        "--backend",
+        "tensorrt",
+        "--precision",
+        "fp16",
+    ]
+    assert last.endswith(as_typed("hcmen-run", *arguments))
     assert run(run_main, *arguments).code == 0
