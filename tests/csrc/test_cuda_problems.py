@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -21,10 +21,8 @@ CAPTURE = [900, 901, 906, 908]
 
 
 @pytest.fixture
-def library() -> Iterator[ctypes.CDLL]:
-    library = emulated.kernels_library()
-    yield library
-    library.emulation_set(0, 13000, 0)
+def library() -> ctypes.CDLL:
+    return emulated.kernels_library()
 
 
 def scan(library: ctypes.CDLL) -> None:
@@ -66,29 +64,29 @@ def warm(library: ctypes.CDLL) -> None:
 def test_what_cuda_says_comes_with_what_to_do(
     library: ctypes.CDLL, use: Callable[[ctypes.CDLL], None], error: int, driver: int, words: str
 ) -> None:
-    library.emulation_set(error, driver, 0)
-    with pytest.raises(
-        BackendError, match=rf"^hcmen_cuda_\w+: CUDA failed: cudaErrorEmulated \(in words\): {words}"
-    ) as told:
+    with (
+        emulated.troubled(library, error, driver),
+        pytest.raises(
+            BackendError, match=rf"^hcmen_cuda_\w+: CUDA failed: cudaErrorEmulated \(in words\): {words}"
+        ) as told,
+    ):
         use(library)
     assert "\n" not in str(told.value)
     assert told.value.exit_code == 3
     assert told.value.fix
     # It is over once the device works again.
-    library.emulation_set(0, 13000, 0)
     use(library)
 
 
 def test_a_first_launch_may_be_recorded(library: ctypes.CDLL) -> None:
     """While a stream is recorded, CUDA loads a kernel in its relaxed mode alone; a graph then has every launch."""
-    library.emulation_set(0, 13000, 1)
     case = ScanCase(1, 700, 33, 16)  # cut into chunks: three kernels
     kernels, arrays = Kernels(library), scan_arrays(case)
-    recorded = kernels.scan(case, arrays)
     dy = np.ones_like(arrays["u"])
-    gradients = kernels.scan_gradients(case, arrays, dy, None)
-    convolution(library)
-    library.emulation_set(0, 13000, 0)
+    with emulated.troubled(library, recording=True):
+        recorded = kernels.scan(case, arrays)
+        gradients = kernels.scan_gradients(case, arrays, dy, None)
+        convolution(library)
     for got, want in zip(recorded, kernels.scan(case, arrays), strict=True):
         np.testing.assert_array_equal(got, want)
     for name, want in kernels.scan_gradients(case, arrays, dy, None).items():

@@ -83,6 +83,10 @@ class Kernel:
     spill_bytes: int
     stack_bytes: int
 
+    @property
+    def in_local_memory(self) -> bool:
+        return bool(self.spill_bytes or self.stack_bytes)
+
 
 def find_nvcc() -> str | None:
     """nvcc, as CUDACXX or the path name it, or None."""
@@ -230,7 +234,7 @@ def refuse_local_memory(kernels: Iterable[Kernel]) -> None:
     found = [
         f"{k.name} on sm_{k.architecture} ({k.spill_bytes} bytes spilled, {k.stack_bytes} of stack)"
         for k in kernels
-        if k.spill_bytes or k.stack_bytes
+        if k.in_local_memory
     ]
     if found:
         raise BuildError(1, f"no kernel may use local memory: {'; '.join(found)}")

@@ -20,7 +20,7 @@ def prepare(name: str, folder: Path, architecture: int, library: str | None) -> 
         return {"path": str(build_probe(folder, architecture))}
     if library is None:
         path, kernels = build(folder, [architecture], jobs=os.cpu_count() or 2, strict=False)
-        on_stack = [k.name for k in kernels if k.spill_bytes or k.stack_bytes]
+        on_stack = [k.name for k in kernels if k.in_local_memory]
         return {"path": str(path), "kernels": len(kernels), "spilled_or_on_the_stack": on_stack}
     from hcmen.base.cuda_library import load_cuda_library
     from hcmen.base.errors import HcmenError
@@ -30,7 +30,7 @@ def prepare(name: str, folder: Path, architecture: int, library: str | None) -> 
         load_cuda_library()
     except HcmenError as error:
         raise RuntimeError(str(error)) from None
-    return {"path": library, "built": "elsewhere, taken as it stands"}
+    return {"path": library, "reason": f"built elsewhere, taken as it stands: {library}"}
 
 
 def main(name: str, folder: str, architecture: str, library: str | None = None) -> int:

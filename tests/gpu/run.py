@@ -116,8 +116,6 @@ def prepare(options: argparse.Namespace, state: State, architecture: int) -> Non
             os.environ[variable] = row["path"]
     if state.results["build"]["status"] == SKIPPED:
         state.results["build"]["status"] = FAILED  # no time even for it: nothing is run, which is no success
-    if named and state.results["build"]["status"] == PASSED:
-        state.results["build"]["reason"] = f"built elsewhere, taken as it stands: {options.library}"
 
 
 def parts(suites: Sequence[Suite]) -> dict[int, float]:

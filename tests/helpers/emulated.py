@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,19 @@ def load(path: Path) -> ctypes.CDLL:
     library.emulation_set_order.argtypes = [ctypes.c_int]
     library.emulation_launches.restype = ctypes.c_uint64
     return library
+
+
+@contextlib.contextmanager
+def troubled(library: ctypes.CDLL, error: int = 0, driver: int = 13000, *, recording: bool = False) -> Iterator[None]:
+    """Within the block CUDA fails with `error`, the driver serves `driver`, or a stream is being recorded.
+
+    No kernel is loaded when it begins, nor when it ends; then all is well again.
+    """
+    library.emulation_set(error, driver, int(recording))
+    try:
+        yield
+    finally:
+        library.emulation_set(0, 13000, 0)
 
 
 class Kernels:

@@ -127,12 +127,8 @@ def test_a_library_that_may_not_be_trusted_fails(monkeypatch, tmp_path, unsafe):
 def test_a_library_that_does_not_serve_the_device_fails(monkeypatch, error, detail, fix):
     path = emulated.operators_library()
     pretend(monkeypatch, device=True, provider=False, library=path)
-    library = emulated.load(path)
-    library.emulation_set(error, 12020, 0)
-    try:
+    with emulated.troubled(emulated.load(path), error, 12020):
         row = rows()["cuda kernels"]
-    finally:
-        library.emulation_set(0, 13000, 0)
     assert row.status == ("FAILED" if error else "ok")
     assert detail in row.detail
     assert str(row.fix or "").startswith(fix)

@@ -224,14 +224,10 @@ def test_no_library(monkeypatch, stand, tmp_path):
 )
 def test_a_library_that_does_not_serve_the_device(stand, library, shared_bundle, error, words):
     """Said before anything is run, by the command too."""
-    emulation = emulated.load(library)
-    emulation.emulation_set(error, 12020, 0)
-    try:
+    with emulated.troubled(emulated.load(library), error, 12020):
         with pytest.raises(BackendError) as told:
             OrtCudaBackend()
         done = run(main, "--bundle", shared_bundle, "--backend", "ort-cuda", "--self-test")
-    finally:
-        emulation.emulation_set(0, 13000, 0)
     assert words in one_line(told)
     assert (done.code, done.err.count("\n")) == (3, 1)
     assert words in done.err
