@@ -1,12 +1,13 @@
-"""From a bundle's ONNX graphs to TensorRT engines, on the device that will run them.
+"""From a bundle's ONNX graphs to engines: of TensorRT on the device that will run them, of TensorRT-RTX anywhere.
 
-Needs TensorRT 10.3 or later, onnx and NumPy; PyTorch is never imported. One engine per variant and precision:
+Needs TensorRT 10.3 or TensorRT-RTX 1.4, onnx and NumPy; PyTorch is never imported. One engine a variant and precision:
 
     graph with its weights, from verified bytes  (hcmen/export/weights.py; no path of the graph's is followed)
     -> float16 written into it                   (hcmen/export/float16.py, with --precision fp16)
     -> op functions taken out, or put in place   (the plugin runs the ops, or with plugin "function" the functions do)
     -> strongly typed network, optimisation profiles, build
     -> the golden set through the very runtime that will score clips; beyond the bound, nothing is written
+       (a portable flavour has no GPU here: each device runs the golden set when it first opens the engine)
     -> engines/ beside the bundle                (hcmen/base/engines.py)
 
 The functions are taken out whenever a plugin is to run, not only for TensorRT before 10.7, which prefers functions to
@@ -30,72 +31,27 @@ from typing import TYPE_CHECKING, Any
 import hcmen
 from hcmen.base.bundle import Bundle
 from hcmen.base.console import Console, one_line
-from hcmen.base.engines import PLUGINS, PRECISIONS, EngineRecord, read_engines, write_engine, write_whole
-from hcmen.base.errors import BackendError, CheckFailed, CorruptFileError, InputError, unknown_name
+from hcmen.base.engines import EngineRecord, read_engines, write_engine, write_whole
+from hcmen.base.errors import BackendError, CheckFailed, CorruptFileError, InputError
 from hcmen.base.files import read_small, refused
 from hcmen.base.manifest import OP_DOMAIN, VariantRecord
 from hcmen.base.records import FileRecord
 from hcmen.base.trust import made_key
+from hcmen.export.engine_options import Options, profile_shapes
 from hcmen.runtime.backends.cuda import Cuda
 from hcmen.runtime.backends.flavour import TENSORRT, Flavour, TrtModule
-from hcmen.runtime.backends.tensorrt import TrtSession
+from hcmen.runtime.backends.tensorrt import TOLERANCES, TrtSession
+from hcmen.runtime.backends.tensorrt_rtx import capabilities_of, set_targets
 from hcmen.runtime.golden import SelfTest, golden_test
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["Built", "Compiler", "Options", "profile_shapes"]
+__all__ = ["Built", "Compiler"]
 
 _HEARTBEAT_SECONDS = 30.0
+_TURING = 75
 _OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|insufficient memory|cudaErrorMemoryAllocation", re.I)
-
-
-@dataclass(frozen=True)
-class Options:
-    """How engines are built.
-
-    precision: "fp32" or "fp16". plugin: "library", "aot" or "function", who runs the hcmen ops.
-    workspace_bytes: most scratch memory a kernel may have, None for TensorRT's own choice (all there is).
-    max_batch: largest batch of one run; opt_batch: the one that the profile of batches is tuned for.
-    version_compatible: later versions of TensorRT load the engine too; it embeds a runtime and the plugin library.
-    hardware_compatible: so do all GPUs from sm 80 on (not on a Jetson).
-    timing_cache: a file of kernel timings, read and extended, so that the next build is faster.
-    force: build even what is there already.
-
-    Raises:
-        InputError: a value out of range, or options that exclude each other.
-    """
-
-    precision: str = "fp32"
-    plugin: str = "library"
-    workspace_bytes: int | None = None
-    max_batch: int = 32
-    opt_batch: int | None = None
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-    timing_cache: Path | None = None
-    force: bool = False
-
-    @property
-    def best_batch(self) -> int:
-        """`opt_batch`, or what it is if nothing is said: a quarter of the largest, at least two."""
-        return self.opt_batch or min(self.max_batch, max(2, self.max_batch // 4))
-
-    def __post_init__(self) -> None:
-        for name, value, choices in (
-            ("precision", self.precision, PRECISIONS),
-            ("plugin", self.plugin, tuple(p for p in PLUGINS if p != "none")),
-        ):
-            if value not in choices:
-                raise unknown_name(name, value, choices)
-        if not 1 <= self.max_batch <= 4096:
-            raise InputError(f"max_batch is {self.max_batch}, expected 1 to 4096")
-        if self.opt_batch is not None and not 1 <= self.opt_batch <= self.max_batch:
-            raise InputError(f"opt_batch is {self.opt_batch}, expected 1 to max_batch, {self.max_batch}")
-        if self.workspace_bytes is not None and self.workspace_bytes < 1 << 20:
-            raise InputError(f"workspace is {self.workspace_bytes} bytes, expected at least 1 MiB")
-        if self.plugin == "aot" and self.version_compatible:
-            raise InputError("plugin 'aot' in a version-compatible engine is untried: choose one of the two")
 
 
 @dataclass(frozen=True)
@@ -109,9 +65,13 @@ class Built:
 
 
 class Compiler:
-    """Builds the engines of one bundle on this device.
+    """Builds the engines of one bundle.
+
+    cuda: the GPU that they are for, None for a portable flavour, which touches no library of CUDA's.
+    capabilities: the compute capabilities that they are for, rising.
 
     Raises:
+        InputError: the flavour lacks what an option asks for, or no such target.
         BackendError: TensorRT, the GPU, onnx or the plugin is missing, or too old for the options.
         InputError, CorruptFileError: the key that signs engines cannot be made or used.
     """
@@ -119,12 +79,22 @@ class Compiler:
     def __init__(self, bundle: Bundle, options: Options, console: Console | None = None, flavour: Flavour = TENSORRT):
         self.bundle, self.options = bundle, options
         self.console = console or Console(verbosity=-1)
-        _require_onnx()
-        self.flavour, self.tensorrt = flavour, TrtModule(flavour)
-        self.tensorrt.logger.sink = lambda severity, text: self.console.detail(f"{flavour.title} {severity}: {text}")
-        self.cuda = Cuda()
-        self._trt = self.tensorrt.module
+        self.flavour = flavour
         self._check_options()
+        _require_onnx()
+        self.tensorrt = TrtModule(flavour)
+        self.plugin = options.plugin or next(iter(flavour.plugins))
+        flavour.require_plugin(self.plugin, self.tensorrt.version)
+        self.profiles = options.profiles or flavour.profiles
+        self.tensorrt.logger.sink = lambda severity, text: self.console.detail(f"{flavour.title} {severity}: {text}")
+        self._trt = self.tensorrt.module
+        self.cuda = None if flavour.portable else Cuda()
+        self.capabilities = (self.cuda.sm,) if self.cuda else self._targets()
+        if options.hardware_compatible and self.capabilities[0] < 80:
+            raise BackendError(
+                f"the GPU has sm {self.capabilities[0]}, hardware-compatible engines start at 80: "
+                "leave out --hardware-compatible"
+            )
         self._key = made_key()  # what was built for an hour and cannot be signed would be lost
         self._weights: Any = None
         self._plugin_path: Path | None = None
@@ -141,7 +111,7 @@ class Compiler:
         record = self.bundle.variant(variant)
         where = str(self.bundle.path / record.graph.file)
         name = EngineRecord.file_name(
-            variant, self.options.precision, self.cuda.sm, self.tensorrt.version, self.flavour.name
+            variant, self.options.precision, self.capabilities, self.tensorrt.version, self.flavour.name
         )
         standing = None if self.options.force else self._standing(name)
         if standing is not None:
@@ -152,12 +122,40 @@ class Compiler:
         elif plugin == "aot":
             from hcmen.mamba.trt_aot import register
 
-            register(self.cuda.sm)
+            register(*self.capabilities)
         started = time.perf_counter()
         plan = self._build(model, plugin, record, where)
         seconds = time.perf_counter() - started
         content = memoryview(plan).cast("B")
         embedded = plugin == "library" and self.options.version_compatible
+        test = self._golden_test(content, plugin, record, variant)
+        made = EngineRecord(
+            engine=FileRecord(name, hashlib.sha256(content).hexdigest(), len(content)),
+            variant=variant,
+            precision=self.options.precision,
+            capabilities=self.capabilities,
+            tensorrt=self.tensorrt.version,
+            machine=platform.machine(),
+            plugin=plugin,
+            plugin_embedded=embedded,
+            version_compatible=self.options.version_compatible,
+            hardware_compatible=self.options.hardware_compatible,
+            max_batch=self.options.max_batch,
+            opt_batch=self.options.best_batch,
+            graph_sha256=record.graph.sha256,
+            weights_sha256=self.bundle.manifest.weights.sha256,
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"),
+            parity={"measured": False} if test is None else _parity(test, self.options.precision),
+            flavour=self.flavour.name,
+            profiles=self.profiles,
+        )
+        write_engine(self.bundle, made, content, self._report(seconds, record))
+        return Built(made, test, seconds, fresh=True)
+
+    def _golden_test(self, content: memoryview, plugin: str, record: VariantRecord, variant: str) -> SelfTest | None:
+        """What the engine made of the golden set; None where there is no GPU to run it on. Raises CheckFailed."""
+        if self.cuda is None:
+            return None
         session = TrtSession(
             self.tensorrt,
             self.cuda,
@@ -177,44 +175,34 @@ class Compiler:
         test = next((t for t in tests if not t.passed), tests[-1])
         if not test.passed:
             raise _parity_failed(variant, self.options.precision, test)
-        atol, rtol = session.tolerance
-        made = EngineRecord(
-            engine=FileRecord(name, hashlib.sha256(content).hexdigest(), len(content)),
-            variant=variant,
-            precision=self.options.precision,
-            sm=self.cuda.sm,
-            tensorrt=self.tensorrt.version,
-            machine=platform.machine(),
-            plugin=plugin,
-            plugin_embedded=embedded,
-            version_compatible=self.options.version_compatible,
-            hardware_compatible=self.options.hardware_compatible,
-            max_batch=self.options.max_batch,
-            opt_batch=self.options.best_batch,
-            graph_sha256=record.graph.sha256,
-            weights_sha256=self.bundle.manifest.weights.sha256,
-            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"),
-            parity={
-                "passed": True,
-                "atol": atol,
-                "rtol": rtol,
-                "cases": test.cases,
-                "outputs": {output: comparison.to_json() for output, comparison in test.outputs.items()},
-            },
-            flavour=self.flavour.name,
-        )
-        write_engine(self.bundle, made, content, self._report(seconds, record))
-        return Built(made, test, seconds, fresh=True)
+        return test
 
     # --- before the build -------------------------------------------------------------------------------------------
 
     def _check_options(self) -> None:
-        self.flavour.require_plugin(self.options.plugin, self.tensorrt.version)
-        if self.options.hardware_compatible and self.cuda.sm < 80:
-            raise BackendError(
-                f"the GPU has sm {self.cuda.sm}, hardware-compatible engines start at 80: "
-                "leave out --hardware-compatible"
+        for option, why in self.flavour.lacks.items():
+            if getattr(self.options, option):
+                raise InputError(f"--{option.replace('_', '-')} with --backend {self.flavour.name}: {why}")
+        if self.options.targets and not self.flavour.portable:
+            raise InputError(
+                f"--target with --backend {self.flavour.name}, whose engines are for the GPU that is here: leave it out"
             )
+
+    def _targets(self) -> tuple[int, ...]:
+        known = capabilities_of(self._trt)
+        for target in self.options.targets:
+            if target not in known:
+                raise InputError(
+                    f"--target has {target}, and {self.flavour.title} {self.tensorrt.version} does not build for it",
+                    ", ".join(map(str, known)),
+                    f"leave {target} out, or compile on such a GPU with --backend {TENSORRT.name}",
+                )
+        if _TURING in self.options.targets and self.options.precision == "fp32":
+            raise InputError(
+                f"--target has {_TURING}, and {self.flavour.title} has no float32 products for Turing",
+                fix=f"give --precision fp16, or leave {_TURING} out",
+            )
+        return tuple(sorted(set(self.options.targets))) or tuple(n for n in known if n > _TURING)
 
     def _standing(self, name: str) -> EngineRecord | None:
         """The engine of that name, if it is as listed, made from this export and in the way asked for."""
@@ -222,13 +210,13 @@ class Compiler:
             if record.engine.file != name or not record.of_export(self.bundle):
                 continue
             asked = self.options
-            alike = (record.version_compatible, record.hardware_compatible, record.max_batch, record.opt_batch) == (
-                asked.version_compatible,
-                asked.hardware_compatible,
-                asked.max_batch,
-                asked.best_batch,
-            )
-            if not alike or record.plugin not in (self.options.plugin, "none"):
+            alike = (
+                (record.version_compatible, record.hardware_compatible)
+                == (asked.version_compatible, asked.hardware_compatible)
+                and (record.max_batch, record.opt_batch, record.profiles)
+                == (asked.max_batch, asked.best_batch, self.profiles)
+            )  # fmt: skip
+            if not alike or record.plugin not in (self.plugin, "none"):
                 return None
             if not record.signed_with(self._key):
                 self.console.note(f"  {name} was not compiled here by this user and is built again")
@@ -253,14 +241,14 @@ class Compiler:
             model = to_float16(model)
         if all(node.domain != OP_DOMAIN for node in model.graph.node):
             return model, "none"
-        if self.options.plugin == "function":
+        if self.plugin == "function":
             return inliner.inline_local_functions(model), "function"
         strip_functions(model)
-        if self.options.plugin == "aot":
+        if self.plugin == "aot":
             from hcmen.mamba.trt_aot import prepare
 
             prepare(model)
-        return model, self.options.plugin
+        return model, self.plugin
 
     def _load_plugins(self) -> None:
         if self._plugin_path is None:
@@ -293,7 +281,9 @@ class Compiler:
                 config.plugins_to_serialize = [str(self._plugin_path)]
         if self.options.hardware_compatible:
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-        for shapes in profile_shapes(self.bundle, record, self.options.max_batch, self.options.best_batch):
+        if self.flavour.portable:
+            set_targets(trt, config, self.capabilities)
+        for shapes in self._profiles(record):
             profile = builder.create_optimization_profile()
             for name, (low, best, high) in shapes.items():
                 profile.set_shape(name, low, best, high)
@@ -307,12 +297,16 @@ class Compiler:
         self._write_timing_cache(config, before)
         return plan
 
+    def _profiles(self, record: VariantRecord) -> list[dict[str, tuple[tuple[int, ...], ...]]]:
+        return profile_shapes(self.bundle, record, self.options.max_batch, self.options.best_batch, self.profiles)
+
     def _build_failed(self, where: str, mark: int) -> BackendError:
         why = self._why(mark)
         if _OUT_OF_MEMORY.search(why):
-            free, total = self.cuda.free_bytes()
+            free, total = self.cuda.free_bytes() if self.cuda else (0, 0)
+            room = f"{free >> 20} of {total >> 20} MiB of the GPU are free; " if total else ""
             return BackendError(
-                f"{where}: the build ran out of memory ({free >> 20} of {total >> 20} MiB of the GPU are free; {why}): "
+                f"{where}: the build ran out of memory ({room}{why}): "
                 "close what else uses it, or lower --workspace or --max-batch"
             )
         return BackendError(f"{where}: {self.flavour.title} {self.tensorrt.version} could not build the engine: {why}")
@@ -350,47 +344,13 @@ class Compiler:
         return {
             "seconds": round(seconds, 3),
             "hcmen": hcmen.__version__,
-            "cuda_runtime": self.cuda.runtime,
-            "cuda_driver": self.cuda.driver,
+            **({"cuda_runtime": self.cuda.runtime, "cuda_driver": self.cuda.driver} if self.cuda else {}),
             "workspace_bytes": options.workspace_bytes,
             "profiles": [
                 {name: [list(shape) for shape in shapes] for name, shapes in profile.items()}
-                for profile in profile_shapes(self.bundle, record, options.max_batch, options.best_batch)
+                for profile in self._profiles(record)
             ],
         }
-
-
-def profile_shapes(
-    bundle: Bundle, record: VariantRecord, max_batch: int, opt_batch: int
-) -> list[dict[str, tuple[tuple[int, ...], ...]]]:
-    """The optimisation profiles of a variant: input -> its (least, best, largest) shape.
-
-    One for single clips, as a device scores them, and one for batches, tuned for `opt_batch`.
-    Time runs from one step to the most that the manifest's model takes, and is tuned for half of it.
-    """
-    sizes = _time_sizes(bundle, record)
-    batches = [(1, 1, 1)]
-    if max_batch > 1:
-        batches.append((1, opt_batch, max_batch))
-    profiles = []
-    for batch in batches:
-        profile = {}
-        for tensor in record.inputs:
-            axes = [batch if n == "batch" else (n, n, n) if isinstance(n, int) else sizes[n] for n in tensor.shape]
-            profile[tensor.name] = tuple(tuple(axis[i] for axis in axes) for i in range(3))
-        profiles.append(profile)
-    return profiles
-
-
-def _time_sizes(bundle: Bundle, record: VariantRecord) -> dict[str, tuple[int, int, int]]:
-    """(least, best, most) of every named size but the batch, such as "text_time"."""
-    sizes = {}
-    for tensor in record.inputs:
-        for n in tensor.shape:
-            if isinstance(n, str) and n != "batch":
-                most = bundle.manifest.inputs.modality(n.removesuffix("_time")).max_steps
-                sizes[n] = (1, max(1, most // 2), most)
-    return sizes
 
 
 def _require_onnx() -> None:
@@ -411,6 +371,13 @@ def _parser_error(parser: Any) -> str:
         errors.append(f"{node}: {one_line(error.desc())}")
     text = "; ".join(dict.fromkeys(errors)) or "it gave no reason (-v shows what it said)"
     return text if len(text) <= 600 else text[:597] + "..."
+
+
+def _parity(test: SelfTest, precision: str) -> dict[str, Any]:
+    """What a record says of a golden test that passed."""
+    atol, rtol = TOLERANCES[precision]
+    outputs = {output: comparison.to_json() for output, comparison in test.outputs.items()}
+    return {"passed": True, "atol": atol, "rtol": rtol, "cases": test.cases, "outputs": outputs}
 
 
 def _parity_failed(variant: str, precision: str, test: SelfTest) -> CheckFailed:

@@ -1,4 +1,4 @@
-"""`hcmen-compile`: TensorRT engines of a bundle, on the device that will run them."""
+"""`hcmen-compile`: engines of a bundle, of TensorRT on the device that will run them, of TensorRT-RTX anywhere."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from hcmen.base.console import Choice, Console, VariantChoice, command
-from hcmen.base.engines import PRECISIONS
-from hcmen.base.errors import HcmenError, InputError
+from hcmen.base.engines import FLAVOURS, PRECISIONS
+from hcmen.base.errors import HcmenError, InputError, shown
 from hcmen.base.modalities import variant_named
 from hcmen.base.records import MANIFEST_FILE
 from hcmen.base.shipped import BUNDLE, DEMO, chosen_bundle
@@ -20,12 +20,26 @@ from hcmen.base.typed import as_typed, from_here
 
 if TYPE_CHECKING:
     from hcmen.base.bundle import Bundle
-    from hcmen.export.tensorrt import Built
+    from hcmen.export.tensorrt import Built, Compiler
 
 __all__ = ["main"]
 
+
+class _Targets(click.ParamType):
+    name = "SM,..."
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if not isinstance(value, str):
+            return tuple(value)  # type: ignore[arg-type]
+        try:
+            return tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{shown(value)}, expected compute capabilities, such as 86,89,120", param, ctx)
+
+
 _EPILOG = (
-    "An engine runs on the GPU model and the TensorRT version that built it: run this on every device. "
+    "An engine of TensorRT runs on the GPU model and the version that built it: run this on every device. One of "
+    "TensorRT-RTX is built on any machine, without a GPU, and runs on every GPU of --target. "
     "Exit codes: 0 ok, 1 parity failed, 2 bad input, 3 TensorRT, GPU or plugin missing, 5 a corrupt file."
 )
 
@@ -33,10 +47,19 @@ _EPILOG = (
 @command(
     "hcmen-compile",
     epilog=_EPILOG,
-    examples=("hcmen-compile --precision fp16", "hcmen-compile --bundle build/bundle --variant text_only"),
+    examples=("hcmen-compile --precision fp16", "hcmen-compile --backend tensorrt-rtx --target 86,89,120"),
     groups={
         "What is compiled": ("named", "variants", "precision", "force"),
-        "Engine": ("plugin", "max_batch", "opt_batch", "version_compatible", "hardware_compatible"),
+        "Engine": (
+            "backend",
+            "targets",
+            "plugin",
+            "max_batch",
+            "opt_batch",
+            "profiles",
+            "version_compatible",
+            "hardware_compatible",
+        ),
         "Building": ("workspace", "timing_cache"),
     },
 )
@@ -62,12 +85,24 @@ _EPILOG = (
     help="What the engine computes in; its graphs are float32 ones.",
 )
 @click.option(
+    "--backend",
+    type=Choice(list(FLAVOURS)),
+    default="tensorrt",
+    show_default=True,
+    help="Which TensorRT builds them, and will run them.",
+)
+@click.option(
+    "--target",
+    "targets",
+    type=_Targets(),
+    default=(),
+    help="With tensorrt-rtx: compute capabilities of the GPUs that an engine is for.  [default: all from 80 on]",
+)
+@click.option(
     "--plugin",
     type=Choice(["library", "aot", "function"]),
-    default="library",
-    show_default=True,
     help="What runs the hcmen ops: libhcmen_trt.so; kernels embedded in the engine (TensorRT 10.9 on); or standard "
-    "operators, slow, with no plugin.",
+    "operators, with no plugin.  [default: library; with tensorrt-rtx function, its only one]",
 )
 @click.option(
     "--workspace", type=click.IntRange(min=1), metavar="MIB", help="Most scratch memory of a kernel. Default: no limit."
@@ -75,6 +110,11 @@ _EPILOG = (
 @click.option("--max-batch", type=click.IntRange(1, 4096), default=32, show_default=True, help="Most clips in one run.")
 @click.option(
     "--opt-batch", type=click.IntRange(1, 4096), help="Clips in one run to tune for. Default: a quarter of the most."
+)
+@click.option(
+    "--profiles",
+    type=click.IntRange(1, 2),
+    help="1: one for all batches; 2: one more for single clips, at twice the size.  [default: 2; with tensorrt-rtx 1]",
 )
 @click.option("--version-compatible", is_flag=True, help="Let later versions of TensorRT load the engine too.")
 @click.option("--hardware-compatible", is_flag=True, help="Let other GPUs from sm 80 on load it too; not on a Jetson.")
@@ -88,27 +128,35 @@ def main(
     named: Path | None,
     variants: tuple[str, ...],
     precision: str,
-    plugin: str,
+    backend: str,
+    targets: tuple[int, ...],
+    plugin: str | None,
     workspace: int | None,
     max_batch: int,
     opt_batch: int | None,
+    profiles: int | None,
     version_compatible: bool,
     hardware_compatible: bool,
     timing_cache: Path | None,
     force: bool,
 ) -> None:
-    """Compiles the graphs of a bundle to TensorRT engines, for this GPU and this TensorRT.
+    """Compiles the graphs of a bundle to TensorRT engines, for this GPU, or with tensorrt-rtx for those of --target.
 
     Without --bundle it is build/bundle, and where nothing is there the demo's is copied to it first.
-    Every engine scores the golden set before it is kept. One that is further from the eager model than the bound allows
-    is not written, and the exit code is 1. Needs no PyTorch.
+    An engine of TensorRT scores the golden set before it is kept. One that is further from the eager model than the
+    bound allows is not written, and the exit code is 1. One of TensorRT-RTX scores it where it is first run.
+    Needs no PyTorch.
     """
     from hcmen.base.bundle import read_bundle
-    from hcmen.export.tensorrt import Compiler, Options
+    from hcmen.export.engine_options import Options
+    from hcmen.export.tensorrt import Compiler
+    from hcmen.runtime.backends.flavour import FLAVOUR_OF
 
     options = Options(
         precision=precision,
+        targets=targets,
         plugin=plugin,
+        profiles=profiles,
         workspace_bytes=None if workspace is None else workspace << 20,
         max_batch=max_batch,
         opt_batch=opt_batch,
@@ -129,12 +177,12 @@ def main(
     chosen = [variant_named(name).name for name in dict.fromkeys(variants)] or list(opened.manifest.variants)
     for name in chosen:
         opened.variant(name)
-    compiler = Compiler(opened, options, console)
+    compiler = Compiler(opened, options, console, FLAVOUR_OF[backend])
     if bundle == DEMO / "bundle":
         # Engines lie in the bundle, and this one in the package.
         bundle = _copied(opened, console)
-        compiler = Compiler(read_bundle(bundle), options, console)
-    console.note(f"TensorRT {compiler.tensorrt.version}, GPU of sm {compiler.cuda.sm}, CUDA {compiler.cuda.runtime}")
+        compiler = Compiler(read_bundle(bundle), options, console, FLAVOUR_OF[backend])
+    console.note(_what_builds(compiler))
     built: list[Built] = []
     for i, name in enumerate(chosen, 1):
         console.note(f"[{i}/{len(chosen)}] {name} {precision}")
@@ -143,7 +191,7 @@ def main(
         except HcmenError:
             if built:
                 console.note(f"{len(built)} of {len(chosen)} engines were written before this:")
-                console.block("\n".join(_table(built)))
+                console.block("\n".join(_table(built, opened)))
             raise
         if not built[-1].fresh:
             console.note(f"  {built[-1].record.engine.file} is there already; --force builds it again")
@@ -152,7 +200,7 @@ def main(
             "bundle": str(bundle),
             "engines": [{**b.record.to_json(), "fresh": b.fresh, "seconds": round(b.seconds, 3)} for b in built],
         },
-        "\n".join([*_table(built), "", f"Next: {_next(bundle, chosen, opened, precision)}"]),
+        "\n".join([*_table(built, opened), "", f"Next: {_next(bundle, chosen, opened, backend, precision)}"]),
     )
 
 
@@ -170,18 +218,29 @@ def _copied(opened: Bundle, console: Console) -> Path:
     return BUNDLE
 
 
-def _next(bundle: Path, compiled: Sequence[str], opened: Bundle, precision: str) -> str:
+def _what_builds(compiler: Compiler) -> str:
+    builder = f"{compiler.flavour.title} {compiler.tensorrt.version}"
+    sm = ", ".join(map(str, compiler.capabilities))
+    if compiler.cuda is None:
+        return f"{builder}, for GPUs of sm {sm}; parity is measured where an engine is first run"
+    return f"{builder}, GPU of sm {sm}, CUDA {compiler.cuda.runtime}"
+
+
+def _next(bundle: Path, compiled: Sequence[str], opened: Bundle, backend: str, precision: str) -> str:
     """What to type next: the golden set through the engines."""
     variant = [] if len(compiled) == len(opened.manifest.variants) else ["--variant", compiled[0]]
-    engines = ["--backend", "tensorrt", "--precision", precision]
+    engines = ["--backend", backend, "--precision", precision]
     return as_typed("hcmen-run", "--self-test", "--bundle", from_here(bundle), *variant, *engines)
 
 
-def _table(built: Sequence[Built]) -> list[str]:
-    rows = [("variant", "engine", "size", "build", "max |difference|", "parity")]
+def _table(built: Sequence[Built], opened: Bundle) -> list[str]:
+    rows = [("variant", "engine", "size", "of weights", "build", "max |difference|", "parity")]
     for b in built:
-        score = b.record.parity["outputs"]["score"]
+        parity, size = b.record.parity, b.record.engine.bytes
+        measured = (
+            (f"{parity['outputs']['score']['max_abs']:.1e}", "ok") if "outputs" in parity else ("", "not measured")
+        )
         build = f"{b.seconds:.1f} s" if b.fresh else "was there"
-        size = f"{b.record.engine.bytes / 1024:.0f} KiB"
-        rows.append((b.record.variant, b.record.engine.file, size, build, f"{score['max_abs']:.1e}", "ok"))
-    return fitted(rows, screen_width(), least=("build", "size", "engine"))
+        weights = f"{size / opened.manifest.weights.bytes:.1f}x"
+        rows.append((b.record.variant, b.record.engine.file, f"{size / 1024:.0f} KiB", weights, build, *measured))
+    return fitted(rows, screen_width(), least=("of weights", "build", "size", "engine"))

@@ -1,7 +1,8 @@
-"""TensorRT engines beside a bundle: made on the device, listed in an index of their own.
+"""TensorRT engines beside a bundle, listed in an index of their own.
 
     engines/manifest.json                                       what `read_engines` reads: every engine with its sha256
     engines/<variant>.<precision>.sm<cc>.trt<version>.engine    the engine as TensorRT serialised it
+    engines/<variant>.<precision>.sm<cc>-<cc>.rtx<version>.engine    the same of TensorRT for RTX, for several GPUs
     engines/<variant>....engine.json                            how it was built, for people
 
 An engine is made long after the bundle's manifest.json was written, and a bundle is replaced whole when it is exported
@@ -22,7 +23,7 @@ import hashlib
 import hmac
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -51,32 +52,37 @@ ENGINES_FOLDER = "engines"
 INDEX_FILE = f"{ENGINES_FOLDER}/manifest.json"
 SCHEMA_VERSION = 1
 PRECISIONS = ("fp32", "fp16")
-FLAVOURS = {"tensorrt": "trt"}
+FLAVOURS = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}
 """The flavour of TensorRT that built an engine -> what stands before its version in the engine's file name."""
 PLUGINS = ("library", "aot", "function", "none")
 """How an engine runs the hcmen ops: the plugin library, kernels inside the engine, standard operators; none in it."""
 _MOST_ENGINES = 1000
+_MOST_CAPABILITIES = 32
 
 
 @dataclass(frozen=True)
 class EngineRecord:
     """One engine of the index.
 
-    variant, precision: what it computes, and in what. sm: compute capability of the GPU it was built on, 87 for 8.7.
+    variant, precision: what it computes, and in what.
+    capabilities: compute capabilities of the GPUs it was built for, rising, 87 for 8.7. TensorRT's is that of the
+        builder's GPU alone, which the index has as "sm".
     tensorrt: the version that built it. machine: the processor architecture, as platform.machine() tells it.
     plugin: one of `PLUGINS`; plugin_embedded: whether the plugin library is inside the engine.
     version_compatible: later versions of TensorRT load it too. hardware_compatible: so do GPUs of sm 80 and later.
     max_batch: most clips in one run; opt_batch: the batch that the profile of batches is tuned for.
     graph_sha256, weights_sha256: of the export that it was made from.
-    parity: what was measured on the golden set before the engine was accepted.
+    parity: what was measured on the golden set before the engine was accepted; {"measured": false} where it was built
+        without a GPU.
     flavour: of the TensorRT that built it, one of `FLAVOURS`; not in the index where it is "tensorrt".
+    profiles: how many optimisation profiles it has at most, 1 or 2; not in the index where it is 2.
     signature: of all the rest, by the key of who compiled it; empty where it is unsigned.
     """
 
     engine: FileRecord
     variant: str
     precision: str
-    sm: int
+    capabilities: tuple[int, ...]
     tensorrt: str
     machine: str
     plugin: str
@@ -90,11 +96,15 @@ class EngineRecord:
     created: str
     parity: Mapping[str, Any]
     flavour: str = "tensorrt"
+    profiles: int = 2
     signature: str = field(default="", compare=False)
 
     @staticmethod
-    def file_name(variant: str, precision: str, sm: int, tensorrt: str, flavour: str = "tensorrt") -> str:
+    def file_name(
+        variant: str, precision: str, capabilities: Sequence[int], tensorrt: str, flavour: str = "tensorrt"
+    ) -> str:
         """Where in a bundle such an engine lies."""
+        sm = "-".join(map(str, capabilities))
         return f"{ENGINES_FOLDER}/{variant}.{precision}.sm{sm}.{FLAVOURS[flavour]}{tensorrt}.engine"
 
     def of_export(self, bundle: Bundle) -> bool:
@@ -116,6 +126,9 @@ class EngineRecord:
         del data["signature"]
         if self.flavour == "tensorrt":
             del data["flavour"]
+            (data["sm"],) = data.pop("capabilities")
+        if self.profiles == 2:
+            del data["profiles"]
         return {**data.pop("engine"), **data, "parity": dict(self.parity)}
 
 
@@ -181,11 +194,12 @@ def _records_from_json(data: Any, index: JsonFile) -> tuple[EngineRecord, ...]:
 
 
 def _record_from_json(data: JsonObject) -> EngineRecord:
+    flavour = data.one_of("flavour", tuple(FLAVOURS)) if "flavour" in data.data else "tensorrt"
     record = EngineRecord(
         engine=data.record(),
         variant=data.one_of("variant", tuple(v.name for v in VARIANTS)),
         precision=data.one_of("precision", PRECISIONS),
-        sm=data.integer("sm", 1, 10_000),
+        capabilities=(data.integer("sm", 1, 10_000),) if flavour == "tensorrt" else _capabilities(data),
         tensorrt=data.string("tensorrt"),
         machine=data.string("machine"),
         plugin=data.one_of("plugin", PLUGINS),
@@ -198,14 +212,23 @@ def _record_from_json(data: JsonObject) -> EngineRecord:
         weights_sha256=data.string("weights_sha256"),
         created=data.string("created"),
         parity=MappingProxyType(data.value("parity", dict)),
-        flavour=data.one_of("flavour", tuple(FLAVOURS)) if "flavour" in data.data else "tensorrt",
+        flavour=flavour,
+        profiles=data.integer("profiles", 1, 2) if "profiles" in data.data else 2,
         signature=data.string("signature") if "signature" in data.data else "",
     )
     data.finish()
-    expected = EngineRecord.file_name(record.variant, record.precision, record.sm, record.tensorrt, record.flavour)
+    expected = EngineRecord.file_name(record.variant, record.precision, record.capabilities, record.tensorrt, flavour)
     if record.engine.file != expected:
         raise data.file.damaged(f"'{data.where}.file' is {record.engine.file!r}", repr(expected))
     return record
+
+
+def _capabilities(data: JsonObject) -> tuple[int, ...]:
+    found = data.value("capabilities", list)
+    sound = all(type(n) is int and 1 <= n <= 10_000 for n in found) and sorted(set(found)) == found
+    if not 1 <= len(found) <= _MOST_CAPABILITIES or not sound:
+        raise data.file.damaged(f"'{data.where}.capabilities' is no rising list of compute capabilities", "[86, 89]")
+    return tuple(found)
 
 
 @contextlib.contextmanager

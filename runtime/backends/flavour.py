@@ -12,17 +12,17 @@ import platform
 import re
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hcmen.base.engines import EngineRecord
-from hcmen.base.errors import BackendError, reason_of
+from hcmen.base.errors import BackendError, InputError, reason_of
 from hcmen.base.library import library_folders
 from hcmen.base.manifest import OP_DOMAIN, OP_VERSION
 from hcmen.base.op import OPERATORS
 
-__all__ = ["PLUGIN_OPS", "TENSORRT", "Flavour", "TrtModule", "parsed_version"]
+__all__ = ["FLAVOUR_OF", "PLUGIN_OPS", "TENSORRT", "TENSORRT_RTX", "Flavour", "TrtModule", "parsed_version"]
 
 PLUGIN_OPS = tuple(OPERATORS)
 _MOST_LINES = 1000
@@ -34,8 +34,11 @@ class Flavour:
 
     name: as backends and engine records call it, one of hcmen.base.engines.FLAVOURS. title: as messages call it.
     module: its Python module. oldest: the first version that serves. install: what to do where it is missing.
-    library: the file with the plugins that are built for it.
-    plugins: those of hcmen.base.engines.PLUGINS that it builds with -> the first version that does.
+    library: the file with the plugins that are built for it, empty where it takes none.
+    plugins: those of hcmen.base.engines.PLUGINS that it builds with -> the first version that does; the default first.
+    lacks: options of hcmen.export.tensorrt.Options that it cannot serve -> why, and what to do.
+    portable: it builds without a GPU, for GPUs of the named compute capabilities.
+    profiles: optimisation profiles of an engine if nothing else is asked: 2 has one for single clips.
     """
 
     name: str
@@ -45,6 +48,9 @@ class Flavour:
     install: str
     library: str
     plugins: Mapping[str, tuple[int, ...]]
+    lacks: Mapping[str, str] = field(default_factory=dict)
+    portable: bool = False
+    profiles: int = 2
 
     def load_module(self) -> Any:
         """Its Python module; raises BackendError where it is missing, damaged or too old."""
@@ -79,22 +85,40 @@ class Flavour:
         )
 
     def require_plugin(self, plugin: str, version: str) -> None:
-        """Raises BackendError where `version` cannot build an engine whose hcmen ops run as `plugin` says."""
+        """Holds that `version` can build an engine whose hcmen ops run as `plugin` says.
+
+        Raises:
+            InputError: no version can. BackendError: later ones can.
+        """
         first = self.plugins.get(plugin)
         if first is not None and parsed_version(version) >= first:
             return
-        expected = f", expected {_dotted(first)} or later" if first else ""
-        kind = plugin.upper() if plugin == "aot" else plugin
-        raise BackendError(
-            f"{self.title} {version} has no {kind} plugins{expected}: use --plugin {next(iter(self.plugins))}"
-        )
+        what = f"{self.title} {version} has no {plugin.upper() if plugin == 'aot' else plugin} plugins"
+        fix = f"use --plugin {next(iter(self.plugins))}"
+        raise InputError(what, fix=fix) if first is None else BackendError(what, f"{_dotted(first)} or later", fix)
+
+    @property
+    def again(self) -> str:
+        """What helps against an engine that cannot be used, for messages."""
+        return f"compile it again {self.place}"
+
+    @property
+    def place(self) -> str:
+        """Where its engines are compiled, for messages."""
+        return "on any machine" if self.portable else "on this device"
 
     def unfit(self, record: EngineRecord, sm: int, version: str) -> str | None:
         """Why a GPU of compute capability `sm` under `version` cannot run the engine; None if it can."""
-        if record.machine != platform.machine():
-            return f"made on {record.machine}, this machine is {platform.machine()}"
-        if record.sm != sm and not (record.hardware_compatible and min(sm, record.sm) >= 80):
-            return f"made for a GPU of sm {record.sm}, this one has sm {sm}"
+        if self.portable:
+            if sm not in record.capabilities:
+                made = ", ".join(map(str, record.capabilities))
+                return f"made for GPUs of sm {made}, this one has sm {sm}"
+        else:
+            (made_on,) = record.capabilities
+            if record.machine != platform.machine():
+                return f"made on {record.machine}, this machine is {platform.machine()}"
+            if made_on != sm and not (record.hardware_compatible and min(sm, made_on) >= 80):
+                return f"made for a GPU of sm {made_on}, this one has sm {sm}"
         if record.tensorrt != version:
             newer = parsed_version(version) >= parsed_version(record.tensorrt)
             if not (record.version_compatible and newer):
@@ -112,6 +136,26 @@ TENSORRT = Flavour(
     library="libhcmen_trt.so",
     plugins={"library": (10, 3), "aot": (10, 9), "function": (10, 3)},
 )
+
+TENSORRT_RTX = Flavour(
+    name="tensorrt-rtx",
+    title="TensorRT-RTX",
+    module="tensorrt_rtx_bindings",
+    oldest=(1, 4),
+    install="pip install 'hcmen[rtx]'",
+    library="",
+    plugins={"function": (1, 4)},
+    lacks={
+        "version_compatible": "its engines run on the version that built them: leave out --version-compatible",
+        "hardware_compatible": "its engines run on every GPU of --target: leave out --hardware-compatible",
+        "timing_cache": "it times no kernels while it builds: leave out --timing-cache",
+    },
+    portable=True,
+    profiles=1,
+)
+
+FLAVOUR_OF: Mapping[str, Flavour] = {flavour.name: flavour for flavour in (TENSORRT, TENSORRT_RTX)}
+"""name -> flavour; the names are those of the backends that run their engines."""
 
 
 class TrtModule:
@@ -144,8 +188,9 @@ class TrtModule:
         """Loads the plugin library, once per process.
 
         Raises:
-            BackendError: TensorRT refuses it, or it is from another version of hcmen.
+            BackendError: TensorRT refuses it or has no such plugins, or it is from another version of hcmen.
         """
+        self.flavour.require_plugin("library", self.version)
         if all(self.creator(op) is not None for op in PLUGIN_OPS):
             return
         mark = self.logger.count
@@ -178,8 +223,7 @@ class TrtModule:
         if engine is None:
             why = self.errors(mark) or "no reason given"
             raise BackendError(
-                f"{where}: {self.flavour.title} {self.version} refused the engine ({why}): "
-                "compile it again on this device"
+                f"{where}: {self.flavour.title} {self.version} refused the engine ({why}): {self.flavour.again}"
             )
         return engine
 

@@ -10,13 +10,13 @@ A backend's name stands for its options as they are by default, and the options 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from hcmen.base.errors import InputError, unknown_name
 
-__all__ = ["BACKENDS", "Options", "Ort", "OrtCuda", "TensorRT", "backend_options"]
+__all__ = ["BACKENDS", "Options", "Ort", "OrtCuda", "TensorRT", "TensorRTRTX", "backend_options"]
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,30 @@ class TensorRT:
     trust_engines: bool = False
 
 
-Options = Ort | OrtCuda | TensorRT
-BACKENDS: Mapping[str, type[Options]] = {made.name: made for made in (Ort, OrtCuda, TensorRT)}
+@dataclass(frozen=True)
+class TensorRTRTX(TensorRT):
+    """The engines that hcmen-compile made with TensorRT for RTX, on any machine, for GPUs of this one's kind.
+
+    precision, trust_engines: as of `TensorRT`. cuda_graph: TensorRT for RTX captures each input shape and replays it.
+    specialization: what kernels run a size that comes for the first time: "lazy" for general ones while those of that
+        size are compiled beside the run, "eager" to wait for these, "none" for general ones always.
+
+    Raises:
+        InputError: no such specialization.
+    """
+
+    name: ClassVar[str] = "tensorrt-rtx"
+    specialization: str = "lazy"
+
+    def __post_init__(self) -> None:
+        if self.specialization not in SPECIALIZATIONS:
+            raise unknown_name("specialization", self.specialization, SPECIALIZATIONS)
+
+
+SPECIALIZATIONS = ("lazy", "eager", "none")
+
+Options = Ort | OrtCuda | TensorRT | TensorRTRTX
+BACKENDS: Mapping[str, type[Options]] = {made.name: made for made in (Ort, OrtCuda, TensorRT, TensorRTRTX)}
 """name -> options."""
 
 
@@ -114,10 +136,15 @@ def backend_options(backend: str | Options, keywords: Mapping[str, Any]) -> Opti
             continue
         if (option, value) not in (("cuda_graph", False), ("trust_engines", False)):  # which say what is so
             raise InputError(
-                f"{option} is an option of the backend {' or '.join(homes)}, got backend '{backend}': leave it out"
+                f"{option} is an option of the backend {_listed(homes)}, got backend '{backend}': leave it out"
             )
         del given[option]
     return made(**given)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """ "a", "a or b", "a, b or c"."""
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _check_threads(threads: int | None) -> None:

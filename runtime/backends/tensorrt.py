@@ -32,7 +32,7 @@ from hcmen.base.manifest import VariantRecord
 from hcmen.base.trust import engine_key, key_path
 from hcmen.base.typed import as_typed
 from hcmen.runtime.backends.cuda import Buffer, Cuda, Graph, Stream
-from hcmen.runtime.backends.flavour import TENSORRT, Flavour, TrtModule
+from hcmen.runtime.backends.flavour import FLAVOUR_OF, TENSORRT, Flavour, TrtModule
 from hcmen.runtime.backends.limits import within
 from hcmen.runtime.backends.options import TensorRT
 from hcmen.runtime.backends.ort import FUNCTIONS, NATIVE, STANDARD
@@ -236,9 +236,7 @@ class TrtSession:
 
     def _refused(self, what: str, mark: int) -> BackendError:
         why = self._tensorrt.errors(mark) or "no reason given"
-        return BackendError(
-            f"{self._where}: {self._title} refused {what} ({why})", fix="compile it again on this device"
-        )
+        return BackendError(f"{self._where}: {self._title} refused {what} ({why})", fix=self._tensorrt.flavour.again)
 
     def _host(self, name: str, dtype: np.dtype[Any], shape: Sequence[Any]) -> NDArray[Any]:
         return self._buffers[name].host[: _bytes(dtype, shape)].view(dtype).reshape(shape)
@@ -302,16 +300,16 @@ class TrtBackend:
         BackendError: TensorRT, the driver or a GPU is missing.
     """
 
-    name = "tensorrt"
     threads = 1
 
-    def __init__(self, options: TensorRT | None = None, flavour: Flavour = TENSORRT):
+    def __init__(self, options: TensorRT | None = None):
         self.options = options or TensorRT()
+        self.name = self.options.name
         self.time_limit: float | None = None
         self.precision = self.options.precision
         if self.precision is not None and self.precision not in TOLERANCES:
             raise unknown_name("precision", self.precision, TOLERANCES)
-        self.tensorrt = TrtModule(flavour)
+        self.tensorrt = TrtModule(FLAVOUR_OF[self.name])
         self.cuda = Cuda()
         self.version = self.tensorrt.version
 
@@ -368,27 +366,31 @@ def choose_engine(
         InputError: as those.
     """
     wanted = ["--precision", precision] if precision else []
-    compile_ = as_typed("hcmen-compile", "--bundle", bundle.path, "--variant", variant, *wanted)
+    if flavour is not TENSORRT:
+        wanted += ["--backend", flavour.name]
+    command = as_typed("hcmen-compile", "--bundle", bundle.path, "--variant", variant, *wanted)
+    compile_ = f"run {command} {flavour.place}"
     records = (r for r in read_engines(bundle) if r.flavour == flavour.name)
     all_ = [r for r in records if r.variant == variant and precision in (None, r.precision)]
     if not all_:
         kind = f" {precision}" if precision else ""
-        raise BackendError(f"{bundle.path}: no{kind} engine for variant '{variant}': run {compile_} on this device")
+        raise BackendError(f"{bundle.path}: no{kind} engine for variant '{variant}': {compile_}")
     stale = "made from another export than the one in this bundle"
     problems = {r.engine.file: flavour.unfit(r, sm, version) if r.of_export(bundle) else stale for r in all_}
     fitting = [r for r in all_ if problems[r.engine.file] is None]
     if not fitting:
         newest = max(all_, key=lambda r: r.created)
-        raise BackendError(
-            f"{bundle.path / newest.engine.file}: {problems[newest.engine.file]}: run {compile_} on this device"
-        )
+        raise BackendError(f"{bundle.path / newest.engine.file}: {problems[newest.engine.file]}: {compile_}")
     if not trust:
         key = engine_key()
         own = [r for r in fitting if r.signed_with(key)]
         if not own:
             raise _foreign(bundle, max(fitting, key=lambda r: r.created), key, compile_)
         fitting = own
-    return min(fitting, key=lambda r: ((r.sm, r.tensorrt) != (sm, version), r.precision != "fp16", r.engine.file))
+    return min(
+        fitting,
+        key=lambda r: (sm not in r.capabilities or r.tensorrt != version, r.precision != "fp16", r.engine.file),
+    )
 
 
 def _foreign(bundle: Bundle, record: EngineRecord, key: bytes | None, compile_: str) -> CorruptFileError:
@@ -401,7 +403,7 @@ def _foreign(bundle: Bundle, record: EngineRecord, key: bytes | None, compile_: 
     return CorruptFileError(
         what,
         "an engine that this user compiled here",
-        f"run {compile_} on this device, or run native code of others with --trust-engines (trust_engines=True)",
+        f"{compile_}, or run native code of others with --trust-engines (trust_engines=True)",
         where=str(bundle.path / record.engine.file),
     )
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from hcmen.base.console import one_line
 from hcmen.base.errors import CheckFailed, CorruptFileError, HcmenError
 from hcmen.base.typed import as_typed
 from hcmen.runtime.backends.cuda import Cuda, find_driver
-from hcmen.runtime.backends.options import TensorRT
+from hcmen.runtime.backends.options import BACKENDS, TensorRT
 from hcmen.runtime.commands.doctor_rows import FAILED, INFO, OK, SKIPPED, Row, failed
 
 if TYPE_CHECKING:
@@ -106,7 +106,8 @@ def _engines(bundle: str | None, cuda: Cuda | None, flavour: Flavour, trust: boo
         pairs = sorted({(r.variant, r.precision) for r in records})
         fitting, unfit = [], []
         for variant, precision in pairs:
-            backend = TrtBackend(TensorRT(precision, trust_engines=trust), flavour)
+            options = cast("type[TensorRT]", BACKENDS[flavour.name])
+            backend = TrtBackend(options(precision=precision, trust_engines=trust))
             try:
                 choose_engine(opened, variant, precision, backend.cuda.sm, backend.version, flavour, trust=trust)
             except HcmenError as error:

@@ -19,7 +19,7 @@ from hcmen.base.errors import CorruptFileError, InputError
 
 
 def write(bundle: Bundle, content: bytes, variant: str = "full", sm: int = 87) -> EngineRecord:
-    record = engine_record(bundle, content, variant, sm=sm)
+    record = engine_record(bundle, content, variant, capabilities=(sm,))
     write_engine(bundle, record, content, {"seconds": 1.0})
     return record
 

@@ -192,7 +192,7 @@ def engine_record(bundle: Bundle, content: bytes, variant: str = "full", **chang
     fields = {
         "variant": variant,
         "precision": "fp16",
-        "sm": 87,
+        "capabilities": (87,),
         "tensorrt": "10.3.0",
         "machine": "aarch64",
         "plugin": "library",
@@ -208,5 +208,6 @@ def engine_record(bundle: Bundle, content: bytes, variant: str = "full", **chang
         "flavour": "tensorrt",
         **changes,
     }
-    name = EngineRecord.file_name(*(fields[key] for key in ("variant", "precision", "sm", "tensorrt", "flavour")))
+    parts = ("variant", "precision", "capabilities", "tensorrt", "flavour")
+    name = EngineRecord.file_name(*(fields[key] for key in parts))
     return EngineRecord(engine=FileRecord(name, hashlib.sha256(content).hexdigest(), len(content)), **fields)

@@ -189,7 +189,13 @@ def test_every_field_is_signed(ready, field):
     (record,) = read_engines(bundle)
     assert record.signed_with(made_key())
     value = getattr(record, field)
-    other: Any = {bool: lambda: not value, int: lambda: value + 1, str: lambda: f"{value}x"}.get(type(value))
+    changes = {
+        bool: lambda: not value,
+        int: lambda: value + 1,
+        str: lambda: f"{value}x",
+        tuple: lambda: (value[0] + 1,),
+    }
+    other: Any = changes.get(type(value))
     if field == "engine":
         other = lambda: type(value)(value.file, "0" * 64, value.bytes)  # noqa: E731
     elif field == "parity":

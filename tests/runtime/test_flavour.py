@@ -14,7 +14,7 @@ from helpers.small_bundle import engine_record
 
 from hcmen.base.bundle import Bundle, read_bundle
 from hcmen.base.engines import FLAVOURS, EngineRecord, read_engines, write_engine
-from hcmen.base.errors import BackendError, CorruptFileError
+from hcmen.base.errors import BackendError, CorruptFileError, InputError
 from hcmen.runtime.backends.flavour import TENSORRT, Flavour, TrtModule
 from hcmen.runtime.backends.tensorrt import choose_engine
 
@@ -41,7 +41,7 @@ def engine(bundle: Bundle, version: str, flavour: str, content: bytes = b"an eng
         bundle,
         content,
         precision="fp32",
-        sm=90,
+        capabilities=(90,),
         tensorrt=version,
         machine=platform.machine(),
         plugin="function",
@@ -94,7 +94,7 @@ def test_what_an_engine_fits_is_the_flavours_own(bundle, other):
 
     class Portable(Flavour):
         def unfit(self, record: EngineRecord, sm: int, version: str) -> str | None:
-            return None if sm in (record.sm, 120) else "another GPU"
+            return None if sm in (*record.capabilities, 120) else "another GPU"
 
     portable = Portable(**{f.name: getattr(other, f.name) for f in dataclasses.fields(other)})
     opened = read_bundle(bundle)
@@ -138,5 +138,5 @@ def test_the_kinds_of_plugins_are_the_flavours(flavour, plugin, version, why):
     if why is None:
         flavour.require_plugin(plugin, version)
     else:
-        with pytest.raises(BackendError, match=why):
+        with pytest.raises((BackendError, InputError), match=why):
             flavour.require_plugin(plugin, version)

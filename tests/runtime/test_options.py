@@ -10,7 +10,7 @@ from helpers.small_bundle import clip_arrays
 
 from hcmen.base.errors import InputError
 from hcmen.runtime import load
-from hcmen.runtime.backends import Ort, OrtCuda, TensorRT
+from hcmen.runtime.backends import Ort, OrtCuda, TensorRT, TensorRTRTX
 from hcmen.runtime.backends.options import BACKENDS, backend_options
 
 
@@ -31,7 +31,9 @@ def test_a_name_with_keywords_is_the_object(name, keywords, options):
 
 
 def test_every_backend_is_named_by_its_options():
-    assert {name: options.name for name, options in BACKENDS.items()} == {n: n for n in ("ort", "ort-cuda", "tensorrt")}
+    assert {name: options.name for name, options in BACKENDS.items()} == {
+        n: n for n in ("ort", "ort-cuda", "tensorrt", "tensorrt-rtx")
+    }
 
 
 @pytest.mark.parametrize(
@@ -40,9 +42,13 @@ def test_every_backend_is_named_by_its_options():
         (
             "ort",
             {"precision": "fp16"},
-            r"precision is an option of the backend 'tensorrt', got backend 'ort': leave it",
+            r"precision is an option of the backend 'tensorrt' or 'tensorrt-rtx', got backend 'ort': leave it",
         ),
-        ("auto", {"cuda_graph": True}, "cuda_graph is an option of the backend 'ort-cuda' or 'tensorrt', got .*'auto'"),
+        (
+            "auto",
+            {"cuda_graph": True},
+            "cuda_graph is an option of the backend 'ort-cuda', 'tensorrt' or 'tensorrt-rtx', got .*'auto'",
+        ),
         ("tensorrt", {"threads": 2}, "threads is an option of the backend 'ort' or 'ort-cuda', got .*'tensorrt'"),
         ("ort-cuda", {"spin": False}, "spin is an option of the backend 'ort', got backend 'ort-cuda'"),
         (Ort(threads=2), {"spin": False}, "spin was given beside Ort.*: give it to Ort"),
