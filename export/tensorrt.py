@@ -56,12 +56,16 @@ _OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|insufficient memory|cuda
 
 @dataclass(frozen=True)
 class Built:
-    """One engine that was accepted. seconds: the build; fresh: whether it was built now, or was there already."""
+    """One engine that was accepted.
+
+    seconds: the build. fresh: whether it was built now, or was there already. weights_bytes: the weights in its graph.
+    """
 
     record: EngineRecord
     test: SelfTest | None
     seconds: float
     fresh: bool
+    weights_bytes: int
 
 
 class Compiler:
@@ -114,9 +118,11 @@ class Compiler:
             variant, self.options.precision, self.capabilities, self.tensorrt.version, self.flavour.name
         )
         standing = None if self.options.force else self._standing(name)
+        model = self._embedded(variant)
+        weights_bytes = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
         if standing is not None:
-            return Built(standing, None, 0.0, fresh=False)
-        model, plugin = self._prepared(variant)
+            return Built(standing, None, 0.0, fresh=False, weights_bytes=weights_bytes)
+        model, plugin = self._prepared(model)
         if plugin == "library":
             self._load_plugins()
         elif plugin == "aot":
@@ -149,8 +155,8 @@ class Compiler:
             flavour=self.flavour.name,
             profiles=self.profiles,
         )
-        write_engine(self.bundle, made, content, self._report(seconds, record))
-        return Built(made, test, seconds, fresh=True)
+        write_engine(self.bundle, made, content, self._report(seconds, record, weights_bytes))
+        return Built(made, test, seconds, fresh=True, weights_bytes=weights_bytes)
 
     def _golden_test(self, content: memoryview, plugin: str, record: VariantRecord, variant: str) -> SelfTest | None:
         """What the engine made of the golden set; None where there is no GPU to run it on. Raises CheckFailed."""
@@ -226,17 +232,20 @@ class Compiler:
                 return record
         return None
 
-    def _prepared(self, variant: str) -> tuple[ModelProto, str]:
+    def _embedded(self, variant: str) -> ModelProto:
+        from hcmen.export.weights import embedded_model
+
+        if self._weights is None:
+            self._weights = self.bundle.read(self.bundle.manifest.weights)
+        return embedded_model(self.bundle, variant, self._weights)
+
+    def _prepared(self, model: ModelProto) -> tuple[ModelProto, str]:
         """The model as the parser shall have it, and how its hcmen ops will run."""
         from onnx import inliner
 
         from hcmen.export.float16 import to_float16
-        from hcmen.export.weights import embedded_model
         from hcmen.mamba.functions import strip_functions
 
-        if self._weights is None:
-            self._weights = self.bundle.read(self.bundle.manifest.weights)
-        model = embedded_model(self.bundle, variant, self._weights)
         if self.options.precision == "fp16":
             model = to_float16(model)
         if all(node.domain != OP_DOMAIN for node in model.graph.node):
@@ -338,13 +347,14 @@ class Compiler:
         if content != before:
             write_whole(path, content)
 
-    def _report(self, seconds: float, record: VariantRecord) -> dict[str, Any]:
+    def _report(self, seconds: float, record: VariantRecord, weights_bytes: int) -> dict[str, Any]:
         """How it was built, for the .json beside the engine."""
         options = self.options
         return {
             "seconds": round(seconds, 3),
             "hcmen": hcmen.__version__,
             **({"cuda_runtime": self.cuda.runtime, "cuda_driver": self.cuda.driver} if self.cuda else {}),
+            "weights_bytes": weights_bytes,
             "workspace_bytes": options.workspace_bytes,
             "profiles": [
                 {name: [list(shape) for shape in shapes] for name, shapes in profile.items()}

@@ -191,16 +191,24 @@ def main(
         except HcmenError:
             if built:
                 console.note(f"{len(built)} of {len(chosen)} engines were written before this:")
-                console.block("\n".join(_table(built, opened)))
+                console.block("\n".join(_table(built)))
             raise
         if not built[-1].fresh:
             console.note(f"  {built[-1].record.engine.file} is there already; --force builds it again")
     console.emit(
         {
             "bundle": str(bundle),
-            "engines": [{**b.record.to_json(), "fresh": b.fresh, "seconds": round(b.seconds, 3)} for b in built],
+            "engines": [
+                {
+                    **b.record.to_json(),
+                    "fresh": b.fresh,
+                    "seconds": round(b.seconds, 3),
+                    "weights_bytes": b.weights_bytes,
+                }
+                for b in built
+            ],
         },
-        "\n".join([*_table(built, opened), "", f"Next: {_next(bundle, chosen, opened, backend, precision)}"]),
+        "\n".join([*_table(built), "", f"Next: {_next(bundle, chosen, opened, backend, precision)}"]),
     )
 
 
@@ -233,7 +241,7 @@ def _next(bundle: Path, compiled: Sequence[str], opened: Bundle, backend: str, p
     return as_typed("hcmen-run", "--self-test", "--bundle", from_here(bundle), *variant, *engines)
 
 
-def _table(built: Sequence[Built], opened: Bundle) -> list[str]:
+def _table(built: Sequence[Built]) -> list[str]:
     rows = [("variant", "engine", "size", "of weights", "build", "max |difference|", "parity")]
     for b in built:
         parity, size = b.record.parity, b.record.engine.bytes
@@ -241,6 +249,6 @@ def _table(built: Sequence[Built], opened: Bundle) -> list[str]:
             (f"{parity['outputs']['score']['max_abs']:.1e}", "ok") if "outputs" in parity else ("", "not measured")
         )
         build = f"{b.seconds:.1f} s" if b.fresh else "was there"
-        weights = f"{size / opened.manifest.weights.bytes:.1f}x"
+        weights = f"{size / b.weights_bytes:.0f}x" if b.weights_bytes else ""
         rows.append((b.record.variant, b.record.engine.file, f"{size / 1024:.0f} KiB", weights, build, *measured))
     return fitted(rows, screen_width(), least=("of weights", "build", "size", "engine"))
