@@ -12,14 +12,13 @@ must be the same in all nodes of a model, and `add_functions` says so if it is n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from hcmen.base.errors import InputError, shown, unknown_name
 from hcmen.base.op import CAUSAL_CONV1D, DOMAIN, PARSER_ATTRIBUTES, SELECTIVE_SCAN, VERSION, Operator
+from hcmen.mamba.scan_bodies import SCAN_BODIES, Body
 
 __all__ = ["SCAN_BODIES", "add_functions", "strip_functions"]
 
@@ -228,51 +227,10 @@ _COMPLETE: dict[str, Callable[[NodeProto, _ShapeOf], dict[str, Any]]] = {
 # --- writing the bodies -----------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Body:
-    """Collects nodes; every method returns the name of a new value."""
-
-    nodes: list[NodeProto] = field(default_factory=list)
-    used: dict[str, int] = field(default_factory=dict)
-
-    def fresh(self, stem: str) -> str:
-        count = self.used[stem] = self.used.get(stem, 0) + 1
-        return stem + "_v" if count == 1 else f"{stem}_v{count}"
-
-    def op(self, op_type: str, *inputs: str, name: str | None = None, **attributes: Any) -> str:
-        output = self.fresh(name or op_type.lower())
-        self.nodes.append(helper.make_node(op_type, inputs, [output], **attributes))
-        return output
-
-    def rename(self, value: str, name: str) -> None:
-        self.nodes.append(helper.make_node("Identity", [value], [name]))
-
-    def ints(self, *values: int) -> str:
-        return self.op("Constant", name="ints", value=helper.make_tensor("", TensorProto.INT64, [len(values)], values))
-
-    def scalar(self, value: float) -> str:
-        return self.op("Constant", name="scalar", value=helper.make_tensor("", TensorProto.FLOAT, [], [value]))
-
-    def float32(self, x: str) -> str:
-        return self.op("Cast", x, name=f"{x}_float32", to=TensorProto.FLOAT)
-
-    def sizes(self, x: str, start: int, end: int) -> str:
-        return self.op("Shape", x, name=f"{x}_sizes", start=start, end=end)
-
-    def reshape(self, x: str, *sizes: str) -> str:
-        return self.op("Reshape", x, self.op("Concat", *sizes, axis=0, name="shape"), name=f"{x}_reshaped")
-
-    def bind(self, name: str, kind: AttributeProto.AttributeType) -> None:
-        """The last node takes its attribute `name` from the node that the function stands for."""
-        self.nodes[-1].attribute.append(AttributeProto(name=name, ref_attr_name=name, type=kind))
-
-
-def _function(
-    op: Operator, opset: int, body: _Body, attributes: dict[str, Any], bound: list[str], doc: str
-) -> FunctionProto:
+def _function(op: Operator, opset: int, body: Body, attributes: dict[str, Any], doc: str) -> FunctionProto:
     inputs, outputs = ([t.name for t in side] for side in (op.inputs_with(attributes), op.outputs_with(attributes)))
     return helper.make_function(
-        DOMAIN, op.name, inputs, outputs, body.nodes, [helper.make_opsetid("", opset)], bound, doc_string=doc
+        DOMAIN, op.name, inputs, outputs, body.nodes, [helper.make_opsetid("", opset)], body.bound, doc_string=doc
     )
 
 
@@ -281,7 +239,7 @@ def _scan_function(opset: int, scan_body: str, *, gated: int, stateful: int, del
 
     B and C of rank 3 are one group of rank 4: reshaping by the state count of A makes both the same.
     """
-    body = _Body()
+    body = Body()
     u, delta, B, C = (body.float32(x) for x in ("u", "delta", "B", "C"))
     one, rest = body.ints(1), body.ints(-1)
     batch_time, state = body.sizes("u", 0, 2), body.sizes("A", 1, 2)
@@ -318,84 +276,28 @@ def _scan_function(opset: int, scan_body: str, *, gated: int, stateful: int, del
         opset,
         body,
         {"gated": gated, "stateful": stateful},
-        list(SELECTIVE_SCAN.others),
         f"Mamba's selective scan in standard operators; gated = {gated}, stateful = {stateful}, "
         f"delta_softplus = {delta_softplus} in every node of this model.",
     )
 
 
-def _scan_over_time(body: _Body, first: str, steps: str, driven: str, B: str, C: str, A: str) -> tuple[str, str]:
-    """The recurrence as one standard Scan: exact, any length, in the order of the steps.
-
-    exp and the state's decay stay inside, so that nothing of size time x channel x state is stored. The sum over states
-    is a matrix product, measured a quarter faster in ONNX Runtime than a product and a ReduceSum.
-
-    Returns:
-        The state after the last step scanned [b, g, h, n], and the outputs [b, t, g, h, 1].
-    """
-    nodes = [
-        helper.make_node("Mul", ["step", "A"], ["step_A"]),
-        helper.make_node("Exp", ["step_A"], ["decay"]),
-        helper.make_node("Mul", ["decay", "state"], ["kept"]),
-        helper.make_node("Mul", ["driven", "B_step"], ["added"]),
-        helper.make_node("Add", ["kept", "added"], ["next_state"]),
-        helper.make_node("MatMul", ["next_state", "C_step"], ["y_step"]),
-        # A goes along as a state that never changes: OpenVINO's importer takes no value of the outer graph in a Scan.
-        helper.make_node("Identity", ["A"], ["same_A"]),
-    ]
-
-    # Runtimes want the rank of what a Scan carries, and a model may know no shapes.
-    def value(name: str) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * (3 if name.endswith("A") else 4))
-
-    step = helper.make_graph(
-        nodes,
-        "selective_scan_step",
-        [value(name) for name in ("state", "A", "step", "driven", "B_step", "C_step")],
-        [value(name) for name in ("next_state", "same_A", "y_step")],
-    )
-    last, same_A, y = body.fresh("final_state"), body.fresh("same_A"), body.fresh("outputs")
-    # Axes counted from the front: TensorRT's importer misreads negative ones.
-    body.nodes.append(
-        helper.make_node(
-            "Scan",
-            [first, A, steps, driven, B, C],
-            [last, same_A, y],
-            body=step,
-            num_scan_inputs=4,
-            scan_input_axes=[1] * 4,
-            scan_output_axes=[1],
-        )
-    )
-    body.bind("scan_input_directions", AttributeProto.INTS)
-    body.bind("scan_output_directions", AttributeProto.INTS)
-    return last, y
-
-
-# name -> writer(body, first_state, steps, driven, B, C, A) -> (last state, outputs); shapes as in `_scan_over_time`.
-# A writer that does not use Scan binds the direction through the same attributes.
-SCAN_BODIES: dict[str, Callable[..., tuple[str, str]]] = {"scan": _scan_over_time}
-
-
-def _softplus(body: _Body, x: str) -> str:
+def _softplus(body: Body, x: str) -> str:
     """softplus, linear above the threshold as in mamba_ssm; Softplus never sees a value that could overflow in it."""
     limit = body.scalar(SOFTPLUS_THRESHOLD)
     soft = body.op("Softplus", body.op("Min", x, limit, name="limited"))
     return body.op("Where", body.op("Greater", x, limit, name="linear"), x, soft, name="step")
 
 
-def _silu(body: _Body, x: str) -> str:
+def _silu(body: Body, x: str) -> str:
     return body.op("Mul", x, body.op("Sigmoid", x), name="silu")
 
 
 def _conv_function(opset: int, *, activation: str) -> FunctionProto:
     """A depthwise Conv between two transposes; group and pads come from the node."""
-    body = _Body()
+    body = Body()
     x, weight, bias = (body.float32(name) for name in ("x", "weight", "bias"))
     # Conv slides its kernel forward: it takes tap k, or tap width - 1 - k if reverse.
-    reverse = body.fresh("reverse")
-    body.nodes.append(helper.make_node("Constant", [], [reverse]))
-    body.nodes[-1].attribute.append(AttributeProto(name="value_int", ref_attr_name="reverse", type=AttributeProto.INT))
+    reverse = body.attribute("reverse")
     zero, one, two = (
         body.op("Constant", name="scalar", value=helper.make_tensor("", TensorProto.INT64, [], [v])) for v in (0, 1, 2)
     )
@@ -418,6 +320,5 @@ def _conv_function(opset: int, *, activation: str) -> FunctionProto:
         opset,
         body,
         {},
-        ["reverse", *CAUSAL_CONV1D.others],
         f"Depthwise causal convolution in standard operators; activation = {activation} in every node of this model.",
     )
