@@ -151,14 +151,19 @@ def _scan_over_blocks(body: Body, first: str, steps: str, driven: str, B: str, C
         return body.reshape(body.op("Pad", directed(x), pads, name="filled"), batch, blocks, block, sizes)
 
     of_channel, of_state = body.sizes(steps, 2, 5), body.sizes(B, 2, 5)
-    inputs = [in_blocks(x, sizes) for x, sizes in zip((steps, driven, B, C), (of_channel,) * 2 + (of_state,) * 2)]
-    last, same_A, y = body.fresh("final_state"), body.fresh("same_A"), body.fresh("outputs")
+    inputs = [
+        in_blocks(steps, of_channel),
+        in_blocks(driven, of_channel),
+        in_blocks(B, of_state),
+        in_blocks(C, of_state),
+    ]
+    last, y = body.fresh("final_state"), body.fresh("outputs")
     body.nodes.append(
         helper.make_node(
             "Scan",
-            [body.op("Unsqueeze", first, time_axis, name="first_state"), A, *inputs],
-            [last, same_A, y],
-            body=_block(),
+            [body.op("Unsqueeze", first, time_axis, name="first_state"), *inputs],
+            [last, y],
+            body=_block(A),
             num_scan_inputs=4,
             scan_input_axes=[1] * 4,
             scan_output_axes=[1],
@@ -169,40 +174,34 @@ def _scan_over_blocks(body: Body, first: str, steps: str, driven: str, B: str, C
     return last, y
 
 
-def _block() -> onnx.GraphProto:
-    """What a Scan over blocks does with one of them."""
+def _block(A: str) -> onnx.GraphProto:
+    """What a Scan over blocks does with one of them. A is read from around it: handed on from block to block, it would
+    be copied by a kernel of its own each time."""
     body = Body(suffix="_b")
-    ends, axis = body.ints(BLOCK), body.ints(1)
 
     def shifted(x: str, by: int, filling: float) -> str:
         """x[t - by], and `filling` before the first step."""
         pads = body.ints(0, by, 0, 0, 0, 0, -by, 0, 0, 0)
         return body.op("Pad", x, pads, body.scalar(filling), name="shifted")
 
-    decay = body.op("Exp", body.op("Mul", "step", "A", name="step_A"), name="decay")
+    decay = body.op("Exp", body.op("Mul", "step", A, name="step_A"), name="decay")
     added = body.op("Mul", "driven", "B_step", name="added")
     for by in DOUBLINGS:
         before = body.op("Mul", decay, shifted(added, by, 0.0), name="before")
         added = body.op("Add", added, before, name="added")
         decay = body.op("Mul", decay, shifted(decay, by, 1.0), name="decay")
     states = body.op("Add", body.op("Mul", decay, "state", name="kept"), added, name="states")
-    # Not a matrix product: in float16 graphs TensorRT-RTX 1.7 mistakes the shape of one that stands in a loop.
+    # Not a matrix product: TensorRT-RTX 1.7 mistakes the shape of one in a loop where the graph around it is float16.
     seen = body.op("Mul", states, "C_step", name="seen")
     body.nodes += [
         helper.make_node("ReduceSum", [seen, body.ints(4)], ["y_step"], keepdims=1),
-        helper.make_node("Slice", [states, body.ints(BLOCK - 1), ends, axis], ["next_state"]),
-        helper.make_node("Identity", ["A"], ["same_A"]),
+        helper.make_node("Gather", [states, body.ints(BLOCK - 1)], ["next_state"], axis=1),
     ]
-
-    def value(name: str) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * (3 if name.endswith("A") else 5))
-
-    return helper.make_graph(
-        body.nodes,
-        "selective_scan_block",
-        [value(name) for name in ("state", "A", "step", "driven", "B_step", "C_step")],
-        [value(name) for name in ("next_state", "same_A", "y_step")],
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * 5) for name in names]
+        for names in (("state", "step", "driven", "B_step", "C_step"), ("next_state", "y_step"))
     )
+    return helper.make_graph(body.nodes, "selective_scan_block", inputs, outputs)
 
 
 # name -> writer(body, first_state, steps, driven, B, C, A) -> (last state, outputs); shapes as in `_scan_over_time`.
