@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, helper
 
 from hcmen.base.errors import InputError, shown, unknown_name
 from hcmen.base.op import CAUSAL_CONV1D, DOMAIN, PARSER_ATTRIBUTES, SELECTIVE_SCAN, VERSION, Operator
@@ -26,6 +26,8 @@ __all__ = ["SCAN_BODIES", "add_functions", "strip_functions"]
 OLDEST_OPSET = 15
 OLDEST_IR_VERSION = 8
 SOFTPLUS_THRESHOLD = 20.0
+# A convolution of more taps is not written out tap by tap. Mamba has 2 to 4.
+MOST_TAPS = 32
 
 
 def add_functions(model: ModelProto, scan_body: str = "scan") -> ModelProto:
@@ -36,7 +38,8 @@ def add_functions(model: ModelProto, scan_body: str = "scan") -> ModelProto:
 
     Args:
         model: any model; nodes inside subgraphs and inside other functions count too.
-        scan_body: how the recurrence is written, one of `SCAN_BODIES`.
+        scan_body: how the bodies are written, one of `SCAN_BODIES`: "scan" for what runs operators one by one, "blocks"
+            for what compiles them.
 
     Returns:
         `model`.
@@ -49,6 +52,7 @@ def add_functions(model: ModelProto, scan_body: str = "scan") -> ModelProto:
         raise unknown_name("scan body", scan_body, SCAN_BODIES)
     opset = _opset(model)
     signatures: dict[str, tuple[dict[str, Any], str]] = {}
+    width = 1
     for node, shape_of in _nodes(model):
         if node.domain != DOMAIN:
             continue
@@ -57,6 +61,7 @@ def add_functions(model: ModelProto, scan_body: str = "scan") -> ModelProto:
                 f"{_label(node)}: unknown operator, expected {' or '.join(_COMPLETE)} in domain '{DOMAIN}'"
             )
         signature = _COMPLETE[node.op_type](node, shape_of)
+        width = max(width, 1 + sum(n for a in node.attribute if a.name == "pads" for n in a.ints))
         first, where = signatures.setdefault(node.op_type, (signature, _label(node)))
         for name, value in signature.items():
             if value != first[name]:
@@ -69,7 +74,7 @@ def add_functions(model: ModelProto, scan_body: str = "scan") -> ModelProto:
         model.functions.append(
             _scan_function(opset, scan_body, **signature)
             if op_type == "SelectiveScan"
-            else _conv_function(opset, **signature)
+            else _conv_function(opset, scan_body, width, **signature)
         )
     if signatures:
         model.ir_version = max(model.ir_version, OLDEST_IR_VERSION)
@@ -292,26 +297,15 @@ def _silu(body: Body, x: str) -> str:
     return body.op("Mul", x, body.op("Sigmoid", x), name="silu")
 
 
-def _conv_function(opset: int, *, activation: str) -> FunctionProto:
-    """A depthwise Conv between two transposes; group and pads come from the node."""
+def _conv_function(opset: int, scan_body: str, width: int, *, activation: str) -> FunctionProto:
+    """All arithmetic in float32. width: the most that any node has."""
     body = Body()
     x, weight, bias = (body.float32(name) for name in ("x", "weight", "bias"))
-    # Conv slides its kernel forward: it takes tap k, or tap width - 1 - k if reverse.
     reverse = body.attribute("reverse")
-    zero, one, two = (
-        body.op("Constant", name="scalar", value=helper.make_tensor("", TensorProto.INT64, [], [v])) for v in (0, 1, 2)
-    )
-    width = body.op("Gather", body.op("Shape", "weight", name="weight_shape"), one, name="width")
-    first = body.op("Mul", reverse, body.op("Sub", width, one, name="last_tap"), name="first_tap")
-    stride = body.op("Sub", one, body.op("Mul", two, reverse, name="twice"), name="stride")
-    steps = body.op("Mul", stride, body.op("Range", zero, width, one), name="steps")
-    taps = body.op("Add", first, steps, name="taps")
-    kernel = body.op("Unsqueeze", body.op("Gather", weight, taps, axis=1, name="mirrored"), body.ints(1), name="kernel")
-    series = body.op("Transpose", x, perm=[0, 2, 1], name="series")
-    series = body.op("Conv", series, kernel, bias, name="convolved")
-    body.bind("group", AttributeProto.INT)
-    body.bind("pads", AttributeProto.INTS)
-    y = body.op("Transpose", series, perm=[0, 2, 1], name="channels_last")
+    if scan_body == "blocks" and width <= MOST_TAPS:
+        y = _taps(body, x, weight, bias, reverse, width)
+    else:
+        y = _convolved(body, x, weight, bias, reverse)
     if activation == "silu":
         y = _silu(body, y)
     body.rename(body.op("CastLike", y, "x", name="narrowed"), "y")
@@ -322,3 +316,44 @@ def _conv_function(opset: int, *, activation: str) -> FunctionProto:
         {},
         f"Depthwise causal convolution in standard operators; activation = {activation} in every node of this model.",
     )
+
+
+def _convolved(body: Body, x: str, weight: str, bias: str, reverse: str) -> str:
+    """A depthwise Conv between two transposes; group and pads come from the node."""
+    # Conv slides its kernel forward: it takes tap k, or tap width - 1 - k if reverse.
+    zero, one, two = (body.integer(v) for v in (0, 1, 2))
+    width = body.op("Gather", body.op("Shape", "weight", name="weight_shape"), one, name="width")
+    first = body.op("Mul", reverse, body.op("Sub", width, one, name="last_tap"), name="first_tap")
+    stride = body.op("Sub", one, body.op("Mul", two, reverse, name="twice"), name="stride")
+    steps = body.op("Mul", stride, body.op("Range", zero, width, one), name="steps")
+    taps = body.op("Add", first, steps, name="taps")
+    kernel = body.op("Unsqueeze", body.op("Gather", weight, taps, axis=1, name="mirrored"), body.ints(1), name="kernel")
+    series = body.op("Transpose", x, perm=[0, 2, 1], name="series")
+    series = body.op("Conv", series, kernel, bias, name="convolved")
+    body.bind("group", AttributeProto.INT)
+    body.bind("pads", AttributeProto.INTS)
+    return body.op("Transpose", series, perm=[0, 2, 1], name="channels_last")
+
+
+def _taps(body: Body, x: str, weight: str, bias: str, reverse: str, width: int) -> str:
+    """The sum of docs/op.md as it stands there, channels last: a compiler makes one kernel of it.
+
+    The taps of a node that has fewer than `width` begin with zeros.
+    """
+    zero, axis, time = body.ints(0), body.ints(1), body.sizes("x", 1, 2)
+    lacking = body.op("Sub", body.ints(width), body.sizes("weight", 1, 2), name="lacking")
+    channel = body.sizes("weight", 0, 1)
+    zeros = body.op("ConstantOfShape", body.op("Concat", channel, lacking, axis=0, name="zeros_shape"), name="zeros")
+    weight = body.op("Concat", zeros, weight, axis=1, name="all_taps")
+    behind = body.op("Mul", reverse, body.ints(width - 1), name="behind")
+    before = body.op("Sub", body.ints(width - 1), behind, name="before")
+    pads = body.op("Concat", zero, before, zero, zero, behind, zero, axis=0, name="pads")
+    filled = body.op("Pad", x, pads, name="filled")
+    y = bias
+    for k in range(width):
+        # Tap k sees the filled series from k on, or in reverse from width - 1 - k on.
+        start = body.op("Add", body.ints(k), body.op("Mul", reverse, body.ints(width - 1 - 2 * k), name="turned"))
+        seen = body.op("Slice", filled, start, body.op("Add", start, time, name="end"), axis, name="seen")
+        tap = body.op("Gather", weight, body.integer(k), axis=1, name="tap")
+        y = body.op("Add", y, body.op("Mul", seen, tap, name="part"), name="sum")
+    return y

@@ -46,6 +46,9 @@ class Body:
     def ints(self, *values: int) -> str:
         return self.op("Constant", name="ints", value=helper.make_tensor("", TensorProto.INT64, [len(values)], values))
 
+    def integer(self, value: int) -> str:
+        return self.op("Constant", name="scalar", value=helper.make_tensor("", TensorProto.INT64, [], [value]))
+
     def scalar(self, value: float) -> str:
         return self.op("Constant", name="scalar", value=helper.make_tensor("", TensorProto.FLOAT, [], [value]))
 
