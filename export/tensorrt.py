@@ -244,14 +244,14 @@ class Compiler:
         from onnx import inliner
 
         from hcmen.export.float16 import to_float16
-        from hcmen.mamba.functions import strip_functions
+        from hcmen.mamba.functions import add_functions, strip_functions
 
         if self.options.precision == "fp16":
             model = to_float16(model)
         if all(node.domain != OP_DOMAIN for node in model.graph.node):
             return model, "none"
         if self.plugin == "function":
-            return inliner.inline_local_functions(model), "function"
+            return inliner.inline_local_functions(add_functions(model, "blocks")), "function"
         strip_functions(model)
         if self.plugin == "aot":
             from hcmen.mamba.trt_aot import prepare

@@ -97,6 +97,8 @@ def test_compile_then_run(micro_bundle, monkeypatch, tmp_path, version, precisio
         assert "TF32" not in plan["flags"]
         assert any(n.domain == "hcmen" for n in graph.graph.node) == (plugin == "library")
         assert not graph.functions
+        loops = {a.g.name for n in graph.graph.node for a in n.attribute if a.name == "body"}
+        assert loops == ({"selective_scan_block"} if plugin == "function" else set())
         halves = {t.name for t in graph.graph.initializer if t.data_type == onnx.TensorProto.FLOAT16}
         assert bool(halves) == (precision == "fp16")
 
