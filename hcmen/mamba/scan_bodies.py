@@ -12,10 +12,10 @@ from typing import Any
 import onnx
 from onnx import AttributeProto, NodeProto, TensorProto, helper
 
-__all__ = ["SCAN_BODIES", "Body"]
+__all__ = ["BLOCK", "SCAN_BODIES", "Body"]
 
-BLOCK = 16
 DOUBLINGS = (1, 2, 4, 8)
+BLOCK = 2 * DOUBLINGS[-1]
 
 
 @dataclass
