@@ -91,6 +91,20 @@ def test_decays_that_underflow_are_zero(reverse: bool) -> None:
     scanned(case, arrays)
 
 
+def test_states_that_grow_are_right() -> None:
+    """Rates above zero, by 1e26 in 16 steps: no model has them, and docs/op.md says how far they may go."""
+    case = ScanCase(1, 33, 2, 2, None, softplus=False, gated=False)
+    arrays = scan_arrays(case)
+    arrays["A"] = np.float32([[1.0, 0.5], [0.25, 2.0]])
+    arrays["delta"][:] = 1.9
+    arrays["delta_bias"][:] = 0.0
+    want = scan_oracle(case, arrays)
+    for got, exact in zip(run(in_blocks(case), arrays), want, strict=True):
+        finite = np.abs(exact) < 3e38
+        assert finite.sum() > finite.size // 2
+        np.testing.assert_allclose(got[finite], exact[finite], rtol=1e-4)
+
+
 def test_masked_steps_leave_the_state_alone_bit_for_bit() -> None:
     """Steps of zero at the end change nothing, which is what fills the last block."""
     case = ScanCase(1, 5, 4, 3, None)
