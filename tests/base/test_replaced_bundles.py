@@ -143,8 +143,11 @@ def test_a_mount_whose_links_move_is_read_again(shared_bundle: Path, tmp_path: P
     got = (model(arrays).score - 0.25) / 2 + 0.25
     assert got == pytest.approx(expected(arrays, "full")[0], abs=1e-5)
     # One that has scored with the older does not go on with the newer as if nothing had been.
-    with pytest.raises(InputError, match="another export was put there while this one was in use: load it again"):
-        used(arrays)
+    if used.backend.maps_weights:
+        with pytest.raises(InputError, match="another export was put there while this one was in use: load it again"):
+            used(arrays)
+    else:  # an older ONNX Runtime, for which all weights were read when the first were needed
+        assert used(arrays).score == pytest.approx(expected(arrays, "full")[0], abs=1e-5)
 
 
 def test_an_altered_file_is_no_exchange(bundle: Path) -> None:

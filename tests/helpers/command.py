@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import inspect
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner
 
 import hcmen
+
+# Before 8.2, click's runner mixes stdout and stderr unless told otherwise.
+_APART: dict[str, Any] = {"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Outcome:
 
 def run(command: click.Command, *arguments: object) -> Outcome:
     """The outcome of `command` with `arguments`."""
-    result = CliRunner().invoke(command, [str(a) for a in arguments])
+    result = CliRunner(**_APART).invoke(command, [str(a) for a in arguments])
     return Outcome(result.exit_code, result.stdout, result.stderr)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import click
 import numpy as np
+import onnxruntime
 import pytest
 from helpers.command import Outcome, open_folder, run, without_privileges
 from helpers.small_bundle import clip_arrays, graph, make_bundle
@@ -517,5 +519,7 @@ def test_without_proc_the_bundle_is_not_blamed(tmp_path, shared_bundle):
         pytest.skip("this container mounts nothing")
     done = subprocess.run([*hidden, *score], capture_output=True, text=True)
     assert "bundle again" not in done.stderr
+    if done.returncode == -signal.SIGABRT and "Error in cpuinfo" in done.stderr:
+        pytest.skip(f"onnxruntime {onnxruntime.__version__} itself ends where there is no /proc: a later one does not")
     # Versions of ONNX Runtime that open no file by /proc need none.
     assert done.returncode == 0 or (done.returncode == 3 and "mount /proc where this runs" in done.stderr), done.stderr

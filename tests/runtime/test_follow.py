@@ -448,7 +448,7 @@ def test_text_in_a_chunk_holds_until_the_next(shared_bundle, folder):
         (["--rate", "vision"], "--rate is 'vision', expected each modality once"),
         (["--idle-timeout", "-1"], "--idle-timeout is -1.0, expected a positive number"),
         (["--idle-timeout", "nan"], "--idle-timeout is nan"),
-        (["--self-test"], "No such option '--self-test'"),
+        (["--self-test"], "No such option"),
         (["clip.npz"], "unexpected extra argument (clip.npz)"),
         (["--variant", "ful"], "did you mean 'full'"),
         (["--variant", "full", "--hop", "0"], "hop is '0'"),
@@ -482,7 +482,7 @@ def test_the_option_of_hcmen_run_that_it_was_says_where_it_is_now(shared_bundle,
     )
     assert "--follow" not in run(run_main, "--help").out
     done = run(run_main, "clip.npz", "--bundle", shared_bundle, "--window", "1")
-    assert (done.code, "No such option '--window'" in done.err) == (2, True)
+    assert (done.code, "No such option" in done.err, "--window" in done.err) == (2, True, True)
 
 
 def test_a_closed_pipe_ends_it(shared_bundle, ended):
