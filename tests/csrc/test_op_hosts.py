@@ -6,7 +6,7 @@
     functions          ONNX Runtime without the library: the model-local functions
     cuda               the CUDA kernels, run on the host (helpers/emulated.py)
     onnxruntime-cuda   the same as operators of ONNX Runtime
-    plugin             the TensorRT plugins over the C++ kernels; with TENSORRT_INCLUDE_DIR (helpers/trt_program.py)
+    plugin             the TensorRT plugins over the C++ kernels; with its headers (helpers/trt_wheels.py)
     plugin-cuda        the TensorRT plugins over the CUDA kernels, run on the host
     plugin-gpu         libhcmen_trt.so on a GPU
 
@@ -41,6 +41,7 @@ from helpers.op_cases import (
     scan_oracle,
 )
 from helpers.trt_program import INCLUDES, Build
+from helpers.trt_wheels import NO_HEADERS
 
 from hcmen.base.library import library_path
 from hcmen.mamba import scan
@@ -158,8 +159,10 @@ def missing(host: str) -> str | None:
     """Why there is no such host here."""
     if host in SLOW and emulated.compiler() is None:
         return "there is no C++ compiler"
-    if host.startswith("plugin") and (sys.platform != "linux" or not INCLUDES):
-        return "TENSORRT_INCLUDE_DIR names no folder of TensorRT headers"
+    if host.startswith("plugin") and sys.platform != "linux":
+        return "the plugins are for Linux"
+    if host.startswith("plugin") and not INCLUDES:
+        return NO_HEADERS
     if host == "plugin-gpu" and not trt_program.has_gpu():
         return "there is no NVIDIA GPU"
     return None
@@ -254,7 +257,7 @@ def test_other_instruction_sets(isa: str) -> None:
     probe = subprocess.run([sys.executable, "-c", name], env=environment, capture_output=True, text=True)
     if probe.returncode != 0:
         assert "cannot run" in probe.stderr or "expected one of" in probe.stderr
-        pytest.skip(f"this machine has no {isa}")
+        pytest.skip(f"{isa} is not of this processor; `make arm` emulates one with neon")
     assert probe.stdout.strip() == isa
     code = (
         "import sys; sys.path.insert(0, '.')\n"

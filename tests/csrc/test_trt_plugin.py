@@ -1,7 +1,6 @@
 """The TensorRT plugins without TensorRT: built against its headers, called as it calls them, loaded by its registry.
 
-    TENSORRT_INCLUDE_DIR   folders of NvInfer.h, separated by ':'; several versions of TensorRT may be named
-    TENSORRT_LEAN_DIR      folders with tensorrt_lean_libs and tensorrt_lean_bindings in them, besides this environment
+helpers/trt_wheels.py says where headers and registries come from.
 
 `runtime/csrc/trt_test.cc` holds the checks; the host library it calls has the plugins over the CPU kernels. What the
 plugins compute is in test_op_hosts.py.
@@ -9,7 +8,6 @@ plugins compute is in test_op_hosts.py.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import sys
@@ -18,11 +16,15 @@ from pathlib import Path
 import pytest
 from helpers.op_cases import SCANS, ConvCase, assert_scan, scan_arrays
 from helpers.trt_program import INCLUDES, Build, build, enqueue, has_gpu, run
+from helpers.trt_wheels import NO_HEADERS, NO_LEAN, lean_folders
 
-LEANS = [p for p in os.environ.get("TENSORRT_LEAN_DIR", "").split(":") if p]
-pytestmark = pytest.mark.skipif(not INCLUDES, reason="TENSORRT_INCLUDE_DIR names no folder of TensorRT headers")
+from hcmen.base.library import library_folders
 
-needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="the library is for Linux")
+LEANS = lean_folders("tensorrt_lean_bindings", "tensorrt_lean_libs")
+INSTALLED = [path for folder in library_folders() if (path := folder / "libhcmen_trt.so").is_file()]
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the library is for Linux")
+needs_headers = pytest.mark.skipif(not INCLUDES, reason=NO_HEADERS)
 
 
 @pytest.fixture(scope="module", params=INCLUDES, ids=lambda path: path.name)
@@ -30,7 +32,7 @@ def built(request: pytest.FixtureRequest) -> Build:
     return build(request.param, "trt")
 
 
-@needs_linux
+@needs_headers
 @pytest.mark.timeout(900)
 def test_every_method_keeps_its_contract(built: Build) -> None:
     result = built.check(built.host, "contract")
@@ -43,14 +45,14 @@ def test_every_method_keeps_its_contract(built: Build) -> None:
 SWITCHES = [(case, case) for case in SCANS[:32]]
 
 
-@needs_linux
+@needs_headers
 def test_every_attribute_reaches_the_kernel(built: Build, tmp_path: Path) -> None:
     """With headers of any version; the whole table is for test_op_hosts.py. What must be refused is."""
     for (case, _), got in zip(SWITCHES, enqueue(built, built.host, "enqueue-host", SWITCHES, tmp_path), strict=True):
         assert_scan(case, scan_arrays(case), got)
 
 
-@needs_linux
+@needs_headers
 def test_without_a_gpu_enqueue_is_an_error(built: Build) -> None:
     if built.cuda is None:
         pytest.skip("libhcmen_trt.so is not built: there is no CUDA compiler")
@@ -59,21 +61,21 @@ def test_without_a_gpu_enqueue_is_an_error(built: Build) -> None:
     assert built.check(built.cuda, "no-gpu").stderr == ""
 
 
-@needs_linux
+@needs_headers
 def test_a_logger_of_another_major_version_is_not_called(built: Build) -> None:
     result = built.check(built.host, "foreign-logger")
     line = "error: SelectiveScan: attribute 'gated' is 2, expected 0 or 1 (layer 'node')\n"
     assert result.stderr == 2 * line  # one for the foreign logger, one for none
 
 
-@needs_linux
+@needs_headers
 def test_failing_allocations_are_errors(built: Build) -> None:
     lines = built.check(built.host, "no-memory").stderr.splitlines()
     assert len(lines) == 4
     assert all(line.startswith("error: SelectiveScan: no memory for a ") for line in lines)
 
 
-@needs_linux
+@needs_headers
 def test_two_functions_are_shown_and_nothing_is_needed(built: Build) -> None:
     nm, readelf = shutil.which("nm"), shutil.which("readelf")
     if nm is None or readelf is None:
@@ -89,7 +91,7 @@ def test_two_functions_are_shown_and_nothing_is_needed(built: Build) -> None:
         assert not [name for name in names if "nvinfer" in name or "cudart" in name]
 
 
-@needs_linux
+@needs_headers
 @pytest.mark.timeout(900)
 def test_under_sanitizers(tmp_path: Path) -> None:
     """The contract and the host `enqueue` with AddressSanitizer and UndefinedBehaviorSanitizer, at the last version."""
@@ -162,16 +164,22 @@ print(create("SelectiveScan", BUILD, number("stateful", 1))[3], trt.__version__)
 """
 
 
-@needs_linux
-@pytest.mark.parametrize("lean", ["", *LEANS], ids=lambda path: Path(path).name or "installed")
-def test_the_registry_of_tensorrt_makes_the_plugins(built: Build, lean: str) -> None:
+@pytest.fixture(scope="module", params=[*INSTALLED, *INCLUDES], ids=lambda path: path.name)
+def libraries(request: pytest.FixtureRequest) -> list[Path]:
+    """The plugins as they are installed, or built against some headers."""
+    return build(request.param, "trt").libraries if request.param.is_dir() else [request.param]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not LEANS, reason=NO_LEAN)
+@pytest.mark.skipif(not INSTALLED and not INCLUDES, reason=f"libhcmen_trt.so is not installed, and {NO_HEADERS}")
+@pytest.mark.parametrize("lean", LEANS.values(), ids=LEANS)
+def test_the_registry_of_tensorrt_makes_the_plugins(libraries: list[Path], lean: Path) -> None:
     """libnvinfer_lean's registry, whatever its version, takes a library built against any: neither calls the other's
     objects that are laid out differently."""
-    if not lean and importlib.util.find_spec("tensorrt_lean_libs") is None:
-        pytest.skip("the wheels tensorrt_lean_cu13_libs and tensorrt_lean_cu13_bindings are not installed")
     scan, conv = ("SelectiveScan", "1", "hcmen"), ("CausalConv1d", "1", "hcmen")
-    for library in built.libraries:
-        result = run([sys.executable, "-c", REGISTRY, str(library)], PYTHONPATH=lean)
+    for library in libraries:
+        result = run([sys.executable, "-c", REGISTRY, str(library)], PYTHONPATH=str(lean))
         assert result.returncode == 0, result.stderr
         first, second = result.stdout.splitlines()
         flags = "delta_softplus={},reverse={},gated={},stateful={}"

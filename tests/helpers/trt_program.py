@@ -1,6 +1,6 @@
 """The TensorRT plugins without TensorRT: built against its headers, and run by the program of runtime/csrc/trt_test.cc.
 
-TENSORRT_INCLUDE_DIR   folders of NvInfer.h, separated by ':'; several versions of TensorRT may be named
+helpers/trt_wheels.py says where the headers come from.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ import pytest
 from hcmen.base.op import CAUSAL_CONV1D, SELECTIVE_SCAN
 from helpers import emulated
 from helpers.op_cases import Arrays, ConvCase, ScanCase, conv_arrays, scan_arrays
+from helpers.trt_wheels import include_folders
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "runtime" / "csrc"
 PLUGINS = [SOURCES / name for name in ("trt_plugin.cc", "trt_fields.cc", "trt_log.cc")]
-INCLUDES = [Path(p) for p in os.environ.get("TENSORRT_INCLUDE_DIR", "").split(":") if p]
+INCLUDES = include_folders()
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:

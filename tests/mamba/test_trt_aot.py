@@ -1,15 +1,12 @@
 """Kernels inside a TensorRT engine (`--plugin aot`): their PTX, their numbers, and the plugins in TensorRT's own code.
 
 No engine is built here: TensorRT's builder cannot be installed from wheels alone. Its Python bindings can, and with
-stubs of the libraries behind them their plugin code runs, on the registry of the lean runtime.
-
-    TENSORRT_LEAN_DIR   more folders with tensorrt_bindings, tensorrt_lean_libs and tensorrt_lean_bindings in them
+stubs of the libraries behind them their plugin code runs, on the registry of the lean runtime (helpers/trt_wheels.py).
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import json
 import os
 import re
@@ -26,6 +23,7 @@ import pytest
 import torch
 from helpers import emulated
 from helpers.op_cases import ScanCase, assert_close, assert_scan, scan_arrays
+from helpers.trt_wheels import NO_LEAN, lean_folders
 
 from hcmen.base.errors import BackendError, InputError
 from hcmen.mamba import ptx, trt_aot
@@ -36,7 +34,7 @@ from hcmen.mamba.scan import causal_conv1d_ref
 from hcmen.mamba.trt_aot import ConvSwitches, ScanSwitches, conv_kernel, prepare, scan_kernel
 
 ROOT = Path(__file__).resolve().parents[2]
-LEANS = [p for p in os.environ.get("TENSORRT_LEAN_DIR", "").split(":") if p]
+LEANS = lean_folders("tensorrt_bindings", "tensorrt_lean_libs")
 
 # switches as in ScanSwitches: softplus, reverse, gated, stateful; then batch, time, channel, state, group, half
 SCANS = [
@@ -324,27 +322,17 @@ bool initLibNvInferPlugins() { return false; }
 """
 
 
-def installed_folder() -> str:
-    """Where this environment has the wheels, or an empty name."""
-    specs = [importlib.util.find_spec(name) for name in ("tensorrt_bindings", "tensorrt_lean_libs")]
-    if any(spec is None or spec.origin is None for spec in specs):
-        return ""
-    return str(Path(specs[0].origin).parents[1])  # type: ignore[union-attr,arg-type]
-
-
-@pytest.mark.parametrize("folder", ["", *LEANS], ids=lambda path: Path(path).name or "installed")
-def test_tensorrt_takes_the_plugins(folder: str, tmp_path: Path) -> None:
+@pytest.mark.skipif(not LEANS, reason=NO_LEAN)
+@pytest.mark.parametrize("folder", LEANS.values(), ids=LEANS)
+def test_tensorrt_takes_the_plugins(folder: Path, tmp_path: Path) -> None:
     """All twenty, with the real bindings and the real registry: signatures, shapes, types, launch and kernel."""
     compiler_or_skip(ptx.ptx_compiler)
     if emulated.compiler() is None or sys.platform != "linux":
         pytest.skip("there is no C++ compiler, or this is not Linux")
-    where = Path(folder or installed_folder() or "/nowhere")
-    lean = sorted(where.glob("tensorrt_lean_libs/libnvinfer_lean.so.*"))
-    if not lean or not (where / "tensorrt_bindings").is_dir():
-        pytest.skip("the wheels tensorrt_cu13_bindings and tensorrt_lean_cu13_libs are not installed")
+    (lean,) = folder.glob("tensorrt_lean_libs/libnvinfer_lean.so.*")
     source = tmp_path / "stub.cc"
     source.write_text(STUB)
-    major = lean[0].suffix
+    major = lean.suffix
     for name in ("nvinfer", "nvonnxparser", "nvinfer_plugin"):
         soname = f"lib{name}.so{major}"
         options = ["-shared", "-fPIC", f"-Wl,-soname,{soname}", "-o", str(tmp_path / soname), "-ldl"]
@@ -352,8 +340,8 @@ def test_tensorrt_takes_the_plugins(folder: str, tmp_path: Path) -> None:
     environment = {
         **os.environ,
         "LD_LIBRARY_PATH": f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}",
-        "PYTHONPATH": folder,
-        "HCMEN_TEST_LEAN": str(lean[0]),
+        "PYTHONPATH": str(folder),
+        "HCMEN_TEST_LEAN": str(lean),
     }
     script = Path(__file__).parents[1] / "helpers" / "trt_aot_bindings.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
