@@ -1,6 +1,6 @@
 """Everything for 64-bit ARM, from a checkout: cross-compiled, run under qemu. Says by name what was not run and why.
 
-    python tests/arm/run.py                       everything; docs/results/arm_qemu.json; half an hour
+    python tests/arm/run.py                       everything; docs/results/arm_qemu.json; some minutes
     python tests/arm/run.py --only build,kernels  some steps, and those they need
     python tests/arm/run.py --list
 
@@ -38,6 +38,8 @@ import build as wheels
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+# program: the package of Debian or Ubuntu that has it.
+PROGRAMS = {COMPILER: "g++-aarch64-linux-gnu", EMULATOR: "qemu-user", "cmake": "cmake"}
 TOOLCHAIN = ROOT / "runtime" / "csrc" / "aarch64-linux-gnu.cmake"
 COMPILER_ROOT = "/usr/aarch64-linux-gnu"
 # The oldest core of a 64-bit Raspberry Pi, which has armv8-a and nothing more: another instruction ends the program.
@@ -300,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [n for n in names if n not in {s.name for s in STEPS}]
     if unknown:
         parser.error(f"no step '{unknown[0]}': choose from {', '.join(s.name for s in STEPS)}")
-    for program, package in ((COMPILER, "g++-aarch64-linux-gnu"), (EMULATOR, "qemu-user"), ("cmake", "cmake")):
+    for program, package in PROGRAMS.items():
         if not shutil.which(program):
             print(f"{program} is not on the path: apt-get install {package}. Nothing was run.", file=sys.stderr)
             return 3

@@ -37,7 +37,9 @@ def gpu() -> Iterator[SimpleNamespace]:
 @pytest.fixture(scope="module")
 def built(gpu: SimpleNamespace) -> tuple[Path, list[Any]]:
     if gpu.build.find_nvcc() is None or gpu.sass.find_tools() is None:
-        pytest.skip("there is no nvcc, or no cuobjdump and nvdisasm")
+        pytest.skip(
+            "needs nvcc, cuobjdump and nvdisasm: the CUDA toolkit, and pip install -e '.[dev]' for the last two"
+        )
     result: tuple[Path, list[Any]] = gpu.build.build(ROOT / "build" / "cuda test", [ARCHITECTURE])
     return result
 

@@ -6,6 +6,7 @@ import collections
 import copy
 import dataclasses
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -335,7 +336,11 @@ for name in ("ours", "all_bits"):
 """
 
 
-@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="qemu-x86_64 is not installed")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator runs this interpreter, which is for x86-64")
+@pytest.mark.skipif(
+    shutil.which("qemu-x86_64") is None,
+    reason="qemu-x86_64 is not installed: apt-get install qemu-user, as `make test-all` does where root runs it",
+)
 def test_a_processor_with_avx2_and_without_vnni_computes_the_same(tmp_path, monkeypatch):
     """Haswell adds two products of uint8 and int8 in 16 bits, which saturate: 8-bit weights are far off there."""
     from onnxruntime.quantization import quant_utils

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from helpers.device import NEEDS_GPU
 from torch import Tensor
 
 from hcmen.base.cuda_library import cuda_library_path
@@ -18,7 +19,7 @@ from hcmen.mamba.scan import causal_conv1d, causal_conv1d_ref, implementation, s
 
 def _problem() -> str | None:
     if not torch.cuda.is_available():
-        return "no CUDA device, or a PyTorch without CUDA"
+        return NEEDS_GPU
     try:
         cuda_library_path()
     except BackendError as error:
@@ -155,7 +156,7 @@ def test_the_first_launch_of_a_process_may_be_recorded():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second NVIDIA GPU")
 def test_a_second_device():
     data = scan_inputs(2, 50, 64, 16)
     want = selective_scan(**data, delta_softplus=True)

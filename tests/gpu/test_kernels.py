@@ -31,11 +31,13 @@ from hcmen.base.errors import BackendError
 
 
 def _problem() -> str | None:
+    if (problem := device_problem()) is not None:
+        return f"{problem}: python tests/gpu/run.py on a machine with an NVIDIA GPU"
     try:
         cuda_library_path()
     except BackendError as error:
         return str(error)
-    return device_problem()
+    return None
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_problem() is not None, reason=f"{_problem()}")]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.device import NEEDS_GPU
 
 from hcmen.base.modalities import MODALITIES, VARIANTS
 from hcmen.models.hcmen.model import HCMEN
@@ -14,7 +15,7 @@ from hcmen.training.presets import PRESETS
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or a PyTorch without CUDA"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason=NEEDS_GPU),
 ]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.device import NEEDS_GPU
 from helpers.micro import MICRO
 
 from hcmen.data.mmsa import dataset_from_mmsa
@@ -19,13 +20,14 @@ from hcmen.training.evaluate import predict_variants
 from hcmen.training.ranks import Ranks
 from hcmen.training.trainer import Trainer
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason=NEEDS_GPU)]
 
 SAMPLES = (24, 12, 16)
 TRAIN = TrainConfig(epochs=2, batch_size=10, learning_rate=1e-3, mix="manifold", aux="polarity")
 STILL = dataclasses.replace(MICRO, dropout=0.0)
 needs_mamba = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("mamba_ssm", "causal_conv1d")), reason="needs mamba_ssm"
+    not all(importlib.util.find_spec(name) for name in ("mamba_ssm", "causal_conv1d")),
+    reason="needs mamba_ssm, of pip install 'hcmen[cuda]'",
 )
 
 

@@ -13,7 +13,10 @@ import numpy as np
 from hcmen.base.cuda_library import CudaLaunch, call, load_cuda_library, workspace_bytes
 from helpers import op_cases as cases
 
-__all__ = ["DeviceKernels"]
+__all__ = ["NEEDS_GPU", "DeviceKernels"]
+
+# Why a test of PyTorch on a GPU is skipped.
+NEEDS_GPU = "PyTorch finds no NVIDIA GPU here: python tests/gpu/run.py on a machine with one"
 
 
 class _Driver:

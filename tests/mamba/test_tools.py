@@ -93,7 +93,7 @@ def scores(model: onnx.ModelProto | Path, library: bool) -> np.ndarray | None:
 
 
 def installed(name: str) -> Any:
-    return pytest.importorskip(name)
+    return pytest.importorskip(name, reason=f"{name} is not installed: `make test-all` brings it")
 
 
 # --- the tools --------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def polygraphy(*arguments: str) -> Tool:
     def change(source: str, target: str) -> None:
         command = shutil.which("polygraphy", path=Path(sys.executable).parent) or shutil.which("polygraphy")
         if command is None:
-            pytest.skip("polygraphy is not installed")
+            pytest.skip("polygraphy is not installed: `make test-all` brings it")
         subprocess.run([command, "surgeon", arguments[0], source, "-o", target, *arguments[1:]], check=True)
 
     return on_files(change)
