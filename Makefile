@@ -1,5 +1,6 @@
 # make demo   train on the synthetic set, export the seven variants, score a clip on each and check it
 # make test   the test suite
+# make test-all   the same with all that a machine without a GPU can be brought, ARM under emulation, other NumPys
 # make wheel  the wheel for this machine in build/wheel, tried in an environment of its own
 # make fuzz   hostile files for every parser, SECONDS=600 of them: docs/results/robustness.json
 # All set everything up by themselves: a virtual environment in .venv, the Python packages, the C++ library.
@@ -11,13 +12,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard runtime/csrc/*)
 
-.PHONY: demo test wheel lint types bench fuzz exhaustive arm cuda-architectures clean
+.PHONY: demo test test-all wheel lint types bench fuzz exhaustive arm cuda-architectures clean
 
 demo: $(VENV)/installed
 	$(BIN)/python samples/demo.py
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-all: $(VENV)/installed
+	$(BIN)/python tests/all/run.py
 
 wheel: $(VENV)/installed
 	$(BIN)/python tests/wheel/run.py
