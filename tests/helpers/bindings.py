@@ -21,9 +21,11 @@ from helpers.wheels import Unavailable, unpacked
 
 __all__ = ["PACKAGES", "Parameter", "Signature", "Unavailable", "dump", "signatures"]
 
-# What the JetPacks and the newest packages have: JetPack 6, 7.0 and 7.1, 7.2, and TensorRT 11.
+# What the JetPacks and the newest packages have: JetPack 6, 7.0 and 7.1, 7.2, and TensorRT 11. 10.9 is the first with
+# AOT plugins.
 PACKAGES = {
     "10.3.0": "tensorrt_cu12_bindings==10.3.0",
+    "10.9.0.34": "tensorrt_cu12_bindings==10.9.0.34",
     "10.13.3.9.post1": "tensorrt_cu13_bindings==10.13.3.9.post1",
     "10.16.1.11": "tensorrt_cu13_bindings==10.16.1.11",
     "11.4.0.106": "tensorrt_cu13_bindings==11.4.0.106",
