@@ -8,13 +8,14 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from helpers import trt_wheels
+from helpers import trt_wheels, wheels
 from helpers.wheels import Unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,6 +130,57 @@ def test_an_environment_is_kept_until_something_changes(runner, monkeypatch, tmp
     later = (tmp_path / "build" / "numpy" / "old" / "installed").stat().st_mtime + 10
     os.utime(installed, (later, later))  # C++ code was compiled anew since
     assert not item.here()
+
+
+def write_wheel(folder: Path, name: str) -> None:
+    about = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{name}/__init__.py", "")
+        archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{about}/RECORD", "")
+
+
+def test_wheels_lie_together_or_not_at_all(monkeypatch, tmp_path):
+    monkeypatch.setattr(wheels, "FOLDER", tmp_path / "wheels")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    for name in ("one", "other"):
+        write_wheel(tmp_path, name)
+    with pytest.raises(Unavailable, match=r"^one==1.0 absent==1.0 cannot be had here: .*absent"):
+        wheels.unpacked("one==1.0", "absent==1.0")
+    assert list((tmp_path / "wheels").iterdir()) == []
+    folder = wheels.unpacked("one==1.0", "other==1.0")
+    assert folder == wheels.folder_of("one==1.0", "other==1.0")
+    assert {"one", "other"} <= {path.name for path in folder.iterdir()}
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    assert wheels.unpacked("one==1.0", "other==1.0") == folder  # without asking anyone
+
+
+def test_headers_and_lean_runtimes_are_those_that_are_named_or_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(wheels, "FOLDER", tmp_path)
+    monkeypatch.setattr(trt_wheels, "_PLACES", (str(tmp_path / "debian"),))
+    monkeypatch.delenv("TENSORRT_INCLUDE_DIR", raising=False)
+    monkeypatch.delenv("TENSORRT_LEAN_DIR", raising=False)
+    packages = "tensorrt_bindings", "tensorrt_lean_libs"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # nothing is installed
+    assert (trt_wheels.include_folders(), trt_wheels.lean_folders(*packages)) == ([], {})
+
+    brought = wheels.folder_of(trt_wheels.HEADERS) / "kernel_lens" / "include" / "tensorrt"
+    for place in (brought, tmp_path / "debian"):
+        place.mkdir(parents=True)
+        (place / "NvInferRuntimePlugin.h").touch()
+        assert trt_wheels.include_folders() == [place]  # the machine's own before the one that was brought
+    monkeypatch.setenv("TENSORRT_INCLUDE_DIR", "/a:/b")
+    assert trt_wheels.include_folders() == [Path("/a"), Path("/b")]
+
+    version, requirements = next(iter(trt_wheels.LEAN.items()))
+    lean = wheels.folder_of(*requirements)
+    (lean / packages[0]).mkdir(parents=True)
+    assert trt_wheels.lean_folders(*packages) == {}  # half of it
+    (lean / packages[1]).mkdir()
+    monkeypatch.setenv("TENSORRT_LEAN_DIR", f"{lean}:/nowhere")
+    assert trt_wheels.lean_folders(*packages) == {lean.name: lean, version: lean}
 
 
 # --- what is counted --------------------------------------------------------------------------------------------------
