@@ -42,7 +42,7 @@ from hcmen.runtime.backends.cuda import Cuda
 from hcmen.runtime.backends.flavour import TENSORRT, Flavour, TrtModule
 from hcmen.runtime.backends.tensorrt import TOLERANCES, TrtSession
 from hcmen.runtime.backends.tensorrt_rtx import capabilities_of, set_targets
-from hcmen.runtime.golden import SelfTest, golden_test
+from hcmen.runtime.golden import SelfTest, golden_test_twice
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -174,11 +174,9 @@ class Compiler:
             graphs=plugin != "function",
         )
         try:
-            # Twice: sizes that come again run as CUDA graphs.
-            tests = [golden_test(self.bundle, variant, session) for _ in range(2)]
+            test = golden_test_twice(self.bundle, variant, session)
         finally:
             session.close()
-        test = next((t for t in tests if not t.passed), tests[-1])
         if not test.passed:
             raise _parity_failed(variant, self.options.precision, test)
         return test
@@ -386,15 +384,13 @@ def _parser_error(parser: Any) -> str:
 def _parity(test: SelfTest, precision: str) -> dict[str, Any]:
     """What a record says of a golden test that passed."""
     atol, rtol = TOLERANCES[precision]
-    outputs = {output: comparison.to_json() for output, comparison in test.outputs.items()}
-    return {"passed": True, "atol": atol, "rtol": rtol, "cases": test.cases, "outputs": outputs}
+    return {**test.to_json(), "atol": atol, "rtol": rtol}
 
 
 def _parity_failed(variant: str, precision: str, test: SelfTest) -> CheckFailed:
-    name, worst = next((n, c) for n, c in test.outputs.items() if not c.passed)
     hint = "try --precision fp32" if precision == "fp16" else "see docs/jetson.md"
     return CheckFailed(
-        f"parity failed for the {precision} engine of '{variant}', nothing was written: {name} {worst.line()}; {hint}"
+        f"parity failed for the {precision} engine of '{variant}', nothing was written: {test.first_failed()}; {hint}"
     )
 
 

@@ -95,13 +95,13 @@ class Predictor:
 
     Args:
         bundle: from `read_bundle`; its manifest is checked, its files are verified as they are loaded.
-        backend: how it is run: `Ort(...)` (ONNX Runtime on the CPU), `OrtCuda(...)` (on a CUDA device) or
-            `TensorRT(...)` (engines that hcmen-compile made on this device), from `hcmen.runtime.backends`; or a name,
-            "ort", "ort-cuda", "tensorrt", or "auto", which is "ort".
+        backend: how it is run: `Ort(...)` (ONNX Runtime on the CPU), `OrtCuda(...)` (on a CUDA device), `TensorRT(...)`
+            or `TensorRTRTX(...)` (engines of hcmen-compile), from `hcmen.runtime.backends`; or a name, "ort",
+            "ort-cuda", "tensorrt", "tensorrt-rtx", or "auto", which is "ort".
         clean: set NaN and infinity in clips to zero, and count them, instead of refusing them.
         time_limit: seconds that loading a graph, each run of it, and reading words may take; None for no limit.
         options: those of the backend, as keywords beside its name: threads, prepack, spin, map, cuda_graph, precision,
-            trust_engines.
+            trust_engines, specialization.
 
     Raises:
         InputError: no such backend, a value out of range, or an option that the backend does not have.

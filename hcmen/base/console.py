@@ -69,15 +69,13 @@ EXIT_TERMINATED = 143
 JSON_SCHEMA_VERSION = 1
 
 _EXTRAS = {
-    "torch": "train",
-    "safetensors": "train",
-    "rich": "train",
-    "matplotlib": "train",
+    **dict.fromkeys(("torch", "safetensors", "rich", "matplotlib"), "train"),
     "onnx": "export",
     "onnxscript": "export",
     "onnxruntime": "cpu",
     "transformers": "text",
     "tensorrt": "tensorrt",
+    "tensorrt_rtx_bindings": "rtx",
 }
 
 

@@ -4,6 +4,7 @@
     engines/<variant>.<precision>.sm<cc>.trt<version>.engine    the engine as TensorRT serialised it
     engines/<variant>.<precision>.sm<cc>-<cc>.rtx<version>.engine    the same of TensorRT for RTX, for several GPUs
     engines/<variant>....engine.json                            how it was built, for people
+    engines/<variant>....engine.<digest>.parity.json            that it passed the golden set on one device
 
 An engine is made long after the bundle's manifest.json was written, and a bundle is replaced whole when it is exported
 again, so the index is a file apart; its engines say of which export they were made. An engine is native code: only one
@@ -19,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import glob
 import hashlib
 import hmac
 import json
@@ -30,7 +32,7 @@ from types import MappingProxyType
 from typing import Any
 
 from hcmen.base.bundle import Bundle
-from hcmen.base.errors import CorruptFileError, InputError
+from hcmen.base.errors import CorruptFileError, HcmenError, InputError
 from hcmen.base.files import refused, sweep, write_file
 from hcmen.base.modalities import VARIANTS
 from hcmen.base.records import FileRecord, JsonFile, JsonObject, parse_json
@@ -43,6 +45,8 @@ __all__ = [
     "PLUGINS",
     "PRECISIONS",
     "EngineRecord",
+    "is_kept",
+    "keep",
     "read_engines",
     "write_engine",
     "write_whole",
@@ -58,6 +62,7 @@ PLUGINS = ("library", "aot", "function", "none")
 """How an engine runs the hcmen ops: the plugin library, kernels inside the engine, standard operators; none in it."""
 _MOST_ENGINES = 1000
 _MOST_CAPABILITIES = 32
+_KEPT = ".parity.json"
 
 
 @dataclass(frozen=True)
@@ -172,9 +177,41 @@ def write_engine(bundle: Bundle, record: EngineRecord, engine: bytes | memoryvie
         others = [r for r in read_engines(bundle) if r.engine.file != record.engine.file]
         # Out of the index first: were the process killed after the engine is replaced, the index would tell of another.
         _write_index(bundle, others)
+        for kept in path.parent.glob(f"{glob.escape(path.name)}.*{_KEPT}"):
+            with _written(kept):
+                kept.unlink(missing_ok=True)
         write_whole(path, content)
         _write_json(path.with_name(path.name + ".json"), {**record.to_json(), "build": dict(report)})
         _write_index(bundle, [*others, record])
+
+
+def is_kept(bundle: Bundle, record: EngineRecord, key: Mapping[str, Any]) -> bool:
+    """Whether it is kept that the engine passed the golden set under `key`; whatever else is there counts as no.
+
+    Whoever can write the bundle can write this. It spares a check of numbers, and lets no code in.
+    """
+    name = _kept_file(record, key)
+    with contextlib.suppress(HcmenError):
+        content = bundle.read_index(name)
+        if content is not None:
+            data = parse_json(content, JsonFile(str(bundle.path / name), ""))
+            return isinstance(data, dict) and data.get("key") == dict(key) and data.get("passed") is True
+    return False
+
+
+def keep(bundle: Bundle, record: EngineRecord, key: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+    """Keeps a `report` of the golden set under `key`, plain JSON, beside the engine.
+
+    Raises:
+        InputError: the place cannot be written. CorruptFileError: the folder is a link.
+    """
+    with _index_locked(bundle):
+        _write_json(bundle.path / _kept_file(record, key), {"key": dict(key), **report})
+
+
+def _kept_file(record: EngineRecord, key: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:16]
+    return f"{record.engine.file}.{digest}{_KEPT}"
 
 
 def _records_from_json(data: Any, index: JsonFile) -> tuple[EngineRecord, ...]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from hcmen.base.errors import BackendError, HcmenError
 from hcmen.base.typed import as_typed
 
-__all__ = ["Buffer", "Cuda", "Graph", "Stream", "find_driver"]
+__all__ = ["Buffer", "Cuda", "Graph", "Stream", "driver_and_gpu", "find_driver"]
 
 _int, _uint, _size, _pointer = ctypes.c_int, ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p
 _out = ctypes.POINTER
@@ -105,6 +105,11 @@ class Cuda:
         text = (self._library.cudaGetErrorString(code) or b"unknown").decode(errors="replace")
         error = (self._library.cudaGetErrorName(code) or b"?").decode(errors="replace")
         raise BackendError(f"{name} failed with {error} ({text}): see {as_typed('hcmen-doctor')}")
+
+    def identity(self) -> dict[str, str | int]:
+        """What tells this GPU under this driver from others: both their names, and what CUDA says of them."""
+        driver, gpu = driver_and_gpu() or ("unknown", "unknown")
+        return {"gpu": gpu, "sm": self.sm, "driver": f"{driver}, CUDA {self.driver}"}
 
     def free_bytes(self) -> tuple[int, int]:
         """(free, all) bytes of the device's memory."""
@@ -224,7 +229,13 @@ class Graph:
 
 
 def find_driver() -> str | None:
-    """The version of the NVIDIA driver and the name of the first GPU; None where there is no driver."""
+    """The version of the NVIDIA driver and the name of the first GPU, on one line; None where there is no driver."""
+    found = driver_and_gpu()
+    return None if found is None else ", ".join(found)
+
+
+def driver_and_gpu() -> tuple[str, str] | None:
+    """(version of the NVIDIA driver, name of the first GPU, or why it has none); None where there is no driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -242,8 +253,8 @@ def find_driver() -> str | None:
     ):
         code = getattr(driver, function)(*arguments)
         if code:
-            return f"{version}, {function} gave error {code}"
-    return f"{version}, {name.value.decode(errors='replace')}"
+            return version, f"{function} gave error {code}"
+    return version, name.value.decode(errors="replace")
 
 
 def _libraries() -> Iterator[tuple[str, Any]]:

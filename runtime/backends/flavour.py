@@ -21,6 +21,7 @@ from hcmen.base.errors import BackendError, InputError, reason_of
 from hcmen.base.library import library_folders
 from hcmen.base.manifest import OP_DOMAIN, OP_VERSION
 from hcmen.base.op import OPERATORS
+from hcmen.runtime.backends import tensorrt_rtx as rtx
 
 __all__ = ["FLAVOUR_OF", "PLUGIN_OPS", "TENSORRT", "TENSORRT_RTX", "Flavour", "TrtModule", "parsed_version"]
 
@@ -61,11 +62,14 @@ class Flavour:
                 f"{error.name} is not installed, and {self.title} engines need it: {self.install}"
             ) from error
         except ImportError as error:
-            raise BackendError(f"{self.module} does not load ({reason_of(error, 400)}): install it again") from error
+            what = f"{self.module} does not load ({reason_of(error, 400)})"
+            raise BackendError(what, fix=f"install it again: {self.install}") from error
         if parsed_version(module.__version__) < self.oldest:
             raise BackendError(
                 f"{self.title} is {module.__version__}, expected {_dotted(self.oldest)} or later: upgrade it"
             )
+        if self.portable:
+            rtx.check_library(module)
         return module
 
     def plugin_library(self) -> Path:
@@ -106,6 +110,19 @@ class Flavour:
     def place(self) -> str:
         """Where its engines are compiled, for messages."""
         return "on any machine" if self.portable else "on this device"
+
+    def served(self, module: Any) -> tuple[int, ...]:
+        """The compute capabilities of the GPUs that the module has kernels for, rising; of a portable flavour."""
+        return rtx.capabilities_of(module)
+
+    def require_device(self, module: Any, sm: int) -> None:
+        """Holds that the module has kernels for a GPU of compute capability `sm`; raises BackendError."""
+        if self.portable and sm not in (served := self.served(module)):
+            raise BackendError(
+                f"{self.title} {module.__version__} has no kernels for this GPU, of sm {sm}",
+                f"one of sm {', '.join(map(str, served))}",
+                f"use --backend {TENSORRT.name}, or ort-cuda",
+            )
 
     def unfit(self, record: EngineRecord, sm: int, version: str) -> str | None:
         """Why a GPU of compute capability `sm` under `version` cannot run the engine; None if it can."""
@@ -219,6 +236,10 @@ class TrtModule:
             if host_code:
                 runtime.engine_host_code_allowed = True
             self._runtimes[host_code] = runtime
+        if self.flavour.portable and (refused := rtx.refusal(self.module, self._runtimes[host_code], plan)):
+            what, fix = refused
+            what = f"{where}: {self.flavour.title} {self.version} cannot run the engine here ({what})"
+            raise BackendError(what, fix=f"{fix}, or {self.flavour.again}" if fix else self.flavour.again)
         engine = self._runtimes[host_code].deserialize_cuda_engine(plan)
         if engine is None:
             why = self.errors(mark) or "no reason given"

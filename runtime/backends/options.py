@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from hcmen.base.errors import InputError, unknown_name
 
-__all__ = ["BACKENDS", "Options", "Ort", "OrtCuda", "TensorRT", "TensorRTRTX", "backend_options"]
+__all__ = ["BACKENDS", "Options", "Ort", "OrtCuda", "TensorRT", "TensorRTRTX", "backend_options", "runs_engines"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,11 @@ SPECIALIZATIONS = ("lazy", "eager", "none")
 Options = Ort | OrtCuda | TensorRT | TensorRTRTX
 BACKENDS: Mapping[str, type[Options]] = {made.name: made for made in (Ort, OrtCuda, TensorRT, TensorRTRTX)}
 """name -> options."""
+
+
+def runs_engines(backend: str) -> bool:
+    """Whether the backend of that name runs what hcmen-compile made."""
+    return issubclass(BACKENDS.get(backend, Ort), TensorRT)
 
 
 def backend_options(backend: str | Options, keywords: Mapping[str, Any]) -> Options:

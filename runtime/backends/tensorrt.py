@@ -1,4 +1,4 @@
-"""The TensorRT backend: runs engines that hcmen-compile built on this very device.
+"""The backends of TensorRT and of TensorRT-RTX: run engines that hcmen-compile built, the former's on this very device.
 
 tensorrt is imported when the first backend is made and not before; CUDA is called through ctypes
 (hcmen/runtime/backends/cuda.py), so that neither PyTorch nor a Python package of CUDA's is needed.
@@ -9,6 +9,9 @@ all else is refused in one line that says how to compile it again. `trust_engine
 
 Data goes through page-locked host memory. A size that comes again is captured as a CUDA graph, copies included, and is
 one launch from then on; sizes that come once are queued the plain way. Batches beyond the engine's are run in parts.
+TensorRT-RTX captures graphs itself.
+
+An engine that was built without a GPU runs the golden set when it is first opened on one, before it serves anything.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import os
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,10 +35,13 @@ from hcmen.base.manifest import VariantRecord
 from hcmen.base.trust import engine_key, key_path
 from hcmen.base.typed import as_typed
 from hcmen.runtime.backends.cuda import Buffer, Cuda, Graph, Stream
+from hcmen.runtime.backends.first_opening import require_golden
 from hcmen.runtime.backends.flavour import FLAVOUR_OF, TENSORRT, Flavour, TrtModule
+from hcmen.runtime.backends.kept_code import KeptCode
 from hcmen.runtime.backends.limits import within
-from hcmen.runtime.backends.options import TensorRT
+from hcmen.runtime.backends.options import TensorRT, TensorRTRTX
 from hcmen.runtime.backends.ort import FUNCTIONS, NATIVE, STANDARD
+from hcmen.runtime.backends.tensorrt_rtx import Jit
 
 __all__ = ["TOLERANCES", "TrtBackend", "TrtSession", "choose_engine"]
 
@@ -63,6 +69,7 @@ class TrtSession:
         plugin: how it runs the hcmen ops, one of hcmen.base.engines.PLUGINS. precision: "fp32" or "fp16".
         host_code: it is version-compatible, with code for the host inside.
         graphs: capture sizes that come again as CUDA graphs.
+        jit: makes of an engine how its kernels are compiled on the GPU; None where they are compiled in it.
 
     Raises:
         BackendError: TensorRT or CUDA refuses it.
@@ -81,6 +88,7 @@ class TrtSession:
         precision: str,
         host_code: bool = False,
         graphs: bool = True,
+        jit: Callable[[Any], Jit] | None = None,
     ):
         self.kernels = KERNELS[plugin]
         self.time_limit: float | None = None
@@ -88,6 +96,7 @@ class TrtSession:
         self.tolerance = TOLERANCES[precision]
         self._tensorrt, self._cuda, self._where = tensorrt, cuda, where
         self._title = tensorrt.flavour.title
+        self._contexts: dict[int, Any] = {}  # before the engine, which they must not outlive
         self._engine = tensorrt.deserialize(plan, where, host_code=host_code)
         self._inputs = {t.name: np.dtype(t.dtype) for t in record.inputs}
         self._outputs = {t.name: (np.dtype(t.dtype), t.shape[1:]) for t in record.outputs}
@@ -98,7 +107,7 @@ class TrtSession:
         self.max_batch = max(high[0] for profile in self.profiles for _, high in profile.values())
         self._stream = Stream(cuda)
         self._buffers = {name: Buffer(cuda, size) for name, size in self._sizes().items()}
-        self._contexts: dict[int, Any] = {}
+        self._jit = None if jit is None else jit(self._engine)
         self._graphs: OrderedDict[Shapes, tuple[Any, Graph]] = OrderedDict()
         self._seen: dict[Shapes, int] = {}
         self._capture = graphs
@@ -132,13 +141,27 @@ class TrtSession:
                 parts.append(self._run({name: x[start : start + self.max_batch] for name, x in arrays.items()}))
         return {name: np.concatenate([part[name] for part in parts]) for name in self._outputs}
 
+    def save(self) -> None:
+        """Keeps what was compiled on the GPU for the next session."""
+        if self._jit is not None:
+            self._jit.save()
+
     def close(self) -> None:
-        """Gives all memory back; the session cannot run any more."""
+        """Gives all memory back; the session cannot run any more. A run beyond its limit keeps it until it ends."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            self.save()
+        finally:
+            self._give_back()
+            self._lock.release()
+
+    def _give_back(self) -> None:
         for _, graph in self._graphs.values():
             graph.close()
         self._graphs.clear()
         self._contexts.clear()
-        self._engine = None
+        self._jit = self._engine = None
         for buffer in self._buffers.values():
             buffer.close()
         self._stream.close()
@@ -193,7 +216,7 @@ class TrtSession:
 
     def _context(self, profile: int) -> Any:
         mark = self._tensorrt.logger.count
-        context = self._engine.create_execution_context()
+        context = self._engine.create_execution_context() if self._jit is None else self._jit.context()
         if context is None:
             why = self._tensorrt.errors(mark) or "no reason given"
             raise BackendError(f"{self._where}: no execution context ({why}): see whether the GPU has memory left")
@@ -220,7 +243,7 @@ class TrtSession:
                 raise CorruptFileError(
                     f"output '{name}' has shape {list(got)}",
                     f"{[batch, *tail]}",
-                    _compiled_again(self._where),
+                    _compiled_again(self._where, self._tensorrt.flavour.name),
                     where=self._where,
                 )
 
@@ -287,7 +310,7 @@ class TrtSession:
             raise CorruptFileError(
                 f"tensor '{name}' is {_signature(got.get(name))}",
                 _signature(expected.get(name)),
-                _compiled_again(self._where),
+                _compiled_again(self._where, self._tensorrt.flavour.name),
                 where=self._where,
             )
 
@@ -311,6 +334,7 @@ class TrtBackend:
             raise unknown_name("precision", self.precision, TOLERANCES)
         self.tensorrt = TrtModule(FLAVOUR_OF[self.name])
         self.cuda = Cuda()
+        self.tensorrt.flavour.require_device(self.tensorrt.module, self.cuda.sm)
         self.version = self.tensorrt.version
 
     def open(self, bundle: Bundle, variant: str) -> TrtSession:
@@ -320,6 +344,7 @@ class TrtBackend:
             InputError: the bundle lacks the variant.
             BackendError: no engine for this device is there, or it cannot be loaded.
             CorruptFileError: the engine or the index is damaged, or the engine is another's.
+            CheckFailed: it was built without a GPU, and on this one it fails the golden set.
         """
         record = bundle.variant(variant)
         flavour = self.tensorrt.flavour
@@ -327,21 +352,34 @@ class TrtBackend:
         engine = choose_engine(bundle, variant, self.precision, self.cuda.sm, self.version, flavour, trust=trust)
         if engine.plugin == "library" and not engine.plugin_embedded:
             self.tensorrt.load_plugins(flavour.plugin_library())
+        where = str(bundle.path / engine.engine.file)
+        here = {**self.cuda.identity(), "tensorrt": self.version} if flavour.portable else {}
+        jit: Callable[[Any], Jit] | None = None
+        if isinstance(self.options, TensorRTRTX):
+            kept = KeptCode({**here, "engine": engine.engine.sha256})
+            jit = partial(Jit, self.tensorrt.module, self.options, kept, where)
         make = partial(
             TrtSession,
             self.tensorrt,
             self.cuda,
             _read_engine(bundle, engine),
             record,
-            str(bundle.path / engine.engine.file),
+            where,
             plugin=engine.plugin,
             precision=engine.precision,
             host_code=engine.version_compatible,
             # The standard operators of a function may run as a loop that the host takes part in.
-            graphs=self.options.cuda_graph and engine.plugin != "function",
+            graphs=self.options.cuda_graph and engine.plugin != "function" and jit is None,
+            jit=jit,
         )
-        session = within(self.time_limit, make, str(bundle.path / engine.engine.file), "loading it")
+        session = within(self.time_limit, make, where, "loading it")
         session.time_limit = self.time_limit
+        if flavour.portable:
+            try:
+                require_golden(bundle, engine, session, here, flavour.again)
+            except BaseException:
+                session.close()
+                raise
         return session
 
 
@@ -365,9 +403,7 @@ def choose_engine(
         CorruptFileError: there are engines of others alone; or as `read_engines` and `engine_key`.
         InputError: as those.
     """
-    wanted = ["--precision", precision] if precision else []
-    if flavour is not TENSORRT:
-        wanted += ["--backend", flavour.name]
+    wanted = [*(["--precision", precision] if precision else []), *_backend(flavour.name)]
     command = as_typed("hcmen-compile", "--bundle", bundle.path, "--variant", variant, *wanted)
     compile_ = f"run {command} {flavour.place}"
     records = (r for r in read_engines(bundle) if r.flavour == flavour.name)
@@ -412,12 +448,18 @@ def _read_engine(bundle: Bundle, record: EngineRecord) -> memoryview:
     try:
         return bundle.read(record.engine).data
     except CorruptFileError as error:
-        raise error.but(fix=_compiled_again(bundle.path / record.engine.file)) from error
+        raise error.but(fix=_compiled_again(bundle.path / record.engine.file, record.flavour)) from error
 
 
-def _compiled_again(engine: str | os.PathLike[str]) -> str:
+def _compiled_again(engine: str | os.PathLike[str], flavour: str) -> str:
     """What helps when the file of an engine is at fault."""
-    return f"compile it again with {as_typed('hcmen-compile', '--force', '--bundle', Path(engine).parent.parent)}"
+    bundle = Path(engine).parent.parent
+    return f"compile it again with {as_typed('hcmen-compile', '--force', '--bundle', bundle, *_backend(flavour))}"
+
+
+def _backend(flavour: str) -> list[str]:
+    """What hcmen-compile is told for a flavour."""
+    return [] if flavour == TENSORRT.name else ["--backend", flavour]
 
 
 def _bytes(dtype: np.dtype[Any], shape: Iterable[Any]) -> int:

@@ -1,12 +1,61 @@
-"""What TensorRT for RTX has and TensorRT has not, over its Python module."""
+"""What TensorRT for RTX has and TensorRT has not, over its Python module.
+
+An engine of it holds its kernels half compiled. Those that a size needs are compiled on the GPU when an execution
+context first runs it. A runtime cache keeps them from one process to the next (hcmen/runtime/backends/kept_code.py).
+"""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["capabilities_of", "set_targets"]
+from hcmen.base.errors import BackendError
+from hcmen.runtime.backends.kept_code import KeptCode
+from hcmen.runtime.backends.options import TensorRTRTX
+
+__all__ = ["Jit", "capabilities_of", "check_library", "refusal", "set_targets"]
+
+_LIBRARY = "libtensorrt_rtx.so.1"
+_VERSION_PARTS = ("Major", "Minor", "Patch", "Build")
+
+# What `Runtime.get_engine_validity` names -> what it means, and what helps where it is not to compile the engine again.
+# The first of several is the likeliest cause of the others.
+_REFUSALS: Mapping[str, tuple[str, str | None]] = {
+    "CUDA_ERROR": ("the NVIDIA driver or CUDA does not work", "see hcmen-doctor"),
+    "OLD_CUDA_DRIVER": ("the NVIDIA driver is too old for it", "update the driver"),
+    "OLD_CUDA_RUNTIME": ("its CUDA is too old for it", "upgrade it"),
+    "INSUFFICIENT_GPU_MEMORY": ("the GPU has too little memory for it", "close what else uses the GPU"),
+    "UNSUPPORTED_CC": ("it was made for other GPUs", None),
+    "VERSION_MISMATCH": ("it was made by another version", None),
+    "MALFORMED_ENGINE": ("it is no engine of this version", None),
+}
+
+
+def check_library(module: Any) -> None:
+    """Holds that the library behind the module is of the module's own version, since two versions may crash.
+
+    Raises:
+        BackendError: it is of another one.
+    """
+    found = library_version()
+    if found != module.__version__:
+        raise BackendError(
+            f"{module.__name__} is {module.__version__} and its library is {found or 'unknown'}",
+            "the same version of both",
+            f"pip install tensorrt-rtx-cu13-libs=={module.__version__}",
+        )
+
+
+def library_version() -> str | None:
+    """The version of the library that was loaded with the module, as it tells it; None where it tells none."""
+    try:
+        library = ctypes.CDLL(_LIBRARY, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+        return ".".join(str(getattr(library, f"getInferLib{part}Version")()) for part in _VERSION_PARTS)
+    except (OSError, AttributeError):
+        return None
 
 
 def capabilities_of(module: Any) -> tuple[int, ...]:
@@ -20,3 +69,58 @@ def set_targets(module: Any, config: Any, capabilities: Sequence[int]) -> None:
     config.num_compute_capabilities = len(capabilities)
     for i, n in enumerate(capabilities):
         config.set_compute_capability(module.ComputeCapability.__members__[f"SM{n}"], i)
+
+
+def refusal(module: Any, runtime: Any, plan: memoryview | bytes) -> tuple[str, str | None] | None:
+    """Why `runtime` cannot run the engine in `plan` on this machine, and what helps; None if it can.
+
+    The second is None where the engine is to be compiled again.
+    """
+    validity, found = runtime.get_engine_validity(plan)
+    if validity != module.EngineValidity.INVALID:
+        return None
+    bits = module.EngineInvalidityDiagnostics.__members__
+    named = [_REFUSALS[name] for name in _REFUSALS if name in bits and int(found) & int(bits[name])]
+    if not named:
+        return "no reason given", None
+    return " and ".join(what for what, _ in named), named[0][1]
+
+
+class Jit:
+    """How the kernels of one engine are compiled on the GPU, for all its execution contexts.
+
+    Args:
+        module: of TensorRT for RTX. options: of the backend. kept: where compiled kernels are kept; tried now, for
+            which CUDA must be in use in this thread.
+        engine: as deserialised, and called `where` in messages.
+
+    Raises:
+        BackendError: there is no configuration to be had.
+    """
+
+    def __init__(self, module: Any, options: TensorRTRTX, kept: KeptCode, where: str, engine: Any):
+        self._config = engine.create_runtime_config()
+        if self._config is None:
+            raise BackendError("no runtime configuration", fix="see whether the GPU has memory left", where=where)
+        self._engine, self._kept = engine, kept
+        graphs = module.CudaGraphStrategy
+        self._config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if options.cuda_graph else graphs.DISABLED
+        strategies = module.DynamicShapesKernelSpecializationStrategy.__members__
+        self._config.dynamic_shapes_kernel_specialization_strategy = strategies[options.specialization.upper()]
+        self._cache = self._config.create_runtime_cache()
+        if self._cache is None or not self._config.set_runtime_cache(self._cache):
+            self._cache = None
+            return
+        content = kept.read()
+        if content and not self._cache.deserialize(content):
+            kept.begin_anew("of another environment, or damaged")
+
+    def context(self) -> Any:
+        """An execution context; None where there is none to be had."""
+        return self._engine.create_execution_context(self._config)
+
+    def save(self) -> None:
+        """Keeps what was compiled, if it is more than what is kept already."""
+        content = None if self._cache is None else self._cache.serialize()
+        if content is not None:
+            self._kept.write(bytes(memoryview(content).cast("B")))

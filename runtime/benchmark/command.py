@@ -19,7 +19,7 @@ import click
 from hcmen.base.console import Choice, Console, VariantChoice, command
 from hcmen.base.errors import CheckFailed, HcmenError, InputError
 from hcmen.base.tables import screen_width
-from hcmen.runtime.backends.options import BACKENDS
+from hcmen.runtime.backends.options import BACKENDS, runs_engines
 from hcmen.runtime.commands.model import time_limit_option, trust_engines_option
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ _EPILOG = (
     "precisions",
     type=Choice(["fp32", "fp16"]),
     multiple=True,
-    help="With tensorrt: which engines of hcmen-compile are taken; repeatable. Other backends have the bundle's.",
+    help="With tensorrt and tensorrt-rtx: which engines of hcmen-compile are taken; repeatable. Other backends have "
+    "the bundle's.",
 )
 @trust_engines_option()
 @click.option("--threads", multiple=True, type=int, help="Worker threads; repeatable. Default: the physical cores.")
@@ -156,11 +157,13 @@ def main(
         raise InputError("--fail-slower needs an earlier run to be slower than: give --compare OLD.json")
     if rounds == 0 and not cold:
         raise InputError("--rounds 0 measures nothing without --cold: give rounds, or --cold")
-    if trust_engines and "tensorrt" not in backends:
-        raise InputError("--trust-engines is for engines of --backend tensorrt: leave it out")
-    if precisions and "tensorrt" not in backends:
+    engines = any(map(runs_engines, backends))
+    if trust_engines and not engines:
+        raise InputError("--trust-engines is for engines of --backend tensorrt or tensorrt-rtx: leave it out")
+    if precisions and not engines:
         raise InputError(
-            "--precision chooses engines of --backend tensorrt; a bundle has one precision: name several bundles"
+            "--precision chooses engines of --backend tensorrt or tensorrt-rtx; a bundle has one precision: "
+            "name several bundles"
         )
     from hcmen.base.bundle import read_bundle
     from hcmen.base.shipped import chosen_bundle, chosen_checkpoint

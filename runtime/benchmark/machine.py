@@ -21,7 +21,7 @@ from hcmen.base.errors import HcmenError
 
 __all__ = ["CpuTime", "free_memory_mib", "machine", "machine_warnings", "same_machine", "versions", "waited_ns"]
 
-_PACKAGES = ("hcmen", "onnxruntime", "onnxruntime-gpu", "tensorrt", "numpy")
+_PACKAGES = ("hcmen", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13-bindings", "numpy")
 _VECTORS = ("sse2", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_fp16", "asimd", "asimddp", "sve")
 _ENVIRONMENT = ("OMP_", "HCMEN_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_", "ORT_", "MALLOC_", "LD_PRELOAD", "CUDA_VISIBLE")
 _CPU = Path("/sys/devices/system/cpu")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hcmen.base.bundle import Bundle
 from hcmen.base.errors import InputError
+from hcmen.runtime.backends.options import runs_engines
 from hcmen.runtime.benchmark.cold import Cold, cold_kinds, floor_kind, measure_cold
 from hcmen.runtime.benchmark.measure import Probe, Settings, measure
 from hcmen.runtime.benchmark.peers import CHILD, PEERS, PeerProcess, PeerRunner, check_checkpoint
@@ -149,21 +150,21 @@ class Plan:
         found: list[tuple[str, str, int | None]] = []
         own = bundle.manifest.precision
         for engine in (*dict.fromkeys(self.backends), *((FUNCTIONS,) if FUNCTIONS in self.against else ())):
-            if engine == "tensorrt":
+            if runs_engines(engine):
                 found += [(engine, p, None) for p in dict.fromkeys(self.precisions)] or [(engine, "", None)]
             else:
                 found += [(engine, own, threads) for threads in self._threads]
         made = []
         for engine, precision, threads in found:
             model = self._make(bundle, engine, precision, threads)
-            if engine == "tensorrt" and not precision:
+            if runs_engines(engine) and not precision:
                 precision = getattr(model.backend, "precision", None) or "auto"
             self._models[label, engine, precision, threads] = model
             made.append((engine, precision, threads))
         return made
 
     def _make(self, bundle: Bundle, engine: str, precision: str, threads: int | None) -> Predictor:
-        if engine == "tensorrt":
+        if runs_engines(engine):
             wanted = precision if precision in self.precisions else None
             return Predictor(
                 bundle,
@@ -211,7 +212,7 @@ class Plan:
                 label if len(self.bundles) > 1 else "",
                 str(bundle.path),
                 clips,
-                None if backend == "tensorrt" else self._threads[0],
+                None if runs_engines(backend) else self._threads[0],
                 backend,
                 self.checkpoint if "eager" in self.against and bundle is next(iter(self.bundles.values())) else None,
                 CHILD,

@@ -69,7 +69,7 @@ _INSTRUCTION_SETS = (
 def main(console: Console, bundle: str | None, trust_engines: bool, time_limit: float | None) -> None:
     """Checks this machine: what is installed and what works. Exit code 1 if anything failed."""
     rows = []
-    with console.progress("checking", 24, "rows") as bar:
+    with console.progress("checking", 26, "rows") as bar:
         for row in check_machine(bundle, console.note, trust_engines=trust_engines, time_limit=time_limit):
             rows.append(row)
             bar.advance()

@@ -1,4 +1,4 @@
-"""The rows of hcmen-doctor on the NVIDIA driver, the GPU, TensorRT, its plugins and the engines of a bundle.
+"""The rows of hcmen-doctor on the NVIDIA driver, the GPU, each TensorRT, its plugins and the engines of a bundle.
 
 None of it is needed to score clips on the CPU, so that what is not there is told and not counted as a failure; what is
 there and does not work is one.
@@ -33,12 +33,14 @@ def tensorrt_rows(bundle: str | None, *, trust: bool = False) -> Iterator[Row]:
     yield Row("nvidia driver", INFO, driver or "none")
     gpu, cuda = _gpu(driver)
     yield gpu
-    from hcmen.runtime.backends.flavour import TENSORRT
+    from hcmen.runtime.backends.flavour import FLAVOUR_OF
 
-    tensorrt = _tensorrt(TENSORRT)
-    yield tensorrt
-    yield _plugins(TENSORRT) if tensorrt.status == OK else Row("tensorrt plugins", INFO, "need TensorRT")
-    yield _engines(bundle, cuda if tensorrt.status == OK else None, TENSORRT, trust)
+    for flavour in FLAVOUR_OF.values():
+        row, usable = _tensorrt(flavour, cuda)
+        yield row
+        if flavour.library:
+            yield _plugins(flavour) if row.status == OK else Row(f"{flavour.name} plugins", INFO, "need TensorRT")
+        yield _engines(bundle, cuda if usable else None, flavour, trust)
 
 
 def _gpu(driver: str | None) -> tuple[Row, Cuda | None]:
@@ -53,16 +55,27 @@ def _gpu(driver: str | None) -> tuple[Row, Cuda | None]:
     return Row("gpu", OK, f"{detail}{free >> 20} of {total >> 20} MiB free"), cuda
 
 
-def _tensorrt(flavour: Flavour) -> Row:
+def _tensorrt(flavour: Flavour, cuda: Cuda | None) -> tuple[Row, bool]:
+    """What is installed, and whether it serves the GPU that is here."""
     if find_spec(flavour.module) is None:
-        return Row(flavour.name, INFO, f"not installed; only --backend {flavour.name} and hcmen-compile need it")
+        return Row(flavour.name, INFO, f"not installed; only --backend {flavour.name} and hcmen-compile need it"), False
     from hcmen.runtime.backends.flavour import TrtModule
 
     try:
-        return Row(flavour.name, OK, TrtModule(flavour).version)
+        tensorrt = TrtModule(flavour)
     except HcmenError as error:
         oldest = ".".join(map(str, flavour.oldest))
-        return failed(flavour.name, error, f"install {flavour.title} {oldest} or later again")
+        return failed(flavour.name, error, f"install {flavour.title} {oldest} or later again"), False
+    detail = tensorrt.version
+    if flavour.portable:
+        detail += f", builds for GPUs of sm {', '.join(map(str, flavour.served(tensorrt.module)))}"
+    if cuda is None:
+        return Row(flavour.name, OK, detail), False
+    try:
+        flavour.require_device(tensorrt.module, cuda.sm)
+    except HcmenError as error:
+        return Row(flavour.name, INFO, one_line(error)), False
+    return Row(flavour.name, OK, f"{detail}; sm {cuda.sm} is here" if flavour.portable else detail), True
 
 
 def _plugins(flavour: Flavour) -> Row:
@@ -82,27 +95,30 @@ def _plugins(flavour: Flavour) -> Row:
 
 def _engines(bundle: str | None, cuda: Cuda | None, flavour: Flavour, trust: bool) -> Row:
     """Whether the engines are as listed, which fit this device, and whether those score the golden set rightly."""
+    # The name is from a time when there was one TensorRT.
+    name = "engines" if flavour.library else f"{flavour.name} engines"
     if bundle is None:
-        return Row("engines", INFO, "no bundle")
+        return Row(name, INFO, "no bundle")
     from hcmen.base.bundle import read_bundle
     from hcmen.base.engines import read_engines
     from hcmen.runtime.backends.tensorrt import TrtBackend, choose_engine
     from hcmen.runtime.golden import golden_test
 
-    compiled = f"run on this device: {as_typed('hcmen-compile', '--bundle', bundle)}"
+    backend_ = ["--backend", flavour.name] if flavour.portable else []
+    compiled = f"run {flavour.place}: {as_typed('hcmen-compile', '--bundle', bundle, *backend_)}"
     try:
         opened = read_bundle(bundle)
     except HcmenError:
-        return Row("engines", SKIPPED, "need a sound bundle")
+        return Row(name, SKIPPED, "need a sound bundle")
     try:
         records = [record for record in read_engines(opened) if record.flavour == flavour.name]
         if not records:
-            return Row("engines", INFO, f"none in {bundle}; {compiled} for --backend {flavour.name}")
+            return Row(name, INFO, f"none in {bundle}; {compiled} for --backend {flavour.name}")
         for record in records:
             opened.file(record.engine)
         what = f"{len(records)}, each as listed"
         if cuda is None:
-            return Row("engines", OK, f"{what}; not run, needs a GPU and {flavour.title}")
+            return Row(name, OK, f"{what}; not run, needs a GPU and {flavour.title}")
         pairs = sorted({(r.variant, r.precision) for r in records})
         fitting, unfit = [], []
         for variant, precision in pairs:
@@ -113,14 +129,18 @@ def _engines(bundle: str | None, cuda: Cuda | None, flavour: Flavour, trust: boo
             except HcmenError as error:
                 unfit.append(one_line(error))
                 continue
-            test = golden_test(opened, variant, backend.open(opened, variant))
+            session = backend.open(opened, variant)
+            try:
+                test = golden_test(opened, variant, session)
+            finally:
+                session.close()
             if not test.passed:
                 raise CheckFailed(f"{what}; the golden set fails for '{variant}' in {precision}")
             fitting.append(f"{variant} {precision}")
     except CorruptFileError as error:
-        return failed("engines", error.but(fix=f"{compiled} --force"), "")
+        return failed(name, error.but(fix=f"{compiled} --force"), "")
     except HcmenError as error:
-        return failed("engines", error, compiled)
+        return failed(name, error, compiled)
     if unfit:
-        return Row("engines", FAILED, f"{what}; {len(unfit)} of {len(pairs)} do not fit: {unfit[0]}", compiled)
-    return Row("engines", OK, f"{what}; golden set passed for {', '.join(fitting)}")
+        return Row(name, FAILED, f"{what}; {len(unfit)} of {len(pairs)} do not fit: {unfit[0]}", compiled)
+    return Row(name, OK, f"{what}; golden set passed for {', '.join(fitting)}")

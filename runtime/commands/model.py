@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hcmen.base.console import Choice, Console
-from hcmen.runtime.backends.options import BACKENDS
+from hcmen.runtime.backends.options import BACKENDS, runs_engines
 
 if TYPE_CHECKING:
     from hcmen.runtime.predictor import Predictor
@@ -39,7 +39,8 @@ def model_options(function: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--precision",
             type=Choice(["fp32", "fp16"]),
-            help="With tensorrt: which engines of hcmen-compile are taken. Other backends have the bundle's precision.",
+            help="With tensorrt and tensorrt-rtx: which engines of hcmen-compile are taken. Other backends have the "
+            "bundle's precision.",
         ),
         trust_engines_option(),
         click.option(
@@ -66,7 +67,8 @@ def trust_engines_option() -> Callable[[Callable[..., None]], Callable[..., None
     return click.option(
         "--trust-engines",
         is_flag=True,
-        help="With tensorrt: run engines that this user did not compile here too. They are native code.",
+        help="With tensorrt and tensorrt-rtx: run engines that this user did not compile here too. They are native "
+        "code.",
     )
 
 
@@ -92,6 +94,9 @@ def opened_model(
         trust_engines=trust_engines or None,
         **options,
     )
+    if runs_engines(model.backend.name):
+        # What was compiled on the GPU meanwhile is kept for the next run.
+        click.get_current_context().call_on_close(model.close)
     backend = model.backend
     console.detail(f"bundle {model.bundle.path}, backend {backend.name} {backend.version}, {backend.threads} threads")
     return model

@@ -305,14 +305,7 @@ def _emit(
         }
         blocks.append("\n".join(_report_lines("check against the eager model", checks, console.verbosity)))
     if tests:
-        data["self_test"] = {
-            t.variant: {
-                "passed": t.passed,
-                "cases": t.cases,
-                "outputs": {n: c.to_json() for n, c in t.outputs.items()},
-            }
-            for t in tests
-        }
+        data["self_test"] = {t.variant: t.to_json() for t in tests}
         blocks.append("\n".join(_report_lines("self-test", {t.variant: t.outputs for t in tests}, console.verbosity)))
     if blocks or console.format == "json":
         console.emit(data, "\n\n".join(blocks))

@@ -1,8 +1,10 @@
-"""A TensorRT in Python, for tests on machines without one: ONNX Runtime computes.
+"""A TensorRT or TensorRT-RTX in Python, for tests on machines without one: ONNX Runtime computes.
 
 It is honest about what the code under test must cope with: failures come back as None or False with the reason in the
 logger; the parser keeps its errors; a plugin exists once its library is loaded; what is executed runs when the stream
-is waited for; the first execution after a change of sizes cannot be captured. All that is called is in
+is waited for; the first execution after a change of sizes cannot be captured. RTX has no
+plugins; its engines run on the GPUs they name; kernels are compiled at a size's first run, which a runtime cache of the
+same environment spares. All that is called is in
 `module.recorded`, which tests/runtime/test_tensorrt_signatures.py holds against the real bindings. Nothing of this says
 that TensorRT builds these graphs: that takes TensorRT.
 """
@@ -16,6 +18,7 @@ import json
 import sys
 import types
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ import pytest
 
 import hcmen.runtime.backends.cuda
 import hcmen.runtime.backends.flavour
+import hcmen.runtime.backends.tensorrt_rtx
 from hcmen.base.library import library_path
 from hcmen.export.commands.compile import main as compile_main
 from helpers.command import Outcome, run
@@ -33,6 +37,9 @@ from helpers.fake_cuda import FakeCuda
 
 OPS = ("SelectiveScan", "CausalConv1d")
 MAGIC = b"fake plan\0"
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx_bindings"}
+VERSIONS = {"tensorrt": "10.3.0", "tensorrt-rtx": "1.7.1.116"}
+TARGETS = (75, 80, 86, 89, 120, 121)
 
 
 class Severity(enum.IntEnum):
@@ -87,21 +94,25 @@ class Thing:
         vars(self)[name] = value
 
 
-def make(version: str = "10.3.0", cuda: FakeCuda | None = None) -> Any:
-    """A module like `tensorrt`, of that version, over that CUDA. Its knobs:
+def make(version: str, cuda: FakeCuda, flavour: str = "tensorrt") -> Any:
+    """A module like that of the flavour, of that version, over that CUDA. Its knobs:
 
     noise: added to every output. bias_of: output name -> what is added to it alone. build_error: a build fails with it.
     context_error, execute_error: these calls fail. allow_capture: whether executions can be captured.
     libraries: what a path given to load_library holds: names of ops. creators: of the plugins that are there.
     built: (graph, plan) of every build.
+    invalid: bits of RTX's EngineInvalidityDiagnostics that hold for every engine. cache_error: no runtime cache is to
+    be had. jit: (size, strategies) of every compilation of kernels that no runtime cache spared.
     """
-    cuda = cuda or FakeCuda()
-    trt: Any = types.ModuleType("tensorrt")
-    trt.__version__, trt.__spec__ = version, importlib.machinery.ModuleSpec("tensorrt", None)
+    rtx = flavour == "tensorrt-rtx"
+    trt: Any = types.ModuleType(MODULES[flavour])
+    trt.__version__, trt.__spec__ = version, importlib.machinery.ModuleSpec(MODULES[flavour], None)
+    trt.cuda, trt.flavour = cuda, flavour
+    trt.jit, trt.invalid, trt.cache_error, validated = [], 0, False, set[bytes]()
     trt.recorded, trt.built, trt.loggers, trt.libraries, trt.creators, trt.bias_of = [], [], [], {}, {}, {}
     trt.build_error = trt.context_error = trt.execute_error = None
     trt.noise, trt.allow_capture, trt.ILogger = 0.0, True, ILogger
-    new = int(version.split(".")[0]) >= 11
+    new = rtx or int(version.split(".")[0]) >= 11
     for name, members in (
         ("BuilderFlag", ["TF32", "VERSION_COMPATIBLE"]),
         ("NetworkDefinitionCreationFlag", [*["EXPLICIT_BATCH"] * (not new), "STRONGLY_TYPED"]),
@@ -111,6 +122,19 @@ def make(version: str = "10.3.0", cuda: FakeCuda | None = None) -> Any:
         ("DataType", ["FLOAT", "HALF", "INT8", "INT32", "BOOL", "INT64"]),
     ):
         setattr(trt, name, enum.IntEnum(name, {m: i for i, m in enumerate(members)}))  # type: ignore[misc]
+    if rtx:
+        bits = ("VERSION_MISMATCH", "UNSUPPORTED_CC", "OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME", "INSUFFICIENT_GPU_MEMORY")
+        for name, values in (
+            ("ComputeCapability", {"NONE": 0, "CURRENT": 1, **{f"SM{n}": n for n in TARGETS}}),
+            ("CudaGraphStrategy", {"DISABLED": 0, "WHOLE_GRAPH_CAPTURE": 1}),
+            ("DynamicShapesKernelSpecializationStrategy", {"LAZY": 0, "EAGER": 1, "NONE": 2}),
+            ("EngineValidity", {"VALID": 0, "SUBOPTIMAL": 1, "INVALID": 2}),
+            (
+                "EngineInvalidityDiagnostics",
+                {bit: 1 << i for i, bit in enumerate((*bits, "MALFORMED_ENGINE", "CUDA_ERROR"))},
+            ),
+        ):
+            setattr(trt, name, enum.IntEnum(name, values))  # type: ignore[misc]
     kinds = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64", "int32": "INT32"}
 
     def thing(kind: str, **members: Any) -> Thing:
@@ -140,7 +164,8 @@ def make(version: str = "10.3.0", cuda: FakeCuda | None = None) -> Any:
         trt.recorded.append({"class": "", "method": "get_plugin_registry"})
         return thing("IPluginRegistry", load_library=load_library, get_creator=lambda *key: trt.creators.get(key))
 
-    trt.get_plugin_registry = get_plugin_registry
+    if not rtx:  # which has a registry that no library can be loaded into
+        trt.get_plugin_registry = get_plugin_registry
 
     # --- build ------------------------------------------------------------------------------------------------------
 
@@ -182,7 +207,11 @@ def make(version: str = "10.3.0", cuda: FakeCuda | None = None) -> Any:
         return thing("IOptimizationProfile", set_shape=set_shape, _shapes=shapes)
 
     def create_builder_config() -> Thing:
-        flags, profiles, limits, caches = {"TF32"}, [], {}, []
+        flags, profiles, limits, caches, targets = {"TF32"}, [], {}, [], {}
+
+        def set_compute_capability(capability: Any, index: int) -> bool:
+            targets[index] = int(capability)
+            return True
 
         def set_timing_cache(cache: Thing, ignore_mismatch: bool) -> bool:
             fits = not cache._content or cache._content.startswith(f"timings {version} sm{cuda.sm}".encode())
@@ -203,7 +232,8 @@ def make(version: str = "10.3.0", cuda: FakeCuda | None = None) -> Any:
             set_timing_cache=set_timing_cache,
             get_timing_cache=lambda: caches[-1],
             _caches=caches,
-            _plan={"flags": flags, "profiles": profiles, "limits": limits},
+            _plan={"flags": flags, "profiles": profiles, "limits": limits, "version": version},
+            **({"set_compute_capability": set_compute_capability, "_targets": targets} if rtx else {}),
         )
 
     def build(network: Thing, config: Thing) -> IHostMemory | None:
@@ -214,6 +244,9 @@ def make(version: str = "10.3.0", cuda: FakeCuda | None = None) -> Any:
         settings, level = vars(config), vars(config).get("hardware_compatibility_level")
         plan = config._plan | {"flags": sorted(config._plan["flags"]), "level": level.name if level else None}
         plan["embedded"] = settings.get("plugins_to_serialize", [])
+        if rtx:
+            assert sorted(config._targets) == list(range(settings["num_compute_capabilities"])), "as many as were told"
+            plan["targets"] = sorted(config._targets.values())
         trt.built.append((network._model, plan))
         content = json.dumps(plan).encode() + b"\0" + network._model.SerializeToString()
         return IHostMemory(MAGIC + hashlib.sha256(content).digest() + content)
@@ -256,8 +289,38 @@ def make(version: str = "10.3.0", cuda: FakeCuda | None = None) -> Any:
                 changed = (value + trt.noise + trt.bias_of.get(name, 0.0)).astype(value.dtype)
                 memory(name, value.shape)[:] = changed.tobytes()
 
-        def context() -> Thing | None:
-            return refuse(trt.context_error) if trt.context_error else execution(plan, modes, shapes, compute)
+        digest = hashlib.sha256(model.SerializeToString()).hexdigest()[:8]
+
+        def context(config: Thing | None = None) -> Thing | None:
+            if trt.context_error:
+                return refuse(trt.context_error)
+            return execution(plan, modes, shapes, compute, partial(compile_kernels, config, digest) if rtx else None)
+
+        def create_runtime_cache() -> Thing | None:
+            entries: set[str] = set()
+            environment = f"rtx {version} sm{cuda.sm}\n"
+
+            def deserialize_cache(content: bytes) -> bool:
+                assert "stream" in cuda.alive, "no CUDA context is current"
+                fits = bytes(content).startswith(environment.encode())
+                entries.update(bytes(content).decode().splitlines()[1:] if fits else ())
+                return fits
+
+            def serialize_cache() -> IHostMemory:
+                return IHostMemory((environment + "\n".join(sorted(entries))).encode())
+
+            if trt.cache_error:
+                return None
+            return thing("IRuntimeCache", deserialize=deserialize_cache, serialize=serialize_cache, _entries=entries)
+
+        def create_runtime_config() -> Thing:
+            made = thing(
+                "IRuntimeConfig",
+                create_runtime_cache=create_runtime_cache,
+                set_runtime_cache=lambda cache: vars(made).update(_cache=cache) is None,
+                _cache=None,
+            )
+            return made
 
         return thing(
             "ICudaEngine",
@@ -269,9 +332,21 @@ def make(version: str = "10.3.0", cuda: FakeCuda | None = None) -> Any:
             get_tensor_shape=lambda name: shapes[name],
             get_tensor_profile_shape=lambda name, index: plan["profiles"][index][name],
             create_execution_context=context,
+            **({"create_runtime_config": create_runtime_config} if rtx else {}),
         )
 
-    def execution(plan: Any, modes: dict[str, Any], shapes: dict[str, Any], compute: Any) -> Thing:
+    def compile_kernels(config: Thing, digest: str, given: dict[str, Any]) -> None:
+        """RTX: before a size is run for the first time, unless a cache has its kernels."""
+        assert not any(captured is not None for captured in cuda.capturing.values()), "RTX captures itself"
+        size = f"{digest} {sorted(given.items())}"
+        entries = config._cache._entries if config._cache is not None else set()
+        if size not in entries:
+            settings = vars(config)
+            strategies = (settings["cuda_graph_strategy"], settings["dynamic_shapes_kernel_specialization_strategy"])
+            trt.jit.append((size, *(strategy.name for strategy in strategies)))
+            entries.add(size)
+
+    def execution(plan: Any, modes: dict[str, Any], shapes: dict[str, Any], compute: Any, prepare: Any = None) -> Thing:
         given: dict[str, Any] = {}
         addresses: dict[str, int] = {}
         state: dict[str, Any] = {"fresh": True}  # since the last change of sizes, nothing was executed
@@ -288,6 +363,8 @@ def make(version: str = "10.3.0", cuda: FakeCuda | None = None) -> Any:
             if trt.execute_error or (capturing and (state["fresh"] or not trt.allow_capture)):
                 refuse(trt.execute_error or "operation not permitted when stream is capturing")
                 return False
+            if prepare is not None and state["fresh"]:
+                prepare(given)
             state["fresh"] = False
             sizes, places = dict(given), dict(addresses)
             cuda.queue(stream, lambda: compute(sizes, places))
@@ -306,7 +383,20 @@ def make(version: str = "10.3.0", cuda: FakeCuda | None = None) -> Any:
             execute_async_v3=execute_async_v3,
         )
 
+    def get_engine_validity(content: Any) -> tuple[Any, int]:
+        content, bits = bytes(content), trt.EngineInvalidityDiagnostics
+        validated.add(content)
+        found = trt.invalid
+        if content.startswith(MAGIC):
+            plan = json.loads(content[len(MAGIC) + 32 :].partition(b"\0")[0])
+            found |= bits.VERSION_MISMATCH * (plan["version"] != version)
+            found |= bits.UNSUPPORTED_CC * (cuda.sm not in plan["targets"])
+        else:
+            found |= bits.MALFORMED_ENGINE
+        return trt.EngineValidity.INVALID if found else trt.EngineValidity.VALID, found
+
     def deserialize(runtime: Thing, content: bytes) -> Thing | None:
+        assert not rtx or content in validated, "whether it can run here was not asked"
         digest, body = content[len(MAGIC) : len(MAGIC) + 32], content[len(MAGIC) + 32 :]
         if not content.startswith(MAGIC) or hashlib.sha256(body).digest() != digest:
             return refuse("Magic tag does not match")
@@ -316,7 +406,11 @@ def make(version: str = "10.3.0", cuda: FakeCuda | None = None) -> Any:
         return engine(plan, onnx.ModelProto.FromString(graph))
 
     def runtime(logger: ILogger) -> Thing:
-        made = thing("Runtime", deserialize_cuda_engine=lambda plan: deserialize(made, bytes(plan)))
+        made = thing(
+            "Runtime",
+            deserialize_cuda_engine=lambda plan: deserialize(made, bytes(plan)),
+            **({"get_engine_validity": get_engine_validity} if rtx else {}),
+        )
         return made
 
     trt.Runtime = constructor("Runtime", runtime)
@@ -332,19 +426,29 @@ def plugin_file(folder: Path, trt: Any, ops: Sequence[str] = OPS) -> Path:
 
 
 def machine(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str = "10.3.0", cuda: FakeCuda | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    version: str | None = None,
+    cuda: FakeCuda | None = None,
+    flavour: str = "tensorrt",
 ) -> Any:
-    """A machine with that TensorRT, a GPU of sm 87 if nothing else is said, and the plugin library in `tmp_path`.
+    """A machine with that TensorRT and a GPU, of sm 87 if nothing else is said, of sm 89 for TensorRT-RTX.
 
-    Gives the module `tensorrt`, whose `cuda` is the GPU.
+    TensorRT's plugin library is in `tmp_path`; RTX has none, and its compiled code is kept in `tmp_path`.
+
+    Gives the flavour's module, whose `cuda` is the GPU.
     """
-    cuda = cuda or FakeCuda()
-    module = make(version, cuda)
-    module.cuda = cuda
-    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    rtx = flavour == "tensorrt-rtx"
+    cuda = cuda or FakeCuda(sm=89 if rtx else 87)
+    module = make(version or VERSIONS[flavour], cuda, flavour)
+    monkeypatch.setitem(sys.modules, MODULES[flavour], module)
     monkeypatch.setattr(hcmen.runtime.backends.cuda, "_libraries", lambda: iter([("libcudart.so.12", cuda)]))
-    library = plugin_file(tmp_path, module)
-    monkeypatch.setattr(hcmen.runtime.backends.flavour, "library_folders", lambda: [library.parent])
+    folders = [] if rtx else [plugin_file(tmp_path, module).parent]
+    monkeypatch.setattr(hcmen.runtime.backends.flavour, "library_folders", lambda: folders)
+    if rtx:
+        monkeypatch.setattr(hcmen.runtime.backends.cuda, "driver_and_gpu", lambda: ("580.65", "Ada"))
+        monkeypatch.setattr(hcmen.runtime.backends.tensorrt_rtx, "library_version", lambda: module.__version__)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return module
 
 

@@ -21,6 +21,11 @@ from hcmen.runtime.backends.options import BACKENDS, backend_options
         ("ort", {"threads": 2, "prepack": False, "spin": False}, Ort(threads=2, prepack=False, spin=False)),
         ("ort-cuda", {"threads": 3, "cuda_graph": True}, OrtCuda(threads=3, cuda_graph=True)),
         ("tensorrt", {"precision": "fp16", "cuda_graph": False}, TensorRT(precision="fp16", cuda_graph=False)),
+        (
+            "tensorrt-rtx",
+            {"precision": "fp32", "trust_engines": True, "specialization": "eager"},
+            TensorRTRTX(precision="fp32", trust_engines=True, specialization="eager"),
+        ),
         # What was not said comes as None from a command line, and no backend is asked for no graph.
         ("ort", {"threads": None, "precision": None, "cuda_graph": False, "spin": None}, Ort()),
     ],
@@ -55,6 +60,8 @@ def test_every_backend_is_named_by_its_options():
         (3, {}, "backend is of type int, expected a name or one of Ort, OrtCuda, TensorRT"),
         (Ort, {}, "backend is of type type, expected a name"),
         ("openvino", {}, "unknown backend 'openvino': choose from auto, ort, ort-cuda, tensorrt"),
+        ("tensorrt", {"specialization": "eager"}, "specialization is an option of the backend 'tensorrt-rtx', got"),
+        ("tensorrt-rtx", {"specialization": "Lazy"}, r"unknown specialization 'Lazy': did you mean 'lazy'\? choose from"),
         ("ort-cuda", {"threads": 0}, "threads is 0, expected 1 to 1024"),
     ],
 )
