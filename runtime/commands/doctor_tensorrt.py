@@ -101,11 +101,12 @@ def _engines(bundle: str | None, cuda: Cuda | None, flavour: Flavour, trust: boo
         return Row(name, INFO, "no bundle")
     from hcmen.base.bundle import read_bundle
     from hcmen.base.engines import read_engines
+    from hcmen.runtime.backends.flavour import TENSORRT
     from hcmen.runtime.backends.tensorrt import TrtBackend, choose_engine
     from hcmen.runtime.golden import golden_test
 
-    backend_ = ["--backend", flavour.name] if flavour.portable else []
-    compiled = f"run {flavour.place}: {as_typed('hcmen-compile', '--bundle', bundle, *backend_)}"
+    chosen = [] if flavour is TENSORRT else ["--backend", flavour.name]
+    compiled = f"run {flavour.place}: {as_typed('hcmen-compile', '--bundle', bundle, *chosen)}"
     try:
         opened = read_bundle(bundle)
     except HcmenError:
@@ -113,7 +114,9 @@ def _engines(bundle: str | None, cuda: Cuda | None, flavour: Flavour, trust: boo
     try:
         records = [record for record in read_engines(opened) if record.flavour == flavour.name]
         if not records:
-            return Row(name, INFO, f"none in {bundle}; {compiled} for --backend {flavour.name}")
+            return Row(
+                name, INFO, f"none in {bundle}; {compiled}" + ("" if chosen else f" for --backend {flavour.name}")
+            )
         for record in records:
             opened.file(record.engine)
         what = f"{len(records)}, each as listed"

@@ -7,6 +7,7 @@ it be imported: nothing of it can run, and every class, method, signature and en
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -19,7 +20,17 @@ from typing import Any
 
 from helpers.wheels import Unavailable, unpacked
 
-__all__ = ["PACKAGES", "Parameter", "Signature", "Unavailable", "dump", "signatures"]
+__all__ = [
+    "PACKAGES",
+    "RTX_VERSIONS",
+    "Parameter",
+    "Signature",
+    "Unavailable",
+    "dump",
+    "problem",
+    "rtx_dump",
+    "signatures",
+]
 
 # What the JetPacks and the newest packages have: JetPack 6, 7.0 and 7.1, 7.2, and TensorRT 11. 10.9 is the first with
 # AOT plugins.
@@ -43,11 +54,13 @@ _SYMBOLS = (
     "initLibNvInferPlugins",
 )
 
+RTX_VERSIONS = ("1.4.0.76", "1.5.0.114", "1.6.1.120", "1.7.1.116")
+
 # Runs in a process of its own, as two versions cannot be imported in one.
 _DUMP = """
-import enum, inspect, json, sys
+import enum, importlib, inspect, json, sys
 sys.path.insert(0, sys.argv[1])
-import tensorrt_bindings as trt
+trt = importlib.import_module(sys.argv[2])
 
 def members(cls):
     found = {}
@@ -92,13 +105,23 @@ class Signature:
 @functools.cache
 def dump(version: str) -> dict[str, Any]:
     """Everything that the bindings of `version` define; raises Unavailable."""
-    folder = _installed(version)
-    done = subprocess.run(
-        [sys.executable, "-c", _DUMP, str(folder)], capture_output=True, text=True, timeout=120, check=False
-    )
+    return _dumped("tensorrt_bindings", _installed(version))
+
+
+def _dumped(module: str, folder: Path) -> dict[str, Any]:
+    command = [sys.executable, "-c", _DUMP, str(folder), module]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode:
-        raise Unavailable(f"the bindings of TensorRT {version} do not import: {done.stderr.strip().splitlines()[-1:]}")
+        raise Unavailable(f"{module} in {folder} does not import: {done.stderr.strip().splitlines()[-1:]}")
     return dict(json.loads(done.stdout))
+
+
+@functools.cache
+def rtx_dump(version: str) -> dict[str, Any]:
+    """As `dump`, of TensorRT-RTX, whose library is installed: that of any version lets the bindings be imported."""
+    if importlib.util.find_spec("tensorrt_rtx_libs") is None:
+        raise Unavailable("the library of TensorRT-RTX is not installed: pip install 'hcmen[rtx]'")
+    return _dumped("tensorrt_rtx_bindings", unpacked(f"tensorrt_rtx_cu13_bindings=={version}"))
 
 
 def signatures(doc: str) -> list[Signature]:
@@ -110,6 +133,44 @@ def signatures(doc: str) -> list[Signature]:
             parameters = tuple(_parameter(text) for text in _split(match[1]))
             found.append(Signature(tuple(p for p in parameters if p.name != "self"), match[2]))
     return found
+
+
+def takes(kind: str, given: str) -> bool:
+    """Whether a parameter of the bindings' type `kind` takes what Python calls `given`."""
+    kind = kind.removeprefix("typing.").removeprefix("typing_extensions.")
+    by_type = {
+        "int": ("SupportsInt", "SupportsIndex", "Union[SupportsInt, SupportsIndex]"),
+        "bytes": ("buffer", "Buffer"),
+        "memoryview": ("buffer", "Buffer"),
+        "tuple": ("tensorrt_bindings.tensorrt.Dims", "tensorrt_rtx_bindings.tensorrt_rtx.Dims"),
+        "list": ("List",),
+    }
+    # A type that pybind11 came to know after the function has its name in C++.
+    return re.split(r"\.|::", kind)[-1] == given or kind in by_type.get(given, ())
+
+
+def problem(call: dict[str, Any], classes: dict[str, Any]) -> str | None:
+    """What the bindings would say to `call`."""
+    members = classes.get(call["class"], {})
+    if "property" in call:
+        member = members.get(call["property"], {"kind": "none"})
+        fits = member["kind"] == "property" and (member["settable"] or not call["set"])
+        return None if fits else "there is no such property, or it cannot be set"
+    member = members.get(call["method"], {"kind": "none"})
+    if member["kind"] != "method":
+        return "there is no such method"
+    offered = signatures(member["doc"])
+    for signature in offered:
+        given = dict(zip((p.name for p in signature.parameters), call["args"], strict=False)) | call["kwargs"]
+        known = {p.name: p for p in signature.parameters}
+        if (
+            len(call["args"]) <= len(known)
+            and set(given) <= set(known)
+            and all(p.optional or p.name in given for p in signature.parameters)
+            and all(takes(known[name].type, kind) for name, kind in given.items())
+        ):
+            return None
+    return f"it takes {offered}"
 
 
 def _split(text: str) -> list[str]:

@@ -22,7 +22,8 @@ NAMES = [
     *("python", "hcmen", "system", "cpu", "memory", "numpy", "onnxruntime", "kernel library"),
     *("SelectiveScan, function", "SelectiveScan, kernel", "CausalConv1d, function", "CausalConv1d, kernel"),
     *("cuda device", "cuda provider", "cuda kernels", "SelectiveScan, cuda"),
-    *("bundle", "nvidia driver", "gpu", "tensorrt", "tensorrt plugins", "engines", "torch", "tokenizers"),
+    *("bundle", "nvidia driver", "gpu", "tensorrt", "tensorrt plugins", "engines"),
+    *("tensorrt-rtx", "tensorrt-rtx engines", "torch", "tokenizers"),
 ]
 
 

@@ -61,7 +61,11 @@ def test_every_backend_is_named_by_its_options():
         (Ort, {}, "backend is of type type, expected a name"),
         ("openvino", {}, "unknown backend 'openvino': choose from auto, ort, ort-cuda, tensorrt"),
         ("tensorrt", {"specialization": "eager"}, "specialization is an option of the backend 'tensorrt-rtx', got"),
-        ("tensorrt-rtx", {"specialization": "Lazy"}, r"unknown specialization 'Lazy': did you mean 'lazy'\? choose from"),
+        (
+            "tensorrt-rtx",
+            {"specialization": "Lazy"},
+            r"unknown specialization 'Lazy': did you mean 'lazy'\? choose from",
+        ),
         ("ort-cuda", {"threads": 0}, "threads is 0, expected 1 to 1024"),
     ],
 )

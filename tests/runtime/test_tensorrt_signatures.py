@@ -64,55 +64,18 @@ def calls(bindings, tmp_path_factory) -> list[dict[str, Any]]:
         return list({json.dumps(call, sort_keys=True): call for call in trt.recorded}.values())
 
 
-def takes(kind: str, given: str) -> bool:
-    """Whether a parameter of the bindings' type `kind` takes what Python calls `given`."""
-    kind = kind.removeprefix("typing.").removeprefix("typing_extensions.")
-    by_type = {
-        "int": ("SupportsInt", "SupportsIndex", "Union[SupportsInt, SupportsIndex]"),
-        "bytes": ("buffer", "Buffer"),
-        "memoryview": ("buffer", "Buffer"),
-        "tuple": ("tensorrt_bindings.tensorrt.Dims",),
-        "list": ("List",),
-    }
-    return kind.rpartition(".")[2] == given or kind in by_type.get(given, ())
-
-
-def problem(call: dict[str, Any], classes: dict[str, Any]) -> str | None:
-    """What the bindings would say to `call`."""
-    members = classes.get(call["class"], {})
-    if "property" in call:
-        member = members.get(call["property"], {"kind": "none"})
-        fits = member["kind"] == "property" and (member["settable"] or not call["set"])
-        return None if fits else "there is no such property, or it cannot be set"
-    member = members.get(call["method"], {"kind": "none"})
-    if member["kind"] != "method":
-        return "there is no such method"
-    offered = real.signatures(member["doc"])
-    for signature in offered:
-        given = dict(zip((p.name for p in signature.parameters), call["args"], strict=False)) | call["kwargs"]
-        known = {p.name: p for p in signature.parameters}
-        if (
-            len(call["args"]) <= len(known)
-            and set(given) <= set(known)
-            and all(p.optional or p.name in given for p in signature.parameters)
-            and all(takes(known[name].type, kind) for name, kind in given.items())
-        ):
-            return None
-    return f"it takes {offered}"
-
-
 def test_every_call_fits_the_bindings(bindings, calls):
     assert {c["method"] for c in calls if c["class"] == ""} <= set(bindings["functions"])
     methods = [c for c in calls if c["class"]]
-    wrong = {json.dumps(c): why for c in methods if (why := problem(c, bindings["classes"]))}
+    wrong = {json.dumps(c): why for c in methods if (why := real.problem(c, bindings["classes"]))}
     assert wrong == {}
     assert len({(c["class"], c.get("method", c.get("property"))) for c in methods}) > 40
     # The comparison can fail.
     right = {"class": "IExecutionContext", "method": "set_input_shape", "args": ["str", "tuple"], "kwargs": {}}
-    assert problem(right, bindings["classes"]) is None
+    assert real.problem(right, bindings["classes"]) is None
     for args in (["str"], ["str", "dict"], ["str", "tuple", "int"]):
-        assert "it takes" in str(problem(right | {"args": args}, bindings["classes"]))
-    assert problem(right | {"method": "set_input_dims"}, bindings["classes"])
+        assert "it takes" in str(real.problem(right | {"args": args}, bindings["classes"]))
+    assert real.problem(right | {"method": "set_input_dims"}, bindings["classes"])
 
 
 def test_every_line_that_calls_tensorrt_was_seen(bindings, calls):
