@@ -238,6 +238,7 @@ class TrtModule:
             self._runtimes[host_code] = runtime
         if self.flavour.portable and (refused := rtx.refusal(self.module, self._runtimes[host_code], plan)):
             what, fix = refused
+            what = what or self.errors(mark) or "no reason given"
             what = f"{where}: {self.flavour.title} {self.version} cannot run the engine here ({what})"
             raise BackendError(what, fix=f"{fix}, or {self.flavour.again}" if fix else self.flavour.again)
         engine = self._runtimes[host_code].deserialize_cuda_engine(plan)

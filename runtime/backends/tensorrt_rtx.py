@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hcmen.base.errors import BackendError
+from hcmen.base.typed import as_typed
 from hcmen.runtime.backends.kept_code import KeptCode
 from hcmen.runtime.backends.options import TensorRTRTX
 
@@ -21,10 +22,10 @@ __all__ = ["Jit", "capabilities_of", "check_library", "refusal", "set_targets"]
 _LIBRARY = "libtensorrt_rtx.so.1"
 _VERSION_PARTS = ("Major", "Minor", "Patch", "Build")
 
-# What `Runtime.get_engine_validity` names -> what it means, and what helps where it is not to compile the engine again.
-# The first of several is the likeliest cause of the others.
+# What `Runtime.get_engine_validity` names -> what it means, and what helps: None to compile the engine again, nothing
+# to ask the doctor. The first of several is the likeliest cause of the others.
 _REFUSALS: Mapping[str, tuple[str, str | None]] = {
-    "CUDA_ERROR": ("the NVIDIA driver or CUDA does not work", "see hcmen-doctor"),
+    "CUDA_ERROR": ("the NVIDIA driver or CUDA does not work", ""),
     "OLD_CUDA_DRIVER": ("the NVIDIA driver is too old for it", "update the driver"),
     "OLD_CUDA_RUNTIME": ("its CUDA is too old for it", "upgrade it"),
     "INSUFFICIENT_GPU_MEMORY": ("the GPU has too little memory for it", "close what else uses the GPU"),
@@ -74,16 +75,15 @@ def set_targets(module: Any, config: Any, capabilities: Sequence[int]) -> None:
 def refusal(module: Any, runtime: Any, plan: memoryview | bytes) -> tuple[str, str | None] | None:
     """Why `runtime` cannot run the engine in `plan` on this machine, and what helps; None if it can.
 
-    The second is None where the engine is to be compiled again.
+    The first is empty where the log alone says why. The second is None where it helps to compile the engine again.
     """
     validity, found = runtime.get_engine_validity(plan)
     if validity != module.EngineValidity.INVALID:
         return None
     bits = module.EngineInvalidityDiagnostics.__members__
     named = [_REFUSALS[name] for name in _REFUSALS if name in bits and int(found) & int(bits[name])]
-    if not named:
-        return "no reason given", None
-    return " and ".join(what for what, _ in named), named[0][1]
+    fix = named[0][1] if named else ""  # nothing is named without a driver
+    return " and ".join(what for what, _ in named), f"see {as_typed('hcmen-doctor')}" if fix == "" else fix
 
 
 class Jit:

@@ -36,6 +36,11 @@ ERRORS = {
     ),
     "nameless": (OSError("odd"), 2, "error: oserror"),
     "torch": (ModuleNotFoundError("No module named 'torch'", name="torch.nn"), 3, "error: torch is not installed: pip"),
+    "tensorrt_rtx": (
+        ModuleNotFoundError("No module named 'tensorrt_rtx_bindings'", name="tensorrt_rtx_bindings"),
+        3,
+        "error: tensorrt_rtx_bindings is not installed: pip install 'hcmen[rtx]'",
+    ),
     "other module": (ModuleNotFoundError("No module named 'x'", name="x"), 70, "error: unexpected ModuleNotFoundError"),
     "memory": (MemoryError(), 70, "error: out of memory"),
     "memory of a GPU": (

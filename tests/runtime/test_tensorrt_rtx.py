@@ -23,6 +23,7 @@ from helpers.fake_cuda import FakeCuda
 from helpers.fake_tensorrt import compiled, machine
 from helpers.micro import micro_bundle_at
 from helpers.processes import loaded_after
+from helpers.small_bundle import make_bundle
 
 import hcmen.base.console
 import hcmen.runtime.backends.cuda
@@ -35,7 +36,7 @@ from hcmen.base.engines import read_engines
 from hcmen.base.errors import BackendError, CheckFailed
 from hcmen.runtime import load
 from hcmen.runtime.backends import TensorRT, TensorRTRTX
-from hcmen.runtime.backends.flavour import TENSORRT_RTX
+from hcmen.runtime.backends.flavour import TENSORRT_RTX, TrtModule
 from hcmen.runtime.benchmark.command import main as bench_main
 from hcmen.runtime.benchmark.machine import versions
 from hcmen.runtime.commands.doctor_rows import Row
@@ -366,7 +367,12 @@ UNFIT: list[tuple[str, int, Provoke, str]] = [
     ("an old driver", 3, unfit(invalid=4), r"cannot run the engine here \(the NVIDIA driver is too old for it\): "),
     ("little memory", 3, unfit(invalid=16), "too little memory for it.: close what else uses the GPU, or compile"),
     ("another format", 3, unfit(invalid=1 | 32), r"by another version and .*: compile it again on any machine$"),
-    ("no CUDA in it", 3, unfit(invalid=64 | 4), "the NVIDIA driver or CUDA does not work and the NVIDIA .*see hcmen-d"),
+    (
+        "no CUDA in it",
+        3,
+        unfit(invalid=64 | 4),
+        "the NVIDIA driver or CUDA does not work and the NVIDIA .*see .*hcmen-d",
+    ),
     ("no reason", 3, unfit(invalid=1 << 20), r"TensorRT-RTX 1\.7\.1\.116 cannot run the engine here \(no reason"),
     (
         "engines of TensorRT alone",
@@ -557,12 +563,23 @@ def test_the_installed_library_tells_its_version(wheels):
 
 
 def test_what_the_real_bindings_say_of_a_file_that_is_no_engine(wheels):
-    from hcmen.runtime.backends.flavour import TrtModule
-
     tensorrt = TrtModule(TENSORRT_RTX)
     for plan in (b"", b"x" * 1000, memoryview(np.zeros(1000, np.uint8))):
         with pytest.raises(BackendError, match=r"^here: TensorRT-RTX [\d.]+ cannot run the engine here \(it is no eng"):
             tensorrt.deserialize(plan, "here")
+
+
+def test_what_the_real_bindings_say_of_an_engine_without_a_driver(wheels, shared_bundle, tmp_path):
+    """They name no reason of their own: it is in the log."""
+    if hcmen.runtime.backends.cuda.find_driver() is not None:
+        pytest.skip("there is a driver")
+    bundle = make_bundle(tmp_path / "bundle", ("text_only",))
+    assert compiled(bundle, "--backend", RTX).code == 0
+    (record,) = read_engines(read_bundle(bundle))
+    with pytest.raises(
+        BackendError, match=r"cannot run the engine here \(Error reading CUDA GPU properties: .* driver .*"
+    ):
+        TrtModule(TENSORRT_RTX).deserialize((bundle / record.engine.file).read_bytes(), "here")
 
 
 def test_running_needs_neither_onnx_nor_torch(wheels, shared_bundle):
