@@ -205,8 +205,10 @@ def keep(bundle: Bundle, record: EngineRecord, key: Mapping[str, Any], report: M
     Raises:
         InputError: the place cannot be written. CorruptFileError: the folder is a link.
     """
-    with _index_locked(bundle):
-        _write_json(bundle.path / _kept_file(record, key), {"key": dict(key), **report})
+    path = bundle.path / _kept_file(record, key)
+    _check_place(bundle)
+    with _written(path.parent):  # without the lock, which whoever can read it can hold for ever
+        write_file(path, _json({"key": dict(key), **report}))
 
 
 def _kept_file(record: EngineRecord, key: Mapping[str, Any]) -> str:
@@ -274,17 +276,24 @@ def _index_locked(bundle: Bundle) -> Iterator[None]:
     folder = bundle.path / ENGINES_FOLDER
     with _written(folder):
         folder.mkdir(exist_ok=True)
-        if folder.is_symlink():
-            raise CorruptFileError("a link", "a folder", "remove it", where=str(folder))
+        _check_place(bundle)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if not bundle.is_in_place():
-            raise InputError("another export was put there meanwhile", fix="compile again", where=str(bundle.path))
+        _check_place(bundle)
         sweep(folder)
         yield
     finally:
         os.close(descriptor)
+
+
+def _check_place(bundle: Bundle) -> None:
+    """Holds that what is written into the folder of engines lies beside this very bundle."""
+    folder = bundle.path / ENGINES_FOLDER
+    if folder.is_symlink():
+        raise CorruptFileError("a link", "a folder", "remove it", where=str(folder))
+    if not bundle.is_in_place():
+        raise InputError("another export was put there meanwhile", fix="compile again", where=str(bundle.path))
 
 
 def _write_index(bundle: Bundle, records: list[EngineRecord]) -> None:
@@ -293,7 +302,11 @@ def _write_index(bundle: Bundle, records: list[EngineRecord]) -> None:
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    write_whole(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
+    write_whole(path, _json(data))
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=1, allow_nan=False) + "\n").encode()
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:

@@ -13,6 +13,7 @@ makes it new again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ import stat
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 from hcmen.base.errors import reason_of
 from hcmen.base.files import open_regular, sweep, write_file
@@ -31,6 +33,7 @@ MOST_FILES = 64
 MOST_BYTES = 256 << 20
 """Of one file. A larger one is neither read nor written."""
 _ELSEWHERE = "set XDG_CACHE_HOME to a folder of yours that can be written"
+_TRIES = 20
 _NAME = re.compile(r"[0-9a-f]{32}\.cache\Z")
 _MAGIC = b"hcmen compiled code 1\n"
 _HEAD = len(_MAGIC) + hashlib.sha256().digest_size
@@ -65,7 +68,7 @@ class KeptCode:
                 descriptor = _opened(self.folder)
                 stack.callback(os.close, descriptor)
                 try:
-                    file = stack.enter_context(open_regular(self.name, folder=descriptor, links=False))
+                    file = stack.enter_context(_opened_file(self.name, descriptor))
                 except FileNotFoundError:
                     return b""
                 except OSError as error:
@@ -132,6 +135,18 @@ def _opened(folder: Path) -> int:
         os.close(descriptor)
         raise PermissionError(problem)
     return descriptor
+
+
+def _opened_file(name: str, folder: int) -> IO[bytes]:
+    """The regular file `name` in the folder, tried again where another process replaced it meanwhile."""
+    left = _TRIES
+    while True:
+        left -= 1
+        try:
+            return open_regular(name, folder=folder, links=False)
+        except OSError as error:
+            if error.errno != errno.ESTALE or not left:
+                raise
 
 
 def _not_own(found: os.stat_result) -> str | None:

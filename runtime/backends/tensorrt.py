@@ -16,6 +16,7 @@ An engine that was built without a GPU runs the golden set when it is first open
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import warnings
@@ -51,6 +52,8 @@ KERNELS = {"library": NATIVE, "aot": NATIVE, "function": FUNCTIONS, "none": STAN
 
 # TensorRT's name of a type -> NumPy's; engines of this project have no others at their ends.
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64"}
+_LEAST_BY_DEFAULT = 80
+"""Portable engines are for GPUs from here on, unless they are compiled for named ones."""
 _MOST_GRAPHS = 8
 _MOST_COUNTED = 4096
 
@@ -157,6 +160,8 @@ class TrtSession:
             self._lock.release()
 
     def _give_back(self) -> None:
+        with contextlib.suppress(BackendError):  # what an interrupted run queued still uses all of it
+            self._stream.wait()
         for _, graph in self._graphs.values():
             graph.close()
         self._graphs.clear()
@@ -404,6 +409,8 @@ def choose_engine(
         InputError: as those.
     """
     wanted = [*(["--precision", precision] if precision else []), *_backend(flavour.name)]
+    if flavour.portable and sm < _LEAST_BY_DEFAULT:
+        wanted += ["--target", str(sm)]
     command = as_typed("hcmen-compile", "--bundle", bundle.path, "--variant", variant, *wanted)
     compile_ = f"run {command} {flavour.place}"
     records = (r for r in read_engines(bundle) if r.flavour == flavour.name)

@@ -122,6 +122,13 @@ def test_the_first_library_that_sees_a_device_is_taken(monkeypatch):
     assert (cuda.path, cuda.sm, cuda.runtime, cuda.driver) == ("old", 89, "12.6", "12.8")
 
 
+@pytest.mark.parametrize("named", [("580.65", "Ada"), None])
+def test_a_gpu_is_told_from_others_by_what_driver_and_runtime_say(fake, monkeypatch, named):
+    monkeypatch.setattr(hcmen.runtime.backends.cuda, "driver_and_gpu", lambda: named)
+    driver, gpu = named or ("unknown", "unknown")
+    assert Cuda().identity() == {"gpu": gpu, "sm": 87, "driver": f"{driver}, CUDA 12.8"}
+
+
 def test_data_comes_back(fake):
     cuda = Cuda()
     stream, buffer = Stream(cuda), Buffer(cuda, 8)

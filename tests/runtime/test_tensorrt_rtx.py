@@ -5,6 +5,7 @@ What holds for both is in test_tensorrt.py. The real bindings and libraries are 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -216,7 +217,6 @@ def test_a_bundle_that_cannot_be_written_is_measured_each_time(trt, cuda, monkey
         assert compiled(bundle, "--variant", "full", "--variant", "text_only", "--backend", RTX).code == 0
         for path in (bundle, bundle / "engines"):
             path.chmod(0o555)
-        (bundle / "engines" / ".lock").chmod(0o444)
         with without_privileges():
             for _ in range(2):
                 done = scored(bundle, "--self-test", "--variant", "full")
@@ -228,6 +228,12 @@ def test_a_bundle_that_cannot_be_written_is_measured_each_time(trt, cuda, monkey
         for path in (bundle, bundle / "engines"):
             path.chmod(0o755)
         assert results(bundle) == []
+
+
+def test_a_lock_that_somebody_holds_keeps_nobody_from_running(ready, cuda):
+    with (ready / "engines" / ".lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert [ran(cuda, ready) for _ in range(2)] == [True, False]
 
 
 def test_compiling_again_drops_the_results_of_the_engine_before(ready, cuda):
@@ -354,7 +360,12 @@ def unfit(**changes: Any) -> Provoke:
 
 
 UNFIT: list[tuple[str, int, Provoke, str]] = [
-    ("Turing", 3, lambda m: m.gpu(sm=75), "made for GPUs of sm 80, 86, 89, 120, 121, this one has sm 75: run .* on"),
+    (
+        "Turing",
+        3,
+        lambda m: m.gpu(sm=75),
+        "made for GPUs of sm 80, 86, 89, 120, 121, this one has sm 75: run .* --target 75 on",
+    ),
     ("another version", 3, lambda m: m.gpu("1.6.1.120"), r"made by TensorRT-RTX 1\.7\.1\.116, this machine has 1\.6"),
     ("an older version", 3, lambda m: m.gpu("1.3.0"), r"TensorRT-RTX is 1\.3\.0, expected 1\.4 or later"),
     ("no module", 3, lambda m: m.none(), r"tensorrt_rtx_bindings is not installed, .*: pip install 'hcmen\[rtx\]'"),
