@@ -259,10 +259,7 @@ class Predictor:
         return Stream(self, variant, window=window, hop=hop, rates=rates, delay=delay, patience=patience, live=live)
 
     def close(self) -> None:
-        """Frees the sessions and the weights; calls after that are refused. Calls under way in other threads end first.
-
-        On TensorRT none may be under way.
-        """
+        """Frees sessions and weights; calls after that are refused. Calls under way in other threads end first."""
         with self._lock:
             sessions, self._sessions = self._sessions, {}
             self._called = {}

@@ -55,7 +55,7 @@ class KeptCode:
     def __init__(self, key: Mapping[str, str | int]):
         self.folder = cache_folder()
         self.name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32] + ".cache"
-        self._content = b""
+        self._known = b""  # the digest of what is kept
         self._useless = self._told = False
 
     def read(self) -> bytes:
@@ -91,17 +91,18 @@ class KeptCode:
         if problem:
             self.begin_anew(problem)
             return b""
-        self._content = content[_HEAD:]
-        return self._content
+        self._known = content[len(_MAGIC) : _HEAD]
+        return content[_HEAD:]
 
     def begin_anew(self, problem: str) -> None:
         """Forgets what is kept, which another file takes the place of, and says so."""
-        self._content = b""
+        self._known = b""
         self._tell(f"{self.folder}{os.sep}{self.name}: {problem}: compiled code is kept anew")
 
     def write(self, content: bytes) -> None:
         """Keeps `content`, if it is another one than before."""
-        if self._useless or self.folder is None or content == self._content:
+        digest = hashlib.sha256(content).digest()
+        if self._useless or self.folder is None or digest == self._known:
             return
         if len(content) > MOST_BYTES:
             self._do_without(f"{len(content)} bytes of compiled code", f"at most {MOST_BYTES} are kept")
@@ -110,12 +111,12 @@ class KeptCode:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.close(_opened(self.folder))
             sweep(self.folder)
-            write_file(self.folder / self.name, _MAGIC + hashlib.sha256(content).digest() + content, mode=0o600)
+            write_file(self.folder / self.name, _MAGIC + digest + content, mode=0o600)
             _keep_newest(self.folder)
         except OSError as error:
             self._do_without(f"{self.folder}: {_reason(error)}", _ELSEWHERE)
         else:
-            self._content = content
+            self._known = digest
 
     def _do_without(self, problem: str, fix: str) -> None:
         self._useless = True

@@ -140,6 +140,8 @@ class TrtSession:
         (batch,) = batches
         parts = []
         with self._lock:
+            if self._engine is None:
+                raise InputError(f"{self._where}: this model was closed: load it again")
             for start in range(0, max(batch, 1), self.max_batch):
                 parts.append(self._run({name: x[start : start + self.max_batch] for name, x in arrays.items()}))
         return {name: np.concatenate([part[name] for part in parts]) for name in self._outputs}

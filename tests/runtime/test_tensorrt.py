@@ -438,6 +438,33 @@ def test_threads_take_turns(ready, tmp_path, flavour):
 
 
 @both
+def test_a_session_that_was_closed_refuses_to_run_and_one_that_runs_is_left_to_it(ready, cuda, flavour, monkeypatch):
+    model = load(ready, backend=flavour)
+    session, feeds = model._session("full"), feeds_of(model.inputs, 1, 2)
+    waiting, closed = threading.Event(), threading.Event()
+    real_wait, got = cuda.cudaStreamSynchronize, []
+
+    def slow(stream: int) -> int:
+        waiting.set()
+        assert closed.wait(30)
+        return real_wait(stream)
+
+    cuda.cudaStreamSynchronize = slow
+    runner = threading.Thread(target=lambda: got.append(session.run(feeds)))
+    runner.start()
+    assert waiting.wait(30)
+    model.close()
+    assert cuda.alive
+    closed.set()
+    runner.join()
+    assert np.isfinite(got[0]["score"]).all()
+    session.close()
+    assert cuda.alive == {}
+    with pytest.raises(InputError, match=r"full\..*\.engine: this model was closed: load it again"):
+        session.run(feeds)
+
+
+@both
 def test_inputs_that_the_engine_cannot_take(ready, flavour):
     model = load(ready, backend=flavour)
     feeds = feeds_of(model.inputs, 1, 1)
