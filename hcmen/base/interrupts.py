@@ -47,7 +47,10 @@ def stoppable(run: Stoppable) -> Iterator[None]:
 
 @contextlib.contextmanager
 def deaf() -> Iterator[None]:
-    """A block within which no thread can run Python: a signal ends the process by itself, a shell sees 130 or 143."""
+    """A block within which a signal ends the process by itself, a shell sees 130 or 143.
+
+    For a call during which no thread can run Python, or that calls Python back and drops what is raised there.
+    """
     if _pipe is None or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -122,8 +125,9 @@ def _end(number: int) -> None:
         os.write(2, f"error: {word}\n".encode())
     # What was printed goes out, unless the thread that does not answer holds the stream or its reader has stopped.
     flush = threading.Thread(target=_flush, args=(sys.stdout,), daemon=True)
-    flush.start()
-    flush.join(0.3)
+    with contextlib.suppress(RuntimeError, MemoryError):  # no memory is left for a thread
+        flush.start()
+        flush.join(0.3)
     os._exit(128 + number)
 
 
