@@ -33,7 +33,7 @@ from typing import Any
 
 from hcmen.base.bundle import Bundle
 from hcmen.base.errors import CorruptFileError, HcmenError, InputError
-from hcmen.base.files import refused, sweep, write_file
+from hcmen.base.files import refused, sweep, write_file, writing_file
 from hcmen.base.modalities import VARIANTS
 from hcmen.base.records import FileRecord, JsonFile, JsonObject, parse_json
 from hcmen.base.trust import made_key, signature
@@ -175,14 +175,22 @@ def write_engine(bundle: Bundle, record: EngineRecord, engine: bytes | memoryvie
     with _index_locked(bundle):
         record = dataclasses.replace(record, signature=signature(made_key(), record.to_json()))
         others = [r for r in read_engines(bundle) if r.engine.file != record.engine.file]
-        # Out of the index first: were the process killed after the engine is replaced, the index would tell of another.
-        _write_index(bundle, others)
-        for kept in path.parent.glob(f"{glob.escape(path.name)}.*{_KEPT}"):
-            with _written(kept):
-                kept.unlink(missing_ok=True)
-        write_whole(path, content)
-        _write_json(path.with_name(path.name + ".json"), {**record.to_json(), "build": dict(report)})
-        _write_index(bundle, [*others, record])
+        files = {  # put in place from the last to the first
+            bundle.path / INDEX_FILE: _index([*others, record]),
+            path.with_name(path.name + ".json"): _json({**record.to_json(), "build": dict(report)}),
+            path: content,
+        }
+        with contextlib.ExitStack() as stack:
+            for target, data in files.items():
+                stack.enter_context(_written(target))
+                file = stack.enter_context(writing_file(target))
+                file.write(data)
+                file.flush()  # a full disk is met here, while the index and the engine are as they were
+            # Were the process killed between the engine and the index, the old index would tell of another engine.
+            write_whole(bundle.path / INDEX_FILE, _index(others))
+            for kept in path.parent.glob(f"{glob.escape(path.name)}.*{_KEPT}"):
+                with _written(kept):
+                    kept.unlink(missing_ok=True)
 
 
 def is_kept(bundle: Bundle, record: EngineRecord, key: Mapping[str, Any]) -> bool:
@@ -296,13 +304,9 @@ def _check_place(bundle: Bundle) -> None:
         raise InputError("another export was put there meanwhile", fix="compile again", where=str(bundle.path))
 
 
-def _write_index(bundle: Bundle, records: list[EngineRecord]) -> None:
+def _index(records: list[EngineRecord]) -> bytes:
     entries = [{**r.to_json(), "signature": r.signature} for r in sorted(records, key=lambda r: r.engine.file)]
-    _write_json(bundle.path / INDEX_FILE, {"schema_version": SCHEMA_VERSION, "engines": entries})
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    write_whole(path, _json(data))
+    return _json({"schema_version": SCHEMA_VERSION, "engines": entries})
 
 
 def _json(data: Mapping[str, Any]) -> bytes:

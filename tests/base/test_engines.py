@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -12,7 +14,6 @@ import pytest
 from helpers.command import open_folder, without_privileges
 from helpers.small_bundle import engine_record, make_bundle
 
-import hcmen.base.engines
 from hcmen.base.bundle import Bundle, read_bundle
 from hcmen.base.engines import EngineRecord, read_engines, write_engine
 from hcmen.base.errors import CorruptFileError, InputError
@@ -64,15 +65,15 @@ def test_a_kill_leaves_no_engine_that_is_not_as_listed(bundle, monkeypatch, surv
     opened = read_bundle(bundle)
     kept = write(opened, b"other", "text_only")
     write(opened, b"old")
-    real, done = hcmen.base.engines.write_whole, []
+    real, done = os.replace, []
 
-    def dying(path: Path, content: bytes) -> None:
+    def dying(source: Path, target: Path) -> None:
         if len(done) == survived:
             raise KeyboardInterrupt
-        done.append(path)
-        real(path, content)
+        done.append(target)
+        real(source, target)
 
-    monkeypatch.setattr(hcmen.base.engines, "write_whole", dying)
+    monkeypatch.setattr(os, "replace", dying)
     with pytest.raises(KeyboardInterrupt):
         write(opened, b"new one")
     monkeypatch.undo()
@@ -83,6 +84,20 @@ def test_a_kill_leaves_no_engine_that_is_not_as_listed(bundle, monkeypatch, surv
     assert len(listed) == (2 if survived == 0 else 1)
     write(opened, b"new one")
     assert len(read_engines(opened)) == 2
+
+
+def test_a_disk_that_is_full_leaves_the_engine_and_the_index_as_they_were(bundle):
+    opened = read_bundle(bundle)
+    write(opened, b"old")
+    before = {path.name: path.read_bytes() for path in (bundle / "engines").iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # larger files are refused as on a full disk
+    try:
+        with pytest.raises(InputError, match=r"full\.fp16\.sm87\.trt10\.3\.0\.engine: file too large"):
+            write(opened, bytes(100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in (bundle / "engines").iterdir()} == before
 
 
 def _write_many(bundle: Path, sm: int) -> None:
