@@ -7,10 +7,12 @@ from pathlib import Path
 
 from hcmen.base.bundle import Bundle
 from hcmen.base.engines import PLUGINS, PRECISIONS
-from hcmen.base.errors import InputError, unknown_name
+from hcmen.base.errors import InputError, shown, unknown_name
 from hcmen.base.manifest import VariantRecord
 
 __all__ = ["Options", "profile_shapes"]
+
+_MOST_WORKSPACE = 1 << 44
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ class Options:
             raise InputError(f"max_batch is {self.max_batch}, expected 1 to 4096")
         if self.opt_batch is not None and not 1 <= self.opt_batch <= self.max_batch:
             raise InputError(f"opt_batch is {self.opt_batch}, expected 1 to max_batch, {self.max_batch}")
-        if self.workspace_bytes is not None and self.workspace_bytes < 1 << 20:
-            raise InputError(f"workspace is {self.workspace_bytes} bytes, expected at least 1 MiB")
+        if self.workspace_bytes is not None and not 1 << 20 <= self.workspace_bytes <= _MOST_WORKSPACE:
+            raise InputError(f"workspace is {shown(self.workspace_bytes)} bytes", f"{1 << 20} to {_MOST_WORKSPACE}")
         if self.plugin == "aot" and self.version_compatible:
             raise InputError("plugin 'aot' in a version-compatible engine is untried: choose one of the two")
 

@@ -32,14 +32,15 @@ import hcmen
 from hcmen.base.bundle import Bundle
 from hcmen.base.console import Console, one_line
 from hcmen.base.engines import EngineRecord, read_engines, write_engine, write_whole
-from hcmen.base.errors import BackendError, CheckFailed, CorruptFileError, InputError
+from hcmen.base.errors import BackendError, CheckFailed, CorruptFileError, InputError, shown
 from hcmen.base.files import read_small, refused
+from hcmen.base.interrupts import deaf
 from hcmen.base.manifest import OP_DOMAIN, VariantRecord
 from hcmen.base.records import FileRecord
 from hcmen.base.trust import made_key
 from hcmen.export.engine_options import Options, profile_shapes
 from hcmen.runtime.backends.cuda import Cuda
-from hcmen.runtime.backends.flavour import TENSORRT, Flavour, TrtModule
+from hcmen.runtime.backends.flavour import PLUGIN_OPS, TENSORRT, Flavour, TrtModule
 from hcmen.runtime.backends.tensorrt import TOLERANCES, TrtSession
 from hcmen.runtime.backends.tensorrt_rtx import capabilities_of, set_targets
 from hcmen.runtime.golden import SelfTest, golden_test_twice
@@ -51,7 +52,7 @@ __all__ = ["Built", "Compiler"]
 
 _HEARTBEAT_SECONDS = 30.0
 _TURING = 75
-_OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|insufficient memory|cudaErrorMemoryAllocation", re.I)
+_OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|insufficient memory|cudaErrorMemoryAllocation|bad_alloc", re.I)
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Compiler:
         weights_bytes = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
         if standing is not None:
             return Built(standing, None, 0.0, fresh=False, weights_bytes=weights_bytes)
-        model, plugin = self._prepared(model)
+        model, plugin = self._prepared(model, variant)
         if plugin == "library":
             self._load_plugins()
         elif plugin == "aot":
@@ -193,7 +194,8 @@ class Compiler:
             )
 
     def _targets(self) -> tuple[int, ...]:
-        known = capabilities_of(self._trt)
+        # Turing has no float32 products there, and graphs of either precision have some.
+        known = [n for n in capabilities_of(self._trt) if n > _TURING]
         for target in self.options.targets:
             if target not in known:
                 raise InputError(
@@ -201,12 +203,7 @@ class Compiler:
                     ", ".join(map(str, known)),
                     f"leave {target} out, or compile on such a GPU with --backend {TENSORRT.name}",
                 )
-        if _TURING in self.options.targets and self.options.precision == "fp32":
-            raise InputError(
-                f"--target has {_TURING}, and {self.flavour.title} has no float32 products for Turing",
-                fix=f"give --precision fp16, or leave {_TURING} out",
-            )
-        return tuple(sorted(set(self.options.targets))) or tuple(n for n in known if n > _TURING)
+        return tuple(sorted(set(self.options.targets))) or tuple(known)
 
     def _standing(self, name: str) -> EngineRecord | None:
         """The engine of that name, if it is as listed, made from this export and in the way asked for."""
@@ -237,25 +234,49 @@ class Compiler:
             self._weights = self.bundle.read(self.bundle.manifest.weights)
         return embedded_model(self.bundle, variant, self._weights)
 
-    def _prepared(self, model: ModelProto) -> tuple[ModelProto, str]:
+    def _prepared(self, model: ModelProto, variant: str) -> tuple[ModelProto, str]:
         """The model as the parser shall have it, and how its hcmen ops will run."""
-        from onnx import inliner
-
         from hcmen.export.float16 import to_float16
-        from hcmen.mamba.functions import add_functions, strip_functions
+        from hcmen.mamba.functions import nodes_of, strip_functions
 
         if self.options.precision == "fp16":
             model = to_float16(model)
-        if all(node.domain != OP_DOMAIN for node in model.graph.node):
-            return model, "none"
+        ops = any(node.domain == OP_DOMAIN for node in nodes_of(model))
         if self.plugin == "function":
-            return inliner.inline_local_functions(add_functions(model, "blocks")), "function"
+            return self._written_out(model, variant), "function" if ops else "none"
+        if not ops:
+            return model, "none"
         strip_functions(model)
         if self.plugin == "aot":
             from hcmen.mamba.trt_aot import prepare
 
             prepare(model)
         return model, self.plugin
+
+    def _written_out(self, model: ModelProto, variant: str) -> ModelProto:
+        """The model in standard operators alone.
+
+        No node may be left that a plugin could be taken for: a process may have the plugin library loaded, whatever
+        for, and TensorRT-RTX ends a process that parses a node of it.
+        """
+        from onnx import inliner
+
+        from hcmen.mamba.functions import add_functions, nodes_of
+
+        where = str(self.bundle.path / self.bundle.variant(variant).graph.file)
+        try:
+            model = inliner.inline_local_functions(add_functions(model, "blocks"))
+        except InputError as error:
+            raise error.but(where=where) from error
+        for node in nodes_of(model):
+            if node.op_type in PLUGIN_OPS or node.domain == OP_DOMAIN:
+                raise BackendError(
+                    f"node {shown(node.name)} is {shown(f'{node.domain}::{node.op_type}')}, which no function of the "
+                    "graph defines",
+                    fix="export the bundle again",
+                    where=where,
+                )
+        return model
 
     def _load_plugins(self) -> None:
         if self._plugin_path is None:
@@ -273,10 +294,10 @@ class Compiler:
         flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         network = builder.create_network(flags)
         parser = trt.OnnxParser(network, self.tensorrt.logger)
-        if not parser.parse(model.SerializeToString()):
-            raise BackendError(
-                f"{where}: {self.flavour.title} {self.tensorrt.version} cannot take the graph: {_parser_error(parser)}"
-            )
+        with deaf():  # it logs while it works, and drops what a signal raises there
+            parsed = parser.parse(model.SerializeToString())
+        if not parsed:
+            raise self._refused(where, "cannot take the graph", _parser_error(parser))
         config = builder.create_builder_config()
         # TF32 keeps 10 bits of a product's inputs: a float32 engine would miss its bound.
         config.clear_flag(trt.BuilderFlag.TF32)
@@ -297,18 +318,17 @@ class Compiler:
             if config.add_optimization_profile(profile) < 0:
                 raise BackendError(f"{where}: {self.flavour.title} refused the profile {shapes}: {self._why(mark)}")
         before = self._read_timing_cache(config)
-        with _heartbeat(self.console):
+        with _heartbeat(self.console), deaf():
             plan = builder.build_serialized_network(network, config)
         if plan is None:
-            raise self._build_failed(where, mark)
+            raise self._refused(where, "could not build the engine", self._why(mark))
         self._write_timing_cache(config, before)
         return plan
 
     def _profiles(self, record: VariantRecord) -> list[dict[str, tuple[tuple[int, ...], ...]]]:
         return profile_shapes(self.bundle, record, self.options.max_batch, self.options.best_batch, self.profiles)
 
-    def _build_failed(self, where: str, mark: int) -> BackendError:
-        why = self._why(mark)
+    def _refused(self, where: str, what: str, why: str) -> BackendError:
         if _OUT_OF_MEMORY.search(why):
             free, total = self.cuda.free_bytes() if self.cuda else (0, 0)
             room = f"{free >> 20} of {total >> 20} MiB of the GPU are free; " if total else ""
@@ -316,7 +336,7 @@ class Compiler:
                 f"{where}: the build ran out of memory ({room}{why}): "
                 "close what else uses it, or lower --workspace or --max-batch"
             )
-        return BackendError(f"{where}: {self.flavour.title} {self.tensorrt.version} could not build the engine: {why}")
+        return BackendError(f"{where}: {self.flavour.title} {self.tensorrt.version} {what}: {why}")
 
     def _why(self, mark: int) -> str:
         return self.tensorrt.errors(mark) or "it gave no reason (-v shows what it said)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,10 +32,10 @@ class _Targets(click.ParamType):
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         if not isinstance(value, str):
             return tuple(value)  # type: ignore[arg-type]
-        try:
-            return tuple(int(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{shown(value)}, expected compute capabilities, such as 86,89,120", param, ctx)
+        # int() takes other digits than these, underscores and signs.
+        if re.fullmatch(r" *[0-9]{1,9} *(, *[0-9]{1,9} *)*", value):
+            return tuple(map(int, value.split(",")))
+        self.fail(f"{shown(value)}, expected compute capabilities, such as 86,89,120", param, ctx)
 
 
 _EPILOG = (

@@ -20,7 +20,7 @@ from hcmen.base.errors import InputError, shown, unknown_name
 from hcmen.base.op import CAUSAL_CONV1D, DOMAIN, PARSER_ATTRIBUTES, SELECTIVE_SCAN, VERSION, Operator
 from hcmen.mamba.scan_bodies import SCAN_BODIES, Body
 
-__all__ = ["SCAN_BODIES", "add_functions", "strip_functions"]
+__all__ = ["SCAN_BODIES", "add_functions", "nodes_of", "strip_functions"]
 
 # CastLike, and Shape with start and end, came with opset 15; functions with IR version 8.
 OLDEST_OPSET = 15
@@ -110,6 +110,12 @@ def _opset(model: ModelProto) -> int:
         got = versions[0] if versions else "none"
         raise InputError(f"the model's opset is {got}, expected {OLDEST_OPSET} or later: export it with a newer opset")
     return int(versions[0])
+
+
+def nodes_of(model: ModelProto) -> Iterator[NodeProto]:
+    """Every node of `model`, those of subgraphs and of functions included."""
+    for nodes in (model.graph.node, *(function.node for function in model.functions)):
+        yield from _flat(nodes)
 
 
 def _nodes(model: ModelProto) -> Iterator[tuple[NodeProto, _ShapeOf]]:
