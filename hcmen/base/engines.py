@@ -175,7 +175,7 @@ def write_engine(bundle: Bundle, record: EngineRecord, engine: bytes | memoryvie
     with _index_locked(bundle):
         record = dataclasses.replace(record, signature=signature(made_key(), record.to_json()))
         others = [r for r in read_engines(bundle) if r.engine.file != record.engine.file]
-        files = {  # put in place from the last to the first
+        files: dict[Path, bytes | memoryview] = {  # put in place from the last to the first
             bundle.path / INDEX_FILE: _index([*others, record]),
             path.with_name(path.name + ".json"): _json({**record.to_json(), "build": dict(report)}),
             path: content,

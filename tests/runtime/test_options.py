@@ -10,7 +10,7 @@ from helpers.small_bundle import clip_arrays
 
 from hcmen.base.errors import InputError
 from hcmen.runtime import load
-from hcmen.runtime.backends import Ort, OrtCuda, TensorRT
+from hcmen.runtime.backends import Ort, OrtCuda, TensorRT, TensorRTRTX
 from hcmen.runtime.backends.options import BACKENDS, backend_options
 
 
