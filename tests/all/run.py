@@ -129,7 +129,9 @@ def run(command: Sequence[str | Path], timeout_s: int = 900) -> None:
     """Raises Unavailable with the last line that the command says."""
     text = [str(c) for c in command]
     try:
-        done = subprocess.run(text, capture_output=True, text=True, cwd=ROOT, timeout=timeout_s, check=False)
+        done = subprocess.run(
+            text, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=ROOT, timeout=timeout_s, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(str(error)) from error
     if done.returncode:
@@ -168,10 +170,14 @@ def program(name: str, of: str) -> Item:
     return Item(f"{name} ({of})", lambda: shutil.which(name) is not None, bring)
 
 
+def stamp_of(name: str) -> Path:
+    """The file that says that an environment is complete, and what it holds."""
+    return ROOT / "build" / "numpy" / name / "installed"
+
+
 def environment(name: str, requirements: Sequence[str]) -> Item:
     """An environment with the package in place, made anew when the one of the tests was."""
-    folder = ROOT / "build" / "numpy" / name
-    stamp = folder / "installed"
+    stamp = stamp_of(name)
     wanted = [*requirements, *(f"{runner}=={pins()[runner]}" for runner in RUNNERS)]
 
     def here() -> bool:
@@ -182,8 +188,8 @@ def environment(name: str, requirements: Sequence[str]) -> Item:
 
     def bring() -> None:
         stamp.unlink(missing_ok=True)
-        run([sys.executable, "-m", "venv", "--clear", folder])
-        python = folder / "bin" / "python"
+        run([sys.executable, "-m", "venv", "--clear", stamp.parent])
+        python = stamp.with_name("bin") / "python"
         run([python, *PIP, *wanted])
         run([python, *PIP, "--no-deps", "--editable", ROOT])
         stamp.write_text("\n".join(wanted))
@@ -278,16 +284,12 @@ def suite() -> Part:
 
 def smaller_parts() -> list[Part]:
     """What takes one core each, the longest first."""
-    made = [
-        Part(
-            name,
-            [str(python), "-m", "pytest", "--quiet", "-p", "no:cacheprovider", *SELECTION, f"--junitxml={results}"],
-            results,
-            of_pytest,
-        )
-        for name in ENVIRONMENTS
-        if (python := ROOT / "build" / "numpy" / name / "bin" / "python").exists() and (results := LOGS / f"{name}.xml")
-    ]
+    made = []
+    for name in ENVIRONMENTS:
+        if stamp_of(name).is_file():
+            python, results = stamp_of(name).with_name("bin") / "python", LOGS / f"{name}.xml"
+            command = [str(python), "-m", "pytest", "--quiet", "-p", "no:cacheprovider", *SELECTION]
+            made.append(Part(name, [*command, f"--junitxml={results}"], results, of_pytest))
     if shutil.which("aarch64-linux-gnu-g++") and shutil.which("qemu-aarch64"):
         results = LOGS / "arm.json"
         command = [sys.executable, "tests/arm/run.py", "--only", ARM_STEPS, "--out", str(results)]

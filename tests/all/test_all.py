@@ -116,10 +116,12 @@ def test_an_environment_is_kept_until_something_changes(runner, monkeypatch, tmp
         (tmp_path / "build" / "numpy" / "old").mkdir(parents=True, exist_ok=True)
 
     monkeypatch.setattr(runner, "run", run)
+    monkeypatch.setattr(runner, "ENVIRONMENTS", {"old": ["numpy==1.24.2"]})
     item = runner.environment("old", ["numpy==1.24.2"])
     assert not item.here()
     item.bring()
     assert item.here()
+    assert "old" in [part.name for part in runner.smaller_parts()]
     assert [*commands[1][-5:-3], commands[2][-2:]] == ["numpy==1.24.2", commands[1][-4], ["--editable", str(tmp_path)]]
     assert not runner.environment("old", ["numpy==1.24.3"]).here()
     (tmp_path / ".venv").mkdir()
@@ -130,6 +132,14 @@ def test_an_environment_is_kept_until_something_changes(runner, monkeypatch, tmp
     later = (tmp_path / "build" / "numpy" / "old" / "installed").stat().st_mtime + 10
     os.utime(installed, (later, later))  # C++ code was compiled anew since
     assert not item.here()
+
+    def fails(command: list[object]) -> None:
+        raise Unavailable("no index answers")
+
+    monkeypatch.setattr(runner, "run", fails)
+    with pytest.raises(Unavailable):
+        item.bring()
+    assert "old" not in [part.name for part in runner.smaller_parts()]  # which would fail half made
 
 
 def write_wheel(folder: Path, name: str) -> None:
