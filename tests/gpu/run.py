@@ -74,7 +74,16 @@ def describe() -> dict[str, Any]:
     if version:
         found["nvcc"] = version[1].split("release ")[-1][:12]
     found["versions"] = {}
-    for package in ("torch", "onnxruntime-gpu", "onnxruntime", "onnx", "numpy", "mamba-ssm", "tensorrt"):
+    for package in (
+        "torch",
+        "onnxruntime-gpu",
+        "onnxruntime",
+        "onnx",
+        "numpy",
+        "mamba-ssm",
+        "tensorrt",
+        "tensorrt-rtx-cu13-libs",
+    ):
         try:
             found["versions"][package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

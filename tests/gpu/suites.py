@@ -172,4 +172,14 @@ SUITES = [
         share=120,
         least_s=60,
     ),
+    Suite(
+        "tensorrt-rtx",
+        "engines of TensorRT-RTX: built, held to the eager model, run",
+        8,
+        (*_PYTEST, module("onnx"), module("tensorrt_rtx_bindings")),
+        ["test_tensorrt_rtx.py"],
+        timeout_s=1800,
+        share=120,
+        least_s=60,
+    ),
 ]
