@@ -42,6 +42,7 @@ NOT_RUN: dict[str, str] = {
     "PYTHONPATH=SITE": GPU,
     "sudo nvpmodel": GPU,
     "sudo jetson_clocks": GPU,
+    "hcmen-compile --backend tensorrt-rtx": MINUTES,
     "hcmen-compile": GPU,
     "hcmen-run --bundle build/bundle --backend tensorrt": GPU,
     "hcmen-run samples/clip.npz --bundle build/bundle --backend tensorrt": GPU,

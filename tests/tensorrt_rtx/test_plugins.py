@@ -1,10 +1,13 @@
 """No node that a plugin may be taken for reaches the parser of TensorRT-RTX, which ends a process that has the plugin.
 
 TENSORRT_INCLUDE_DIR   a folder of NvInfer.h, for the plugin library; without it the same graphs meet no plugins
+TENSORRT_LEAN_DIR      a folder with tensorrt_lean_libs and tensorrt_lean_bindings in it, besides this environment
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -25,12 +28,19 @@ from hcmen.mamba.one_node import scan_model
 
 pytestmark = needs_rtx
 
+LEAN = os.environ.get("TENSORRT_LEAN_DIR", "").split(":")[0]
 LOADING = """
     import ctypes, sys
     how, path = sys.argv[1:3]
     del sys.argv[1:3]
     if how in ("ctypes", "both"):
         ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
+    if how == "tensorrt":  # before RTX's, as a program that serves both may do
+        import tensorrt_lean_libs
+        import tensorrt_lean_bindings
+        registry = tensorrt_lean_bindings.get_plugin_registry()
+        assert registry.load_library(path) is not None
+        assert registry.get_creator("SelectiveScan", "1", "hcmen") is not None
     if how in ("registry", "both"):
         import tensorrt_rtx_bindings
         registry = tensorrt_rtx_bindings.get_plugin_registry()
@@ -196,8 +206,13 @@ def test_so_it_is_in_a_process_that_has_the_plugins(library, tmp_path, made: Cal
     assert_written_out(compiled(bundle, "both", library), bundle, code, text)
 
 
-@pytest.mark.parametrize("how", ["ctypes", "registry", "both"])
-def test_a_model_is_compiled_in_a_process_that_has_the_plugins(library, micro_bundle, how):
+@pytest.mark.parametrize("how", ["ctypes", "registry", "tensorrt"])
+def test_a_model_is_compiled_in_a_process_that_has_the_plugins(library, micro_bundle, monkeypatch, how):
+    if how == "tensorrt":
+        if LEAN:
+            monkeypatch.setenv("PYTHONPATH", LEAN)
+        elif importlib.util.find_spec("tensorrt_lean_libs") is None:
+            pytest.skip("the wheels tensorrt_lean_cu13_libs and tensorrt_lean_cu13_bindings are not installed")
     done = compiled(micro_bundle, how, library)
     assert done.returncode == 0, done.stderr
     assert [record.plugin for record in listed(micro_bundle).values()] == ["function"]
