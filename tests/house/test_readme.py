@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -89,6 +90,24 @@ def anchors(page: Path) -> set[str]:
     """What a link into a page may name: its headings, as GitHub writes them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_engines_are_as_large_as_the_results_say():
+    """The table of docs/tensorrt.md, row by row."""
+    results = json.loads((ROOT / "docs" / "results" / "tensorrt_rtx.json").read_text())["builds"]
+    wanted = {"graph": "full", "body": "blocks", "target": None}
+    rows = []
+    for sizes, model in (("demo", "demo"), ("mosi", "MOSI's sizes")):
+        for precision in ("fp32", "fp16"):
+            for profiles, number in (("batches", 1), ("both", 2)):
+                case = {**wanted, "sizes": sizes, "precision": precision, "profiles": profiles}
+                (b,) = [b for b in results if case.items() <= b.items()]
+                launches = " / ".join(map(str, b["launches"]))
+                memory = " / ".join(f"{n / 1e6:.0f}" for n in b["activation_bytes"])
+                size = f"{b['engine_bytes'] / 1e6:.1f} MB | {b['engine_over_weights']:.0f} x"
+                rows.append(f"| {model} | {precision} | {number} | {size} | {launches} | {memory} MB |")
+    page = (ROOT / "docs" / "tensorrt.md").read_text(encoding="utf-8")
+    assert [line for line in page.splitlines() if line.startswith(("| demo |", "| MOSI's sizes |"))] == rows
 
 
 @pytest.mark.parametrize(("page", "target", "anchor"), LINKS, ids=lambda x: x.name if isinstance(x, Path) else x)
