@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 __all__ = ["Built", "Compiler"]
 
 _HEARTBEAT_SECONDS = 30.0
-_TURING = 75
 _OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|insufficient memory|cudaErrorMemoryAllocation|bad_alloc", re.I)
 
 
@@ -194,8 +193,7 @@ class Compiler:
             )
 
     def _targets(self) -> tuple[int, ...]:
-        # Turing has no float32 products there, and graphs of either precision have some.
-        known = [n for n in capabilities_of(self._trt) if n > _TURING]
+        known = capabilities_of(self._trt)
         for target in self.options.targets:
             if target not in known:
                 raise InputError(
@@ -203,7 +201,7 @@ class Compiler:
                     ", ".join(map(str, known)),
                     f"leave {target} out, or compile on such a GPU with --backend {TENSORRT.name}",
                 )
-        return tuple(sorted(set(self.options.targets))) or tuple(known)
+        return tuple(sorted(set(self.options.targets))) or known
 
     def _standing(self, name: str) -> EngineRecord | None:
         """The engine of that name, if it is as listed, made from this export and in the way asked for."""
@@ -228,19 +226,19 @@ class Compiler:
         return None
 
     def _embedded(self, variant: str) -> ModelProto:
+        """The graph with its weights, in the engine's precision."""
+        from hcmen.export.float16 import to_float16
         from hcmen.export.weights import embedded_model
 
         if self._weights is None:
             self._weights = self.bundle.read(self.bundle.manifest.weights)
-        return embedded_model(self.bundle, variant, self._weights)
+        model = embedded_model(self.bundle, variant, self._weights)
+        return to_float16(model) if self.options.precision == "fp16" else model
 
     def _prepared(self, model: ModelProto, variant: str) -> tuple[ModelProto, str]:
         """The model as the parser shall have it, and how its hcmen ops will run."""
-        from hcmen.export.float16 import to_float16
         from hcmen.mamba.functions import nodes_of, strip_functions
 
-        if self.options.precision == "fp16":
-            model = to_float16(model)
         ops = any(node.domain == OP_DOMAIN for node in nodes_of(model))
         if self.plugin == "function":
             return self._written_out(model, variant), "function" if ops else "none"

@@ -52,8 +52,6 @@ KERNELS = {"library": NATIVE, "aot": NATIVE, "function": FUNCTIONS, "none": STAN
 
 # TensorRT's name of a type -> NumPy's; engines of this project have no others at their ends.
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64"}
-_LEAST_BY_DEFAULT = 80
-"""Portable engines are for GPUs from here on, unless they are compiled for named ones."""
 _MOST_GRAPHS = 8
 _MOST_COUNTED = 4096
 
@@ -411,8 +409,6 @@ def choose_engine(
         InputError: as those.
     """
     wanted = [*(["--precision", precision] if precision else []), *_backend(flavour.name)]
-    if flavour.portable and sm < _LEAST_BY_DEFAULT:
-        wanted += ["--target", str(sm)]
     command = as_typed("hcmen-compile", "--bundle", bundle.path, "--variant", variant, *wanted)
     compile_ = f"run {command} {flavour.place}"
     records = (r for r in read_engines(bundle) if r.flavour == flavour.name)

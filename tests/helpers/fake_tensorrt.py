@@ -126,6 +126,7 @@ def make(version: str, cuda: FakeCuda, flavour: str = "tensorrt") -> Any:
         bits = ("VERSION_MISMATCH", "UNSUPPORTED_CC", "OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME", "INSUFFICIENT_GPU_MEMORY")
         for name, values in (
             ("ComputeCapability", {"NONE": 0, "CURRENT": 1, **{f"SM{n}": n for n in TARGETS}}),
+            ("ExecutionContextAllocationStrategy", {"STATIC": 0, "ON_PROFILE_CHANGE": 1, "USER_MANAGED": 2}),
             ("CudaGraphStrategy", {"DISABLED": 0, "WHOLE_GRAPH_CAPTURE": 1}),
             ("DynamicShapesKernelSpecializationStrategy", {"LAZY": 0, "EAGER": 1, "NONE": 2}),
             ("EngineValidity", {"VALID": 0, "SUBOPTIMAL": 1, "INVALID": 2}),
@@ -317,6 +318,7 @@ def make(version: str, cuda: FakeCuda, flavour: str = "tensorrt") -> Any:
             made = thing(
                 "IRuntimeConfig",
                 create_runtime_cache=create_runtime_cache,
+                set_execution_context_allocation_strategy=lambda strategy: None,
                 set_runtime_cache=lambda cache: vars(made).update(_cache=cache) is None,
                 _cache=None,
             )

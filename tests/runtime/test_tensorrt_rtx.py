@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -252,16 +253,18 @@ def test_compiling_again_drops_the_results_of_the_engine_before(ready, cuda):
 
 
 def test_a_run_beyond_the_time_limit_leaves_the_session_to_it(ready, cuda, monkeypatch):
-    real_run = cuda.cudaStreamSynchronize
+    real_run, told = cuda.cudaStreamSynchronize, threading.Event()
 
     def slow(stream: int) -> int:
-        time.sleep(2)
+        told.wait(60)
         return real_run(stream)
 
     monkeypatch.setattr(hcmen.base.console, "end_at_once", lambda: None)
     cuda.cudaStreamSynchronize = slow  # type: ignore[method-assign]
-    with pytest.raises(BackendError, match=r"running it took more than 1 s"):
-        load(ready, backend=RTX, time_limit=1).kernels("full")
+    # A busy machine takes more than a second to load it.
+    with pytest.raises(BackendError, match=r"running it took more than 5 s"):
+        load(ready, backend=RTX, time_limit=5).kernels("full")
+    told.set()
     assert results(ready) == []
     until = time.monotonic() + 30
     while cuda.alive and time.monotonic() < until:
@@ -342,14 +345,14 @@ def test_without_a_place_or_a_cache_it_runs_all_the_same(ready, clip, trt, monke
 # --- which device, which engine ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sm", [87, 90, 100, 103, 110])
+@pytest.mark.parametrize("sm", [75, 87, 90, 100, 103, 110])
 def test_a_gpu_without_kernels_is_told_before_anything_is_opened(ready, clip, monkeypatch, tmp_path, sm):
     cuda = machine(monkeypatch, tmp_path, cuda=FakeCuda(sm=sm), flavour=RTX).cuda
     done = scored(ready, clip)
     assert done.code == 3
     assert done.lines == [
-        f"error: TensorRT-RTX 1.7.1.116 has no kernels for this GPU, of sm {sm}, expected one of sm 75, 80, 86, 89, "
-        "120, 121: use --backend tensorrt, or ort-cuda"
+        f"error: TensorRT-RTX 1.7.1.116 has no kernels for this GPU, of sm {sm}, expected one of sm 80, 86, 89, 120, "
+        "121: use --backend tensorrt, or ort-cuda"
     ]
     assert not {"cudaStreamCreateWithFlags", "cudaMalloc"} & set(cuda.calls)
 
@@ -362,12 +365,6 @@ def unfit(**changes: Any) -> Provoke:
 
 
 UNFIT: list[tuple[str, int, Provoke, str]] = [
-    (
-        "Turing",
-        3,
-        lambda m: m.gpu(sm=75),
-        "made for GPUs of sm 80, 86, 89, 120, 121, this one has sm 75: run .* --target 75 on",
-    ),
     ("another version", 3, lambda m: m.gpu("1.6.1.120"), r"made by TensorRT-RTX 1\.7\.1\.116, this machine has 1\.6"),
     ("an older version", 3, lambda m: m.gpu("1.3.0"), r"TensorRT-RTX is 1\.3\.0, expected 1\.4 or later"),
     ("no module", 3, lambda m: m.none(), r"tensorrt_rtx_bindings is not installed, .*: pip install 'hcmen\[rtx\]'"),
@@ -479,7 +476,7 @@ def examined(bundle: Path, monkeypatch) -> dict[str, Row]:
 def test_the_doctor_runs_what_is_there(ready, trt, cuda, monkeypatch):
     found = examined(ready, monkeypatch)
     assert list(found)[-2:] == [RTX, f"{RTX} engines"]
-    detail = "1.7.1.116, builds for GPUs of sm 75, 80, 86, 89, 120, 121; sm 89 is here"
+    detail = "1.7.1.116, builds for GPUs of sm 80, 86, 89, 120, 121; sm 89 is here"
     assert (found[RTX].status, found[RTX].detail) == ("ok", detail)
     engines = found[f"{RTX} engines"]
     assert (engines.status, engines.detail) == ("ok", "1, each as listed; golden set passed for full fp32")
