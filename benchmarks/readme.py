@@ -401,6 +401,33 @@ def gains(scans: dict[str, Any], direction: str, dtype: str) -> list[float]:
     return [c["times_faster_than_mamba_ssm"] for c in own if c.get("times_faster_than_mamba_ssm")]
 
 
+def engines(data: dict[str, Any]) -> str:
+    """Both bodies of the functions as TensorRT-RTX builds them."""
+    rows = []
+    for sizes, graph, precision, profiles in (
+        ("node", "SelectiveScan", "fp32", "batches"),
+        ("node", "CausalConv1d", "fp32", "batches"),
+        ("mosi", "full", "fp32", "both"),
+        ("mosi", "full", "fp16", "both"),
+    ):
+        name = f"one {graph}, batch of 32" if sizes == "node" else f"{graph} of MOSI's sizes, {precision}, a clip / 32"
+        row = [name]
+        for body in ("scan", "blocks"):
+            case = {"sizes": sizes, "graph": graph, "precision": precision, "profiles": profiles, "body": body}
+            (built,) = (b for b in data["builds"] if {**case, "target": None}.items() <= b.items())
+            done = "launches" in built
+            row.append(" / ".join(f"{n:,}" for n in built["launches"]) if done else "does not build")
+            row.append(" / ".join(f"{n / 1e6:,.0f}" for n in built["activation_bytes"]) if done else "")
+        rows.append(row)
+    header = ["graph", "`scan`: launches", "activations, MB", "`blocks`: launches", "activations, MB"]
+    return (
+        f"What the builder of {data['builder']['name']} {data['builder']['version']} makes of the model-local functions in "
+        "either [body](op.md#the-model-local-functions), counted in its list of layers for a run at full length; nothing "
+        f"was executed or timed ([sizes of all engines](tensorrt.md#tensorrt-rtx-engines-built-anywhere)):\n\n"
+        f"{table(header, rows)}"
+    )
+
+
 def results() -> str:
     """The page docs/results.md."""
     scans, cold = result("scan_cpu"), result("cold_start")
@@ -413,6 +440,7 @@ def results() -> str:
             runtimes(result("ort_matrix")),
             f"{arm(result('arm_qemu'), result('wheel'))} {instructions(result('instruction_counts'))}",
         ],
+        "Engines without plugins": [engines(result("tensorrt_rtx"))],
         "How far a comparison is to be believed": [bench(result("bench_noise"), result("bench_noise_busy"))],
         "What the model learns": [
             training(result("demo_training")),
@@ -426,7 +454,7 @@ def results() -> str:
                 [
                     *("scan_cpu", "graph", "cold_start", "soak", "stream", "bench", "bench_noise", "wheel"),
                     *("instruction_counts", "scan_cpu_xeon", "ulp", "precision", "demo_training", "peer_lnln"),
-                    *("training_speed", "text_encoder"),
+                    *("training_speed", "text_encoder", "tensorrt_rtx"),
                 ]
             ),
         ],

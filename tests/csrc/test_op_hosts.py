@@ -45,6 +45,7 @@ from helpers.trt_wheels import NO_HEADERS
 
 from hcmen.base.library import library_path
 from hcmen.mamba import scan
+from hcmen.mamba.functions import add_functions
 
 Case = ScanCase | ConvCase
 Run = Callable[[Case, Arrays], list[np.ndarray]]
@@ -76,11 +77,12 @@ def by_pytorch(name: str, dtype: type | None = None) -> Run:
     return run
 
 
-def by_onnxruntime(library: Path | None, threads: tuple[int, ...] = (1,)) -> Run:
-    """One node, on so many threads, which all give the same bits; None: by its model-local function."""
+def by_onnxruntime(library: Path | None, threads: tuple[int, ...] = (1,), body: str = "scan") -> Run:
+    """One node, on so many threads, which all give the same bits; None: by its model-local function, of that body."""
 
     def run(case: Case, arrays: Arrays) -> list[np.ndarray]:
-        data, found = model_of(case, functions=library is None).SerializeToString(), []
+        model, found = model_of(case, functions=library is None), []
+        data = (add_functions(model, body) if library is None else model).SerializeToString()
         for count in threads:
             options = ort.SessionOptions()
             options.log_severity_level = 3
@@ -136,6 +138,7 @@ HOSTS: dict[str, Callable[[Path], Run]] = {
     "pytorch": lambda folder: by_pytorch("native"),
     "onnxruntime": lambda folder: by_onnxruntime(library_path(), (1, 2)),
     "functions": lambda folder: by_onnxruntime(None),
+    "blocks": lambda folder: by_onnxruntime(None, body="blocks"),
     "cuda": lambda folder: by_cuda(),
     "onnxruntime-cuda": lambda folder: by_onnxruntime_cuda(),
     **{name: functools.partial(by_plugin, name) for name in ("plugin", "plugin-cuda", "plugin-gpu")},
@@ -151,7 +154,7 @@ def takes(host: str, case: Case) -> bool:
     if host == "reference" and case.dtype != "float32":
         return False
     # PyTorch and ONNX Runtime meet the large ones; the plugins pass on what they are given.
-    return host in ("pytorch", "onnxruntime", "functions") or case.time * case.channel <= 10_000
+    return host in ("pytorch", "onnxruntime", "functions", "blocks") or case.time * case.channel <= 10_000
 
 
 @functools.cache

@@ -9,13 +9,10 @@ import onnx
 import onnxruntime as ort
 import pytest
 from helpers.op_cases import (
-    CONVS,
-    SCANS,
     Arrays,
     ConvCase,
     ScanCase,
     assert_close,
-    assert_conv,
     assert_scan,
     conv_arrays,
     conv_oracle,
@@ -53,11 +50,6 @@ def scanned(case: ScanCase, arrays: Arrays | None = None) -> None:
 
 
 # --- the scan ---------------------------------------------------------------------------------------------------------
-
-
-def test_blocks_give_the_numbers_of_the_recurrence() -> None:
-    for case in SCANS:
-        scanned(case)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -132,12 +124,6 @@ def test_a_long_scan_in_parts_is_the_long_scan() -> None:
 
 
 # --- the convolution --------------------------------------------------------------------------------------------------
-
-
-def test_taps_give_the_numbers_of_the_convolution() -> None:
-    for case in CONVS + [ConvCase(1, 50, 3, width, reverse=width % 2 == 0) for width in (MOST_TAPS, MOST_TAPS + 1)]:
-        arrays = conv_arrays(case)
-        assert_conv(case, arrays, run(in_blocks(case), arrays))
 
 
 def kinds(function: onnx.FunctionProto) -> set[str]:
