@@ -421,9 +421,10 @@ def engines(data: dict[str, Any]) -> str:
         rows.append(row)
     header = ["graph", "`scan`: launches", "activations, MB", "`blocks`: launches", "activations, MB"]
     return (
-        f"What the builder of {data['builder']['name']} {data['builder']['version']} makes of the model-local functions in "
-        "either [body](op.md#the-model-local-functions), counted in its list of layers for a run at full length; nothing "
-        f"was executed or timed ([sizes of all engines](tensorrt.md#tensorrt-rtx-engines-built-anywhere)):\n\n"
+        f"What the builder of {data['builder']['name']} {data['builder']['version']} makes of the model-local "
+        "functions in either [body](op.md#the-model-local-functions), counted in its list of layers for a run at full "
+        "length. "
+        "Nothing was executed or timed ([sizes of engines](tensorrt.md#tensorrt-rtx-engines-built-anywhere)):\n\n"
         f"{table(header, rows)}"
     )
 
