@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from hcmen.base.bundle import Bundle
 from hcmen.base.engines import EngineRecord, read_engines
 from hcmen.base.errors import BackendError, CorruptFileError, InputError, unknown_name
+from hcmen.base.interrupts import deaf
 from hcmen.base.manifest import VariantRecord
 from hcmen.base.trust import engine_key, key_path
 from hcmen.base.typed import as_typed
@@ -377,14 +378,15 @@ class TrtBackend:
             graphs=self.options.cuda_graph and engine.plugin != "function" and jit is None,
             jit=jit,
         )
-        session = within(self.time_limit, make, where, "loading it")
-        session.time_limit = self.time_limit
-        if flavour.portable:
-            try:
-                require_golden(bundle, engine, session, here, flavour.again)
-            except BaseException:
-                session.close()
-                raise
+        with deaf():  # TensorRT logs while it loads and compiles, and drops what a signal raises there
+            session = within(self.time_limit, make, where, "loading it")
+            session.time_limit = self.time_limit
+            if flavour.portable:
+                try:
+                    require_golden(bundle, engine, session, here, flavour.again)
+                except BaseException:
+                    session.close()
+                    raise
         return session
 
 

@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -271,6 +272,22 @@ def test_a_run_beyond_the_time_limit_leaves_the_session_to_it(ready, cuda, monke
         time.sleep(0.05)
         gc.collect()  # the error's traceback has the session
     assert cuda.alive == {}  # nothing was freed under the run, and all when it ended
+
+
+def test_a_signal_ends_a_command_while_an_engine_is_loaded_and_compiled(ready, clip, monkeypatch):
+    """Then TensorRT calls Python back to log, and drops what is raised there. Later runs answer as ever."""
+    heard: list[Any] = []
+    real = FakeCuda.cudaStreamSynchronize
+
+    def heeded(self: FakeCuda, stream: int) -> int:
+        heard.append(signal.getsignal(signal.SIGINT))
+        return real(self, stream)
+
+    monkeypatch.setattr(FakeCuda, "cudaStreamSynchronize", heeded)
+    assert scored(ready, clip, "--variant", "full").code == 0
+    assert heard[0] is signal.SIG_DFL
+    assert callable(heard[-1])
+    assert heard[-1] is not signal.SIG_DFL
 
 
 # --- what is compiled on the GPU --------------------------------------------------------------------------------------
