@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers.command import run
-from helpers.micro import micro_bundle_at
+from helpers.micro import micro_bundle_at, micro_feeds
 
 from hcmen.base.bundle import read_bundle
 from hcmen.base.engines import read_engines
@@ -67,10 +67,7 @@ def test_sizes_in_any_order_and_cuda_graphs(ready):
     model, reference = load(bundle, backend="tensorrt"), load(bundle)
     rng = np.random.default_rng(0)
     for batch, steps in [(1, 3), (2, 5), (7, 4), (1, 10), (4, 1)] * 4:
-        feeds: dict[str, np.ndarray] = {}
-        for m in ("text", "audio", "vision"):
-            feeds[m] = rng.normal(size=(batch, steps, model.inputs.modality(m).features)).astype(np.float32)
-            feeds[f"{m}_length"] = rng.integers(1, steps + 1, batch)
+        feeds = micro_feeds(rng, batch, steps)
         got, expected = model.run("full", feeds), reference.run("full", feeds)
         for name in expected:
             np.testing.assert_allclose(got[name], expected[name], atol=1e-4, rtol=1e-4)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers.command import run
-from helpers.micro import micro_bundle_at
+from helpers.micro import micro_bundle_at, micro_feeds
 
 from hcmen.base.errors import HcmenError
 from hcmen.base.modalities import VARIANTS
@@ -65,10 +65,7 @@ def test_sizes_in_any_order(cache, tmp_path, cuda_graph, specialization, profile
     rng = np.random.default_rng(0)
     with load(bundle, backend=TensorRTRTX(cuda_graph=cuda_graph, specialization=specialization)) as model:
         for batch, steps in [(1, 3), (2, 5), (7, 4), (1, 10), (4, 1)] * 4:
-            feeds: dict[str, np.ndarray] = {}
-            for m in ("text", "audio", "vision"):
-                feeds[m] = rng.normal(size=(batch, steps, model.inputs.modality(m).features)).astype(np.float32)
-                feeds[f"{m}_length"] = rng.integers(1, steps + 1, batch)
+            feeds = micro_feeds(rng, batch, steps)
             got, expected = model.run("full", feeds), reference.run("full", feeds)
             for name in expected:
                 np.testing.assert_allclose(got[name], expected[name], atol=1e-4, rtol=1e-4)

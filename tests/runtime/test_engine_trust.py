@@ -10,14 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from helpers.command import Outcome, run
 from helpers.fake_tensorrt import MODULES, compiled, machine
+from helpers.micro import micro_clip
 
 import hcmen.runtime.commands.doctor_tensorrt
 from hcmen.base.bundle import read_bundle
-from hcmen.base.clip import write_clip
 from hcmen.base.engines import EngineRecord, read_engines
 from hcmen.base.errors import CorruptFileError, InputError
 from hcmen.base.trust import key_path, made_key, signature
@@ -59,11 +58,7 @@ def ready(micro_bundle, trt, state, flavour) -> Path:
 
 @pytest.fixture
 def clip(ready, tmp_path) -> Path:
-    inputs = read_bundle(ready).manifest.inputs
-    rng = np.random.default_rng(0)
-    arrays = {m: rng.normal(size=(5, inputs.modality(m).features)) for m in ("text", "audio", "vision")}
-    write_clip(tmp_path / "clip.npz", {m: x.astype(np.float32) for m, x in arrays.items()})
-    return tmp_path / "clip.npz"
+    return micro_clip(tmp_path)
 
 
 def changed(bundle: Path, change: Callable[[dict[str, Any]], Any]) -> None:

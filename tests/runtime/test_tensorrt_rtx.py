@@ -25,7 +25,7 @@ from helpers import bindings as real
 from helpers.command import Outcome, open_folder, run, without_privileges
 from helpers.fake_cuda import FakeCuda
 from helpers.fake_tensorrt import compiled, machine
-from helpers.micro import micro_bundle_at
+from helpers.micro import micro_bundle_at, micro_clip
 from helpers.processes import loaded_after
 from helpers.small_bundle import make_bundle
 
@@ -35,7 +35,6 @@ import hcmen.runtime.backends.kept_code
 import hcmen.runtime.backends.tensorrt_rtx
 import hcmen.runtime.commands.doctor_tensorrt
 from hcmen.base.bundle import read_bundle
-from hcmen.base.clip import write_clip
 from hcmen.base.engines import read_engines
 from hcmen.base.errors import BackendError, CheckFailed
 from hcmen.runtime import load
@@ -70,11 +69,7 @@ def ready(micro_bundle, trt) -> Path:
 
 @pytest.fixture
 def clip(ready, tmp_path) -> Path:
-    inputs = read_bundle(ready).manifest.inputs
-    rng = np.random.default_rng(0)
-    arrays = {m: rng.normal(size=(5, inputs.modality(m).features)) for m in ("text", "audio", "vision")}
-    write_clip(tmp_path / "clip.npz", {m: x.astype(np.float32) for m, x in arrays.items()})
-    return tmp_path / "clip.npz"
+    return micro_clip(tmp_path)
 
 
 def scored(bundle: Path, *arguments: object) -> Outcome:
