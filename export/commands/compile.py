@@ -209,7 +209,7 @@ def main(
                 for b in built
             ],
         },
-        "\n".join([*_table(built), "", f"Next: {_next(bundle, chosen, opened, backend, precision)}"]),
+        "\n".join([*_table(built), "", *_next(bundle, chosen, opened, compiler, precision)]),
     )
 
 
@@ -235,11 +235,14 @@ def _what_builds(compiler: Compiler) -> str:
     return f"{builder}, GPU of sm {sm}, CUDA {compiler.cuda.runtime}"
 
 
-def _next(bundle: Path, compiled: Sequence[str], opened: Bundle, backend: str, precision: str) -> str:
+def _next(bundle: Path, compiled: Sequence[str], opened: Bundle, compiler: Compiler, precision: str) -> list[str]:
     """What to type next: the golden set through the engines."""
     variant = [] if len(compiled) == len(opened.manifest.variants) else ["--variant", compiled[0]]
-    engines = ["--backend", backend, "--precision", precision]
-    return as_typed("hcmen-run", "--self-test", "--bundle", from_here(bundle), *variant, *engines)
+    engines = ["--backend", compiler.flavour.name, "--precision", precision]
+    typed = as_typed("hcmen-run", "--self-test", "--bundle", from_here(bundle), *variant, *engines)
+    if compiler.cuda is not None:
+        return [f"Next: {typed}"]
+    return ["On another machine add --trust-engines. Next, where such a GPU is:", f"  {typed}"]
 
 
 def _table(built: Sequence[Built]) -> list[str]:
