@@ -301,7 +301,7 @@ def run_part(part: Part) -> tuple[Outcome, float]:
     """Runs a part, its output in a file of build/all; the end of that is shown if it fails."""
     part.results.unlink(missing_ok=True)
     log, started = part.results.with_suffix(".log"), time.monotonic()
-    print(f"{part.name} runs, its output goes to {log}", flush=True)
+    print(f"{part.name} runs, its output goes to {log}\n", end="", flush=True)  # two threads write
     quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     with log.open("w") as file:
         code = subprocess.run(
