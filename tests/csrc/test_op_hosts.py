@@ -167,7 +167,7 @@ def missing(host: str) -> str | None:
     if host.startswith("plugin") and not INCLUDES:
         return NO_HEADERS
     if host == "plugin-gpu" and not trt_program.has_gpu():
-        return "there is no NVIDIA GPU"
+        return "there is no NVIDIA GPU: python tests/gpu/run.py on a machine with one"
     return None
 
 

@@ -239,7 +239,8 @@ def test_a_session_that_fails_prints_nothing(tmp_path, capfd, monkeypatch):
 # --- weights --------------------------------------------------------------------------------------------------------
 
 MAPS = pytest.mark.skipif(
-    tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 23), reason="nothing is mapped there"
+    tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 23),
+    reason=f"onnxruntime {onnxruntime.__version__} maps nothing, 1.23 does",
 )
 SHOWS = """
 import sys
