@@ -176,13 +176,13 @@ def stamp_of(name: str) -> Path:
 
 
 def environment(name: str, requirements: Sequence[str]) -> Item:
-    """An environment with the package in place, made anew when the one of the tests was."""
+    """An environment with the package in place, made anew when what is compiled has changed since."""
     stamp = stamp_of(name)
     wanted = [*requirements, *(f"{runner}=={pins()[runner]}" for runner in RUNNERS)]
 
     def here() -> bool:
-        newer = ROOT / ".venv" / "installed"
-        if not stamp.is_file() or (newer.exists() and newer.stat().st_mtime > stamp.stat().st_mtime):
+        compiled = [ROOT / "pyproject.toml", ROOT / "CMakeLists.txt", *(ROOT / "runtime" / "csrc").glob("*")]
+        if not stamp.is_file() or max(path.stat().st_mtime for path in compiled) > stamp.stat().st_mtime:
             return False
         return stamp.read_text() == "\n".join(wanted)
 
