@@ -1,13 +1,10 @@
 """No node that a plugin may be taken for reaches the parser of TensorRT-RTX, which ends a process that has the plugin.
 
-TENSORRT_INCLUDE_DIR   a folder of NvInfer.h, for the plugin library; without it the same graphs meet no plugins
-TENSORRT_LEAN_DIR      a folder with tensorrt_lean_libs and tensorrt_lean_bindings in it, besides this environment
+Without TensorRT's headers there is no plugin library, and the same graphs meet no plugins.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import signal
 import subprocess
 import sys
@@ -20,6 +17,7 @@ import pytest
 from helpers.rtx import RealBuilder, command, listed, needs_rtx
 from helpers.small_bundle import graph, make_bundle
 from helpers.trt_program import INCLUDES, build
+from helpers.trt_wheels import NO_HEADERS, NO_LEAN, lean_folders
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from hcmen.base.errors import InputError
@@ -28,7 +26,6 @@ from hcmen.mamba.one_node import scan_model
 
 pytestmark = needs_rtx
 
-LEAN = os.environ.get("TENSORRT_LEAN_DIR", "").split(":")[0]
 LOADING = """
     import ctypes, sys
     how, path = sys.argv[1:3]
@@ -65,7 +62,7 @@ COMPILING = """
 def library() -> Path:
     """libhcmen_trt.so, with the CUDA kernels where nvcc is."""
     if not INCLUDES:
-        pytest.skip("TENSORRT_INCLUDE_DIR names no folder of TensorRT headers, which the plugin library is built with")
+        pytest.skip(NO_HEADERS)
     made = build(INCLUDES[0], "trt")
     return made.cuda or made.host
 
@@ -209,10 +206,10 @@ def test_so_it_is_in_a_process_that_has_the_plugins(library, tmp_path, made: Cal
 @pytest.mark.parametrize("how", ["ctypes", "registry", "tensorrt"])
 def test_a_model_is_compiled_in_a_process_that_has_the_plugins(library, micro_bundle, monkeypatch, how):
     if how == "tensorrt":
-        if LEAN:
-            monkeypatch.setenv("PYTHONPATH", LEAN)
-        elif importlib.util.find_spec("tensorrt_lean_libs") is None:
-            pytest.skip("the wheels tensorrt_lean_cu13_libs and tensorrt_lean_cu13_bindings are not installed")
+        folders = lean_folders("tensorrt_lean_libs", "tensorrt_lean_bindings")
+        if not folders:
+            pytest.skip(NO_LEAN)
+        monkeypatch.setenv("PYTHONPATH", str(next(iter(folders.values()))))
     done = compiled(micro_bundle, how, library)
     assert done.returncode == 0, done.stderr
     assert [record.plugin for record in listed(micro_bundle).values()] == ["function"]
