@@ -38,6 +38,9 @@ LOGS = ROOT / "build" / "all"
 CONSTRAINTS = ROOT / "constraints.txt"
 PIP = ("-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--timeout", "15", "--retries", "1")
 
+# Without a network it would ask each of its addresses for minutes.
+APT = ("apt-get", "--quiet", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=15")
+
 # Into the environment that runs this, beside what the extra `dev` brings.
 PACKAGES = (
     "nvidia-cuda-nvrtc",
@@ -164,8 +167,8 @@ def program(name: str, of: str) -> Item:
             raise Unavailable(f"{name} is not on the path, and there is no apt-get to install {of} with")
         if os.geteuid() != 0:
             raise Unavailable(f"only root installs it: sudo apt-get install {of}")
-        run(["apt-get", "update", "--quiet"])
-        run(["apt-get", "install", "--yes", "--quiet", "--no-install-recommends", of])
+        run([*APT, "update"])
+        run([*APT, "install", "--yes", "--no-install-recommends", of])
 
     return Item(f"{name} ({of})", lambda: shutil.which(name) is not None, bring)
 
