@@ -281,8 +281,23 @@ ENGINES = [
         "half a character as one of two signatures",
         0,
         "",
-        edited("engines", 1, "signature", to="\ud800"),
+        edited("engines", 2, "signature", to="\ud800"),
     ),
+    *(
+        Attack(
+            "engine index", f"{name} of capabilities", 5, "no rising list", edited("engines", 1, "capabilities", to=to)
+        )
+        for name, to in (
+            ("a million", list(range(1, 10**6))),
+            ("none", []),
+            ("one that is true", [True]),
+            ("a falling list", [89, 86]),
+            ("one twice", [86, 86]),
+            ("10**400", [10**400]),
+        )
+    ),
+    Attack("engine index", "a flavour of escapes", 5, "flavour", edited("engines", 1, "flavour", to="\x1b[2J")),
+    Attack("engine index", "three profiles", 5, "profiles", edited("engines", 1, "profiles", to=3)),
     Attack("engine index", "1,001 engines", 5, "expected at most 1000", edited("engines", to=[{}] * 1001)),
     Attack("engine index", "a schema of tomorrow", 2, "schema_version", edited("schema_version", to=2)),
     Attack("engine key", "a key of 1 MB", 5, "no key", b"a" * (1 << 20)),

@@ -23,6 +23,7 @@ import numpy as np
 from fuzz import mutate
 from helpers.small_bundle import INPUTS, clip_arrays, engine_record, golden, graph, make_bundle
 
+from hcmen.base.errors import InputError
 from hcmen.base.inputs import Inputs, TokenConfig
 
 __all__ = ["FORMATS", "Format"]
@@ -161,20 +162,77 @@ def _indexes(folder: Path) -> list[bytes]:
 
     os.environ["XDG_STATE_HOME"] = str(folder / "state")
     bundle = read_bundle(_bundle(folder))
-    for sm in (80, 87):
-        record = engine_record(
-            bundle, b"engine", "text_only", sm=sm, machine=platform.machine(), version_compatible=True
-        )
-        write_engine(bundle, record, b"engine", {})
+    own = {"machine": platform.machine(), "version_compatible": True}
+    portable = {"flavour": "tensorrt-rtx", "profiles": 1, "parity": {"measured": False}}
+    for changes in ({"capabilities": (80,), **own}, {"capabilities": (86, 89), **portable}, own):
+        write_engine(bundle, engine_record(bundle, b"engine", "text_only", **changes), b"engine", {})
     return [(bundle.path / "engines" / "manifest.json").read_bytes()]
 
 
 def _read_index(folder: Path) -> object:
     from hcmen.base.bundle import read_bundle
+    from hcmen.runtime.backends.flavour import TENSORRT_RTX
     from hcmen.runtime.backends.tensorrt import choose_engine
 
     os.environ["XDG_STATE_HOME"] = str(folder / "state")
-    return choose_engine(read_bundle(folder / "bundle"), "text_only", None, 87, "10.9.0")
+    bundle = read_bundle(folder / "bundle")
+    portable = choose_engine(bundle, "text_only", None, 89, "10.3.0", TENSORRT_RTX)
+    return choose_engine(bundle, "text_only", None, 87, "10.9.0"), portable
+
+
+_KEY = {"engine": "0" * 64, "sm": 89}
+_DIGEST = hashlib.sha256(json.dumps(_KEY, sort_keys=True).encode()).hexdigest()
+_KEPT = f"bundle/engines/text_only.fp16.sm80.trt10.3.0.engine.{_DIGEST[:16]}.parity.json"
+_CODE = f"cache/hcmen/tensorrt-rtx/{_DIGEST[:32]}.cache"
+
+
+def _kept(folder: Path) -> list[bytes]:
+    from hcmen.base.bundle import read_bundle
+    from hcmen.base.engines import keep, read_engines
+
+    _indexes(folder)
+    bundle = read_bundle(folder / "bundle")
+    keep(bundle, read_engines(bundle)[0], _KEY, {"passed": True})
+    return [(folder / _KEPT).read_bytes()]
+
+
+def _read_kept(folder: Path) -> object:
+    from hcmen.base.bundle import read_bundle
+    from hcmen.base.engines import is_kept, read_engines
+
+    bundle = read_bundle(folder / "bundle")
+    if not is_kept(bundle, read_engines(bundle)[0], _KEY):
+        raise InputError("measured again")
+    return True
+
+
+def _codes(folder: Path) -> list[bytes]:
+    from hcmen.runtime.backends.kept_code import KeptCode
+
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    KeptCode(_KEY).write(bytes(range(256)) * 8)
+    return [(folder / _CODE).read_bytes()]
+
+
+def _read_code(folder: Path) -> object:
+    import warnings
+
+    from hcmen.runtime.backends.kept_code import KeptCode
+
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    if _is_file(folder / _CODE):
+        (folder / _CODE).chmod(0o600)
+        content = (folder / _CODE).read_bytes()
+        head = content.find(b"\n") + 1
+        if len(content) > head + 32:
+            code = content[head + 32 :]
+            (folder / _CODE).write_bytes(content[:head] + hashlib.sha256(code).digest() + code)
+    with warnings.catch_warnings(record=True) as told:  # one line and no error, whatever is there
+        warnings.simplefilter("always")
+        found = KeptCode(_KEY).read()
+    if told:
+        raise InputError(str(told[0].message))
+    return found
 
 
 def _keys(folder: Path) -> list[bytes]:
@@ -460,7 +518,6 @@ def _named_chunks(folder: Path) -> list[bytes]:
 def _read_lines(folder: Path) -> object:
     """The paths as hcmen-follow takes them from stdin, and each as a clip."""
     from hcmen.base.clip import read_clip
-    from hcmen.base.errors import InputError
     from hcmen.runtime.commands.follow import _from_stdin, _in_order
 
     with open(folder / "lines") as file:
@@ -488,6 +545,8 @@ FORMATS = {
         Format("manifest of schema 1", "bundle/manifest.json", _old_manifests, _read_manifest, mutate.json_file),
         Format("engine index", "bundle/engines/manifest.json", _indexes, _read_index, mutate.json_file),
         Format("engine key", "hcmen/engine.key", _keys, _read_key, mutate.havoc),
+        Format("kept golden test", _KEPT, _kept, _read_kept, mutate.json_file),
+        Format("kept code", _CODE, _codes, _read_code, mutate.havoc),
         Format("graph", "bundle/text_only.onnx", _graphs, _read_graph, mutate.onnx, _run_graph),
         Format("pickle", "set.pkl", _pickles, lambda folder: _read_set(folder / "set.pkl"), mutate.pickled, _convert),
         *(
