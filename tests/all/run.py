@@ -107,7 +107,7 @@ SELECTION = (
         )
     ),
 )
-# Left out are `kernels` and `ulp`, which are among the suite's tests in tests/arm, and `instructions`, which writes docs/.
+# Left out are `kernels` and `ulp`, which tests/arm has in the suite, and `instructions`, which writes docs/.
 ARM_STEPS = "wheel,environment,self-test,demo-bundle,grid"
 
 
