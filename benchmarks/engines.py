@@ -36,6 +36,7 @@ from hcmen.base.shipped import DEMO
 from hcmen.mamba.functions import add_functions
 from hcmen.mamba.one_node import conv_model, scan_model
 from hcmen.mamba.scan_bodies import BLOCK
+from hcmen.runtime.backends.tensorrt_rtx import set_targets
 
 ROOT = Path(__file__).resolve().parents[1]
 CHANNELS, STATES, WIDTH, STEPS = 512, 12, 4, 500
@@ -112,8 +113,8 @@ def node_of(case: Case) -> tuple[onnx.ModelProto, list[dict[str, Any]], list[int
 
 def variant_of(case: Case, path: Path) -> tuple[onnx.ModelProto, list[dict[str, Any]], list[int]]:
     """The same of a variant of the bundle in `path`, as hcmen-compile prepares it."""
+    from hcmen.export.engine_options import profile_shapes
     from hcmen.export.float16 import to_float16
-    from hcmen.export.tensorrt import profile_shapes
     from hcmen.export.weights import embedded_model
 
     bundle = read_bundle(path)
@@ -159,8 +160,7 @@ def built(case: Case, path: Path) -> dict[str, Any]:
             profile.set_shape(name, *sizes)
         config.add_optimization_profile(profile)
     if case.target is not None:
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, case.target), 0)
+        set_targets(trt, config, [int(case.target.removeprefix("SM"))])
     started = time.perf_counter()
     plan = builder.build_serialized_network(network, config)
     seconds = round(time.perf_counter() - started, 2)

@@ -42,7 +42,7 @@ from hcmen.export.engine_options import Options, profile_shapes
 from hcmen.runtime.backends.cuda import Cuda
 from hcmen.runtime.backends.flavour import PLUGIN_OPS, TENSORRT, Flavour, TrtModule
 from hcmen.runtime.backends.tensorrt import TOLERANCES, TrtSession
-from hcmen.runtime.backends.tensorrt_rtx import capabilities_of, set_targets
+from hcmen.runtime.backends.tensorrt_rtx import set_targets
 from hcmen.runtime.golden import SelfTest, golden_test_twice
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class Compiler:
             )
 
     def _targets(self) -> tuple[int, ...]:
-        known = capabilities_of(self._trt)
+        known = self.flavour.served(self._trt)
         for target in self.options.targets:
             if target not in known:
                 raise InputError(
@@ -209,12 +209,14 @@ class Compiler:
             if record.engine.file != name or not record.of_export(self.bundle):
                 continue
             asked = self.options
-            alike = (
-                (record.version_compatible, record.hardware_compatible)
-                == (asked.version_compatible, asked.hardware_compatible)
-                and (record.max_batch, record.opt_batch, record.profiles)
-                == (asked.max_batch, asked.best_batch, self.profiles)
-            )  # fmt: skip
+            wanted = {
+                "version_compatible": asked.version_compatible,
+                "hardware_compatible": asked.hardware_compatible,
+                "max_batch": asked.max_batch,
+                "opt_batch": asked.best_batch,
+                "profiles": self.profiles,
+            }
+            alike = all(getattr(record, part) == value for part, value in wanted.items())
             if not alike or record.plugin not in (self.plugin, "none"):
                 return None
             if not record.signed_with(self._key):

@@ -26,7 +26,15 @@ from typing import Any
 from hcmen.base.errors import BackendError, CorruptFileError, InputError, shown
 from hcmen.base.files import refused, write_file
 
-__all__ = ["check_nobody_else_writes", "engine_key", "key_path", "library_from_environment", "made_key", "signature"]
+__all__ = [
+    "check_nobody_else_writes",
+    "engine_key",
+    "key_path",
+    "library_from_environment",
+    "made_key",
+    "signature",
+    "user_folder",
+]
 
 _KEY = re.compile(rb"[0-9a-f]{64}\n\Z")
 _MOST_LINKS = 40
@@ -34,13 +42,19 @@ _ELSEWHERE = "set XDG_STATE_HOME to a folder of yours that can be written"
 
 
 def key_path() -> Path | None:
-    """Where this user's key lies, be it there or not; None where the user has no home.
+    """Where this user's key lies, be it there or not; None where the user has no home."""
+    folder = user_folder("XDG_STATE_HOME", ".local/state")
+    return None if folder is None else folder / "engine.key"
 
-    A relative XDG_STATE_HOME counts as not set, as the XDG specification demands.
+
+def user_folder(variable: str, otherwise: str) -> Path | None:
+    """This user's folder of hcmen's in the one that `variable` names, else in `otherwise` at home; None without a home.
+
+    A relative path counts as not set, as the XDG specification demands.
     """
-    named = os.environ.get("XDG_STATE_HOME", "")
-    folder = named if os.path.isabs(named) else os.path.join(os.path.expanduser("~"), ".local", "state")
-    return Path(folder, "hcmen", "engine.key") if os.path.isabs(folder) else None
+    named = os.environ.get(variable, "")
+    folder = named if os.path.isabs(named) else os.path.join(os.path.expanduser("~"), otherwise)
+    return Path(folder, "hcmen") if os.path.isabs(folder) else None
 
 
 def engine_key() -> bytes | None:

@@ -111,6 +111,11 @@ class Flavour:
         """Where its engines are compiled, for messages."""
         return "on any machine" if self.portable else "on this device"
 
+    @property
+    def chosen(self) -> list[str]:
+        """What hcmen-compile is told to take it."""
+        return [] if self is TENSORRT else ["--backend", self.name]
+
     def served(self, module: Any) -> tuple[int, ...]:
         """The compute capabilities of the GPUs that the module has kernels for, rising; of a portable flavour."""
         return rtx.capabilities_of(module)

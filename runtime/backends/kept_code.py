@@ -26,6 +26,7 @@ from typing import IO
 
 from hcmen.base.errors import reason_of
 from hcmen.base.files import open_regular, sweep, write_file
+from hcmen.base.trust import user_folder
 
 __all__ = ["MOST_BYTES", "MOST_FILES", "KeptCode", "cache_folder"]
 
@@ -40,13 +41,9 @@ _HEAD = len(_MAGIC) + hashlib.sha256().digest_size
 
 
 def cache_folder() -> Path | None:
-    """Where this user's files lie, be it there or not; None where the user has no home.
-
-    A relative XDG_CACHE_HOME counts as not set, as the XDG specification demands.
-    """
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    folder = named if os.path.isabs(named) else os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(folder, "hcmen", "tensorrt-rtx") if os.path.isabs(folder) else None
+    """Where this user's files lie, be it there or not; None where the user has no home."""
+    folder = user_folder("XDG_CACHE_HOME", ".cache")
+    return None if folder is None else folder / "tensorrt-rtx"
 
 
 class KeptCode:

@@ -249,7 +249,7 @@ class TrtSession:
                 raise CorruptFileError(
                     f"output '{name}' has shape {list(got)}",
                     f"{[batch, *tail]}",
-                    _compiled_again(self._where, self._tensorrt.flavour.name),
+                    _compiled_again(self._where, self._tensorrt.flavour),
                     where=self._where,
                 )
 
@@ -316,7 +316,7 @@ class TrtSession:
             raise CorruptFileError(
                 f"tensor '{name}' is {_signature(got.get(name))}",
                 _signature(expected.get(name)),
-                _compiled_again(self._where, self._tensorrt.flavour.name),
+                _compiled_again(self._where, self._tensorrt.flavour),
                 where=self._where,
             )
 
@@ -368,7 +368,7 @@ class TrtBackend:
             TrtSession,
             self.tensorrt,
             self.cuda,
-            _read_engine(bundle, engine),
+            _read_engine(bundle, engine, flavour),
             record,
             where,
             plugin=engine.plugin,
@@ -410,7 +410,7 @@ def choose_engine(
         CorruptFileError: there are engines of others alone; or as `read_engines` and `engine_key`.
         InputError: as those.
     """
-    wanted = [*(["--precision", precision] if precision else []), *_backend(flavour.name)]
+    wanted = [*(["--precision", precision] if precision else []), *flavour.chosen]
     command = as_typed("hcmen-compile", "--bundle", bundle.path, "--variant", variant, *wanted)
     compile_ = f"run {command} {flavour.place}"
     records = (r for r in read_engines(bundle) if r.flavour == flavour.name)
@@ -451,22 +451,17 @@ def _foreign(bundle: Bundle, record: EngineRecord, key: bytes | None, compile_: 
     )
 
 
-def _read_engine(bundle: Bundle, record: EngineRecord) -> memoryview:
+def _read_engine(bundle: Bundle, record: EngineRecord, flavour: Flavour) -> memoryview:
     try:
         return bundle.read(record.engine).data
     except CorruptFileError as error:
-        raise error.but(fix=_compiled_again(bundle.path / record.engine.file, record.flavour)) from error
+        raise error.but(fix=_compiled_again(bundle.path / record.engine.file, flavour)) from error
 
 
-def _compiled_again(engine: str | os.PathLike[str], flavour: str) -> str:
+def _compiled_again(engine: str | os.PathLike[str], flavour: Flavour) -> str:
     """What helps when the file of an engine is at fault."""
     bundle = Path(engine).parent.parent
-    return f"compile it again with {as_typed('hcmen-compile', '--force', '--bundle', bundle, *_backend(flavour))}"
-
-
-def _backend(flavour: str) -> list[str]:
-    """What hcmen-compile is told for a flavour."""
-    return [] if flavour == TENSORRT.name else ["--backend", flavour]
+    return f"compile it again with {as_typed('hcmen-compile', '--force', '--bundle', bundle, *flavour.chosen)}"
 
 
 def _bytes(dtype: np.dtype[Any], shape: Iterable[Any]) -> int:

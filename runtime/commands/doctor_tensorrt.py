@@ -101,12 +101,10 @@ def _engines(bundle: str | None, cuda: Cuda | None, flavour: Flavour, trust: boo
         return Row(name, INFO, "no bundle")
     from hcmen.base.bundle import read_bundle
     from hcmen.base.engines import read_engines
-    from hcmen.runtime.backends.flavour import TENSORRT
     from hcmen.runtime.backends.tensorrt import TrtBackend, choose_engine
     from hcmen.runtime.golden import golden_test
 
-    chosen = [] if flavour is TENSORRT else ["--backend", flavour.name]
-    compiled = f"run {flavour.place}: {as_typed('hcmen-compile', '--bundle', bundle, *chosen)}"
+    compiled = f"run {flavour.place}: {as_typed('hcmen-compile', '--bundle', bundle, *flavour.chosen)}"
     try:
         opened = read_bundle(bundle)
     except HcmenError:
@@ -114,9 +112,8 @@ def _engines(bundle: str | None, cuda: Cuda | None, flavour: Flavour, trust: boo
     try:
         records = [record for record in read_engines(opened) if record.flavour == flavour.name]
         if not records:
-            return Row(
-                name, INFO, f"none in {bundle}; {compiled}" + ("" if chosen else f" for --backend {flavour.name}")
-            )
+            purpose = "" if flavour.chosen else f" for --backend {flavour.name}"
+            return Row(name, INFO, f"none in {bundle}; {compiled}{purpose}")
         for record in records:
             opened.file(record.engine)
         what = f"{len(records)}, each as listed"

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from helpers import trt_wheels, wheels
+from helpers.scripts import loaded
 from helpers.wheels import Unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,13 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def runner() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("all_run", Path(__file__).with_name("run.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["all_run"] = module
-    spec.loader.exec_module(module)
-    return module
+    return loaded(Path(__file__).with_name("run.py"), "all_run")
 
 
 # --- what is brought --------------------------------------------------------------------------------------------------

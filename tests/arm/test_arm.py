@@ -5,7 +5,6 @@ tests/arm/run.py (`make arm`) does the rest: Debian's Python with ONNX Runtime, 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from helpers.scripts import loaded
 
 ROOT = Path(__file__).resolve().parents[2]
 ARM = ROOT / "tests" / "arm"
@@ -24,13 +24,7 @@ ARM = ROOT / "tests" / "arm"
 def runner() -> ModuleType:
     path = list(sys.path)
     try:
-        spec = importlib.util.spec_from_file_location("arm_run", ARM / "run.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["arm_run"] = module
-        spec.loader.exec_module(module)
-        return module
+        return loaded(ARM / "run.py", "arm_run")
     finally:
         sys.path[:] = path
         for name in ("build", "sysroot"):  # names that other folders of tests have too

@@ -6,19 +6,18 @@ What tests/gpu/build.py takes, makes and refuses is tried with a compiler that o
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 from helpers.op_cases import ConvCase, ScanCase, address, conv_structure, scan_arrays, scan_structure
 from helpers.ort_registration import check_registration
+from helpers.scripts import loaded
 
 from hcmen.base import cuda_library
 from hcmen.base.cuda_library import CudaLaunch, call, cuda_library_path, declare, device_problem, load_cuda_library
@@ -28,18 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURE = 90
 
 
-def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[f"gpu_{path.stem}"] = module
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-build = _load(ROOT / "tests" / "gpu" / "build.py")
+build = loaded(ROOT / "tests" / "gpu" / "build.py", "build")
 needs_nvcc = pytest.mark.skipif(build.find_nvcc() is None, reason="there is no nvcc on the path, nor in CUDACXX")
 
 

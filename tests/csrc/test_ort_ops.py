@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import json
 import os
 import shutil
@@ -11,12 +10,12 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 from helpers.op_cases import ScanCase, assert_scan, scan_arrays
+from helpers.scripts import loaded
 from onnx import helper, numpy_helper
 
 from hcmen.base import selfcheck
@@ -29,17 +28,7 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "runtime" / "csrc"
 
 
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-cases = _load("ort_cases")
+cases = loaded(HERE / "ort_cases.py", "ort_cases")
 
 
 def session(model, threads=1, library=True):

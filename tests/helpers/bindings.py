@@ -6,6 +6,7 @@ it be imported: nothing of it can run, and every class, method, signature and en
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib.util
 import json
@@ -14,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,10 @@ __all__ = [
     "Parameter",
     "Signature",
     "Unavailable",
+    "assert_has",
+    "attributes_of",
     "dump",
+    "names_of_the_module",
     "problem",
     "rtx_dump",
     "signatures",
@@ -42,6 +47,7 @@ PACKAGES = {
     "11.4.0.106": "tensorrt_cu13_bindings==11.4.0.106",
 }
 
+_ROOT = Path(__file__).resolve().parents[2]
 _SYMBOLS = (
     "createInferBuilder_INTERNAL",
     "createInferRefitter_INTERNAL",
@@ -133,6 +139,25 @@ def signatures(doc: str) -> list[Signature]:
             parameters = tuple(_parameter(text) for text in _split(match[1]))
             found.append(Signature(tuple(p for p in parameters if p.name != "self"), match[2]))
     return found
+
+
+def attributes_of(sources: Sequence[str]) -> list[ast.Attribute]:
+    """Every `x.name` in our files `sources`, paths from the checkout's root."""
+    trees = [ast.parse((_ROOT / name).read_text()) for name in sources]
+    return [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+
+
+def names_of_the_module(attributes: Iterable[ast.Attribute]) -> set[tuple[str, str | None]]:
+    """(X, Y) of each `trt.X.Y`, and (X, None) of each `trt.X`, by whatever name we call the module."""
+    pattern = re.compile(r"(?:self\.module|self\._trt|trt|module)\.([A-Za-z]\w*)(?:\.(\w+))?")
+    return {(m[1], m[2]) for node in attributes if (m := pattern.fullmatch(ast.unparse(node)))}
+
+
+def assert_has(bindings: Mapping[str, Any], names: Iterable[tuple[str, str | None]]) -> None:
+    """Holds that the bindings define each (name, enumerator)."""
+    for name, member in names:
+        assert name in {**bindings["classes"], **bindings["functions"], **bindings["enums"]}, name
+        assert member in (None, "__init__") or member in bindings["enums"][name], f"{name}.{member}"
 
 
 def takes(kind: str, given: str) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from helpers.scripts import loaded
 
 from hcmen.base.shipped import DEMO as SHIPPED
 
@@ -19,10 +19,7 @@ DEMO = Path(__file__).resolve().parents[2] / "samples" / "demo.py"
 
 @pytest.fixture(scope="module")
 def demo():
-    spec = importlib.util.spec_from_file_location("demo", DEMO)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(DEMO, "demo")
 
 
 ROWS = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pickle
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.micro import MICRO, micro_bundle_at
+from helpers.scripts import loaded
 from helpers.small_bundle import clip_arrays, make_bundle
 
 from hcmen.base.errors import BackendError, InputError
@@ -332,11 +332,7 @@ def test_the_soak_sees_a_leak(exported, leak, where):
 
 def test_resident_memory_is_judged_by_its_line():
     """On samples made by hand: flat with noise and one step, and rising by 20 bytes a call under the same noise."""
-    spec = importlib.util.spec_from_file_location("soak", SOAK)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = loaded(SOAK, "soak")
     counts = np.linspace(0, 100_000, module.SAMPLES + 1)
     noise = np.random.default_rng(0).normal(scale=4096, size=len(counts)) + np.where(counts > 60_000, 1 << 17, 0)
     for slope, flat in ((0.0, True), (20.0, False)):

@@ -6,10 +6,7 @@ unpacked beside the library that is installed; nothing of them runs.
 
 from __future__ import annotations
 
-import ast
 import json
-import re
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,26 +18,21 @@ from helpers.micro import micro_bundle_at
 import hcmen.runtime.backends.tensorrt
 from hcmen.base.bundle import read_bundle
 from hcmen.base.errors import BackendError
-from hcmen.export.tensorrt import Compiler, Options
+from hcmen.export.engine_options import Options
+from hcmen.export.tensorrt import Compiler
 from hcmen.runtime import load
 from hcmen.runtime.backends import TensorRTRTX
 from hcmen.runtime.backends import tensorrt_rtx as rtx
 from hcmen.runtime.backends.flavour import TENSORRT_RTX, parsed_version
 from hcmen.runtime.backends.options import SPECIALIZATIONS
 
-ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
     "runtime/backends/flavour.py",
     "runtime/backends/tensorrt.py",
     "runtime/backends/tensorrt_rtx.py",
     "export/tensorrt.py",
 )
-ATTRIBUTES = [
-    node
-    for name in SOURCES
-    for node in ast.walk(ast.parse((ROOT / name).read_text()))
-    if isinstance(node, ast.Attribute)
-]
+ATTRIBUTES = real.attributes_of(SOURCES)
 # What TensorRT alone is asked for: plugins, code for the host, compatible engines, timings.
 TENSORRT_ALONE = {
     *("get_plugin_registry", "get_creator", "load_library", "plugins_to_serialize", "engine_host_code_allowed"),
@@ -114,8 +106,7 @@ def test_every_line_that_calls_tensorrt_was_seen(bindings, calls):
 
 def test_every_name_of_the_module_is_there(bindings):
     """`module.X` and `module.X.Y` of the sources, and what is told apart by name."""
-    pattern = re.compile(r"(?:self\.module|self\._trt|trt|module)\.([A-Za-z]\w*)(?:\.(\w+))?")
-    found = {(m[1], m[2]) for node in ATTRIBUTES if (m := pattern.fullmatch(ast.unparse(node)))}
+    found = real.names_of_the_module(ATTRIBUTES)
     assert len(found) > 15
     found = {(name, None if member == "__members__" else member) for name, member in found}
     found |= {("DataType", name) for name in hcmen.runtime.backends.tensorrt._DTYPES}
@@ -123,9 +114,7 @@ def test_every_name_of_the_module_is_there(bindings):
     found |= {("DynamicShapesKernelSpecializationStrategy", name.upper()) for name in SPECIALIZATIONS}
     found |= {("EngineInvalidityDiagnostics", name) for name in rtx._REFUSALS}
     found |= {("ComputeCapability", f"SM{n}") for n in (80, 86, 89, 120)}
-    for name, member in found - {("__version__", None), ("__name__", None)}:
-        assert name in {**bindings["classes"], **bindings["functions"], **bindings["enums"]}, name
-        assert member in (None, "__init__") or member in bindings["enums"][name], f"{name}.{member}"
+    real.assert_has(bindings, found - {("__version__", None), ("__name__", None)})
     assert set(bindings["enums"]["EngineInvalidityDiagnostics"]) == set(rtx._REFUSALS)
 
 

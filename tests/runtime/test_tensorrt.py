@@ -38,7 +38,8 @@ from hcmen.base.errors import BackendError, CorruptFileError, InputError
 from hcmen.base.inputs import Inputs
 from hcmen.base.trust import made_key, signature
 from hcmen.base.typed import as_typed
-from hcmen.export.tensorrt import Compiler, Options, profile_shapes
+from hcmen.export.engine_options import Options, profile_shapes
+from hcmen.export.tensorrt import Compiler
 from hcmen.runtime import load
 from hcmen.runtime.backends import TensorRT
 from hcmen.runtime.backends.flavour import parsed_version

@@ -8,10 +8,7 @@ bindings would refuse, or an enumerator that a version lacks, fails here without
 
 from __future__ import annotations
 
-import ast
 import json
-import re
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,13 +21,12 @@ import hcmen.runtime.backends.flavour
 import hcmen.runtime.backends.tensorrt
 from hcmen.base.bundle import read_bundle
 from hcmen.base.errors import BackendError
-from hcmen.export.tensorrt import Compiler, Options
+from hcmen.export.engine_options import Options
+from hcmen.export.tensorrt import Compiler
 from hcmen.runtime import load
 
-ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("runtime/backends/flavour.py", "runtime/backends/tensorrt.py", "export/tensorrt.py")
-TREES = [ast.parse((ROOT / name).read_text()) for name in SOURCES]
-ATTRIBUTES = [node for tree in TREES for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+ATTRIBUTES = real.attributes_of(SOURCES)
 
 
 @pytest.fixture(scope="module", params=list(real.PACKAGES))
@@ -90,14 +86,11 @@ def test_every_line_that_calls_tensorrt_was_seen(bindings, calls):
 
 def test_every_name_of_the_module_is_there(bindings):
     """`trt.X` and `trt.X.Y` of the sources, and what the backend tells apart by name."""
-    pattern = re.compile(r"(?:self\.module|self\._trt|trt|module)\.([A-Za-z]\w*)(?:\.(\w+))?")
-    found = {(m[1], m[2]) for node in ATTRIBUTES if (m := pattern.fullmatch(ast.unparse(node)))}
+    found = real.names_of_the_module(ATTRIBUTES)
     assert len(found) > 10
     found |= {("DataType", name) for name in hcmen.runtime.backends.tensorrt._DTYPES}
     found |= {("TensorIOMode", name) for name in ("INPUT", "OUTPUT")}
     found |= {("ILogger.Severity", name) for name in ("INTERNAL_ERROR", "ERROR", "VERBOSE")}
-    for name, member in found - {("__version__", None)}:
-        assert name in {**bindings["classes"], **bindings["functions"], **bindings["enums"]}, name
-        assert member in (None, "__init__") or member in bindings["enums"][name], f"{name}.{member}"
+    real.assert_has(bindings, found - {("__version__", None)})
     (log,) = real.signatures(bindings["classes"]["ILogger"]["log"]["doc"])
     assert [p.name for p in log.parameters] == ["severity", "msg"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
-import importlib.util
 import io
 import json
 import platform
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from helpers.scripts import loaded
 
 from hcmen.base.library import library_path
 
@@ -27,12 +27,7 @@ CHECK = ROOT / "tests" / "wheel" / "check.py"
 
 def module(path: Path) -> ModuleType:
     """A file that lies in no package, as a module."""
-    spec = importlib.util.spec_from_file_location(f"wheel_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+    return loaded(path, f"wheel_{path.stem}")
 
 
 def needs_of_the_library() -> dict[str, object]:
