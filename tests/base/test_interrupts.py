@@ -47,7 +47,7 @@ def test_a_deaf_process_ends_though_no_thread_can_be_started(memory, number, wor
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(number)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()

@@ -79,17 +79,16 @@ fuzz.worker.main()
 
 @pytest.fixture
 def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
-    """A child whose parser goes wrong as its file says, within two seconds."""
+    """A child whose parser goes wrong as its file says."""
     (tmp_path / "child.py").write_text(CHILD)
     (tmp_path / "folder").mkdir()
-    monkeypatch.setattr(fuzz.worker, "MOST_SECONDS", 2.0)
     monkeypatch.setitem(FORMATS, "faulty", Format("faulty", "file", lambda _: [b"good"], lambda _: None, havoc))
     made = Worker(tmp_path / "folder", tmp_path / "child.py")
     yield made
     made.close()
 
 
-def test_what_goes_wrong_is_seen_and_the_next_case_is_read(faulty: Worker) -> None:
+def test_what_goes_wrong_is_seen_and_the_next_case_is_read(faulty: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     for way, kind, says in (
         ("raise", "exit 70", "ZeroDivisionError"),
         ("die", "crash", "SIGSEGV"),
@@ -98,7 +97,10 @@ def test_what_goes_wrong_is_seen_and_the_next_case_is_read(faulty: Worker) -> No
         ("flood", "exit 70", "MemoryError"),
         ("warn", "noise", "RuntimeWarning: look"),
     ):
-        found = faulty.attempt("faulty", way.encode())
+        with monkeypatch.context() as patience:
+            if kind == "hang":  # alone: a busy machine takes seconds to fill the memory or to start a child
+                patience.setattr(fuzz.worker, "MOST_SECONDS", 2.0)
+            found = faulty.attempt("faulty", way.encode())
         assert found.kind == kind, found
         assert found.is_finding
         assert says in found.detail

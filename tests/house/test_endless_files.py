@@ -22,7 +22,7 @@ from hcmen.base.shipped import DEMO
 from hcmen.data.synthetic import SAMPLES, make_synthetic, write_synthetic
 from hcmen.training.presets import preset_named
 
-_SECONDS = 20
+_SECONDS = 60
 """What a command may take here; what waits for a pipe waits for ever."""
 
 

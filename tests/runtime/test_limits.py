@@ -109,7 +109,7 @@ def test_a_signal_ends_a_command_that_is_deaf(slow, place, limit, number, code, 
     process = started(slow["clip"], "--bundle", slow[place], *limit)
     wait_until_busy(process)
     process.send_signal(number)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     if place == "load" and not IS_FREE:
         code, message = -number, ""  # by the signal itself, which a shell shows as the same code
     else:

@@ -47,7 +47,7 @@ def test_a_build_ends_at_once_and_leaves_nothing(ready, number, after):
     try:
         time.sleep(after)
         process.send_signal(number)
-        out, _ = process.communicate(timeout=30)
+        out, _ = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
@@ -64,7 +64,7 @@ def test_signals_around_a_build_end_it_too(ready):
         process.stderr.readline()
         time.sleep(delay)
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=60)
         assert (process.returncode, out) in ((-15, ""), (143, ""))
         assert "Traceback" not in err
         assert "KeyboardInterrupt" not in err
@@ -158,7 +158,7 @@ def test_too_little_memory(ready):
             _, err = process.communicate(timeout=15)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)  # nothing of the builder runs any more, and it ends all the same
-            _, err = process.communicate(timeout=5)
+            _, err = process.communicate(timeout=60)
         assert process.returncode not in (0, 1, 70), err
         assert "Traceback" not in err
         assert files(ready) == before
