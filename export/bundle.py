@@ -40,7 +40,7 @@ INT8_SLACK = 1e-3
 def export_bundle(
     checkpoint: Path,
     bundle: Path,
-    variants: Sequence[Variant] = VARIANTS,
+    variants: Sequence[Variant] | None = None,
     *,
     precision: str = "fp32",
     data: Path | None = None,
@@ -52,15 +52,15 @@ def export_bundle(
     Where a bundle of the same checkpoint and precision is there, its other variants stay.
 
     Args:
-        checkpoint, bundle: the folders. variants: which graphs.
+        checkpoint, bundle: the folders. variants: which graphs; all that the model serves if None.
         precision: one of hcmen.base.manifest.PRECISIONS.
         data: an MMSA file or folder that judges fp16 and int8; what the checkpoint was trained on if None.
         force: replace a folder at `bundle` that is no bundle, or a bundle whose variants cannot stay (kept.py).
 
     Raises:
-        InputError, CorruptFileError: the checkpoint is missing or damaged, or something else is at `bundle`, such as
-            the bundle of another checkpoint; the data is missing, does not fit, or is not needed; a weight is beyond
-            float16.
+        InputError, CorruptFileError: the checkpoint is missing or damaged, the model lacks a modality of a variant, or
+            something else is at `bundle`, such as the bundle of another checkpoint; the data is missing, does not fit,
+            or is not needed; a weight is beyond float16.
         BackendError: a graph cannot be exported or run here.
         CheckFailed: a graph differs from the eager model by more than the bound; nothing is written.
         OSError: the bundle cannot be written.
@@ -77,6 +77,15 @@ def export_bundle(
     if precision == "fp32" and data is not None:
         raise InputError(f"--data {data} judges --precision fp16 and int8, fp32 needs none: leave it out")
     model, about = load_checkpoint(checkpoint)
+    inputs = model.config.inputs
+    variants = inputs.variants if variants is None else variants
+    for variant in variants:
+        if variant not in inputs.variants:
+            raise InputError(
+                f"{checkpoint}: was trained on {' and '.join(inputs.modalities)}, and '{variant.name}' needs "
+                f"{' and '.join(variant.present)}",
+                fix=f"choose from {', '.join(v.name for v in inputs.variants)}",
+            )
     scores = scores_of(checkpoint, about)
     kept = kept_of(
         bundle,

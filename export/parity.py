@@ -18,7 +18,7 @@ import torch
 from hcmen.base.clip import TEXT_TOKENS, Clip, batch_clips
 from hcmen.base.errors import CheckFailed
 from hcmen.base.inputs import Inputs, TokenConfig
-from hcmen.base.modalities import MODALITIES, Variant, variant_named
+from hcmen.base.modalities import Variant, variant_named
 from hcmen.mamba.scan import implementation
 from hcmen.runtime.compare import SCORE_ATOL, SCORE_RTOL, compare
 from hcmen.training.checkpoint import CHECKPOINT, load_checkpoint
@@ -38,7 +38,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def parity_clips(inputs: Inputs, recorded: Sequence[Clip] = (), seed: int = 0) -> list[Clip]:
-    """`PARITY_CLIPS` clips with all modalities and of different lengths, 1 and the maximum among them.
+    """`PARITY_CLIPS` clips with all modalities of the model and of different lengths, 1 and the maximum among them.
 
     `recorded` are real clips (the validation clips beside a checkpoint); they are cut, or repeated, to the lengths
     wanted. Without any, smooth series stand in: autoregressive of order one, coefficient 0.9, unit variance.
@@ -48,7 +48,7 @@ def parity_clips(inputs: Inputs, recorded: Sequence[Clip] = (), seed: int = 0) -
     for index in range(PARITY_CLIPS):
         clip = recorded[index % len(recorded)] if recorded else Clip("", {})
         source, features, tokens = clip.features, {}, None
-        for m in MODALITIES:
+        for m in inputs.modalities:
             sizes = inputs.modality(m)
             # The first clip is as short as can be, the second as long; the others are ragged, each on its own.
             length = {0: 1, 1: sizes.max_steps}.get(index, int(generator.integers(1, sizes.max_steps + 1)))

@@ -218,6 +218,11 @@ class Predictor:
             CorruptFileError: the bundle's tokenizer is damaged.
         """
         record = self.bundle.manifest.tokenizer
+        if self.inputs.text is None:
+            raise InputError(
+                f"{self.bundle.path}: the model has no text, it was trained on {' and '.join(self.inputs.modalities)}",
+                fix="give clips with these, or a bundle with a text encoder",
+            )
         if self.inputs.text_tokens is None:
             raise InputError(
                 f"{self.bundle.path}: has no text encoder and takes no words, expected text features [time, "

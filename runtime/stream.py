@@ -663,8 +663,11 @@ def _checked_rates(
     rates: Mapping[str, Number], needed: Sequence[str] | None, inputs: Inputs, window: Fraction, hop: Fraction
 ) -> dict[str, Fraction]:
     """modality -> frames per second of those that the variant uses."""
-    clocked = MODALITIES[1:]
+    clocked = tuple(m for m in inputs.modalities if m != "text")
     for m in rates:
+        if m in MODALITIES[1:] and m not in clocked:
+            only = " and ".join(inputs.modalities)
+            raise InputError(f"a rate of {m} was given", f"none: the model has {only} alone", where="stream")
         if m not in clocked:
             raise InputError(
                 f"a rate of {m!r} was given", " or ".join(clocked), "text comes with times", where="stream"
@@ -706,5 +709,5 @@ def _rounded_down(value: Fraction) -> str:
 
 def _without_limits(inputs: Inputs) -> Inputs:
     """The same sizes, for chunks of any length: the window bounds what the model gets."""
-    sizes: dict[str, Any] = {m: FeatureConfig(inputs.modality(m).features, _MOST_STEPS) for m in MODALITIES}
+    sizes: dict[str, Any] = {m: FeatureConfig(inputs.modality(m).features, _MOST_STEPS) for m in inputs.modalities}
     return dataclasses.replace(inputs, **sizes)

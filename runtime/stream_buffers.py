@@ -210,7 +210,7 @@ class Text:
         self._counted += len(tokens)
         if self._kind == _WORDS or not tokens:
             return {}, tokens, 0
-        most = self._model.inputs.text.max_steps
+        most = self._model.inputs.modality("text").max_steps
         array = np.stack(tokens[-most:], axis=0 if self._kind == "text" else 1)
         return {self._kind: array}, (), max(0, len(tokens) - most)
 

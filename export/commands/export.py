@@ -9,7 +9,7 @@ import click
 
 from hcmen.base.console import Choice, Console, VariantChoice, command
 from hcmen.base.manifest import PRECISIONS
-from hcmen.base.modalities import VARIANTS, variant_named
+from hcmen.base.modalities import variant_named
 from hcmen.base.shipped import BUNDLE, chosen_checkpoint
 from hcmen.base.tables import screen_width
 from hcmen.base.typed import as_typed, from_here
@@ -46,7 +46,7 @@ __all__ = ["main"]
     "variants",
     type=VariantChoice(),
     multiple=True,
-    help="A variant to export; repeatable. What else a bundle of this checkpoint has stays. Default: all seven.",
+    help="A variant to export; repeatable. What else a bundle of this checkpoint has stays.  [default: all it serves]",
 )
 @click.option(
     "--precision",
@@ -92,7 +92,7 @@ def main(
     """
     # Threads that spin while they wait make each other wait on shared cores; read once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    chosen = [variant_named(name) for name in dict.fromkeys(variants)] or list(VARIANTS)
+    chosen = [variant_named(name) for name in dict.fromkeys(variants)] or None
     checkpoint = chosen_checkpoint(checkpoint, console.note)
     bundle = bundle or (BUNDLE if precision == "fp32" else BUNDLE.with_name(f"{BUNDLE.name}-{precision}"))
     manifest = export_bundle(checkpoint, bundle, chosen, precision=precision, data=data, console=console, force=force)

@@ -50,6 +50,8 @@ TEXT_TOKENS = "text_tokens"
 _KEYS = (*MODALITIES, TEXT_TOKENS)
 _FLOATS = ("float16", "float32", "float64")
 _MAX_MEMBERS = 16
+_MOST_UNREAD_BYTES = 16 << 20
+"""Of a modality that the model does not have: it is never unpacked, only the file may be that much longer."""
 
 # What reading a damaged or hostile zip can raise; zipfile has no common base for them. OSError: an offset below zero.
 _ZIP_ERRORS = (
@@ -278,14 +280,16 @@ def _opened(name: str) -> IO[bytes]:
 
 def _most_bytes(inputs: Inputs, modality: str) -> int:
     if modality == TEXT_TOKENS:
-        return 3 * inputs.text.max_steps * 8
+        return 3 * inputs.modality("text").max_steps * 8 if inputs.text_tokens else 0
+    if modality not in inputs.modalities:
+        return _MOST_UNREAD_BYTES
     sizes = inputs.modality(modality)
     return sizes.features * sizes.max_steps * 8
 
 
 def _wanted(inputs: Inputs) -> tuple[str, ...]:
     """The keys that `inputs` takes, in axis order."""
-    return (TEXT_TOKENS, *MODALITIES[1:]) if inputs.text_tokens else MODALITIES
+    return tuple(TEXT_TOKENS if m == "text" and inputs.text_tokens else m for m in inputs.modalities)
 
 
 def _check_keys(name: str, keys: Iterable[str], inputs: Inputs | None = None) -> None:
@@ -297,6 +301,12 @@ def _check_keys(name: str, keys: Iterable[str], inputs: Inputs | None = None) ->
             raise InputError(f"unknown key {shown(key)}", fix=fix, where=name)
     if inputs is None or not present or any(k in present for k in _wanted(inputs)):
         return
+    if not any(k in present for k in ("text", TEXT_TOKENS)) or inputs.text is None:
+        raise InputError(
+            f"only {' and '.join(present)} is present, and this model has {' and '.join(inputs.modalities)} alone",
+            fix=f"give {' or '.join(_wanted(inputs))}, or use a bundle trained with {' and '.join(present)}",
+            where=name,
+        )
     if inputs.text_tokens:
         raise InputError(
             "only text features are present, and this model makes its own from tokens",
@@ -333,7 +343,7 @@ def _checked_tokens(name: str, array: NDArray[Any], inputs: Inputs) -> NDArray[n
 
 def _check_array(name: str, modality: str, dtype: np.dtype[Any], shape: tuple[int, ...], inputs: Inputs) -> None:
     tokens = modality == TEXT_TOKENS
-    sizes = inputs.text if tokens else inputs.modality(modality)
+    sizes = inputs.modality("text" if tokens else modality)
     expected = "int64 [3, time]" if tokens else f"[time, {sizes.features}]"
     if dtype.hasobject:
         wanted = expected if tokens else f"float32 {expected}"

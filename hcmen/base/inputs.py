@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hcmen.base.errors import unknown_name
-from hcmen.base.modalities import MODALITIES, variant_named
+from hcmen.base.errors import InputError, unknown_name
+from hcmen.base.modalities import MODALITIES, Variant, variant_named, variants_of
 from hcmen.base.settings import checked, require
 
 __all__ = ["OUTPUTS", "FeatureConfig", "Inputs", "TensorSpec", "TokenConfig"]
@@ -116,16 +116,16 @@ OUTPUTS = (
 class Inputs:
     """What a model takes and gives.
 
-    text, audio, vision: the features of each modality, and its most steps.
+    text, audio, vision: the features of each modality, and its most steps; None where the model has no such modality.
     text_tokens: the text is token ids int64 [3, time] (ids, attention mask, token types) instead of features; at most
     `text.max_steps` of them, of which the model itself makes `text.features` numbers each. None takes features.
     label_min, label_max: the range of the labels. label_min_means, label_max_means: what its two ends mean.
     outputs: what every graph gives; those of `OUTPUTS` are among them.
     """
 
-    text: FeatureConfig
-    audio: FeatureConfig
-    vision: FeatureConfig
+    text: FeatureConfig | None
+    audio: FeatureConfig | None
+    vision: FeatureConfig | None
     text_tokens: TokenConfig | None = None
     label_min: float = -3.0
     label_max: float = 3.0
@@ -134,6 +134,8 @@ class Inputs:
     outputs: tuple[TensorSpec, ...] = OUTPUTS
 
     def __post_init__(self) -> None:
+        require(bool(self.modalities), f"there is no modality, expected at least one of {', '.join(MODALITIES)}")
+        require(self.text is not None or self.text_tokens is None, "there are text_tokens and no text, expected both")
         require(
             -_MOST_LABEL <= self.label_min < self.label_max <= _MOST_LABEL,
             f"label range is [{self.label_min}, {self.label_max}], expected two finite numbers in rising order",
@@ -165,17 +167,32 @@ class Inputs:
             return "neutral"
         return self.label_max_means if score > middle else self.label_min_means
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that the model has, in axis order."""
+        return tuple(m for m in MODALITIES if getattr(self, m) is not None)
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """The variants that the model serves: those of its modalities."""
+        return variants_of(self.modalities)
+
     def modality(self, name: str) -> FeatureConfig:
-        """The feature sizes of the modality `name`."""
+        """The feature sizes of the modality `name`; raises InputError where the model has none of that name."""
         if name not in MODALITIES:
             raise unknown_name("modality", name, MODALITIES)
-        found: FeatureConfig = getattr(self, name)
+        found: FeatureConfig | None = getattr(self, name)
+        if found is None:
+            raise InputError(f"the model has no {name}", f"{' or '.join(self.modalities)}, which it was trained on")
         return found
 
     def of_variant(self, variant: str) -> tuple[TensorSpec, ...]:
         """The inputs of the graph of `variant`: features and valid length per present modality, in axis order.
 
         A text of tokens is `text_tokens` alone, whose attention mask says how long it is.
+
+        Raises:
+            InputError: there is no such variant, or the model lacks one of its modalities.
         """
         inputs: list[TensorSpec] = []
         for m in variant_named(variant).present:
@@ -199,7 +216,8 @@ class Inputs:
         """
         values = checked(cls, data, whole=True)
         for m in MODALITIES:
-            values[m] = FeatureConfig.from_json(values[m], f"{m}.")
+            if values[m] is not None:
+                values[m] = FeatureConfig.from_json(values[m], f"{m}.")
         if values["text_tokens"] is not None:
             values["text_tokens"] = TokenConfig(**checked(TokenConfig, values["text_tokens"], "text_tokens."))
         values["outputs"] = tuple(TensorSpec.from_json(t, f"outputs[{i}]") for i, t in enumerate(values["outputs"]))

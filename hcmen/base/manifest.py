@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from hcmen.base.errors import BackendError, InputError, did_you_mean, shown
 from hcmen.base.inputs import Inputs, TensorSpec
-from hcmen.base.modalities import MODALITIES, VARIANTS
+from hcmen.base.modalities import MODALITIES, VARIANTS, variant_named
 from hcmen.base.op import DOMAIN as OP_DOMAIN
 from hcmen.base.op import IR_VERSION, OPSET
 from hcmen.base.op import VERSION as OP_VERSION
@@ -32,6 +32,8 @@ __all__ = [
     "ModelRecord",
     "Score",
     "VariantRecord",
+    "front_ends_from_json",
+    "front_ends_to_json",
 ]
 
 SCHEMA_VERSION = 2
@@ -82,9 +84,9 @@ class FrontEnd(NamedTuple):
 class Manifest:
     """manifest.json. inputs: what the model takes and gives; in the file its outputs are a key of their own.
 
-    model: carried and not read. normalisation: modality -> {"mean": [features], "std": [features]} of the training
-    features. versions: tool -> version at export. source: where the weights came from. scores: may be empty.
-    front_ends: by modality, those that are known.
+    model: carried and not read. normalisation: each modality of the inputs -> {"mean": [features], "std": [features]}
+    of the training features. versions: tool -> version at export. source: where the weights came from. scores: may be
+    empty. front_ends: by modality, those that are known.
     precision: one of PRECISIONS, of all graphs; the outputs of an int8 graph are within the `atol` and `rtol` of its
     parity record of the eager model's, those of the others within fixed bounds (docs/parity.md).
     tokenizer: for the text encoder, if there is one and its tokenizer came with the checkpoint.
@@ -126,7 +128,7 @@ class Manifest:
             "outputs": outputs,
             "model": {"kind": self.model.kind, "config": dict(self.model.config)},
             "scores": [{**score._asdict(), "measures": dict(score.measures)} for score in self.scores],
-            "front_ends": {m: {**e._asdict(), "settings": dict(e.settings)} for m, e in self.front_ends.items()},
+            "front_ends": front_ends_to_json(self.front_ends),
             "normalisation": {
                 m: {key: list(values) for key, values in statistics.items()}
                 for m, statistics in self.normalisation.items()
@@ -181,7 +183,7 @@ class Manifest:
             inputs=inputs,
             model=_model_from_json(top.object("model")),
             scores=_scores_from_json(top.value("scores", list)),
-            front_ends=_front_ends_from_json(top.object("front_ends")),
+            front_ends=front_ends_from_json(top.object("front_ends")),
             normalisation=_normalisation_from_json(top.object("normalisation"), inputs),
             source=top.value("source", dict),
             weights=_record_from_json(top.object("weights")),
@@ -231,7 +233,8 @@ def _scores_from_json(data: list[Any]) -> tuple[Score, ...]:
     return tuple(scores)
 
 
-def _front_ends_from_json(data: JsonObject) -> dict[str, FrontEnd]:
+def front_ends_from_json(data: JsonObject) -> dict[str, FrontEnd]:
+    """What `front_ends_to_json` wrote, by modality; raises CorruptFileError on anything else."""
     made = {}
     for m in MODALITIES:
         if m not in data.data:
@@ -242,6 +245,11 @@ def _front_ends_from_json(data: JsonObject) -> dict[str, FrontEnd]:
         entry.finish()
     data.finish()
     return made
+
+
+def front_ends_to_json(front_ends: Mapping[str, FrontEnd]) -> dict[str, Any]:
+    """Plain dictionaries that `front_ends_from_json` reads back."""
+    return {m: {**e._asdict(), "settings": dict(e.settings)} for m, e in front_ends.items()}
 
 
 def _tensors_from_json(data: list[Any], where: str) -> tuple[TensorSpec, ...]:
@@ -263,6 +271,8 @@ def _variants_from_json(data: JsonObject, inputs: Inputs, precision: str) -> dic
 
 
 def _variant_from_json(data: JsonObject, name: str, inputs: Inputs, precision: str) -> VariantRecord:
+    if variant_named(name) not in inputs.variants:
+        raise MANIFEST.damaged(f"'{data.where}' is there", f"a variant of {', '.join(inputs.modalities)}")
     record = VariantRecord(
         graph=data.record(),
         golden=_record_from_json(data.object("golden")),
@@ -292,7 +302,7 @@ def _signature(specs: tuple[TensorSpec, ...]) -> str:
 
 def _normalisation_from_json(data: JsonObject, inputs: Inputs) -> dict[str, dict[str, tuple[float, ...]]]:
     made = {}
-    for m in MODALITIES:
+    for m in inputs.modalities:
         entry = data.object(m)
         count = inputs.modality(m).features
         made[m] = {key: entry.numbers(key, count) for key in ("mean", "std")}

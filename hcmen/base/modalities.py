@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from hcmen.base.errors import InputError, several_names, unknown_name
 
-__all__ = ["MODALITIES", "VARIANTS", "Variant", "variant_for", "variant_meant", "variant_named"]
+__all__ = ["MODALITIES", "VARIANTS", "Variant", "variant_for", "variant_meant", "variant_named", "variants_of"]
 
 MODALITIES: tuple[str, ...] = ("text", "audio", "vision")
 
@@ -66,6 +66,12 @@ def variant_named(name: str) -> Variant:
             raise InputError(f"unknown variant '{name}'", fix=fix)
         raise unknown_name("variant", name, _BY_NAME)
     return found
+
+
+def variants_of(modalities: Iterable[str]) -> tuple[Variant, ...]:
+    """The variants that need none but `modalities`, the one of all of them first."""
+    there = set(modalities)
+    return tuple(v for v in VARIANTS if there.issuperset(v.present))
 
 
 # What people call a modality, what says that one is absent (before or after it), and what says nothing.

@@ -7,6 +7,7 @@ convert.py    hcmen-convert, from the one to the other
 cut.py        hcmen-clip, single samples as clips
 synthetic.py  a set of the same layout whose sentiment a linear model cannot read
 trained_on.py the set that a checkpoint was trained on, found again
+scale.py      the scale of labels, where nobody says it
 missing.py    which steps and modalities of a sample are dropped in an epoch
 protocols.py  which are dropped when a model is judged
 published.py  what others scored under these protocols
@@ -21,6 +22,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from hcmen.base.manifest import FrontEnd
+from hcmen.base.modalities import MODALITIES, Variant, variants_of
 
 __all__ = ["SPLITS", "FloatArray", "IntArray", "MultimodalDataset", "Split", "TextTokens", "cleaned_notes"]
 
@@ -46,8 +50,8 @@ class TextTokens:
 class Split:
     """Samples in memory, or mapped from disk and then read-only; N samples, T_m steps and F_m features of modality m.
 
-    features: {m: float32 [N, T_m, F_m]}, zero beyond the valid prefix.
-    lengths: {m: int64 [N]}, the valid prefix, at least 1.
+    features: {m: float32 [N, T_m, F_m]}, zero beyond the valid prefix, of what the data has as features.
+    lengths: {m: int64 [N]}, the valid prefix, at least 1, of every modality that the data has.
     labels: float32 [N]. ids: N names, "video$_$clip" in MMSA's files.
     text_tokens: for a model with a text encoder, which takes them in place of the text features.
     """
@@ -60,6 +64,22 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that the data has, in axis order; a text may be there as tokens alone."""
+        return tuple(m for m in MODALITIES if m in self.lengths)
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """The variants that the data has the modalities of."""
+        return variants_of(self.modalities)
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """{m: T_m}, how far each modality is padded as a model takes it."""
+        tokens = {} if self.text_tokens is None else {"text": self.text_tokens.ids.shape[2]}
+        return {m: tokens.get(m) or self.features[m].shape[1] for m in self.modalities}
 
     def rows(self, rows: slice) -> Split:
         """Some neighbouring samples of this split, on the same memory."""
@@ -97,7 +117,9 @@ class Split:
 
 @dataclass(frozen=True)
 class MultimodalDataset:
-    """The three splits of one data set.
+    """The three splits of one data set. front_ends: per modality what made its features, where that is known.
+
+    All of them have the same modalities.
 
     cleaned: per modality, how many stored values were NaN or infinite (in float32) and were set to zero, or misplaced.
     misplaced: how many of these stood behind padding and were moved to the start, or stood beyond the length of their
@@ -110,6 +132,7 @@ class MultimodalDataset:
     label_max: float
     cleaned: dict[str, int] = field(default_factory=dict)
     misplaced: dict[str, int] = field(default_factory=dict)
+    front_ends: Mapping[str, FrontEnd] = field(default_factory=dict)
 
 
 def cleaned_notes(cleaned: Mapping[str, int], misplaced: Mapping[str, int], zero: str = "count as 0") -> list[str]:

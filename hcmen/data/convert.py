@@ -50,9 +50,8 @@ def convert(
         InputError: no such file, or not of MMSA's layout; `out` is taken or cannot be written.
         CorruptFileError: the file has another digest, is damaged, or holds anything but arrays, strings and numbers.
     """
-    from hcmen.data import SPLITS
     from hcmen.data.folder import check_free, write_folder
-    from hcmen.data.layout import open_split
+    from hcmen.data.layout import open_splits
     from hcmen.data.unpickle import MappedPickle
 
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
@@ -74,7 +73,7 @@ def convert(
             )
         with refused(out.parent, "scratch space", "choose another place"):
             data = pickled.load()
-        splits = {name: open_split(data, name, str(source)) for name in SPLITS}
+        splits = open_splits(data, str(source))
         total = sum(4 * raw.size for split in splits.values() for raw in split.raw.values())
         done = 0
 
@@ -87,7 +86,17 @@ def convert(
         return write_folder(out, splits, origin, pickled.release, written)
 
 
-_REPORTED = ("source", "cleaned", "misplaced", "left_out", "label_min", "label_max", "splits")
+_REPORTED = (
+    "source",
+    "cleaned",
+    "misplaced",
+    "left_out",
+    "label_min",
+    "label_max",
+    "label_range",
+    "front_ends",
+    "splits",
+)
 
 
 @command(

@@ -3,10 +3,11 @@
     dataset.json              where the numbers come from, and the sizes of what follows
     train/ valid/ test/       text.npy audio.npy vision.npy                              float32 [N, T, F], as in Split
                               text_lengths.npy audio_lengths.npy vision_lengths.npy      int64 [N]
-                              text_bert.npy, where the source has it                     int64 [N, 3, T]
+                              text_bert.npy                                              int64 [N, 3, T]
                               regression_labels.npy                                      float32 [N]
                               id.json                                                    N strings
 
+Labels and names are always there. Of the others a folder has what its source has, the same in every split.
 The names are MMSA's keys, so a folder is checked by the same code as a pickle. The numbers are what the reader makes
 of the pickle: cleaned, float32, zero beyond the lengths.
 
@@ -30,11 +31,12 @@ import hcmen
 from hcmen.base.errors import CorruptFileError, InputError, reason_of, shown
 from hcmen.base.files import check_writable, open_regular, refused, sweep, writing_folder
 from hcmen.base.inputs import Inputs
+from hcmen.base.manifest import FrontEnd, front_ends_from_json, front_ends_to_json
 from hcmen.base.modalities import MODALITIES
 from hcmen.base.npy import read_npy_header
-from hcmen.base.records import read_json
+from hcmen.base.records import JsonFile, JsonObject, read_json
 from hcmen.data import SPLITS, MultimodalDataset, Split
-from hcmen.data.layout import Fit, RawArray, RawSplit, fitted, open_split, whole_numbers, with_tokens
+from hcmen.data.layout import Fit, RawArray, RawSplit, fitted, open_splits, whole_numbers, with_tokens
 
 __all__ = ["INDEX", "check_free", "map_arrays", "read_folder", "write_folder"]
 
@@ -48,7 +50,7 @@ _ARRAYS = {
     "text_bert": (np.dtype("<i8"), 3),
     "regression_labels": (np.dtype("<f4"), 1),
 }
-_OPTIONAL = {"text_bert.npy"}
+_ALWAYS = {_IDS, "regression_labels.npy"}
 _AGAIN = "convert the data file again"
 _MOST_ID_BYTES = 64 << 20
 
@@ -62,14 +64,19 @@ def read_folder(folder: Path, inputs: Inputs | Fit) -> MultimodalDataset:
     """
     index = _read_index(folder)
     data = {name: _map_split(folder, name, index) for name in SPLITS}
-    inputs = fitted(inputs, data, str(folder))
+    inputs = fitted(inputs, data, str(folder), index["label_range"])
     splits = {}
-    for name in SPLITS:
-        raw = open_split(data, name, str(folder), inputs)
+    for name, raw in open_splits(data, str(folder), inputs).items():
         split = Split(dict(raw.raw), dict(raw.given), raw.labels, raw.ids)
         splits[name] = with_tokens(split, raw, inputs.text_tokens, f"{folder}: {name}")
     return MultimodalDataset(
-        str(folder), splits, inputs.label_min, inputs.label_max, index["cleaned"], index["misplaced"]
+        str(folder),
+        splits,
+        inputs.label_min,
+        inputs.label_max,
+        index["cleaned"],
+        index["misplaced"],
+        index["front_ends"],
     )
 
 
@@ -107,15 +114,20 @@ def write_folder(
     source: Mapping[str, Any],
     release: Callable[[], None] = lambda: None,
     on_bytes: Callable[[int], None] = lambda _: None,
+    *,
+    label_range: tuple[float, float] | None = None,
+    front_ends: Mapping[str, FrontEnd] | None = None,
 ) -> dict[str, Any]:
     """Writes `splits` to the folder `out`, whole or not at all, in place of a data set that is there.
 
     Args:
         out: the folder.
-        splits: train, valid and test.
+        splits: train, valid and test, with the same modalities.
         source: what the index says of their origin.
         release: called whenever some megabytes of the stored arrays have been touched.
         on_bytes: called with the number of bytes written since the last call.
+        label_range: that of the scale which the labels are on; None where nobody knows it.
+        front_ends: per modality what made its features.
 
     Returns:
         What dataset.json says.
@@ -133,7 +145,8 @@ def write_folder(
                 "place"
             )
         with writing_folder(out) as temporary:
-            return _write(temporary, splits, source, release, on_bytes)
+            known = {"label_range": label_range, "front_ends": front_ends_to_json(front_ends or {})}
+            return _write(temporary, splits, {"source": dict(source), **known}, release, on_bytes)
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -142,15 +155,17 @@ def write_folder(
 def _write(
     folder: Path,
     splits: Mapping[str, RawSplit],
-    source: Mapping[str, Any],
+    known: Mapping[str, Any],
     release: Callable[[], None],
     on_bytes: Callable[[int], None],
 ) -> dict[str, Any]:
-    cleaned, misplaced = dict.fromkeys(MODALITIES, 0), dict.fromkeys(MODALITIES, 0)
+    """known: what the index says beside what is counted here."""
+    there = dict.fromkeys(m for split in splits.values() for m in split.raw)
+    cleaned, misplaced = dict.fromkeys(there, 0), dict.fromkeys(there, 0)
     described = {}
     for name, split in splits.items():
         (folder / name).mkdir()
-        for m in MODALITIES:
+        for m in split.raw:
             lengths = np.empty(len(split), np.int64)
 
             def features(m: str = m, split: RawSplit = split, lengths: RawArray = lengths) -> Iterable[RawArray]:
@@ -180,7 +195,7 @@ def _write(
     labels = np.concatenate([split.labels for split in splits.values()])
     index = {
         "schema_version": SCHEMA_VERSION,
-        "source": dict(source),
+        **known,
         "cleaned": cleaned,
         "misplaced": misplaced,
         "left_out": {name: str(s.unusable_tokens) for name, s in splits.items() if s.unusable_tokens is not None},
@@ -229,15 +244,21 @@ def _read_index(folder: Path) -> dict[str, Any]:
         )
     cleaned, splits = index.get("cleaned"), index.get("splits")
     misplaced = index.setdefault("misplaced", {})  # folders of before have none
+    ends = index.setdefault("front_ends", {})
+    known = index.setdefault("label_range", None)
+    told = JsonObject("", {"label_range": known, "front_ends": ends}, JsonFile(str(path), _AGAIN))
+    index["front_ends"] = front_ends_from_json(told.object("front_ends"))
+    index["label_range"] = None if known is None else told.numbers("label_range", 2)
     names = {_IDS, *(f"{key}.npy" for key in _ARRAYS)}
-    whole = isinstance(cleaned, dict) and sorted(cleaned) == sorted(MODALITIES)
+    whole = isinstance(cleaned, dict) and set(cleaned) <= set(MODALITIES)
     whole = whole and all(type(n) is int for n in cleaned.values()) and isinstance(splits, dict)
     whole = whole and isinstance(misplaced, dict) and all(type(n) is int for n in misplaced.values())
     for split in SPLITS:
         sizes = splits.get(split, {}).get("bytes") if whole and isinstance(splits.get(split, {}), dict) else None
         if (
             not isinstance(sizes, dict)
-            or set(sizes) | _OPTIONAL != names
+            or not _ALWAYS <= set(sizes) <= names
+            or any((f"{m}.npy" in sizes) != (f"{m}_lengths.npy" in sizes) for m in MODALITIES)
             or not all(type(n) is int for n in sizes.values())
         ):
             raise CorruptFileError(f"{path}: does not describe the split {split}: convert the data file again")

@@ -9,6 +9,8 @@ A data set is a dict {"train", "valid", "test"} of dicts with these keys (N samp
     id [N]                                                "video$_$clip"
     raw_text, annotations, classification_labels          not used here
 
+A set may lack modalities, all its splits the same ones: it needs one of text, audio, vision and text_bert.
+
 What is put right on the way: -inf, NaN, +inf and float64 values that overflow float32 become 0 and are counted; samples
 with their padding in front are moved to the start (padding.py) and counted; steps beyond a sample's length become 0,
 and are counted but for text, where BERT writes something; lengths that a file does not give are found from the data.
@@ -45,6 +47,7 @@ __all__ = [
     "checked_tokens",
     "fitted",
     "open_split",
+    "open_splits",
     "whole_numbers",
     "with_tokens",
 ]
@@ -75,8 +78,12 @@ def open_split(data: Any, split: str, name: str, inputs: Inputs | None = None) -
         raise InputError(f"{name}: holds a {type(data).__name__}, expected a dict with the splits {', '.join(SPLITS)}")
     members, where = _member(data, split, Mapping, name), f"{name}: {split}"
     labels = _labels(_member(members, "regression_labels", object, where), where, inputs)
-    raw = {m: _features(_member(members, m, object, where), where, m, inputs, len(labels)) for m in MODALITIES}
-    given = {m: n for m in MODALITIES if (n := _given_lengths(members, where, m, raw[m])) is not None}
+    wanted = MODALITIES if inputs is None else inputs.modalities
+    if not any(key in members for key in (*wanted, *(["text_bert"] if "text" in wanted else []))):
+        found = ", ".join(m for m in (*MODALITIES, "text_bert") if m in members) or "none of them"
+        raise InputError(f"has {found}", f"{' or '.join(wanted)}, at least one", where=where)
+    raw = {m: _features(members[m], where, m, inputs, len(labels)) for m in wanted if m in members}
+    given = {m: n for m, x in raw.items() if (n := _given_lengths(members, where, m, x)) is not None}
     ids = _ids(members.get("id", list(range(len(labels)))), where, len(labels))
     try:
         tokens, unusable = _text_bert(members, where, len(labels)), None
@@ -85,36 +92,62 @@ def open_split(data: Any, split: str, name: str, inputs: Inputs | None = None) -
     return RawSplit(labels, ids, raw, given, tokens, where, unusable)
 
 
+def open_splits(data: Any, name: str, inputs: Inputs | None = None) -> dict[str, RawSplit]:
+    """Every split as `open_split` gives it.
+
+    Raises:
+        InputError: as there, or the splits have different modalities.
+    """
+    splits = {s: open_split(data, s, name, inputs) for s in SPLITS}
+    there = {s: tuple(split.raw) for s, split in splits.items()}
+    if not any(split.unusable_tokens for split in splits.values()):
+        there = {s: (*keys, *(["text_bert"] if splits[s].text_bert is not None else [])) for s, keys in there.items()}
+    if len(set(there.values())) > 1:
+        told = "; ".join(f"{', '.join(keys) or 'nothing'} in {s}" for s, keys in there.items())
+        raise InputError(f"has {told}", "the same in every split", where=name)
+    return splits
+
+
 class Sizes(NamedTuple):
-    """What the splits of a data set have in common: {m: features, most steps of any split}, and the range of labels."""
+    """What the splits of a data set have in common.
+
+    modalities: {m: features, most steps of any split} of what is there as features. label_min, label_max: the range
+    that the labels are in. label_range: the range of the scale that the data says its labels have. token_steps: the
+    most steps of text tokens; None without any.
+    """
 
     modalities: Mapping[str, FeatureConfig]
     label_min: float
     label_max: float
+    label_range: tuple[float, float] | None = None
+    token_steps: int | None = None
 
 
 Fit = Callable[[Sizes], Inputs]
 """Makes the inputs of a model for data of such sizes."""
 
 
-def fitted(inputs: Inputs | Fit, data: Any, name: str) -> Inputs:
+def fitted(inputs: Inputs | Fit, data: Any, name: str, label_range: tuple[float, float] | None = None) -> Inputs:
     """`inputs`, or what it makes of the sizes of `data`, a dict of MMSA's layout that `name` stands for in messages.
 
+    label_range: that of the scale, where the data says it.
+
     Raises:
-        InputError: as `open_split`, or the splits differ in their features.
+        InputError: as `open_split`, or the splits differ in their modalities or features.
     """
     if isinstance(inputs, Inputs):
         return inputs
-    splits = {s: open_split(data, s, name) for s in SPLITS}
+    splits = open_splits(data, name)
     found = {}
-    for m in MODALITIES:
+    for m in splits[SPLITS[0]].raw:
         widths = {s: split.raw[m].shape[2] for s, split in splits.items()}
         if len(set(widths.values())) > 1:
             told = ", ".join(f"{width} in {s}" for s, width in widths.items())
             raise InputError(f"{name}: {m} has {told} features per step, expected equally many in every split")
         found[m] = FeatureConfig(widths[SPLITS[0]], max(split.raw[m].shape[1] for split in splits.values()))
     labels = np.concatenate([split.labels for split in splits.values()])
-    return inputs(Sizes(found, float(labels.min()), float(labels.max())))
+    tokens = [split.text_bert.shape[2] for split in splits.values() if split.text_bert is not None]
+    return inputs(Sizes(found, float(labels.min()), float(labels.max()), label_range, max(tokens, default=None)))
 
 
 def with_tokens(split: Split, raw: RawSplit, limits: TokenConfig | None, where: str) -> Split:
@@ -123,7 +156,7 @@ def with_tokens(split: Split, raw: RawSplit, limits: TokenConfig | None, where: 
     Raises:
         InputError: the data has no tokens, or not within these `limits`; `where` is what the message calls it.
     """
-    if limits is None:
+    if limits is None or (raw.text_bert is None and "text" not in raw.raw and raw.unusable_tokens is None):
         return split
     if raw.unusable_tokens is not None:
         raise raw.unusable_tokens
@@ -132,7 +165,7 @@ def with_tokens(split: Split, raw: RawSplit, limits: TokenConfig | None, where: 
             f"{where}: lacks 'text_bert', expected [N, 3, T] token ids for the text encoder: take another file "
             "(a folder: convert again), or train without --text-encoder"
         )
-    steps = raw.raw["text"].shape[1]
+    steps = raw.raw["text"].shape[1] if "text" in raw.raw else raw.text_bert.shape[2]
     if raw.text_bert.shape[2] != steps:
         raise InputError(
             f"{where}: 'text_bert' has shape {list(raw.text_bert.shape)}, expected {[len(raw), 3, steps]}, as text "
@@ -210,7 +243,8 @@ class Piece(NamedTuple):
 class RawSplit:
     """A split whose shapes, labels and lengths are checked, and whose features are as they were stored.
 
-    labels: float32 [N]. ids: N names. raw: {m: [N, T_m, F_m]}, any number type and memory order.
+    labels: float32 [N]. ids: N names. raw: {m: [N, T_m, F_m]} of the modalities that are there as features, any number
+    type and memory order.
     given: {m: int64 [N]}, the lengths that the data gives. text_bert: [N, 3, T'], token ids, attention mask and token
     types, if there are any. where: what error messages call the split. unusable_tokens: why `text_bert` is None
     although the data has something of that name.
@@ -271,7 +305,7 @@ class RawSplit:
 
     def sample(self, index: int) -> dict[str, FloatArray]:
         """The valid steps [length, F] of sample `index`, per modality."""
-        pieces = {m: next(self.pieces(m, samples=slice(index, index + 1))) for m in MODALITIES}
+        pieces = {m: next(self.pieces(m, samples=slice(index, index + 1))) for m in self.raw}
         return {m: piece.features[0, : piece.lengths[0]] for m, piece in pieces.items()}
 
     def _places(self, m: str, rows: slice, x: FloatArray) -> tuple[IntArray, IntArray]:
@@ -360,7 +394,8 @@ def _array(value: Any, where: str, key: str, rank: int) -> np.ndarray[Any, np.dt
 
 def _features(value: Any, where: str, m: str, inputs: Inputs | None, samples: int) -> RawArray:
     raw = _array(value, where, m, 3)
-    expected = inputs.modality(m) if inputs else None
+    # Where the model makes its text out of tokens, the features beside them are the linear model's alone.
+    expected = inputs.modality(m) if inputs and not (m == "text" and inputs.text_tokens) else None
     if expected and raw.shape[2] != expected.features:
         raise InputError(
             f"{where}: {m} has {raw.shape[2]} features per step, expected {expected.features}: "

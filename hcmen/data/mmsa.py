@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from hcmen.base.inputs import Inputs
-from hcmen.base.modalities import MODALITIES
-from hcmen.data import SPLITS, FloatArray, IntArray, MultimodalDataset, Split
+from hcmen.data import FloatArray, IntArray, MultimodalDataset, Split
 from hcmen.data.folder import read_folder
-from hcmen.data.layout import Fit, RawSplit, fitted, open_split, with_tokens
+from hcmen.data.layout import Fit, RawSplit, fitted, open_splits, with_tokens
 from hcmen.data.unpickle import load_pickle
 
 __all__ = ["dataset_from_mmsa", "read_mmsa"]
@@ -45,10 +44,10 @@ def dataset_from_mmsa(data: Any, name: str, inputs: Inputs | Fit) -> MultimodalD
         InputError: as `read_mmsa`.
     """
     inputs = fitted(inputs, data, name)
-    cleaned, misplaced = dict.fromkeys(MODALITIES, 0), dict.fromkeys(MODALITIES, 0)
+    cleaned: dict[str, int] = {}
+    misplaced: dict[str, int] = {}
     splits = {}
-    for s in SPLITS:
-        raw = open_split(data, s, name, inputs)
+    for s, raw in open_splits(data, name, inputs).items():
         split = _converted(raw, cleaned, misplaced)
         splits[s] = with_tokens(split, raw, inputs.text_tokens, f"{name}: {s}")
     return MultimodalDataset(name, splits, inputs.label_min, inputs.label_max, cleaned, misplaced)
@@ -57,13 +56,13 @@ def dataset_from_mmsa(data: Any, name: str, inputs: Inputs | Fit) -> MultimodalD
 def _converted(split: RawSplit, cleaned: dict[str, int], misplaced: dict[str, int]) -> Split:
     features: dict[str, FloatArray] = {}
     lengths: dict[str, IntArray] = {}
-    for m in MODALITIES:
+    for m in split.raw:
         features[m] = np.empty(split.raw[m].shape, np.float32)
         lengths[m] = np.empty(len(split), np.int64)
         first = 0
         for piece in split.pieces(m):
             rows = slice(first, first := first + len(piece.lengths))
             features[m][rows], lengths[m][rows] = piece.features, piece.lengths
-            cleaned[m] += piece.cleaned
-            misplaced[m] += piece.misplaced
+            cleaned[m] = cleaned.get(m, 0) + piece.cleaned
+            misplaced[m] = misplaced.get(m, 0) + piece.misplaced
     return Split(features, lengths, split.labels, split.ids)

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hcmen.base.errors import InputError, unknown_name
-from hcmen.base.modalities import MODALITIES, VARIANTS, Variant
+from hcmen.base.modalities import MODALITIES, VARIANTS, Variant, variants_of
 from hcmen.data import IntArray, Split
 
 __all__ = [
@@ -47,8 +47,9 @@ _COUNT = len(MODALITIES)
 class Masks:
     """What a setting leaves of N samples.
 
-    keep: {m: bool [N, T_m]}, False for dropped and for padded steps. lengths: {m: int64 [N]}, the valid prefix, which
-    dropping leaves as it is. present: bool [N, 3] in the order of MODALITIES, at least one per row.
+    keep: {m: bool [N, T_m]} of the data's modalities, False for dropped and for padded steps. lengths: {m: int64 [N]},
+    the valid prefix, which dropping leaves as it is. present: bool [N, 3] in the order of MODALITIES, at least one per
+    row.
     """
 
     keep: dict[str, BoolArray]
@@ -57,13 +58,13 @@ class Masks:
 
     @property
     def missing_rate(self) -> float:
-        """The share of modalities that are missing, 1 - sum |u_i| / (3 N)."""
-        return 1.0 - int(self.present.sum()) / self.present.size
+        """The share of the data's modalities that are missing, 1 - sum |u_i| / (3 N) of three."""
+        return 1.0 - int(self.present.sum()) / (len(self.present) * len(self.keep))
 
     @property
     def missing_shares(self) -> dict[str, float]:
-        """Per modality the share of samples that lack it."""
-        return {m: 1.0 - int(self.present[:, i].sum()) / len(self.present) for i, m in enumerate(MODALITIES)}
+        """Per modality of the data the share of samples that lack it."""
+        return {m: 1.0 - int(self.present[:, MODALITIES.index(m)].sum()) / len(self.present) for m in self.keep}
 
     @property
     def dropped_steps(self) -> dict[str, float]:
@@ -80,7 +81,7 @@ class Masks:
     def digest(self) -> str:
         """sha256 of the lengths, the kept steps and the presence; how far a split is padded does not enter."""
         digest = hashlib.sha256()
-        for m in MODALITIES:
+        for m in self.keep:
             valid = _valid(self.lengths[m], self.keep[m].shape[1])
             digest.update(self.lengths[m].astype("<i8").tobytes())
             digest.update(np.packbits(self.keep[m][valid]).tobytes())
@@ -93,9 +94,9 @@ class Setting:
     """One point of a protocol.
 
     name: unique in its protocol. rates: probability per modality, in the order of MODALITIES, that a step is dropped.
-    present: which modalities every sample has. missing_rate: the share of modalities to take away, drawn per sample,
-    instead of the same set for all. missing_rates: likewise with a probability per modality that it is missing; every
-    sample keeps one at least, so they sum to less than 2.
+    present: which modalities every sample has, of those that the data has. missing_rate: the share of modalities to
+    take away, drawn per sample, instead of the same set for all. missing_rates: likewise with a probability per
+    modality that it is missing; every sample keeps one at least, so they sum to less than 2.
     """
 
     name: str
@@ -134,7 +135,7 @@ class Average:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A named list of settings, and the averages that are quoted of it."""
+    """A named list of settings, which may be empty, and the averages that are quoted of it."""
 
     name: str
     about: str
@@ -177,16 +178,15 @@ def batches(split: Split, masks: Masks, batch_size: int) -> Iterator[Batch]:
             yield Batch(variant, rows, features, lengths)
 
 
-def protocol_named(name: str) -> Protocol:
-    """The protocol called `name`.
+def protocol_named(name: str, modalities: Sequence[str] = MODALITIES) -> Protocol:
+    """The protocol called `name` for data of these modalities; without settings where it has nothing to hide there.
 
     Raises:
         InputError: there is none; the message suggests the nearest one.
     """
-    found = PROTOCOLS.get(name)
-    if found is None:
+    if name not in PROTOCOLS:
         raise unknown_name("protocol", name, PROTOCOLS)
-    return found
+    return PROTOCOLS[name] if set(modalities) == set(MODALITIES) else _protocols(tuple(modalities))[name]
 
 
 # --- the draws ------------------------------------------------------------------------------------------------------
@@ -194,8 +194,11 @@ def protocol_named(name: str) -> Protocol:
 
 def _apply(setting: Setting, split: Split, seed: int, noise: Noise | None) -> Masks:
     keep = {}
+    there = np.array([m in split.lengths for m in MODALITIES])
     for m, rate in zip(MODALITIES, setting.rates, strict=True):
-        steps, lengths = split.features[m].shape[1], split.lengths[m]
+        if m not in split.lengths:
+            continue
+        steps, lengths = split.steps[m], split.lengths[m]
         keep[m] = _valid(lengths, steps)
         if not rate or noise is None:
             continue
@@ -203,10 +206,20 @@ def _apply(setting: Setting, split: Split, seed: int, noise: Noise | None) -> Ma
         if m == "text":  # [CLS] and [SEP]
             keep[m][:, 0] = True
             keep[m][np.arange(len(split)), lengths - 1] = True
-    present = np.tile(np.array(setting.present), (len(split), 1))
+    present = np.tile(np.array(setting.present) & there, (len(split), 1))
+    if not present.any():
+        raise InputError(
+            f"setting '{setting.name}' leaves nothing of a set of {' and '.join(split.modalities)}",
+            fix="leave it out",
+        )
     if setting.missing_rate:
-        present = _random_sets(len(split), setting.missing_rate, seed)
+        present[:, there] = _random_sets(len(split), setting.missing_rate, seed, int(there.sum()))
     elif any(setting.missing_rates):
+        if not there.all():
+            raise InputError(
+                f"setting '{setting.name}' is for three modalities, the data has {' and '.join(split.modalities)}",
+                fix="leave it out",
+            )
         present = _uneven_sets(len(split), setting.missing_rates, seed)
     return Masks(keep, split.lengths, present)
 
@@ -215,27 +228,29 @@ def _step_noise(split: Split, seed: int) -> Noise:
     """{m: [N, T_m]} in (0, 1], so that a rate of 0 keeps every step; a step's number depends on nothing behind it."""
     noise = {}
     for i, m in enumerate(MODALITIES):
-        noise[m] = np.zeros(split.features[m].shape[:2])
+        if m not in split.lengths:
+            continue
+        noise[m] = np.zeros((len(split), split.steps[m]))
         for row, length in enumerate(split.lengths[m]):
             noise[m][row, :length] = 1.0 - np.random.default_rng((_STEPS, seed, i, row)).random(length)
     return noise
 
 
-def _random_sets(samples: int, rate: float, seed: int) -> BoolArray:
-    """Presence [samples, 3] with `rate` of all modalities missing, or as much as leaves one to each sample.
+def _random_sets(samples: int, rate: float, seed: int, count: int = _COUNT) -> BoolArray:
+    """Presence [samples, count] with `rate` of all modalities missing, or as much as leaves one to each sample.
 
-    Each sample draws the modality it keeps for sure and a number for each of the other two; over the whole split the
+    Each sample draws the modality it keeps for sure and a number for each of the others; over the whole split the
     lowest numbers go missing, as many as the rate asks for. That hits the rate to half a modality, where independent
     draws would scatter about it, and a higher rate takes away more of the same.
     """
-    draws = np.array([np.random.default_rng((_SETS, seed, row)).random(1 + _COUNT) for row in range(samples)])
-    kept = np.floor(draws[:, 0] * _COUNT).astype(np.int64)
+    draws = np.array([np.random.default_rng((_SETS, seed, row)).random(1 + count) for row in range(samples)])
+    kept = np.floor(draws[:, 0] * count).astype(np.int64)
     numbers = draws[:, 1:]
     numbers[np.arange(samples), kept] = 2.0
-    missing = min(round(rate * samples * _COUNT), samples * (_COUNT - 1))
-    present = np.ones(samples * _COUNT, dtype=np.bool_)
+    missing = min(round(rate * samples * count), samples * (count - 1))
+    present = np.ones(samples * count, dtype=np.bool_)
     present[np.argsort(numbers, axis=None, kind="stable")[:missing]] = False
-    return present.reshape(samples, _COUNT)
+    return present.reshape(samples, count)
 
 
 def _uneven_sets(samples: int, rates: Sequence[float], seed: int) -> BoolArray:
@@ -266,27 +281,37 @@ def _valid(lengths: IntArray, steps: int) -> BoolArray:
 # --- the protocols --------------------------------------------------------------------------------------------------
 
 
+_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
 def _mean(settings: Sequence[Setting], name: str, about: str) -> Average:
-    return Average(name, about, tuple(s.name for s in settings))
+    """`{}` in the name and what it is about is the number of settings."""
+    word = _WORDS[len(settings)]
+    return Average(name.format(word), about.format(word), tuple(s.name for s in settings))
 
 
-def _protocols() -> dict[str, Protocol]:
+def _protocols(modalities: tuple[str, ...]) -> dict[str, Protocol]:
+    """The protocols for data of these modalities; what hides modalities has nothing to do with one alone."""
+    several = len(modalities) > 1
+    # A sample keeps one modality at least, so of two no more than half go missing.
+    most = 7 if len(modalities) == _COUNT else 5
     intra = tuple(Setting(f"r={k / 10:.1f}", rates=(k / 10,) * _COUNT) for k in range(10))
-    fixed = tuple(Setting(v.name, present=v.mask) for v in VARIANTS)
-    random_mr = tuple(Setting(f"MR={k / 10:.1f}", missing_rate=k / 10) for k in range(8))
-    uneven = [(own, other, m) for own, other in ((0.8, 0.2), (0.2, 0.8)) for m in MODALITIES]
+    fixed = tuple(Setting(v.name, present=v.mask) for v in variants_of(modalities))
+    random_mr = tuple(Setting(f"MR={k / 10:.1f}", missing_rate=k / 10) for k in range(most + 1) if several)
+    uneven = [(own, other, m) for own, other in ((0.8, 0.2), (0.2, 0.8)) for m in modalities if several]
     of_steps = tuple(
         Setting(f"{m}_{'poor' if own > other else 'rich'}", rates=tuple(own if k == m else other for k in MODALITIES))
         for own, other, m in uneven
     )
+    # Of two modalities 0.8 and 0.2 would leave none to spare: every sample would keep one.
     of_samples = tuple(
         Setting(
             f"{m}_{'often' if own > other else 'seldom'}_missing",
             missing_rates=tuple(own if k == m else other for k in MODALITIES),
         )
-        for own, other, m in uneven
+        for own, other, m in (uneven if len(modalities) == _COUNT else ())
     )
-    incomplete = [s for s in fixed if not all(s.present)]
+    incomplete = fixed[1:]
     return {
         p.name: p
         for p in (
@@ -294,38 +319,46 @@ def _protocols() -> dict[str, Protocol]:
                 "intra",
                 "steps dropped at rate r in all modalities",
                 intra,
-                (_mean(intra, "mean_of_rates", "mean of the ten rates"),),
+                (_mean(intra, "mean_of_rates", "mean of the {} rates"),),
             ),
             Protocol(
                 "fixed",
                 "whole modalities missing, one set for all samples",
                 fixed,
                 (
-                    _mean(incomplete, "mean_of_six", "mean of the six incomplete sets"),
-                    _mean(fixed, "mean_of_seven", "mean of all seven sets"),
-                ),
+                    _mean(incomplete, "mean_of_{}", "mean of the {} incomplete sets"),
+                    _mean(fixed, "mean_of_{}", "mean of all {} sets"),
+                )
+                if several
+                else (),
             ),
             Protocol(
                 "random_mr",
                 "whole modalities missing, drawn per sample",
                 random_mr,
                 (
-                    _mean(random_mr, "mean_of_rates", "mean of the eight rates"),
-                    _mean(random_mr[1:], "mean_of_seven", "mean of the rates above 0"),
-                ),
+                    _mean(random_mr, "mean_of_rates", "mean of the {} rates"),
+                    _mean(random_mr[1:], "mean_of_{}", "mean of the rates above 0"),
+                )
+                if several
+                else (),
             ),
             Protocol(
                 "imbalanced",
                 "steps dropped, or whole modalities missing, at 0.8 for some modalities and 0.2 for the others",
                 (*of_steps, *of_samples),
                 (
-                    _mean(of_steps, "mean_of_six", "mean of the six that drop steps"),
-                    _mean(of_samples, "mean_of_six_missing", "mean of the six that lack modalities"),
+                    *([_mean(of_steps, "mean_of_{}", "mean of the {} that drop steps")] if of_steps else []),
+                    *(
+                        [_mean(of_samples, "mean_of_{}_missing", "mean of the {} that lack modalities")]
+                        if of_samples
+                        else []
+                    ),
                 ),
             ),
         )
     }
 
 
-PROTOCOLS: dict[str, Protocol] = _protocols()
+PROTOCOLS: dict[str, Protocol] = _protocols(MODALITIES)
 """The protocols by name."""

@@ -8,7 +8,6 @@ from typing import Any
 
 from hcmen.base.errors import CorruptFileError, InputError, shown
 from hcmen.base.inputs import Inputs
-from hcmen.base.modalities import MODALITIES
 from hcmen.data import MultimodalDataset, cleaned_notes
 
 __all__ = ["dataset_of", "mention_cleaned", "trained_on"]
@@ -40,7 +39,7 @@ def dataset_of(
     if made is not None:
         samples, seed = made
         # It is made of sizes alone, and no file bounds them.
-        size = sum(samples) * sum(inputs.modality(m).features * inputs.modality(m).max_steps for m in MODALITIES)
+        size = sum(samples) * sum(inputs.modality(m).features * inputs.modality(m).max_steps for m in inputs.modalities)
         if size > _MOST_NUMBERS:
             raise CorruptFileError(
                 f"{folder}: config.json asks for a synthetic set of {size} numbers", f"at most {_MOST_NUMBERS}"

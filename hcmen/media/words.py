@@ -48,7 +48,7 @@ class Tokenizer:
                 f"{error.name} is not installed, and words need it: pip install 'hcmen[words]', or give token ids"
             ) from error
         self._where = where
-        self._steps = inputs.text.max_steps
+        self._steps = inputs.modality("text").max_steps
         self._limits = inputs.text_tokens
 
     def __call__(self, text: str) -> Encoded:

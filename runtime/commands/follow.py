@@ -397,7 +397,7 @@ def _rates(typed: Sequence[str]) -> dict[str, str]:
 def _chunk_limits(inputs: Inputs) -> Inputs:
     """Chunks may be longer than what the model takes at once, as the windows are not; but not without end."""
     longer: dict[str, Any] = {}
-    for m in MODALITIES[1:]:
+    for m in (m for m in inputs.modalities if m != "text"):
         sizes = inputs.modality(m)
         longer[m] = FeatureConfig(sizes.features, max(sizes.max_steps, _MOST_CHUNK_FRAMES))
     return dataclasses.replace(inputs, **longer)

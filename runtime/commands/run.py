@@ -380,7 +380,7 @@ def _mention(console: Console, model: Predictor, asked: str, results: Sequence[R
             ignored.setdefault((r.ignored, r.variant), []).append(r.name)
     for (keys, variant), names in ignored.items():
         more = f" and {len(names) - 1} more clips" if len(names) > 1 else ""
-        lost = [m for m in keys if m in MODALITIES]
+        lost = [m for m in keys if m in model.inputs.modalities]
         wanted = variant_for((*variant_named(variant).present, *lost)).name
         if asked == "auto" and wanted not in model.variants:
             added = as_typed("hcmen-export", "--variant", wanted, "--bundle", from_here(model.bundle.path))

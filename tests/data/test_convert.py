@@ -73,6 +73,7 @@ def test_the_index_says_where_the_numbers_come_from(tmp_path: Path, capsys: pyte
     }
     assert index["misplaced"] == dict.fromkeys(("text", "audio", "vision"), 0)
     assert index["left_out"] == {}
+    assert (index["label_range"], index["front_ends"]) == (None, {})
     told = json.loads(captured.out)
     assert {key: index[key] for key in index if key != "versions"} == {k: v for k, v in told.items() if k != "out"}
     assert captured.err.splitlines() == [

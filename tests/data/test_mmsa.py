@@ -217,7 +217,10 @@ BAD = {
     "missing split": (_drop("test", None), "'test' is missing, found train, valid"),
     "split is no dict": (lambda d: d.update(test=[1]), "'test' is a list, expected a dict"),
     "missing labels": (_drop("regression_labels"), "valid: 'regression_labels' is missing"),
-    "missing modality": (_drop("vision"), "valid: 'vision' is missing"),
+    "missing modality": (
+        _drop("vision"),
+        "has text, audio, vision, text_bert in train; text, audio, text_bert in valid",
+    ),
     "features of another set": (
         _set("audio", np.zeros((3, 9, 74))),
         "valid: audio has 74 features per step, expected 3: the file is of another data set than the model is for",
