@@ -14,9 +14,9 @@ import hcmen
 from hcmen.base.console import Console
 from hcmen.base.errors import CheckFailed, InputError, unknown_name
 from hcmen.base.files import read_small, refused
-from hcmen.base.manifest import PRECISIONS
+from hcmen.base.manifest import PRECISIONS, front_ends_from_json
 from hcmen.base.modalities import VARIANTS, Variant
-from hcmen.base.records import MOST_MANIFEST_BYTES
+from hcmen.base.records import MOST_MANIFEST_BYTES, JsonFile, JsonObject
 from hcmen.export.card import CARD, card, scores_of
 from hcmen.export.report import failure, figure, table
 from hcmen.media.tokenizer_file import checked_tokenizer
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from hcmen.base.clip import Clip
     from hcmen.base.inputs import Inputs
-    from hcmen.base.manifest import Manifest, Score
+    from hcmen.base.manifest import FrontEnd, Manifest, Score
     from hcmen.export.kept import Kept
     from hcmen.export.reduced import LabelledData, Reduced
 
@@ -86,7 +86,7 @@ def export_bundle(
                 f"{' and '.join(variant.present)}",
                 fix=f"choose from {', '.join(v.name for v in inputs.variants)}",
             )
-    scores = scores_of(checkpoint, about)
+    scores, front_ends = scores_of(checkpoint, about), _front_ends(checkpoint, about)
     kept = kept_of(
         bundle,
         variants,
@@ -112,7 +112,7 @@ def export_bundle(
         kept.copy_golden(folder)
 
         def manifest_of(parity: Mapping[str, Mapping[str, Any]]) -> Manifest:
-            return _manifest(model, about, scores, folder, precision, parity)
+            return _manifest(model, about, scores, front_ends, folder, precision, parity)
 
         if labelled is None:
             made = {v.name: graph for v, graph in graphs.items()}
@@ -131,6 +131,14 @@ def export_bundle(
         kept.check_unchanged()
         kept.let_go()
     return manifest
+
+
+def _front_ends(checkpoint: Path, about: Mapping[str, Any]) -> dict[str, FrontEnd]:
+    """What made the features that the checkpoint was trained on, as its config.json says."""
+    dataset = about.get("dataset")
+    found = dataset.get("front_ends", {}) if isinstance(dataset, Mapping) else {}
+    told = JsonObject("", {"front_ends": found}, JsonFile(f"{checkpoint}: config.json", "train again"))
+    return front_ends_from_json(told.object("front_ends"))
 
 
 def _labelled(
@@ -326,6 +334,7 @@ def _manifest(
     model: Any,
     about: Mapping[str, Any],
     scores: tuple[Score, ...],
+    front_ends: Mapping[str, FrontEnd],
     folder: Path,
     precision: str,
     parity: Mapping[str, Mapping[str, Any]],
@@ -348,6 +357,7 @@ def _manifest(
         },
         weights=file_record(folder / "weights.bin", folder),
         precision=precision,
+        front_ends=front_ends,
         variants={
             name: VariantRecord(
                 graph=file_record(folder / f"{name}.onnx", folder),

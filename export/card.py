@@ -11,7 +11,6 @@ from typing import Any
 from hcmen.base.errors import CorruptFileError, reason_of
 from hcmen.base.files import read_small, refused
 from hcmen.base.manifest import Manifest, Score
-from hcmen.base.modalities import MODALITIES
 from hcmen.base.records import MOST_MANIFEST_BYTES, JsonFile, parse_json
 from hcmen.models import registry
 
@@ -74,7 +73,7 @@ def card(manifest: Manifest) -> str:
         "| input | features per step | most steps |",
         "| --- | ---: | ---: |",
     ]
-    for m in MODALITIES:
+    for m in inputs.modalities:
         sizes = inputs.modality(m)
         tokens = m == "text" and inputs.text_tokens
         width = f"token ids below {tokens.vocabulary}" if tokens else str(sizes.features)

@@ -221,7 +221,9 @@ class MSMix(Mixing):
         super().__init__()
         self.alpha, self.threshold, self.same_sign = train.mix_alpha, train.mix_similarity, train.mix_same_sign
         self.limit = max(abs(model.inputs.label_min), abs(model.inputs.label_max))
-        self.predictors = nn.ModuleDict({m: IntensityPredictor(model.width, self.limit) for m in MODALITIES})
+        self.predictors = nn.ModuleDict(
+            {m: IntensityPredictor(model.width, self.limit) for m in model.inputs.modalities}
+        )
 
     def plan(self, samples: Samples, generator: np.random.Generator) -> Plan | None:
         """Up to b pairs; None if no two samples may be mixed."""

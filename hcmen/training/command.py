@@ -6,6 +6,7 @@ Heavy imports live inside functions, so that --help is quick; the loop itself is
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
 import sys
@@ -21,7 +22,7 @@ from hcmen.base.errors import InputError
 from hcmen.base.files import check_writable, refused, sweep
 from hcmen.base.tables import screen_width
 from hcmen.training.config import AUXILIARIES, MIXES, PRECISIONS, TrainConfig, train_setting
-from hcmen.training.presets import PRESETS, preset_for, preset_named, sized
+from hcmen.training.presets import PRESETS, Preset, preset_for, preset_named, sized
 from hcmen.training.report import draw_curves, scores_text, test_scores
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from hcmen.data import MultimodalDataset, Split
     from hcmen.data.layout import Fit, Sizes
     from hcmen.models.contract import Config
+    from hcmen.models.text_encoder_config import TextEncoderConfig
 
 __all__ = ["load_checkpoint", "main"]
 
@@ -266,46 +268,72 @@ class _Start:
             self._tell(sizes, why)
             return self.model.inputs
 
-        return _load_file(os.path.realpath(self.data), fit, self.console)
+        dataset = _load_file(os.path.realpath(self.data), fit, self.console)
+        self._check_tokenizer(dataset)
+        return dataset
 
     def _choose(self, name: str, given: Mapping[str, Any], sizes: Sizes | None) -> None:
         chosen = preset_named(name)
-        self.model = chosen.model if sizes is None else sized(chosen.model, sizes)
-        self.train = dataclasses.replace(chosen.train, **given)
+        encoder, hidden = None, 0
+        if self.text_encoder is not None:
+            from hcmen.models.text_encoder import read_sizes, read_tokenizer
+
+            encoder, hidden = read_sizes(self.text_encoder)
+            self.tokenizer = read_tokenizer(self.text_encoder)
+        if sizes is None:
+            self.model = _without_data(chosen, encoder, hidden, self.text_encoder)
+        else:
+            try:
+                self.model = sized(chosen, sizes, encoder, hidden)
+            except InputError as error:
+                raise error.but(where=str(self.data)) from error
+        learns = encoder is not None and given.get("text_encoder_learning_rate") != 0
+        self.train = dataclasses.replace(chosen.train, **{**(chosen.with_encoder if learns else {}), **given})
         paths = {"data": self.data, "text_encoder": self.text_encoder}
         self.source = {
             "preset": chosen.name,
             **{k: os.path.realpath(path) if path else None for k, path in paths.items()},
         }
-        if self.text_encoder is not None:
-            who = f"preset {chosen.name} expects" if sizes is None else f"{self.data} has"
-            self.model, self.tokenizer = _with_text_encoder(self.model, self.text_encoder, who)
+
+    def _check_tokenizer(self, dataset: MultimodalDataset) -> None:
+        """Refuses tokens that were made with another tokenizer than the text encoder's."""
+        made = dataset.front_ends.get("text")
+        if self.tokenizer is None or made is None or made.sha256 is None:
+            return
+        if made.sha256 != hashlib.sha256(self.tokenizer).hexdigest():
+            raise InputError(
+                f"its text tokens are of another tokenizer than that of {self.text_encoder}",
+                fix="convert the data with this one, or name the encoder that it was converted with",
+                where=str(self.data),
+            )
 
     def _tell(self, sizes: Sizes, why: str) -> None:
-        told = "; ".join(f"{m} {x.features} features, {x.max_steps} steps" for m, x in sizes.modalities.items())
-        self.console.note(f"sizes from {self.data}: {told}")
-        chosen = f", chosen by the {why} of the data; --preset names another" if why else ""
         inputs = self.model.inputs
+        told = ((m, inputs.modality(m)) for m in inputs.modalities)
+        listed = "; ".join(f"{m} {x.features} features, {x.max_steps} steps" for m, x in told)
+        self.console.note(f"sizes from {self.data}: {listed}")
+        chosen = f", chosen by the {why} of the data; --preset names another" if why else ""
         self.console.note(
             f"preset {self.source['preset']}: its architecture, training settings and label range "
             f"{inputs.label_min:g} to {inputs.label_max:g}{chosen}"
         )
 
 
-def _with_text_encoder(config: Any, folder: Path, who: str) -> tuple[Config, bytes]:
-    """`config` with the BERT in `folder` for its text, and the content of its tokenizer.json.
+def _without_data(chosen: Preset, encoder: TextEncoderConfig | None, hidden: int, folder: Path | None) -> Config:
+    """The model for the synthetic set, which has tokens of the preset's sizes."""
+    from hcmen.data.synthetic import SAMPLES
 
-    who: says how many text features there are, for a message.
-    """
-    from hcmen.models.text_encoder import read_sizes, read_tokenizer
-
-    encoder, hidden = read_sizes(folder)
-    if hidden != config.text.features:
+    if chosen.name not in SAMPLES:
+        raise InputError(f"preset {chosen.name} is for data of your own", fix="name it with --data")
+    text = chosen.model.inputs.modality("text")
+    if encoder is None:
+        return chosen.model
+    if hidden != text.features:
         raise InputError(
-            f"{folder}: the hidden size is {hidden}, {who} {config.text.features} text features: "
+            f"{folder}: the hidden size is {hidden}, preset {chosen.name} expects {text.features} text features: "
             "choose a BERT of that size"
         )
-    return dataclasses.replace(config, text_encoder=encoder), read_tokenizer(folder)
+    return dataclasses.replace(chosen.model, text_encoder=encoder)  # type: ignore[type-var]
 
 
 def _given(changes: Sequence[str], **options: Any) -> dict[str, Any]:
@@ -443,7 +471,7 @@ def _save_clips(folder: Path, split: Split) -> None:
     for i in range(min(SAVED_CLIPS, len(split))):
         arrays = {m: x[i, : split.lengths[m][i]] for m, x in split.features.items()}
         if split.text_tokens:
-            del arrays["text"]
+            arrays.pop("text", None)
             arrays[TEXT_TOKENS] = split.text_tokens.ids[i, :, : split.lengths["text"][i]]
         write_clip(folder / f"{i:03d}.npz", arrays)
 

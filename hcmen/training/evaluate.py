@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hcmen.base.modalities import VARIANTS, Variant
+from hcmen.base.modalities import Variant
 from hcmen.data import Split
 from hcmen.data.protocols import Masks, batches
 from hcmen.training.device import device_of, moved
@@ -39,8 +39,8 @@ def predict(model: Any, split: Split, variant: Variant, batch_size: int = 256) -
 
 
 def predict_variants(model: Any, split: Split, batch_size: int = 256) -> dict[str, Array]:
-    """`predict` for every variant, by name."""
-    return {v.name: predict(model, split, v, batch_size) for v in VARIANTS}
+    """`predict` for every variant that the split has the modalities of, by name."""
+    return {v.name: predict(model, split, v, batch_size) for v in split.variants}
 
 
 def predict_masked(

@@ -1,48 +1,66 @@
 """What there is to train on: each data set with an architecture for it, and settings to train it with.
 
 The sizes of a preset, features and most steps, are those of the data set it is named after. What is trained on a file
-takes the file's.
+takes the file's; `words` and `own` are for files alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from hcmen.base.errors import unknown_name
+from hcmen.base.errors import InputError, unknown_name
+from hcmen.base.inputs import FeatureConfig
 from hcmen.base.modalities import MODALITIES
+from hcmen.data.scale import label_scale
 from hcmen.models import registry
 from hcmen.models.contract import Config
 from hcmen.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from hcmen.data.layout import Sizes
+    from hcmen.models.text_encoder_config import TextEncoderConfig
 
 __all__ = ["PRESETS", "Preset", "preset_for", "preset_named", "sized"]
 
 _SIBLINGS = TrainConfig(epochs=200, learning_rate=1e-4)
+_OWN = TrainConfig(epochs=12, learning_rate=1e-3)
 _RUNS = {
     "mosi": ("CMU-MOSI, unaligned_50", _SIBLINGS),
     "mosei": ("CMU-MOSEI, unaligned_50", _SIBLINGS),
     "sims": ("CH-SIMS, unaligned_39", _SIBLINGS),
     "simsv2": ("CH-SIMS v2(s)", _SIBLINGS),
     "tiny": ("the synthetic demo: seconds per epoch on two cores", TrainConfig(epochs=24, learning_rate=2e-3)),
+    "words": ("texts alone, of any data set", _OWN),
+    "own": ("any other data: sizes, modalities and label range of the file", _OWN),
 }
+# For any file, whatever its modalities and labels. A text encoder that learns needs smaller steps and fewer of them.
+_ANY = {name: {"batch_size": 32, "text_encoder_learning_rate": 5e-5, "epochs": 6} for name in ("words", "own")}
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A named pair of configurations with one line on what it is for."""
+    """A named pair of configurations with one line on what it is for.
+
+    any_scale: labels may be on any scale, that of the file. with_encoder: what differs in `train` where a text encoder
+    learns with the model.
+    """
 
     name: str
     about: str
     model: Config
     train: TrainConfig = field(default_factory=TrainConfig)
+    any_scale: bool = False
+    with_encoder: Mapping[str, Any] = field(default_factory=dict)
 
 
 _MODELS = registry.named(registry.DEFAULT).presets
-PRESETS: dict[str, Preset] = {name: Preset(name, about, _MODELS[name], run) for name, (about, run) in _RUNS.items()}
+PRESETS: dict[str, Preset] = {
+    name: Preset(name, about, _MODELS[name], run, name in _ANY, _ANY.get(name, {}))
+    for name, (about, run) in _RUNS.items()
+}
 
 
 def preset_named(name: str) -> Preset:
@@ -54,29 +72,57 @@ def preset_named(name: str) -> Preset:
 
 
 def preset_for(sizes: Sizes) -> tuple[str, str]:
-    """The name of the preset for data of such sizes, and by what it was chosen, in a few words.
+    """The name of the preset for data of such sizes, and by what of it it was chosen, in a word.
 
-    It is the one of the same features, or else the first of the narrowest label range that holds the labels.
+    It is the one of a data set with the same features whose label range holds the labels, or else `words` for texts
+    alone, and `own` for the rest.
     """
     from hcmen.data.layout import LABEL_SLACK
 
-    def holds(preset: Preset) -> bool:
+    def is_of(preset: Preset) -> bool:
         inputs = preset.model.inputs
-        return inputs.label_min - LABEL_SLACK <= sizes.label_min and sizes.label_max <= inputs.label_max + LABEL_SLACK
+        return (
+            not preset.any_scale
+            and set(inputs.modalities) == set(sizes.modalities)
+            and all(inputs.modality(m).features == size.features for m, size in sizes.modalities.items())
+            and inputs.label_min - LABEL_SLACK <= sizes.label_min
+            and sizes.label_max <= inputs.label_max + LABEL_SLACK
+        )
 
-    def features(preset: Preset) -> bool:
-        return all(preset.model.inputs.modality(m).features == sizes.modalities[m].features for m in MODALITIES)
-
-    def width(preset: Preset) -> float:
-        return preset.model.inputs.label_max - preset.model.inputs.label_min
-
-    for fits, why in ((features, "features"), (holds, "labels")):
-        found = min((p for p in PRESETS.values() if holds(p) and fits(p)), key=width, default=None)
-        if found is not None:
-            return found.name, why
-    return max(PRESETS.values(), key=width).name, "labels"
+    found = next((preset.name for preset in PRESETS.values() if is_of(preset)), None)
+    if found is not None:
+        return found, "features"
+    return ("own" if set(sizes.modalities) - {"text"} else "words"), "modalities"
 
 
-def sized(config: Config, sizes: Sizes) -> Config:
-    """`config` with the features and most steps of the data."""
-    return dataclasses.replace(config, **sizes.modalities)  # type: ignore[type-var]
+def sized(preset: Preset, sizes: Sizes, encoder: TextEncoderConfig | None = None, hidden: int = 0) -> Config:
+    """The model of `preset` with the modalities, features and most steps of the data.
+
+    Its label range is the one that the data says, or else that of the preset's data set; a preset for any scale takes
+    the scale that the labels look like.
+
+    Args:
+        encoder: for the text, which is then tokens; its outputs have `hidden` features.
+
+    Raises:
+        InputError: the text is tokens and there is no encoder, or there are no tokens and there is one.
+    """
+    config = preset.model
+    found: dict[str, Any] = {m: sizes.modalities.get(m) for m in MODALITIES}
+    if encoder is not None:
+        if sizes.token_steps is None:
+            raise InputError("has no text tokens ('text_bert')", "what the text encoder reads", "leave it out")
+        steps = sizes.token_steps
+        if "text" not in sizes.modalities and config.inputs.text is not None:
+            steps = max(steps, config.inputs.text.max_steps)  # nothing but the encoder bounds the next text
+        found |= {"text": FeatureConfig(hidden, min(steps, encoder.positions)), "text_encoder": encoder}
+    elif sizes.token_steps is not None and "text" not in sizes.modalities:
+        raise InputError("has its text as tokens alone", fix="name the BERT that reads them with --text-encoder")
+    low, high = config.inputs.label_min, config.inputs.label_max
+    if sizes.label_range is not None:
+        low, high = sizes.label_range
+    elif preset.any_scale:
+        low, high = label_scale(sizes.label_min, sizes.label_max)
+    if (low, high) != (config.inputs.label_min, config.inputs.label_max):
+        found |= {"label_min": low, "label_max": high}
+    return dataclasses.replace(config, **found)  # type: ignore[type-var]

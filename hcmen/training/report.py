@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hcmen.base.modalities import VARIANTS
 from hcmen.base.tables import folded
 
 if TYPE_CHECKING:
@@ -52,9 +51,12 @@ def draw_curves(path: Path, history: list[dict[str, Any]]) -> None:
     for label, values in _drawn_terms(history).items():
         left.plot(epochs, values, label=label)
     left.set(xlabel="epoch", ylabel="terms of the training loss, before weighting", ylim=(0, None))
-    for variant in VARIANTS:
-        right.plot(epochs, [r["validation"][variant.name] for r in history], lw=1, alpha=0.7, label=variant.name)
-    right.plot(epochs, [r["validation_mae"] for r in history], color="black", lw=2, label="mean of the seven")
+    variants = list(history[0]["validation"])
+    for variant in variants:
+        right.plot(epochs, [r["validation"][variant] for r in history], lw=1, alpha=0.7, label=variant)
+    if len(variants) > 1:
+        mean = f"mean of the {_number(len(variants))}"
+        right.plot(epochs, [r["validation_mae"] for r in history], color="black", lw=2, label=mean)
     chosen = [r for r in history if r["best"]][-1]
     right.plot(
         chosen["epoch"], chosen["validation_mae"], "o", color="black", label=f"checkpoint: epoch {chosen['epoch']}"
@@ -84,7 +86,7 @@ def test_scores(model: Model, dataset: MultimodalDataset) -> dict[str, dict[str,
             "floor": floor,
             "linear": metrics.scores(truth, linear_baseline(dataset, v), family),
         }
-        for v in VARIANTS
+        for v in dataset.splits["test"].variants
     }
 
 
@@ -102,7 +104,7 @@ def scores_text(report: Mapping[str, Any], kind: str, screen: int | None = None)
     accuracy = metrics.HEADLINE_ACC2[metrics.family_for(dataset["label_min"], dataset["label_max"])]
     measures = (("MAE", "mae", ".3f"), ("Corr", "corr", ".3f"), ("Acc-2", accuracy, ".1%"))
     models = ((title, kind), ("floor", "floor"), ("linear", "linear"))
-    width = max(len(v.name) for v in VARIANTS)
+    width = max(len("variant"), *map(len, test))
     shown = len(measures) if screen is None else max(1, min(len(measures), (screen - width) // _MEASURE_WIDTH))
     left_out = ", ".join(name for name, *_ in measures[shown:])
     measures = measures[:shown]
@@ -128,7 +130,7 @@ def scores_text(report: Mapping[str, Any], kind: str, screen: int | None = None)
     lines += [
         "",
         "floor: the mean training label (MAE), the commonest class (Acc-2); "
-        "linear: ridge regression on mean frames, one per variant",
+        "linear: ridge regression on mean frames (of tokens on their tf-idf), one per variant",
         *(
             f"{title} beats {_NAMES[key]} in MAE and Acc-2 in {_beaten(list(test), names)}"
             for key, names in behind.items()

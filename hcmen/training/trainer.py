@@ -13,8 +13,8 @@ Precision bf16: matrix products and convolutions of the model in bfloat16, by au
 scores and everything outside it (losses, gradients, weights, optimiser) in float32. Validation is all float32, as the
 exported model is.
 
-The checkpoint is chosen by one number, the mean of the validation MAE over the seven variants, each with its absent
-modalities left out for every sample: no draw, so no luck.
+The checkpoint is chosen by one number, the mean of the validation MAE over the variants that the data has the
+modalities of, each with its absent ones left out for every sample: no draw, so no luck.
 
 Everything random is a function of the seed, the epoch and a sample's index, or the step's number for what concerns a
 batch: the order of the samples, the corruption, the mixing, and PyTorch's generator (dropout), which is set anew at the
@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from hcmen.base import metrics
 from hcmen.base.errors import CheckFailed, CorruptFileError, InputError
-from hcmen.base.modalities import MODALITIES
+from hcmen.base.manifest import front_ends_to_json
 from hcmen.data import IntArray, MultimodalDataset, Split
 from hcmen.data.missing import corruption
 from hcmen.models import registry
@@ -103,11 +103,19 @@ class Trainer:
                 unless `resume` brings those of the state.
 
         Raises:
-            InputError, CorruptFileError: as `hcmen.models.text_encoder.read_weights`.
+            InputError, CorruptFileError: as `hcmen.models.text_encoder.read_weights`, or the model and the data have
+                other modalities.
             BackendError: the model has a text encoder and `transformers` is not installed.
         """
         self.train_config, self.dataset, self.out, self.run_info = train, dataset, out, dict(run or {})
         self.ranks = ranks or Ranks()
+        if dataset.splits["train"].modalities != config.inputs.modalities:
+            raise InputError(
+                f"the model has {', '.join(config.inputs.modalities)}, the data has "
+                f"{', '.join(dataset.splits['train'].modalities)}",
+                "the same of both",
+                where=dataset.name,
+            )
         torch.manual_seed(train.seed)
         kind = registry.named(config.kind)
         if text_encoder is not None:  # before memory is taken for sizes that are its own
@@ -116,7 +124,7 @@ class Trainer:
         statistics = feature_statistics(dataset.splits["train"])
         if config.inputs.text_tokens is not None:
             # What BERT says is normalised already, and changes as it learns.
-            del statistics["text"]
+            statistics.pop("text", None)
             if text_encoder is not None:
                 load_weights(self.model.text_encoder, weights)
             if train.text_encoder_learning_rate == 0:
@@ -331,10 +339,10 @@ class Trainer:
         self, epoch: int, split: Split, indices: IntArray
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Features (or text tokens), lengths and presence of the corrupted view, padded to the longest of the batch."""
-        lengths = {m: split.lengths[m][indices] for m in MODALITIES}
+        lengths = {m: split.lengths[m][indices] for m in split.modalities}
         steps = {m: int(n.max()) for m, n in lengths.items()}
         corrupt = corruption(self.train_config.corruption, epoch, indices, lengths, steps)
-        features = {m: torch.from_numpy(split.model_input(m, indices, steps[m], corrupt.keep[m])) for m in MODALITIES}
+        features = {m: torch.from_numpy(split.model_input(m, indices, steps[m], corrupt.keep[m])) for m in lengths}
         device = self.ranks.device
         return (
             {m: moved(x, device) for m, x in features.items()},
@@ -377,6 +385,7 @@ class Trainer:
                     "label_max": self.dataset.label_max,
                     "samples": {name: len(split) for name, split in self.dataset.splits.items()},
                     "cleaned": self.dataset.cleaned,
+                    "front_ends": front_ends_to_json(self.dataset.front_ends),
                 },
             )
         self.history.append(record)

@@ -20,6 +20,7 @@ from hcmen.training.checkpoint import load_checkpoint
 from hcmen.training.config import TrainConfig
 from hcmen.training.presets import PRESETS, Preset, preset_for
 
+PUBLISHED = ("mosi", "mosei", "sims", "simsv2", "tiny")
 OTHER = {"text": FeatureConfig(7, 11), "audio": FeatureConfig(25, 51), "vision": FeatureConfig(3, 17)}
 
 
@@ -30,7 +31,7 @@ def micro(monkeypatch):
     def small(name: str) -> Preset:
         inputs = PRESETS[name].model.inputs
         model = dataclasses.replace(MICRO, label_min=inputs.label_min, label_max=inputs.label_max)
-        return Preset(name, "for tests", model, TrainConfig(epochs=1, batch_size=10))
+        return dataclasses.replace(PRESETS[name], model=model, train=TrainConfig(epochs=1, batch_size=10))
 
     monkeypatch.setattr(command, "preset_named", small)
 
@@ -49,21 +50,22 @@ def sizes(low: float, high: float, **modalities: FeatureConfig) -> Sizes:
     return Sizes({**OTHER, **modalities}, low, high)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_data_of_the_features_of_a_preset_gets_it_whatever_its_steps(name):
     inputs = PRESETS[name].model.inputs
     found = {m: FeatureConfig(inputs.modality(m).features, 7) for m in MODALITIES}
     assert preset_for(Sizes(found, inputs.label_min, inputs.label_max)) == (name, "features")
 
 
-def test_other_data_gets_a_preset_by_its_labels():
-    assert preset_for(sizes(-1, 1)) == ("sims", "labels")
-    assert preset_for(sizes(-0.8, np.float32(1.00001))) == ("sims", "labels")
-    assert preset_for(sizes(-2.6, 3)) == ("mosi", "labels")
-    assert preset_for(sizes(-1.2, 0)) == ("mosi", "labels")
-    assert preset_for(sizes(-9, 9))[0] == "mosi"
+def test_other_data_gets_a_preset_by_its_modalities():
+    assert preset_for(sizes(-1, 1)) == ("own", "modalities")
     mosei = {m: PRESETS["mosei"].model.inputs.modality(m) for m in MODALITIES}
-    assert preset_for(sizes(-9, 9, **mosei))[0] == "mosi"
+    assert preset_for(sizes(-3, np.float32(3.00001), **mosei)) == ("mosei", "features")
+    assert preset_for(sizes(-9, 9, **mosei)) == ("own", "modalities")
+    assert preset_for(Sizes({"audio": mosei["audio"], "vision": mosei["vision"]}, -3, 3)) == ("own", "modalities")
+    assert preset_for(Sizes({"text": mosei["text"]}, -3, 3)) == ("words", "modalities")
+    assert preset_for(Sizes({}, -3, 3, token_steps=9)) == ("words", "modalities")
+    assert preset_for(Sizes({"audio": mosei["audio"]}, -3, 3, token_steps=9)) == ("own", "modalities")
 
 
 @pytest.mark.parametrize("form", ["pickle", "folder"])
@@ -88,15 +90,15 @@ def test_sizes_are_those_of_the_data(data, tmp_path, form, preset):
         f"sizes from {source}: text 7 features, 11 steps; audio 25 features, 51 steps; vision 3 features, 17 steps"
     )
     settings = "its architecture, training settings and label range -3 to 3"
-    chosen = "" if preset else ", chosen by the labels of the data; --preset names another"
-    assert done.lines[1] == f"preset {preset or 'mosi'}: {settings}{chosen}"
+    chosen = "" if preset else ", chosen by the modalities of the data; --preset names another"
+    assert done.lines[1] == f"preset {preset or 'own'}: {settings}{chosen}"
     assert run(command.main, "--resume", "--data", source, "--out", tmp_path / "out").code == 0
 
 
 def test_labels_beyond_the_range_are_refused(data, tmp_path):
     data["test"]["regression_labels"][0] = 5
     write_synthetic(tmp_path / "set.pkl", data)
-    done = trained(tmp_path / "set.pkl", tmp_path / "out")
+    done = trained(tmp_path / "set.pkl", tmp_path / "out", "--preset", "mosi")
     assert done.code == 2
     assert "test: the label of sample 0 is 5, expected -3 to 3" in done.lines[-1]
 

@@ -32,6 +32,7 @@ _RANGES = (
 class ModelConfig:
     """The architecture of one HCMEN.
 
+    text, audio, vision: what each modality looks like; None where the model has no such modality.
     width: d, the size of every token after projection. tokens: L, the number of tokens every modality is pooled to.
     states: N of the selective scan (mamba_ssm's d_state). expand: scan channels are `expand * width`.
     conv_width: taps of the causal convolution (mamba_ssm's d_conv). backbone_depth: CNN + BiMamba pairs after fusion.
@@ -43,9 +44,9 @@ class ModelConfig:
     kind: what hcmen/models/registry.py knows the model as.
     """
 
-    text: FeatureConfig
-    audio: FeatureConfig
-    vision: FeatureConfig
+    text: FeatureConfig | None
+    audio: FeatureConfig | None
+    vision: FeatureConfig | None
     width: int = 128
     tokens: int = 50
     states: int = 16
@@ -68,6 +69,8 @@ class ModelConfig:
         require(0.0 <= self.dropout < 1.0, f"dropout is {self.dropout}, expected 0 <= dropout < 1")
         encoder = self.text_encoder
         if encoder is not None:
+            require(self.text is not None, "there is a text_encoder and no text, expected both")
+            assert self.text is not None
             require(
                 self.text.features % encoder.heads == 0,
                 f"text_encoder.heads is {encoder.heads}, expected a divisor of the {self.text.features} text features",
@@ -113,7 +116,7 @@ class ModelConfig:
             InputError: a key is missing, unknown, of the wrong type or out of range.
         """
         values = dict(checked(cls, data))
-        for name in MODALITIES:
+        for name in (m for m in MODALITIES if values[m] is not None):
             values[name] = FeatureConfig.from_json(values[name], f"{name}.")
         if values.get("text_encoder") is not None:
             values["text_encoder"] = TextEncoderConfig.from_json(values["text_encoder"])

@@ -39,8 +39,10 @@ class AlignmentLoss(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.tokens = min(config.alignment_tokens, config.tokens)
-        proxied = MODALITIES if config.proxies else ()
-        self.pairs = [("proxy", m, m) for m in proxied] + [("tokens", m, "text") for m in ("audio", "vision")]
+        there = config.inputs.modalities
+        proxied = there if config.proxies and len(there) > 1 else ()
+        aligned = [m for m in ("audio", "vision") if m in there and "text" in there]
+        self.pairs = [("proxy", m, m) for m in proxied] + [("tokens", m, "text") for m in aligned]
         self.forms = nn.ParameterDict(
             {f"{kind}_{m}": nn.Parameter(torch.eye(config.width)) for kind, m, _ in self.pairs}
         )

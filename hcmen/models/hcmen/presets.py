@@ -1,4 +1,4 @@
-"""HCMEN's sizes for each data set. Where a size comes from is said in the README under "reconstruction"."""
+"""HCMEN's sizes for each data set and for own data. The README says under "reconstruction" where they come from."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def _presets() -> dict[str, ModelConfig]:
         alignment_tokens=4,
         dropout=0.1,
     )
-    return {"mosi": mosi, "mosei": mosei, "sims": sims, "simsv2": simsv2, "tiny": tiny}
+    own = dataclasses.replace(mosi, width=64, tokens=8, states=8, expand=2, alignment_tokens=4)
+    words = dataclasses.replace(own, text=FeatureConfig(384, 128), audio=None, vision=None)
+    return {"mosi": mosi, "mosei": mosei, "sims": sims, "simsv2": simsv2, "tiny": tiny, "words": words, "own": own}
 
 
 PRESETS: dict[str, ModelConfig] = _presets()
