@@ -9,9 +9,7 @@ import dataclasses
 import hashlib
 import math
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +17,14 @@ import click
 
 from hcmen.base.console import Choice, Console, command
 from hcmen.base.errors import InputError
-from hcmen.base.files import check_writable, refused, sweep
+from hcmen.base.files import sweep
 from hcmen.base.tables import screen_width
-from hcmen.training.config import AUXILIARIES, MIXES, PRECISIONS, TrainConfig, train_setting
+from hcmen.training.config import AUXILIARIES, MIXES, PRECISIONS, TrainConfig
+from hcmen.training.outputs import CLIPS, CURVES, REPORT, TOKENIZER, check_free, clear
 from hcmen.training.presets import PRESETS, Preset, preset_for, preset_named, sized
+from hcmen.training.progress import shown
 from hcmen.training.report import draw_curves, scores_text, test_scores
+from hcmen.training.settings import given_settings, resumed_settings
 
 if TYPE_CHECKING:
     from hcmen.base.inputs import Inputs
@@ -34,15 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["load_checkpoint", "main"]
 
-CURVES, CLIPS, TOKENIZER = "curves.png", "clips", "tokenizer.json"
 SAVED_CLIPS = 20
-REPORT = "report.json"
-# Settings with an option of their own; the others have --set.
-_OPTIONS = (
-    *("preset", "data", "text_encoder", "epochs", "batch_size", "micro_batches"),
-    *("learning_rate", "text_encoder_learning_rate", "mix", "aux", "precision", "seed"),
-)
-_OUTPUTS = ("checkpoint.safetensors", "config.json", "last.safetensors", "log.jsonl", CURVES, REPORT, TOKENIZER)
 
 
 def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
@@ -166,7 +159,7 @@ def main(
     """
     if resume and force:
         raise click.UsageError("--resume and --force exclude each other: go on, or start over")
-    given = _given(
+    given = given_settings(
         changes,
         epochs=epochs,
         batch_size=batch_size,
@@ -182,7 +175,7 @@ def main(
         raise click.UsageError("--text-encoder-learning-rate is for --text-encoder, which is not given")
     if not resume and "RANK" not in os.environ:
         # Before torch is loaded, which takes seconds. Of several processes the first looks, once they have met.
-        _check_free(out, force)
+        check_free(out, force)
 
     # OpenMP's threads spin while they wait. Where other programs want the cores as well, that makes a step ten times
     # slower than letting them sleep; it is read once, when torch is loaded.
@@ -201,11 +194,11 @@ def main(
         console = console if ranks.first else Console(console.format, -1)
         tokenizer = None
         if resume:
-            model_config, train_config, source = _resumed_settings(out, preset, given, data, text_encoder)
+            model_config, train_config, source = resumed_settings(out, preset, given, data, text_encoder)
             dataset = _load_data(source, model_config.inputs, train_config.seed, console)
         else:
             if ranks.first:
-                _check_free(out, force)
+                check_free(out, force)
             start = _Start(preset, data, text_encoder, console)
             dataset = start.dataset(given)
             model_config, train_config, source = start.model, start.train, start.source
@@ -219,10 +212,10 @@ def main(
             trainer.resume()
             console.note(f"resuming after epoch {len(trainer.history)} of {train_config.epochs}")
         elif ranks.first:
-            _clear(out)
+            clear(out)
             if tokenizer is not None:
                 write_whole(out / TOKENIZER, tokenizer)
-        with _shown(console, train_config.epochs, len(trainer.history)) as (on_step, on_epoch):
+        with shown(console, train_config.epochs, len(trainer.history)) as (on_step, on_epoch):
             trainer.run(on_step, on_epoch)
     if not ranks.first:
         return
@@ -336,61 +329,6 @@ def _without_data(chosen: Preset, encoder: TextEncoderConfig | None, hidden: int
     return dataclasses.replace(chosen.model, text_encoder=encoder)  # type: ignore[type-var]
 
 
-def _given(changes: Sequence[str], **options: Any) -> dict[str, Any]:
-    """The training settings of the command line: options that were given, and those of --set."""
-    given = {name: value for name, value in options.items() if value is not None}
-    for change in changes:
-        try:
-            name, value = train_setting(change)
-        except InputError as error:
-            raise click.UsageError(f"--set {change}: {error}") from error
-        if given.setdefault(name, value) != value:
-            raise click.UsageError(f"{name} is given twice, as {given[name]} and as {value}: give it once")
-    return given
-
-
-def _resumed_settings(
-    out: Path, preset: str | None, given: Mapping[str, Any], data: Path | None, text_encoder: Path | None
-) -> tuple[Config, TrainConfig, dict[str, Any]]:
-    """The settings of the run in `out`; options that were given must agree with them."""
-    from hcmen.models import registry
-    from hcmen.training.checkpoint import load_state
-
-    _, state = load_state(out)
-    paths = {"data": data, "text_encoder": text_encoder}
-    asked = {"preset": preset, **{name: os.path.realpath(path) for name, path in paths.items() if path}, **given}
-    before = {**state["train"], **state["run"]}
-    for name, value in asked.items():
-        if value is not None and value != before.get(name):
-            option = f"--{name.replace('_', '-')}" if name in _OPTIONS else f"--set {name}"
-            raise InputError(
-                f"{option} is {value}, the run in {out} has {before.get(name)}: leave the option out "
-                "to resume, or start over with --force"
-            )
-    kind = registry.named(state["kind"])
-    return kind.config.from_json(state["model"]), TrainConfig.from_json(state["train"]), state["run"]
-
-
-def _check_free(out: Path, force: bool) -> None:
-    """Refuses to write over a run, and finds out before the training whether `out` can be written."""
-    from hcmen.base.bundle import check_no_bundle
-
-    check_no_bundle(out, "a folder for a checkpoint", "choose another --out")
-    there = [name for name in _OUTPUTS if (out / name).exists()]
-    if there and not force:
-        raise InputError(
-            f"{out}: holds {there[0]} of a run already: --resume it, start over with --force, or choose another --out"
-        )
-    with refused(out, "a folder that can be written", "choose another --out"):
-        check_writable(out)
-
-
-def _clear(out: Path) -> None:
-    """Removes what an earlier run left, so that the folder never mixes two runs."""
-    for path in (*(out / name for name in _OUTPUTS), *(out / CLIPS).glob("*.npz")):
-        path.unlink(missing_ok=True)
-
-
 def _load_data(source: Mapping[str, Any], inputs: Inputs, seed: int, console: Console) -> MultimodalDataset:
     from hcmen.data.mmsa import dataset_from_mmsa
     from hcmen.data.synthetic import SAMPLES, make_synthetic
@@ -408,59 +346,6 @@ def _load_file(path: str | Path, inputs: Inputs | Fit, console: Console) -> Mult
     dataset = read_mmsa(path, inputs)
     mention_cleaned(dataset, console.note)
     return dataset
-
-
-# --- progress -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _shown(console: Console, epochs: int, done: int) -> Iterator[tuple[Callable[[Any], None], Callable[[Any], None]]]:
-    """Callbacks that show the training on stderr: a bar on a terminal, else a line per epoch; nothing with -q."""
-    if console.verbosity < 0:
-        yield (lambda _: None), (lambda _: None)
-        return
-
-    def line(record: Mapping[str, Any]) -> str:
-        best = " (best so far)" if record["best"] else ""
-        return (
-            f"epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}, "
-            f"validation MAE {record['validation_mae']:.4f}{best}, {record['seconds']:.1f} s"
-        )
-
-    if not sys.stderr.isatty():
-        yield (lambda _: None), (lambda record: console.note(line(record)))
-        return
-
-    from rich.console import Console as Terminal
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    terminal = Terminal(stderr=True)
-    columns = (
-        "{task.description}",
-        BarColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=terminal) as bar:
-        task = bar.add_task(f"epoch {done + 1}/{epochs}", total=float(epochs), completed=float(done), status="")
-        latest = ""
-
-        def on_step(progress: Any) -> None:
-            bar.update(
-                task,
-                description=f"epoch {progress.epoch}/{epochs}",
-                completed=progress.epoch - 1 + progress.step / progress.steps,
-                status=f"loss {progress.loss:.4f}{latest}",
-            )
-
-        def on_epoch(record: Mapping[str, Any]) -> None:
-            nonlocal latest
-            latest = f"  validation MAE {record['validation_mae']:.4f}"
-            if record["best"] or console.verbosity > 0:
-                bar.console.print(line(record), highlight=False)
-
-        yield on_step, on_epoch
 
 
 def _save_clips(folder: Path, split: Split) -> None:

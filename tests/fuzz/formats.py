@@ -473,9 +473,9 @@ def _read_weights(folder: Path) -> object:
 
 
 def _read_state(folder: Path) -> object:
-    from hcmen.training.command import _resumed_settings
+    from hcmen.training.settings import resumed_settings
 
-    return _resumed_settings(folder / "train", None, {}, None, None)
+    return resumed_settings(folder / "train", None, {}, None, None)
 
 
 def _export(folder: Path) -> list[str]:
