@@ -84,7 +84,7 @@ def one_run(arm: Arm, dataset: MultimodalDataset, samples: int, train: TrainConf
         Trainer(config, dataclasses.replace(train, **train_changes), data, Path(folder)).run()
         model, described = load_checkpoint(folder)
     family = metrics.family_for(dataset.label_min, dataset.label_max)
-    accuracy = metrics.HEADLINE_ACC2[family]
+    accuracy = family.acc2
     truth = dataset.splits["test"].labels
     found = {
         name: metrics.scores(truth, scores, family)

@@ -14,7 +14,7 @@ from hcmen.base.errors import InputError, unknown_name
 from hcmen.base.modalities import MODALITIES, Variant, variant_named, variants_of
 from hcmen.base.settings import checked, require
 
-__all__ = ["OUTPUTS", "FeatureConfig", "Inputs", "TensorSpec", "TokenConfig"]
+__all__ = ["OUTPUTS", "FeatureConfig", "Inputs", "TensorSpec", "TokenConfig", "neutral_label"]
 
 _MOST_LETTERS = 40
 _MOST_LABEL = 1e38  # of float32
@@ -112,6 +112,11 @@ OUTPUTS = (
 """What every model gives: the score in label units, and how much it rests on each modality."""
 
 
+def neutral_label(label_min: float, label_max: float) -> float:
+    """The label that leans to neither end of a range: 0 where it lies within, else the middle."""
+    return 0.0 if label_min < 0.0 < label_max else label_min / 2 + label_max / 2
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What a model takes and gives.
@@ -161,8 +166,8 @@ class Inputs:
         return f"{self.label_min:g} ({self.label_min_means}) to {self.label_max:g} ({self.label_max_means})"
 
     def label(self, score: float) -> str:
-        """The end of the scale that `score` leans to, in its word, or "neutral" in the very middle."""
-        middle = self.label_min / 2 + self.label_max / 2
+        """The end of the scale that `score` leans to, in its word, or "neutral" at the point between them."""
+        middle = neutral_label(self.label_min, self.label_max)
         if score == middle:
             return "neutral"
         return self.label_max_means if score > middle else self.label_min_means

@@ -131,7 +131,8 @@ def main(
         time_limit=time_limit,
         console=console,
     )
-    from hcmen.evaluation.robustness import csv_text, markdown, plain, text
+    from hcmen.base import metrics
+    from hcmen.evaluation.robustness import csv_text, markdown, text
 
     pictures = {}
     if not no_pictures:
@@ -140,7 +141,9 @@ def main(
         pictures = draw(report)
         report["pictures"] = {name: PICTURES[name] for name in pictures}
     files = {
-        "results.json": (json.dumps({"schema_version": 1, **plain(report)}, indent=2, allow_nan=False) + "\n").encode(),
+        "results.json": (
+            json.dumps({"schema_version": 1, **metrics.plain(report)}, indent=2, allow_nan=False) + "\n"
+        ).encode(),
         "results.csv": csv_text(report).encode(),
         "results.md": markdown(report).encode(),
         **pictures,
@@ -148,7 +151,7 @@ def main(
     write_together(out, files, (*TABLES, *_PICTURES))
     width = screen_width()
     written = "\n".join(folded(f"Written to {out}: {', '.join(files)}", width))
-    console.emit(plain(report), f"{text(report, width)}\n\n{written}")
+    console.emit(metrics.plain(report), f"{text(report, width)}\n\n{written}")
 
 
 def evaluate(
@@ -216,7 +219,7 @@ def evaluate(
             "name": dataset.name,
             "label_min": dataset.label_min,
             "label_max": dataset.label_max,
-            "family": family,
+            "family": family.name,
             "samples": len(judged[0].split),
             "own_synthetic_sets": len({id(run.dataset) for run in judged}) > 1,
         },

@@ -32,10 +32,8 @@ __all__ = [
     "Run",
     "csv_text",
     "markdown",
-    "plain",
     "published_rows",
     "run_scores",
-    "spread",
     "summarise",
     "text",
 ]
@@ -58,7 +56,11 @@ LABELS = {
 }
 """Measures as tables head them. All but MAE and Corr are shown in percent."""
 
-_HEADLINES = {"mosi": ("mae", "corr", "acc7", "acc2_non0", "f1_non0"), "sims": ("mae", "corr", "acc5", "acc2", "f1")}
+_HEADLINES = {
+    "mosi": ("mae", "corr", "acc7", "acc2_non0", "f1_non0"),
+    "sims": ("mae", "corr", "acc5", "acc2", "f1"),
+    "range": ("mae", "corr", "acc2_has0", "acc2_non0", "f1_non0"),
+}
 _FLOOR_NOTE = "in parentheses the floor: the mean training label for MAE and Corr, the commonest class for Acc and F1"
 _OUR_SELECTION = "validation split, one checkpoint for all measures"
 
@@ -77,7 +79,7 @@ def run_scores(
     masks: Mapping[str, Mapping[str, Masks]],
     truth: npt.ArrayLike,
     training_labels: npt.ArrayLike,
-    family: str,
+    family: metrics.Family | str,
     name: str,
 ) -> Run:
     """Every measure of one run.
@@ -112,12 +114,6 @@ def run_scores(
     return Run(found, metrics.floor(truth, training_labels, family), hidden)
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and standard deviation (n - 1; None for one value) of the runs' `values`, and the values."""
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "deviation": deviation, "runs": [float(v) for v in values]}
-
-
 def summarise(runs: Sequence[Run], protocols: Sequence[Protocol]) -> dict[str, Any]:
     """{"floor": {measure: value}, "protocols": {name: {"about", "settings": [...], "averages": [...]}}}.
 
@@ -142,7 +138,7 @@ def summarise(runs: Sequence[Run], protocols: Sequence[Protocol]) -> dict[str, A
                     "missing_shares": {m: float(np.mean([h["missing_shares"][m] for h in hidden])) for m in MODALITIES},
                     "dropped_steps": {m: float(np.mean([h["dropped_steps"][m] for h in hidden])) for m in MODALITIES},
                     "mask_sha256": [h["digest"] for h in hidden],
-                    "scores": {m: spread([s[m] for s in of_runs]) for m in measures},
+                    "scores": {m: metrics.spread([s[m] for s in of_runs]) for m in measures},
                 }
             )
         averages = [
@@ -151,7 +147,7 @@ def summarise(runs: Sequence[Run], protocols: Sequence[Protocol]) -> dict[str, A
                 "about": average.about,
                 "settings": list(average.settings),
                 "scores": {
-                    m: spread(
+                    m: metrics.spread(
                         [float(np.mean([run.scores[protocol.name][s][m] for s in average.settings])) for run in runs]
                     )
                     for m in measures
@@ -173,15 +169,6 @@ def _digest(settings: Mapping[str, Mapping[str, Any]]) -> str:
     """One sha256 for all the masks of a protocol."""
     lines = "".join(f"{name} {hidden['digest']}\n" for name, hidden in settings.items())
     return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def plain(value: Any) -> Any:
-    """`value` with NaN (a measure without samples) as None, which JSON can say, and tuples as lists."""
-    if isinstance(value, Mapping):
-        return {key: plain(x) for key, x in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(x) for x in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 _LEAST = ("steps dropped", "modalities missing", "source", "features", "checkpoint chosen on")
@@ -265,6 +252,11 @@ def _title(report: Mapping[str, Any]) -> str:
 
 def _notes(report: Mapping[str, Any]) -> list[str]:
     notes = [_FLOOR_NOTE]
+    if report["dataset"]["family"] == "range":
+        neutral = metrics.family_for(report["dataset"]["label_min"], report["dataset"]["label_max"]).neutral
+        notes.append(
+            f"Acc-2 and F1 tell labels below {neutral:g} from those above it; Non0 leaves {neutral:g} itself out"
+        )
     if len(report["source"]["runs"]) > 1:
         notes.append("mean and standard deviation (n - 1) over the runs; averages are taken within each run first")
     if report["dataset"]["own_synthetic_sets"]:

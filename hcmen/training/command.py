@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -184,6 +183,7 @@ def main(
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
 
+    from hcmen.base import metrics
     from hcmen.training.checkpoint import write_json, write_whole
     from hcmen.training.ranks import joined
     from hcmen.training.trainer import Trainer
@@ -230,7 +230,7 @@ def main(
         "dataset": described["dataset"],
         "test": test_scores(model.to(ranks.device), dataset),
     }
-    plain = _without_nan(report)
+    plain = metrics.plain(report)
     write_json(out / REPORT, {"schema_version": 1, **plain})
     console.emit(plain, scores_text(report, model.config.kind, screen_width()))
 
@@ -359,13 +359,6 @@ def _save_clips(folder: Path, split: Split) -> None:
             arrays.pop("text", None)
             arrays[TEXT_TOKENS] = split.text_tokens.ids[i, :, : split.lengths["text"][i]]
         write_clip(folder / f"{i:03d}.npz", arrays)
-
-
-def _without_nan(value: Any) -> Any:
-    """`value` with NaN (a measure without samples) as None, which JSON can say."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(x) for key, x in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 if __name__ == "__main__":

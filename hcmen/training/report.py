@@ -101,7 +101,7 @@ def scores_text(report: Mapping[str, Any], kind: str, screen: int | None = None)
     title = registry.named(kind).title
 
     dataset, test = report["dataset"], report["test"]
-    accuracy = metrics.HEADLINE_ACC2[metrics.family_for(dataset["label_min"], dataset["label_max"])]
+    accuracy = metrics.family_for(dataset["label_min"], dataset["label_max"]).acc2
     measures = (("MAE", "mae", ".3f"), ("Corr", "corr", ".3f"), ("Acc-2", accuracy, ".1%"))
     models = ((title, kind), ("floor", "floor"), ("linear", "linear"))
     width = max(len("variant"), *map(len, test))

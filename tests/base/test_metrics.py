@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from hcmen.base import metrics
 from hcmen.base.errors import InputError
+from hcmen.base.inputs import FeatureConfig, Inputs
 
 # Six samples, worked out below.
 TRUTH = [-2.6, -1.0, 0.0, 0.4, 1.5, 3.0]
@@ -107,11 +108,56 @@ def test_shapes_are_checked(truth: list, prediction: list) -> None:
 
 
 def test_unknown_family() -> None:
-    with pytest.raises(InputError, match="choose from mosi, sims"):
-        metrics.scores([1.0], [1.0], "moso")
-    with pytest.raises(InputError, match=r"\[0, 1\], expected \[-3, 3\] or \[-1, 1\]"):
-        metrics.family_for(0.0, 1.0)
-    assert (metrics.family_for(-3, 3), metrics.family_for(-1, 1)) == ("mosi", "sims")
+    for measure in (lambda: metrics.scores([1.0], [1.0], "moso"), lambda: metrics.floor([1.0], [1.0], "moso")):
+        with pytest.raises(InputError, match="choose from mosi, sims, range"):
+            measure()
+
+
+@pytest.mark.parametrize(
+    ("label_min", "label_max", "name", "neutral"),
+    [
+        *((-3, 3, "mosi", 0), (-1, 1, "sims", 0), (-4, 4, "range", 0), (1, 5, "range", 3), (0, 1, "range", 0.5)),
+        *((-2.9, 3.0, "range", 0), (-5, -1, "range", -3), (-3, 0, "range", -1.5)),
+    ],
+)
+def test_every_range_has_a_family(label_min: float, label_max: float, name: str, neutral: float) -> None:
+    family = metrics.family_for(label_min, label_max)
+    assert (family.name, family.neutral) == (name, neutral)
+    assert family.acc2 in metrics.scores([label_min, label_max], [label_max, label_max], family)
+    scale = Inputs(FeatureConfig(1, 1), FeatureConfig(1, 1), FeatureConfig(1, 1), None, label_min, label_max)
+    assert scale.label(neutral) == "neutral", "what a device says and what is measured have one middle"
+    assert (scale.label(neutral - 0.1), scale.label(neutral + 0.1)) == ("negative", "positive")
+
+
+@pytest.mark.parametrize("bad", [(1, 1), (3, -3), (float("nan"), 1), (0, float("inf"))])
+def test_what_is_no_range_is_refused(bad: tuple[float, float]) -> None:
+    with pytest.raises(InputError, match="expected two finite numbers in rising order"):
+        metrics.family_for(*bad)
+
+
+def test_stars_by_hand() -> None:
+    """Labels 1 to 5: 3 is neutral. Two negative, one neutral, three positive."""
+    truth, family = [1.0, 2.0, 3.0, 4.0, 5.0, 5.0], metrics.family_for(1, 5)
+    found = metrics.scores(truth, [2.0, 3.5, 2.0, 4.0, 3.0, 5.0], family)
+    assert found.keys() == {"mae", "corr", "acc2_has0", "f1_has0", "acc2_non0", "f1_non0"}
+    assert found["mae"] == pytest.approx((1 + 1.5 + 1 + 0 + 2 + 0) / 6)
+    assert found["acc2_has0"] == pytest.approx(4 / 6)  # 3 is not negative: the scores 3.5 for 2 and 2 for 3 are wrong
+    assert found["acc2_non0"] == pytest.approx(3 / 5)  # a score of 3 is not above 3
+    floor = metrics.floor(truth, [4.0, 4.0], family)
+    assert floor["mae"] == pytest.approx((3 + 2 + 1 + 0 + 1 + 1) / 6)
+    assert floor["acc2_has0"] == pytest.approx(4 / 6)
+    assert floor["acc2_non0"] == pytest.approx(3 / 5)
+    assert floor["f1_non0"] == pytest.approx(3 / 5 * 2 * 3 / (3 + 5))
+
+
+def test_a_range_about_zero_has_the_two_classes_of_mosi() -> None:
+    rng = np.random.default_rng(0)
+    truth, prediction = rng.integers(-4, 5, 50).astype(float), rng.normal(size=50)
+    wide, mosi = metrics.scores(truth, prediction, metrics.family_for(-4, 4)), metrics.scores(truth, prediction)
+    assert wide == {name: mosi[name] for name in wide}
+    assert metrics.floor(truth, truth, metrics.family_for(-4, 4)) == {
+        name: value for name, value in metrics.floor(truth, truth).items() if name in wide
+    }
 
 
 def test_only_zero_labels_leave_non0_open() -> None:

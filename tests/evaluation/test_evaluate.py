@@ -29,7 +29,7 @@ from hcmen.data.protocols import PROTOCOLS, Masks
 from hcmen.data.published import published_for
 from hcmen.data.synthetic import make_synthetic, write_synthetic
 from hcmen.evaluation.command import main, write_together
-from hcmen.evaluation.robustness import Run, csv_text, markdown, published_rows, run_scores, spread, summarise, text
+from hcmen.evaluation.robustness import Run, csv_text, markdown, published_rows, run_scores, summarise, text
 from hcmen.models.hcmen.config import ModelConfig
 from hcmen.models.hcmen.model import HCMEN
 from hcmen.training.checkpoint import save_checkpoint
@@ -250,12 +250,12 @@ def test_constant_predictions_by_hand() -> None:
 
 
 def test_mean_and_deviation_over_runs_by_hand() -> None:
-    assert spread([1.0, 2.0, 6.0]) == {
+    assert metrics.spread([1.0, 2.0, 6.0]) == {
         "mean": 3.0,
         "deviation": pytest.approx(7**0.5),  # ((4 + 1 + 9) / 2) ** 0.5
         "runs": [1.0, 2.0, 6.0],
     }
-    assert spread([4.0])["deviation"] is None
+    assert metrics.spread([4.0])["deviation"] is None
     runs, _ = constant_runs([1.0, 0.0])
     report = summarise(runs, list(PROTOCOLS.values()))
     mae = report["protocols"]["fixed"]["settings"][0]["scores"]["mae"]
