@@ -32,6 +32,7 @@ ALLOWED = {
     ("hcmen/data/folder.py", "_write_array"): NEW,
     ("hcmen/data/folder.py", "_write_json"): NEW,
     ("hcmen/mamba/graph.py", "share_weights"): NEW,
+    ("hcmen/models/loading_archive.py", "_write"): PRIVATE,
     ("runtime/benchmark/peers.py", "__init__"): PRIVATE,
     ("runtime/benchmark/peers.py", "send"): PRIVATE,
 }
