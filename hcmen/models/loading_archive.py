@@ -177,7 +177,7 @@ def _of_zip(file: _Bounded) -> Iterator[_Entry]:
     with zipfile.ZipFile(cast(IO[bytes], file)) as archive:
         for member in archive.infolist():
             mode = stat.S_IFMT(member.external_attr >> 16)
-            what = "folder" if member.is_dir() else "file"
+            what = "folder" if member.orig_filename.endswith("/") else "file"
             if mode not in (0, stat.S_IFREG, stat.S_IFDIR):
                 what = "a link" if mode == stat.S_IFLNK else "a device or pipe"
             elif what == "file" and member.flag_bits & 1:
@@ -193,7 +193,8 @@ def _of_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[by
             yield part
 
 
-_KINDS = {"0": "file", "\0": "file", "5": "folder", "1": "a link", "2": "a link", "3": "a device", "4": "a device"}
+_KINDS = {"0": "file", "\0": "file", "5": "folder", "1": "a link", "2": "a link", "6": "a pipe"}
+_KINDS |= dict.fromkeys("34", "a device")
 _NOTES = "xg"
 """Headers of times and owners, as Python and git write them before a file."""
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from attacks.archives import ARCHIVES
 from attacks.attack import Attack, content, file
 from attacks.graphs import GRAPHS
 from attacks.pickles import BOMBS, CALLS
@@ -456,5 +457,5 @@ OTHERS = [
 ]
 
 
-ATTACKS = [*CLIPS, *GOLDEN, *MANIFESTS, *ENGINES, *GRAPHS, *OTHERS, *placed()]
+ATTACKS = [*CLIPS, *GOLDEN, *MANIFESTS, *ENGINES, *GRAPHS, *ARCHIVES, *OTHERS, *placed()]
 assert all(attack.parser in FORMATS for attack in ATTACKS)

@@ -8,12 +8,14 @@ whoever alters the one alters the other.
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import io
 import json
 import os
 import pickle
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -482,6 +484,32 @@ def _export(folder: Path) -> list[str]:
     return ["export", "--checkpoint", str(folder / "train"), "--bundle", str(folder / "out")]
 
 
+def _zipped(folder: Path) -> list[bytes]:
+    _checkpoints("train/config.json")(folder)
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted((folder / "train").iterdir()):
+            archive.write(path, f"train/{path.name}")
+    return [target.getvalue()]
+
+
+def _tarred(folder: Path) -> list[bytes]:
+    _checkpoints("train/config.json")(folder)
+    made = []
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        target = io.BytesIO()
+        with tarfile.open(fileobj=target, mode="w", format=form) as archive:
+            archive.add(folder / "train", "train")
+        made += [target.getvalue(), gzip.compress(target.getvalue(), mtime=0)]
+    return made
+
+
+def _load_archive(folder: Path) -> object:
+    from hcmen.models import load
+
+    return load(folder / "archive")
+
+
 # --- reports and lines -----------------------------------------------------------------------------------------------
 
 
@@ -574,6 +602,8 @@ FORMATS = {
                 ("report.json", _read_checkpoint, mutate.json_file, None),
             )
         ),
+        Format("checkpoint in a zip", "archive", _zipped, _load_archive, mutate.npz),
+        Format("checkpoint in a tar", "archive", _tarred, _load_archive, mutate.havoc),
         Format("bench report", "report.json", _reports, _read_report, mutate.json_file, _show),
         Format("lines of --follow", "lines", _named_chunks, _read_lines, mutate.lines),
     )
