@@ -17,8 +17,9 @@ from hcmen.base.files import read_small, refused
 from hcmen.base.manifest import PRECISIONS, front_ends_from_json
 from hcmen.base.modalities import VARIANTS, Variant
 from hcmen.base.records import MOST_MANIFEST_BYTES, JsonFile, JsonObject
-from hcmen.export.card import CARD, card, scores_of
+from hcmen.export.card import CARD, card
 from hcmen.export.report import failure, figure, table
+from hcmen.export.trained import trained
 from hcmen.media.tokenizer_file import checked_tokenizer
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def export_bundle(
                 f"{' and '.join(variant.present)}",
                 fix=f"choose from {', '.join(v.name for v in inputs.variants)}",
             )
-    scores, front_ends = scores_of(checkpoint, about), _front_ends(checkpoint, about)
+    training, front_ends = trained(checkpoint, about), _front_ends(checkpoint, about)
     kept = kept_of(
         bundle,
         variants,
@@ -112,7 +113,7 @@ def export_bundle(
         kept.copy_golden(folder)
 
         def manifest_of(parity: Mapping[str, Mapping[str, Any]]) -> Manifest:
-            return _manifest(model, about, scores, front_ends, folder, precision, parity)
+            return _manifest(model, about, training.scores, front_ends, folder, precision, parity)
 
         if labelled is None:
             made = {v.name: graph for v, graph in graphs.items()}
@@ -127,7 +128,7 @@ def export_bundle(
             console.block(table(manifest))
             raise CheckFailed(failure(precision, parity))
         write_manifest(folder, manifest)
-        (folder / CARD).write_text(card(manifest), encoding="utf-8")
+        (folder / CARD).write_text(card(manifest, training), encoding="utf-8")
         kept.check_unchanged()
         kept.let_go()
     return manifest

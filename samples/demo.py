@@ -196,7 +196,7 @@ Made by `samples/demo.py --ship`. Do not edit: every file has its sha256 in conf
 
 def ship(train: Path, bundle: Path, target: Path = DEMO) -> None:
     """Puts a checkpoint and its bundle into the package, whole or not at all, in place of those there."""
-    from hcmen.export.card import CARD, card
+    from hcmen.export.card import CARD
 
     made = read_bundle(bundle)
     made.verify()
@@ -211,7 +211,7 @@ def ship(train: Path, bundle: Path, target: Path = DEMO) -> None:
         for record in made.records():
             shutil.copyfile(bundle / record.file, folder / "bundle" / record.file)
         write_manifest(folder / "bundle", made.manifest)
-        (folder / "bundle" / CARD).write_text(card(made.manifest), encoding="utf-8")
+        shutil.copyfile(bundle / CARD, folder / "bundle" / CARD)
         (folder / "README.md").write_text(_ABOUT)
 
 

@@ -35,6 +35,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 def test_the_bundle_passes_its_self_test_and_its_card_is_there():
     from hcmen.export.card import CARD, card
+    from hcmen.export.trained import trained
 
     bundle = read_bundle(DEMO / "bundle")
     bundle.verify()
@@ -42,7 +43,8 @@ def test_the_bundle_passes_its_self_test_and_its_card_is_there():
     with load(bundle.path) as model:
         assert all(test.passed for test in model.self_test())
     told = (DEMO / "bundle" / CARD).read_text()
-    assert told == card(bundle.manifest)
+    config = json.loads((DEMO / "train" / "config.json").read_bytes())
+    assert told == card(bundle.manifest, trained(DEMO / "train", config))
     assert "synthetic set of the demo" in told
     files = {str(p.relative_to(DEMO / "bundle")) for p in (DEMO / "bundle").rglob("*") if p.is_file()}
     assert files == {*(r.file for r in bundle.records()), "manifest.json", CARD}

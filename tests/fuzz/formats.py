@@ -458,11 +458,11 @@ def _checkpoints(file: str) -> Callable[[Path], Sequence[bytes]]:
 
 
 def _read_checkpoint(folder: Path) -> object:
-    from hcmen.export.card import scores_of
+    from hcmen.export.trained import trained
     from hcmen.training.checkpoint import load_checkpoint
 
     _, about = load_checkpoint(folder / "train")
-    return scores_of(folder / "train", about)
+    return trained(folder / "train", about)
 
 
 def _read_weights(folder: Path) -> object:
