@@ -217,16 +217,11 @@ class Predictor:
             InputError: the bundle has none, or the text is empty. BackendError: `tokenizers` is not installed.
             CorruptFileError: the bundle's tokenizer is damaged.
         """
-        record = self.bundle.manifest.tokenizer
-        if self.inputs.text is None:
-            raise InputError(
-                f"{self.bundle.path}: the model has no text, it was trained on {' and '.join(self.inputs.modalities)}",
-                fix="give clips with these, or a bundle with a text encoder",
-            )
+        record, text_features = self.bundle.manifest.tokenizer, self.inputs.modality("text").features
         if self.inputs.text_tokens is None:
             raise InputError(
                 f"{self.bundle.path}: has no text encoder and takes no words, expected text features [time, "
-                f"{self.inputs.text.features}]: give a clip, or export a model trained with --text-encoder"
+                f"{text_features}]: give a clip, or export a model trained with --text-encoder"
             )
         if record is None:
             raise InputError(

@@ -52,17 +52,15 @@ from hcmen.training import checkpoint
 from hcmen.training.config import TrainConfig
 from hcmen.training.device import moved
 from hcmen.training.evaluate import predict_variants
+from hcmen.training.optimiser import learning_rate_at, make_optimiser
 from hcmen.training.ranks import Ranks, each_tensor, gather_outputs
 
-__all__ = ["Progress", "Trainer", "feature_statistics", "learning_rate_at"]
+__all__ = ["Progress", "Trainer", "feature_statistics"]
 
 LOG = "log.jsonl"
 
 # Numbers that tell apart the uses of (seed, epoch); missing.py has 1.
 _ORDER, _DROPOUT, _MIXING = 2, 3, 4
-
-# How the names of the text encoder's parameters begin.
-_TEXT_ENCODER = "model/text_encoder."
 
 
 class Progress(NamedTuple):
@@ -139,7 +137,7 @@ class Trainer:
             for part, module in parts.items()
             for name, p in module.to(self.ranks.device).named_parameters()
         }
-        self._optimiser = _optimiser(self._parameters, train)
+        self._optimiser = make_optimiser(self._parameters, train)
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -413,14 +411,6 @@ class Trainer:
         checkpoint.write_whole(self.out / LOG, lines.encode())
 
 
-def learning_rate_at(config: TrainConfig, step: int, total: int) -> float:
-    """Learning rate of optimiser step `step` of `total`: a linear rise, then half a cosine down towards zero."""
-    rise = round(config.warmup_fraction * total)
-    if step < rise:
-        return config.learning_rate * (step + 1) / rise
-    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
-
-
 def feature_statistics(split: Split) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Mean and standard deviation per feature [F] over the valid steps of `split`, per modality."""
     result = {}
@@ -432,25 +422,6 @@ def feature_statistics(split: Split) -> dict[str, tuple[np.ndarray, np.ndarray]]
         squares = sum(np.square(row[:n] - mean).sum(axis=0) for row, n in zip(x, split.lengths[m], strict=True))
         result[m] = (mean, np.sqrt(squares / count))
     return result
-
-
-def _optimiser(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; biases, norms and scalars, and what the scan's layers mark (A_log, D), are not decayed.
-
-    A group's `share` is its part of the learning rate.
-    """
-    groups = []
-    for ours, share in ((True, 1.0), (False, config.text_encoder_learning_rate / config.learning_rate)):
-        own = [p for name, p in parameters.items() if name.startswith(_TEXT_ENCODER) != ours and p.requires_grad]
-        kept = [p for p in own if p.dim() < 2 or getattr(p, "_no_weight_decay", False)]
-        chosen = {id(p) for p in kept}
-        decayed = [p for p in own if id(p) not in chosen]
-        groups += [
-            {"params": part, "weight_decay": decay, "share": share}
-            for part, decay in ((decayed, config.weight_decay), (kept, 0.0))
-            if part
-        ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
 
 
 def _rows(outputs: Any, rows: slice) -> Any:

@@ -36,8 +36,9 @@ from hcmen.training.checkpoint import load_state, save_state
 from hcmen.training.command import load_checkpoint
 from hcmen.training.config import TrainConfig
 from hcmen.training.evaluate import predict, predict_variants
+from hcmen.training.optimiser import learning_rate_at
 from hcmen.training.presets import Preset
-from hcmen.training.trainer import Trainer, feature_statistics, learning_rate_at
+from hcmen.training.trainer import Trainer, feature_statistics
 
 SAMPLES = (24, 12, 16)
 # Every epoch of this run is better than the one before, so that each writes a checkpoint to be killed in.
