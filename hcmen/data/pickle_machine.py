@@ -8,9 +8,11 @@ with each shared object counted as often as it is referred to.
 
 from __future__ import annotations
 
+import codecs
 import pickle
 import struct
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -229,6 +231,28 @@ class Reader(pickle._Unpickler):
         self._charge(max(0, sys.getsizeof(text) - len(line) - 64))  # one character beyond Latin-1 widens them all
         self.append(text)
 
+    # Python 2's byte strings are its names and keys, and the numbers of its arrays. Latin-1 loses nothing of either.
+
+    def _old_string(self, data: memoryview) -> None:
+        self.append(data if len(data) >= _LARGE_BYTES else str(data, "latin1"))
+
+    def _old_string1(self) -> None:
+        self._old_string(self._counted("<B"))
+
+    def _old_string4(self) -> None:
+        self._old_string(self._counted("<i"))
+
+    def _old_string_line(self) -> None:
+        line = self.readline()[:-1]
+        if len(line) < 2 or line[0] != line[-1] or line[:1] not in (b"'", b'"'):
+            raise pickle.UnpicklingError("a string without quotation marks")
+        line = line[1:-1]
+        if b"\\" in line:
+            with warnings.catch_warnings():  # of an escape that Python 2 never wrote
+                warnings.simplefilter("ignore")
+                line = codecs.escape_decode(line)[0]  # type: ignore[attr-defined,unused-ignore]
+        self._old_string(memoryview(line))
+
     def _bytearray(self) -> None:
         data = self._counted("<Q")
         self.append(data if len(data) >= _LARGE_BYTES else bytearray(data))
@@ -336,6 +360,9 @@ class Reader(pickle._Unpickler):
         (pickle.BUILD, _build),
         (pickle.REDUCE, _reduce),
         (pickle.FRAME, _frame),
+        (pickle.STRING, _old_string_line),
+        (pickle.BINSTRING, _old_string4),
+        (pickle.SHORT_BINSTRING, _old_string1),
         (pickle.BINBYTES, _bytes4),
         (pickle.BINBYTES8, _bytes8),
         (pickle.BINUNICODE, _text4),

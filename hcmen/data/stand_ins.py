@@ -111,6 +111,8 @@ class Array:
         numpy_dtype, count = dtype.numpy(), math.prod(shape)
         if count and not numpy_dtype.itemsize:  # no byte stands behind an element, and NumPy would make one
             raise Forbidden(f"an array of dtype '{dtype.code}'")
+        if isinstance(data, str):  # the byte string of a Python 2
+            data = data.encode("latin1")
         is_bytes = isinstance(data, (bytes, bytearray, memoryview))
         if not is_bytes or len(data) != count * numpy_dtype.itemsize:
             got = len(data) if is_bytes else type(data).__name__

@@ -8,6 +8,8 @@ functions that NumPy's own pickles call, and any other name ends the reading wit
     numpy.{core,_core}.multiarray.scalar                                       single NumPy numbers and strings
     _codecs.encode, builtins.bytes                                             how bytes travel in protocols 0 to 2
 
+Python 2's own byte strings need no function. They are read as Latin-1, in which its names and keys are what they were.
+
 The stand-ins (stand_ins.py) never call NumPy's own unpickling code: they check dtype, shape and byte count and then lay
 an array over the bytes, without a copy. Declared sizes are held against the size of the file before anything is
 allocated. The machine (pickle_machine.py) is Python's own unpickler in Python rather than the one in C, whose memo is

@@ -19,7 +19,6 @@ _CAUSES = (
     ("'__builtin__.", "Python 2 wrote it: load it with pickle.load(file, encoding='latin1') and dump it again"),
     ("'pathlib.", "turn each path into a string before pickle.dump"),
     ("'datetime.", "turn each date into a string before pickle.dump"),
-    ("UnicodeDecodeError", "Python 2 wrote it: load it with pickle.load(file, encoding='latin1') and dump it again"),
 )
 _STORE = "store its arrays with pickle.dump, in the layout of docs/data.md"
 _STARTS = (
