@@ -36,6 +36,7 @@ from hcmen.base.inputs import FeatureConfig, Inputs, TokenConfig
 from hcmen.base.modalities import MODALITIES
 from hcmen.data import SPLITS, FloatArray, IntArray, Split, TextTokens
 from hcmen.data.padding import beyond_length, in_front, mask_starts, moved
+from hcmen.data.unpickle_advice import contents
 
 __all__ = [
     "LABEL_SLACK",
@@ -60,6 +61,7 @@ LABEL_SLACK = 1e-4
 # Stored bytes per piece. A piece passes through a handful of temporaries of its size.
 _PIECE_BYTES = 1 << 23
 _MOST_NAME = 1000
+_OTHER = "store its arrays in the layout of docs/data.md, or make a table of it for hcmen-convert"
 
 
 def open_split(data: Any, split: str, name: str, inputs: Inputs | None = None) -> RawSplit:
@@ -75,7 +77,7 @@ def open_split(data: Any, split: str, name: str, inputs: Inputs | None = None) -
         InputError: the split or one of its keys is missing, its arrays do not fit each other, or do not fit `inputs`.
     """
     if not isinstance(data, Mapping):
-        raise InputError(f"{name}: holds a {type(data).__name__}, expected a dict with the splits {', '.join(SPLITS)}")
+        raise InputError(f"holds {contents(data)}", f"a dict with the splits {', '.join(SPLITS)}", _OTHER, where=name)
     members, where = _member(data, split, Mapping, name), f"{name}: {split}"
     labels = _labels(_member(members, "regression_labels", object, where), where, inputs)
     wanted = MODALITIES if inputs is None else inputs.modalities
@@ -355,6 +357,8 @@ def _as_float32(raw: RawArray, rows: slice, release: Callable[[], None]) -> Floa
 
 def _ids(value: Any, where: str, samples: int) -> list[str]:
     try:
+        if isinstance(value, np.ndarray) and value.dtype.kind == "S":  # of Python 2
+            value = np.char.decode(value, "latin1")
         names = value.tolist() if isinstance(value, np.ndarray) else value
     except (ValueError, SystemError):  # no character has such a number
         raise InputError(f"{where}: 'id' holds text that is none, expected {samples} names, one per label") from None
@@ -372,7 +376,7 @@ def _ids(value: Any, where: str, samples: int) -> list[str]:
 def _member(data: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
     if key not in data:
         found = ", ".join(sorted(k[:40] for k in data if isinstance(k, str))[:20])
-        raise InputError(f"{where}: '{key}' is missing, found {found or 'nothing'}")
+        raise InputError(f"{where}: '{key}' is missing, found {found or contents(data)}")
     if not isinstance(data[key], kind):
         raise InputError(f"{where}: '{key}' is a {type(data[key]).__name__}, expected a dict")
     return data[key]

@@ -32,7 +32,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hcmen.base.errors import CorruptFileError, InputError
+from hcmen.base.errors import InputError
 from hcmen.base.files import open_regular
 from hcmen.base.strangers import HEAD_BYTES
 from hcmen.data.pickle_machine import Reader
@@ -86,7 +86,7 @@ class MappedPickle:
                 head = os.pread(self._file.fileno(), HEAD_BYTES, 0)
                 other = no_pickle(head, str(path))
                 if other is not None:
-                    raise CorruptFileError(other[0], "a pickle of MMSA's layout", other[1], where=str(path))
+                    raise other
                 # Nothing can be mapped of an empty file.
                 self._view = self._mapped(self._file) if self.size else memoryview(b"")
                 on_error.pop_all()

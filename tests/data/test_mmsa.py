@@ -20,6 +20,7 @@ import pytest
 
 from hcmen.base.errors import CorruptFileError, InputError
 from hcmen.base.inputs import FeatureConfig
+from hcmen.base.typed import as_typed
 from hcmen.data import Split
 from hcmen.data.mmsa import dataset_from_mmsa, read_mmsa
 from hcmen.data.unpickle import load_pickle
@@ -397,18 +398,53 @@ def test_what_is_no_pickle_is_called_by_its_name(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         archive.writestr("set.pkl", b"")
     (tmp_path / "set.pkl").write_text('\n {"train": {}}')
-    (tmp_path / "set.csv").write_text("id,label\n1,2\n")
-    (tmp_path / "set.jsonl").write_text("")
+    (tmp_path / "set.txt").write_text("")
     for name, says in (
         ("set.npz", "an .npz archive of arrays" + store),
         ("set.npy", r"a single \.npy array" + store),
         ("set.zip", "a zip archive, expected a pickle of MMSA's layout: unpack it first"),
         ("set.pkl", "JSON" + store),
-        ("set.csv", "a text or table, by its name" + store),
-        ("set.jsonl", "a text or table, by its name" + store),
+        ("set.txt", "a text, by its name" + store),
     ):
         with pytest.raises(CorruptFileError, match=says):
             read_mmsa(tmp_path / name, CONFIG.inputs)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet", ".CSV"])
+def test_a_table_is_to_be_converted_first(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"my set{suffix}"
+    path.write_bytes(b"PAR1" if suffix == ".parquet" else b"id,label\n1,2\n")
+    with pytest.raises(InputError) as caught:
+        read_mmsa(path, CONFIG.inputs)
+    line = as_typed("hcmen-convert", path, "build/my set")
+    assert str(caught.value) == f"{path}: is a table: convert it first with {line}, and give that folder"
+
+
+def test_a_workbook_is_to_be_saved_as_a_table(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "set.xlsx", "w") as archive:
+        archive.writestr("xl/workbook.xml", b"")
+    with pytest.raises(InputError, match="is a workbook, .*save the sheet as CSV"):
+        read_mmsa(tmp_path / "set.xlsx", CONFIG.inputs)
+
+
+OTHERS = {
+    "a list": ([{"a": 1}, {"b": 2}, np.zeros(2), "x"], "holds a list of 4: 2 of dict, 1 of array, 1 of str, expected"),
+    "a tuple of arrays": ((np.zeros((2, 3)), np.ones(2)), "holds a tuple of 2: 2 of array, expected"),
+    "an empty list": ([], "holds a list, expected a dict"),
+    "an array": (np.zeros((2, 3)), r"holds an array of shape \[2, 3\], expected a dict"),
+    "a number": (5, "holds a int, expected a dict"),
+    "other names": ({"videos": [], "labels": []}, "'train' is missing, found labels, videos"),
+    "numbers as names": ({1: [], 2: []}, "'train' is missing, found a dict of 2: 1, 2"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_pickle_of_another_layout_is_told_what_it_holds(tmp_path: Path, case: str) -> None:
+    data, says = OTHERS[case]
+    (tmp_path / "set.pkl").write_bytes(pickle.dumps(data))
+    with pytest.raises(InputError, match=says) as caught:
+        read_mmsa(tmp_path / "set.pkl", CONFIG.inputs)
+    assert "again" not in str(caught.value)
 
 
 def test_truncated_anywhere(tmp_path: Path) -> None:

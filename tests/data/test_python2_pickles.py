@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 from hcmen.base.errors import CorruptFileError
+from hcmen.base.inputs import Inputs
 from hcmen.data.convert import convert
-from hcmen.data.mmsa import read_mmsa
+from hcmen.data.mmsa import dataset_from_mmsa, read_mmsa
 from hcmen.data.unpickle import load_pickle
 
 FILES = Path(__file__).parents[1] / "files"
@@ -186,8 +187,14 @@ def test_what_a_broken_text_needs_is_not_python_2(tmp_path: Path) -> None:
 
 
 def test_the_set_fits_a_model(tmp_path: Path) -> None:
-    from hcmen.base.inputs import Inputs
-
     (tmp_path / "old.pkl").write_bytes(WRITTEN["c-2.pkl"])
     found = read_mmsa(tmp_path / "old.pkl", lambda sizes: Inputs(**sizes.modalities))
     assert {name: len(split) for name, split in found.splits.items()} == SAMPLES
+
+
+def test_names_in_an_array_of_bytes_are_names(tmp_path: Path) -> None:
+    found = read(tmp_path, WRITTEN["c-2.pkl"])
+    for split in found.values():
+        split["id"] = split.pop("names")
+    ids = dataset_from_mmsa(found, "old", lambda sizes: Inputs(**sizes.modalities)).splits["valid"].ids
+    assert ids == ["valid 0", "valid 1"]

@@ -1,0 +1,79 @@
+"""Words into tokens, with the tokenizer in the folder of a BERT: as hcmen-run does it with the one in a bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from hcmen.base.errors import InputError, shown
+from hcmen.base.files import read_small, refused
+from hcmen.base.inputs import FeatureConfig, Inputs, TokenConfig
+from hcmen.base.manifest import FrontEnd
+from hcmen.base.records import MOST_MANIFEST_BYTES, read_json
+
+__all__ = ["Words"]
+
+_MOST_IDS, _MOST_POSITIONS = 1 << 24, 1 << 16
+_AGAIN = "copy the folder again"
+
+
+class Words:
+    """The tokenizer of the BERT in `folder`; called with a text as media/words.py's.
+
+    Attributes:
+        most: tokens of a text, [CLS] and [SEP] among them. digest: sha256 of the tokenizer.json.
+
+    Raises:
+        InputError: there is no tokenizer.json, or the encoder takes fewer tokens.
+        BackendError: `tokenizers` is not installed. CorruptFileError: a file is damaged.
+    """
+
+    def __init__(self, folder: Path, most: int):
+        from hcmen.media.words import Tokenizer
+
+        where = str(folder)
+        if not folder.is_dir():
+            raise InputError("no such folder", "a BERT with its tokenizer.json", "check the path", where=where)
+        path = folder / "tokenizer.json"
+        if not os.path.lexists(path):
+            fix = "let transformers write one: BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)"
+            raise InputError("has no tokenizer.json", "the folder of a BERT", fix, where=where)
+        with refused(path, "the vocabulary of a BERT"):
+            content = read_small(path, MOST_MANIFEST_BYTES)
+        vocabulary, types, positions = _sizes(folder / "config.json")
+        if most > positions:
+            raise InputError(
+                f"this encoder takes {positions} tokens", fix=f"give --max-tokens {positions} or less", where=where
+            )
+        self.most, self.digest = most, hashlib.sha256(content).hexdigest()
+        limits = TokenConfig(vocabulary, types, 0)
+        self._tokenizer = Tokenizer(content, Inputs(FeatureConfig(1, most), None, None, limits), str(path))
+
+    def __call__(self, text: str) -> Any:
+        """The tokens of `text`; raises InputError where it has none."""
+        return self._tokenizer(text)
+
+    @property
+    def front_end(self) -> FrontEnd:
+        """What made the tokens, for dataset.json."""
+        return FrontEnd("tokenizer", {"max_tokens": self.most}, self.digest)
+
+
+def _sizes(path: Path) -> tuple[int, int, int]:
+    """Token ids, token types and most tokens of the encoder; without a config.json all that tokens can be."""
+    if not os.path.lexists(path):
+        return _MOST_IDS, _MOST_IDS, _MOST_POSITIONS
+    found = read_json(path, _AGAIN, "the sizes of a BERT")
+    sizes = []
+    for name, default, most in (
+        ("vocab_size", 30522, _MOST_IDS),
+        ("type_vocab_size", 2, _MOST_IDS),
+        ("max_position_embeddings", 512, _MOST_POSITIONS),
+    ):
+        number = found.get(name, default) if isinstance(found, dict) else None
+        if type(number) is not int or not 1 <= number <= most:
+            raise InputError(f"{name} is {shown(number)}", f"a whole number from 1 to {most}", _AGAIN, where=str(path))
+        sizes.append(number)
+    return sizes[0], sizes[1], sizes[2]
