@@ -146,7 +146,9 @@ def _range(context: click.Context, param: click.Parameter, value: str | None) ->
     type=click.Path(path_type=Path),
     help="Folder of the BERT whose tokenizer.json makes tokens of the words in column text.",
 )
-@click.option("--max-tokens", type=click.IntRange(3, 1 << 16), help="Cut longer texts.  [default: 128]")
+@click.option(
+    "--max-tokens", type=click.IntRange(3, 1 << 16), help="Cut longer texts.  [default: 128, or what the encoder takes]"
+)
 @click.option(
     "--label-range",
     metavar="MIN,MAX",

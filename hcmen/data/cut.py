@@ -37,16 +37,12 @@ __all__ = ["main"]
 @click.option(
     "--modalities",
     metavar="NAMES",
-    default=",".join(MODALITIES),
-    show_default=True,
-    help="What the clips carry, separated by commas; the others are left out.",
+    help="What the clips carry, separated by commas; the others are left out.  [default: all that the data has]",
 )
 @click.option(
     "--text",
     type=Choice(["features", "tokens"]),
-    default="features",
-    show_default=True,
-    help="The text as features, or as tokens for a bundle with a text encoder.",
+    help="The text as features, or as tokens for a bundle with a text encoder.  [default: features, if there]",
 )
 @click.option(
     "-o",
@@ -63,8 +59,8 @@ def main(
     indices: tuple[int, ...],
     ids: tuple[str, ...],
     everything: bool,
-    modalities: str,
-    text: str,
+    modalities: str | None,
+    text: str | None,
     out: Path,
     force: bool,
 ) -> None:
@@ -74,8 +70,9 @@ def main(
     """
     if everything == bool(indices or ids):
         raise click.UsageError("name samples with --index or --id, or take every one with --all")
-    kept = _modalities(modalities)
+    kept = None if modalities is None else _modalities(modalities)
     source = _opened(data, split)
+    text, kept = _carried(source, text, kept, f"{data}: {split}")
     chosen = range(len(source)) if everything else _chosen(f"{data}: {split}", source.ids, indices, ids)
     if out.suffix == ".npz":
         if len(chosen) > 1:
@@ -97,7 +94,7 @@ def main(
             arrays: dict[str, Any] = dict(features)
             steps = {m: len(x) for m, x in features.items()}
             if text == "tokens" and "text" in kept:
-                del arrays["text"]
+                arrays.pop("text", None)
                 arrays[TEXT_TOKENS] = _tokens(source, i, f"{data}: {split}")
                 steps["text"] = arrays[TEXT_TOKENS].shape[1]
             write_clip(path, arrays)
@@ -119,6 +116,22 @@ def _tokens(source: RawSplit, index: int, where: str) -> Any:
     if tokens is None:
         raise InputError(f"{where}: lacks 'text_bert', expected token ids for --text tokens: take --text features")
     return tokens
+
+
+def _carried(source: RawSplit, text: str | None, kept: set[str] | None, where: str) -> tuple[str, set[str]]:
+    """How the text is carried, and the modalities: those that are asked for, or all that are there."""
+    tokens = source.text_bert is not None
+    if text is None:
+        text = "tokens" if tokens and "text" not in source.raw else "features"
+    there = set(source.raw) - {"text"} | ({"text"} if "text" in source.raw or tokens else set())
+    missing = [m for m in MODALITIES if m in (kept or ()) and m not in there]
+    if missing:
+        has = ", ".join(m for m in MODALITIES if m in there)
+        raise InputError(f"has no {' and no '.join(missing)}", has, "name those with --modalities", where=where)
+    chosen = there if kept is None else kept
+    if "text" in chosen and text == "features" and "text" not in source.raw:
+        raise InputError("has text as tokens alone", "text features for --text features", "--text tokens", where=where)
+    return text, chosen
 
 
 def _line(clip: dict[str, Any]) -> str:

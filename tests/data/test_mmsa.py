@@ -423,7 +423,7 @@ def test_a_table_is_to_be_converted_first(tmp_path: Path, suffix: str) -> None:
 def test_a_workbook_is_to_be_saved_as_a_table(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "set.xlsx", "w") as archive:
         archive.writestr("xl/workbook.xml", b"")
-    with pytest.raises(InputError, match="is a workbook, .*save the sheet as CSV"):
+    with pytest.raises(InputError, match=r"is a workbook, .*save the sheet as CSV"):
         read_mmsa(tmp_path / "set.xlsx", CONFIG.inputs)
 
 

@@ -82,8 +82,9 @@ def _declared(path: Path) -> tuple[Shapes, list[str]]:
                 keys.append(key)
                 if key not in MODALITIES:
                     continue
+                shapes[key] = 1, 1  # which a header that is none does not fit
                 with archive.open(member) as stream:
                     shape = read_npy_header(stream).shape
-                if len(shape) == 2 and 1 <= shape[0] <= MOST_STEPS and 1 <= shape[1] <= MOST_FEATURES:
-                    shapes[key] = shape
+                if len(shape) == 2:
+                    shapes[key] = min(max(shape[0], 1), MOST_STEPS), min(max(shape[1], 1), MOST_FEATURES)
     return shapes, keys

@@ -40,14 +40,15 @@ Shown = Callable[[str, int, int], None]
 class TableOptions:
     """How a table is converted.
 
-    text_encoder: folder of the BERT whose tokenizer makes tokens of column `text`. max_tokens: a longer text is cut.
+    text_encoder: folder of the BERT whose tokenizer makes tokens of column `text`. max_tokens: a longer text is cut;
+    None takes 128, or what the encoder takes.
     label_range: refuses labels beyond it, and is that of the scale; the data's if None. seed: of the splits, where the
     table has none. context: neighbours of the same group that a row of feature columns is put together with.
     skip_bad: leave out rows that cannot be used. jobs: processes.
     """
 
     text_encoder: Path | None = None
-    max_tokens: int = 128
+    max_tokens: int | None = None
     label_range: tuple[float, float] | None = None
     seed: int = 0
     context: int = 0
@@ -164,7 +165,7 @@ class _Conversion:
             raise InputError(what, "at least two different ones", "nothing can be learnt from one", where=where)
         ends = options.label_range or label_scale(float(labels.min()), float(labels.max()))
         splits = self._splits(done, parts.places, rows, chunks, folder, text, base)
-        self._tell(done, parts.how, parts.places, ends, labels, text)
+        self._tell(done, parts.how, parts.places, ends, labels, words)
         about: dict[str, Any] = {**origin, "rows": count, "split": parts.how, "left_out": len(rows.problems)}
         self.left_out = rows.problems
         if rows.problems:
@@ -288,7 +289,7 @@ class _Conversion:
         places: dict[str, list[int]],
         ends: tuple[float, float],
         labels: np.ndarray[Any, Any],
-        text: bool,
+        words: Words | None,
     ) -> None:
         """Notes on what was chosen."""
         if not how["given"]:
@@ -300,10 +301,9 @@ class _Conversion:
                 f"labels are {labels.min():g} to {labels.max():g}, taken to be on a scale from {ends[0]:g} to "
                 f"{ends[1]:g}: say it with --label-range if it is another"
             )
-        if text and done.cut:
-            self.notes.append(
-                f"{done.cut} of {len(done.rows)} texts are cut at {self.options.max_tokens} tokens: see --max-tokens"
-            )
+        if words is not None and done.cut:
+            told = f"{done.cut} of {len(done.rows)} texts are cut at {words.most} tokens: see --max-tokens"
+            self.notes.append(told)
         if self.options.context and how["by"] == "row":
             self.notes.append("--context does nothing: every row is a group of its own, give a column 'group'")
 

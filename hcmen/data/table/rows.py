@@ -74,7 +74,7 @@ def read_rows(table: TableFile, folder: Path, label_range: tuple[float, float] |
         InputError: a column that every table has is missing, or no label is a number.
         CorruptFileError, OSError: as the table, or `folder`, has it.
     """
-    rows, reader = Rows(), _Reader(label_range)
+    rows, reader = Rows(), _Reader(str(table.path), label_range)
     with contextlib.ExitStack() as stack:
         for number, cells in table.rows():
             if not reader.seen:
@@ -139,8 +139,8 @@ def _complete(rows: Rows) -> None:
 class _Reader:
     """Makes rows of cells. words: the first labels that are none. numbers: how many are. seen: whether a row was."""
 
-    def __init__(self, label_range: tuple[float, float] | None):
-        self._range = label_range
+    def __init__(self, where: str, label_range: tuple[float, float] | None):
+        self._where, self._range = where, label_range
         self._ids: dict[str, int] = {}
         self._files: dict[str, IO[bytes]] = {}
         self._vectors: dict[str, bytes] = {}
@@ -155,7 +155,7 @@ class _Reader:
         """The row of these cells; raises BadRow."""
         self.id = ""
         if not self.seen:
-            self.widths = _widths(columns)
+            self.widths = _widths(columns, self._where)
             self.seen = True
         name = self.id = self._id(number, cells.get("id"))
         label = self._label(cells.get("label"))
@@ -239,7 +239,7 @@ def _string(cells: Mapping[str, Any], name: str, most: int) -> str | None:
     return value
 
 
-def _widths(columns: Mapping[str, None]) -> dict[str, int]:
+def _widths(columns: Mapping[str, None], where: str) -> dict[str, int]:
     """{m: features} of the columns m.0, m.1, ..."""
     numbers: dict[str, set[int]] = {}
     for name in columns:
@@ -252,7 +252,7 @@ def _widths(columns: Mapping[str, None]) -> dict[str, int]:
         missing = next((k for k in range(count) if k not in numbers[m]), None)
         if missing is not None or count > MOST_FEATURES:
             what = f"column {m}.{count - 1} is there" + (f" and {m}.{missing} is not" if missing is not None else "")
-            raise InputError(what, f"{m}.0, {m}.1 and so on without a gap, at most {MOST_FEATURES}")
+            raise InputError(what, f"{m}.0, {m}.1 and so on without a gap, at most {MOST_FEATURES}", where=where)
         widths[m] = count
     return widths
 

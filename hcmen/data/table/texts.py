@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hcmen.base.errors import InputError, shown
+from hcmen.base.errors import CorruptFileError, InputError, shown
 from hcmen.base.files import read_small, refused
 from hcmen.base.inputs import FeatureConfig, Inputs, TokenConfig
 from hcmen.base.manifest import FrontEnd
@@ -15,12 +15,17 @@ from hcmen.base.records import MOST_MANIFEST_BYTES, read_json
 
 __all__ = ["Words"]
 
+_MOST_TOKENS = 128
+"""Of a text where nobody says."""
 _MOST_IDS, _MOST_POSITIONS = 1 << 24, 1 << 16
 _AGAIN = "copy the folder again"
 
 
 class Words:
     """The tokenizer of the BERT in `folder`; called with a text as media/words.py's.
+
+    Args:
+        folder: the BERT. most: tokens of a text; 128 or what the encoder takes if None.
 
     Attributes:
         most: tokens of a text, [CLS] and [SEP] among them. digest: sha256 of the tokenizer.json.
@@ -30,7 +35,7 @@ class Words:
         BackendError: `tokenizers` is not installed. CorruptFileError: a file is damaged.
     """
 
-    def __init__(self, folder: Path, most: int):
+    def __init__(self, folder: Path, most: int | None = None):
         from hcmen.media.words import Tokenizer
 
         where = str(folder)
@@ -43,17 +48,24 @@ class Words:
         with refused(path, "the vocabulary of a BERT"):
             content = read_small(path, MOST_MANIFEST_BYTES)
         vocabulary, types, positions = _sizes(folder / "config.json")
+        most = most or min(_MOST_TOKENS, positions)
         if most > positions:
             raise InputError(
-                f"this encoder takes {positions} tokens", fix=f"give --max-tokens {positions} or less", where=where
+                f"--max-tokens is {most}, this encoder takes {positions}", fix=f"give {positions} or less", where=where
             )
         self.most, self.digest = most, hashlib.sha256(content).hexdigest()
         limits = TokenConfig(vocabulary, types, 0)
-        self._tokenizer = Tokenizer(content, Inputs(FeatureConfig(1, most), None, None, limits), str(path))
+        try:
+            self._tokenizer = Tokenizer(content, Inputs(FeatureConfig(1, most), None, None, limits), str(path))
+        except CorruptFileError as error:
+            raise error.but(fix=_AGAIN) from error
 
     def __call__(self, text: str) -> Any:
-        """The tokens of `text`; raises InputError where it has none."""
-        return self._tokenizer(text)
+        """The tokens of `text`; raises InputError where it has none, CorruptFileError where they are none of it."""
+        try:
+            return self._tokenizer(text)
+        except CorruptFileError as error:
+            raise error.but(fix=_AGAIN) from error
 
     @property
     def front_end(self) -> FrontEnd:

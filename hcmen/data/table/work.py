@@ -14,6 +14,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -32,6 +34,7 @@ _KEY = "key"
 _TEXTS, _CLIPS = 512, 32
 """Rows of a chunk: without clips, and with some."""
 _MOST_BYTES = 64 << 20
+_LOOKS_SECONDS = 0.2
 
 Entry = dict[str, Any]
 """What is done of a row: ids, types and cut of its text, shapes and file of its clip; or problem and corrupt."""
@@ -191,11 +194,19 @@ _own: tuple[Path, Words | None] | None = None
 
 
 def _begin(base: Path, words: Words | None) -> None:
-    """Ctrl-C is for the process that was started by the user; it tells the others."""
+    """Ctrl-C is for the process that was started by the user; it tells the others, which end when it does."""
     global _own
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _own = base, words
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process once its parent has; each of them holds the pipe open that would tell the others."""
+    while os.getppid() == parent:
+        time.sleep(_LOOKS_SECONDS)
+    os._exit(1)
 
 
 def _make(path: Path, rows: list[Row], base: Path | None = None, words: Words | None = None) -> int:
