@@ -6,6 +6,7 @@ A new one is a line here. What the fuzzer found lies in tests/attacks/files.
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from attacks.attack import Attack, content, file
 from attacks.graphs import GRAPHS
 from attacks.pickles import BOMBS, CALLS
 from fuzz.formats import FORMATS
+from helpers.tables import as_csv
 
 __all__ = ["ATTACKS"]
 
@@ -55,6 +57,8 @@ _PLACES: dict[str, tuple[int, str]] = {
     "engine index": (5, ""),
     "engine key": (5, ""),
     "pickle": (2, ""),
+    "table: CSV": (2, ""),
+    "table: JSON lines": (2, ""),
     "folder: dataset.json": (2, ""),
     "folder: audio.npy": (5, ""),
     "folder: id.json": (5, ""),
@@ -457,5 +461,58 @@ OTHERS = [
 ]
 
 
-ATTACKS = [*CLIPS, *GOLDEN, *MANIFESTS, *ENGINES, *GRAPHS, *ARCHIVES, *OTHERS, *placed()]
+def cells(table: str, **change: str) -> str:
+    """The table with another value in some columns of its third row."""
+    rows = list(csv.DictReader(io.StringIO(table)))
+    rows[2].update(change)
+    return as_csv(rows)
+
+
+def table(made: Callable[[str], str | bytes]) -> Callable[[Path, bytes], object]:
+    def make(valid: bytes) -> bytes:
+        found = made(valid.decode("utf-8-sig"))
+        return found if isinstance(found, bytes) else found.encode()
+
+    return content(make)
+
+
+def _csv(tries: str, code: int, says: str, made: Callable[[str], str | bytes], *more: Any) -> Attack:
+    return Attack("table: CSV", tries, code, says, table(made), *more)
+
+
+def _line(tries: str, code: int, says: str, line: str, *more: Any) -> Attack:
+    return Attack("table: JSON lines", tries, code, says, table(lambda valid: valid + line + "\n"), *more)
+
+
+TABLES = [
+    _csv("10 MB of text in a cell", 0, "", lambda valid: cells(valid, text="a " * (5 << 20))),
+    _csv("a quotation mark that nothing closes", 2, "never closed", lambda valid: valid + '"' + "a\n" * 99, 2),
+    _csv("a cell of 16 MiB over many lines", 2, "a quotation mark", lambda v: v + '"' + "a\n" * (9 << 20), 2),
+    _csv("a line of 32 MiB", 2, "has a line of", lambda valid: valid + "a" * (33 << 20), 2),
+    _csv("a name of a column of 16 MiB", 2, "characters in a cell", lambda valid: "a" * (17 << 20) + "," + valid),
+    _csv("100,000 columns", 2, "has no column 'id'", lambda valid: "," * 100_000 + "\n", 2),
+    _csv("a feature of the number 999,999", 2, "audio.999999 is there", lambda v: "id,label,audio.999999\na,1,2\n", 2),
+    _csv("zero bytes", 5, "zero bytes", lambda valid: valid.replace("film", "fi\0lm", 1), 5),
+    _csv("UTF-16 without a mark", 5, "zero bytes", lambda valid: valid.encode("utf-16-le"), 5),
+    _csv("bytes that are no UTF-8", 2, "no UTF-8", lambda valid: valid.encode().replace(b"film", b"\xff\xfe"), 2),
+    _csv("a clip that is a device", 0, "", lambda valid: cells(valid, clip="/dev/zero")),
+    _csv("a clip that is a folder, far up", 0, "", lambda valid: cells(valid, clip="../" * 1000)),
+    _csv("a clip with a zero byte", 5, "zero bytes", lambda valid: cells(valid, clip="a\0b")),
+    _csv("escape codes in an id", 0, "", lambda valid: cells(valid, id="\x1b[2J")),
+    _csv("a label of 100 kB", 0, "", lambda valid: cells(valid, label="9" * 100_000)),
+    _csv("an exponent of 10**9", 0, "", lambda valid: cells(valid, label="1e1000000000")),
+    _csv("lines that end in CR alone", 0, "", lambda valid: valid.replace("\r\n", "\r")),
+    _csv("a pickle", 2, "a pickle or binary", lambda valid: CALLS["GLOBAL of posix.system, which os.system is"], 2),
+    _csv("nothing", 2, "is empty", lambda valid: "", 2),
+    _line("a value 100,000 deep", 0, "", str(_DEEP)),
+    _line("a value 100,000 deep within", 0, "", '{"id": "x", "label": ' + str(_DEEP) + "}"),
+    _line("digits", 0, "", '{"id": "x", "label": ' + str(_DIGITS) + "}"),
+    _line("half a character", 0, "", '{"id": "\\ud800", "label": 1, "text": "\\udc00"}'),
+    _line("a million keys", 0, "", "{" + ",".join(f'"{i}":1' for i in range(10**6)) + "}"),
+    _line("a million lists", 0, "", '{"id":[' + ",".join(["[]"] * 10**6) + "]}"),
+    _line("a key twice", 0, "", '{"id": "x", "id": "y"}'),
+]
+
+
+ATTACKS = [*TABLES, *CLIPS, *GOLDEN, *MANIFESTS, *ENGINES, *GRAPHS, *ARCHIVES, *OTHERS, *placed()]
 assert all(attack.parser in FORMATS for attack in ATTACKS)

@@ -24,7 +24,10 @@ from typing import Any
 import numpy as np
 from fuzz import mutate
 from helpers.small_bundle import INPUTS, clip_arrays, engine_record, golden, graph, make_bundle
+from helpers.tables import TEXTS, as_csv, as_json_lines, rows, split_of, write_words
 
+from hcmen.base.clip import write_clip
+from hcmen.base.console import one_line
 from hcmen.base.errors import InputError
 from hcmen.base.inputs import Inputs, TokenConfig
 
@@ -143,7 +146,6 @@ def _old_manifests(folder: Path) -> list[bytes]:
 
 def _read_manifest(folder: Path) -> object:
     from hcmen.base.bundle import read_bundle
-    from hcmen.base.console import one_line
 
     bundle = read_bundle(folder / "bundle")
     for record in bundle.records():
@@ -381,6 +383,45 @@ def _cut_clip(folder: Path) -> list[str]:
     return ["clip", str(folder / "set"), "--split", "test", "--index", "0", "--out", str(folder / "out.npz")]
 
 
+def _tables(as_text: Callable[[list[dict[str, Any]]], str]) -> Callable[[Path], Sequence[bytes]]:
+    """Tables with every column that there is, beside a clip and a tokenizer."""
+
+    def prepare(folder: Path) -> Sequence[bytes]:
+        write_words(folder / "bert")
+        write_clip(folder / "given.npz", {"vision": np.ones((2, 4))})
+        made = rows(
+            text=TEXTS,
+            split=split_of,
+            group=split_of,
+            clip=lambda i: "given.npz",
+            **{"audio.0": lambda i: i / 7, "audio.1": lambda i: -i},
+        )
+        less = [{key: row[key] for key in ("id", "label", "text")} for row in made]
+        return [as_text(made).encode(), as_text(less).encode("utf-8-sig")]
+
+    return prepare
+
+
+def _read_table(name: str) -> Callable[[Path], object]:
+    def read(folder: Path) -> object:
+        from hcmen.data.table.conversion import TableOptions, convert_table
+
+        options = TableOptions(folder / "bert", context=2, skip_bad=True)
+        notes: list[str] = []
+        made = convert_table(folder / name, folder / "out", options, force=True, on_note=notes.append)
+        return made, [one_line(note) for note in notes]
+
+    return read
+
+
+def _convert_table(name: str) -> Callable[[Path], list[str]]:
+    def command(folder: Path) -> list[str]:
+        encoder = ["--text-encoder", str(folder / "bert")]
+        return ["convert", str(folder / name), str(folder / "new"), *encoder, "--skip-bad", "-q"]
+
+    return command
+
+
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
@@ -587,6 +628,17 @@ FORMATS = {
                 ("test/text_bert.npy", _read_array("test/text_bert.npy"), mutate.npy),
                 ("test/id.json", _read_array("test/id.json"), mutate.json_file),
             )
+        ),
+        Format(
+            "table: CSV", "set.csv", _tables(as_csv), _read_table("set.csv"), mutate.lines, _convert_table("set.csv")
+        ),
+        Format(
+            "table: JSON lines",
+            "set.jsonl",
+            _tables(as_json_lines),
+            _read_table("set.jsonl"),
+            mutate.lines,
+            _convert_table("set.jsonl"),
         ),
         Format("tokenizer", "tokenizer.json", _tokenizers, _read_tokenizer, mutate.json_file),
         *(

@@ -89,6 +89,10 @@ def as_csv(table: Sequence[dict[str, Any]], **options: Any) -> str:
     return stream.getvalue()
 
 
+def as_json_lines(table: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in table)
+
+
 def written(folder: Path, table: Sequence[dict[str, Any]], name: str = "set.csv", **options: Any) -> Path:
     (folder / name).write_text(as_csv(table, **options), encoding="utf-8", newline="")
     return folder / name

@@ -24,6 +24,7 @@ from typing import Any
 
 from hcmen.base.errors import BackendError, CorruptFileError, HcmenError, InputError
 from hcmen.base.files import read_small, refused, write_file
+from hcmen.base.records import MOST_MANIFEST_BYTES, JsonFile, parse_json
 from hcmen.data.table import clips
 from hcmen.data.table.rows import Row
 from hcmen.data.table.texts import Words
@@ -33,7 +34,8 @@ __all__ = ["Chunks", "work_folder"]
 _KEY = "key"
 _TEXTS, _CLIPS = 512, 32
 """Rows of a chunk: without clips, and with some."""
-_MOST_BYTES = 64 << 20
+_TOKENS = 1 << 16
+"""Of a chunk, at most: what is kept of it is read by a reader of small files."""
 _LOOKS_SECONDS = 0.2
 
 Entry = dict[str, Any]
@@ -90,6 +92,8 @@ class Chunks:
         """folder: of `work_folder`. base: what the paths of clips start from. words: for texts, if there are any."""
         self._folder, self._base, self._rows, self._words = folder, base, rows, words
         self._size = _CLIPS if rows and rows[0].clip is not None else _TEXTS
+        if words is not None:
+            self._size = max(1, min(self._size, _TOKENS // words.most))
         self._starts = range(0, len(rows), self._size)
         self.resumed = 0
 
@@ -146,8 +150,8 @@ class Chunks:
             return None
         rows = self._chunk(start)
         try:
-            entries = json.loads(content)
-        except (ValueError, RecursionError):
+            entries = parse_json(content, JsonFile(str(self._path(start)), ""))
+        except CorruptFileError:
             return None
         if not isinstance(entries, list) or len(entries) != len(rows):
             return None
@@ -176,7 +180,7 @@ class Chunks:
 
 def _content(path: Path) -> bytes | None:
     with contextlib.suppress(OSError):
-        return read_small(path, _MOST_BYTES)
+        return read_small(path, MOST_MANIFEST_BYTES)
     return None
 
 
