@@ -31,9 +31,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "wheel"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from sysroot import Unavailable, make_sysroot
-
 import build as wheels
+from sysroot import Unavailable, make_sysroot
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -33,6 +33,7 @@ from hcmen.base.inputs import FeatureConfig, Inputs, TokenConfig
 from hcmen.data import SPLITS
 from hcmen.data.cut import main as cut
 from hcmen.data.mmsa import read_mmsa
+from hcmen.models.text_encoder import read_tokenizer
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_texts_become_tokens_and_nothing_else(tmp_path: Path, words: Path) -> No
         )
         assert names(tmp_path, split) == [f"r{i}" for i in inside]
     found = index(tmp_path)
-    digest = hashlib.sha256((words / "tokenizer.json").read_bytes()).hexdigest()
+    digest = hashlib.sha256(read_tokenizer(words)).hexdigest()  # as hcmen-train puts it beside the checkpoint
     assert found["front_ends"] == {
         "text": {"extractor": "tokenizer", "settings": {"max_tokens": 128}, "sha256": digest}
     }

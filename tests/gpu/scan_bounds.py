@@ -17,9 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sass import ROUND, STATE, Loops, counts
-
 from build import BuildError, Kernel, find_nvcc
+from sass import ROUND, STATE, Loops, counts
 
 __all__ = ["DEVICES", "Backward", "Device", "Forward", "backward_plan", "benchmark_cases", "bounds", "report", "table"]
 

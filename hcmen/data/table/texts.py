@@ -28,7 +28,8 @@ class Words:
         folder: the BERT. most: tokens of a text; 128 or what the encoder takes if None.
 
     Attributes:
-        most: tokens of a text, [CLS] and [SEP] among them. digest: sha256 of the tokenizer.json.
+        most: tokens of a text, [CLS] and [SEP] among them. digest: sha256 of the tokenizer.json that a checkpoint and a
+        bundle with this encoder carry.
 
     Raises:
         InputError: there is no tokenizer.json, or the encoder takes fewer tokens.
@@ -36,6 +37,7 @@ class Words:
     """
 
     def __init__(self, folder: Path, most: int | None = None):
+        from hcmen.media.tokenizer_file import read_tokenizer_file
         from hcmen.media.words import Tokenizer
 
         where = str(folder)
@@ -53,12 +55,14 @@ class Words:
             raise InputError(
                 f"--max-tokens is {most}, this encoder takes {positions}", fix=f"give {positions} or less", where=where
             )
-        self.most, self.digest = most, hashlib.sha256(content).hexdigest()
         limits = TokenConfig(vocabulary, types, 0)
         try:
             self._tokenizer = Tokenizer(content, Inputs(FeatureConfig(1, most), None, None, limits), str(path))
         except CorruptFileError as error:
             raise error.but(fix=_AGAIN) from error
+        # What a checkpoint and a bundle carry is the file as the library writes it.
+        written = read_tokenizer_file(content, str(path), _AGAIN).to_str()
+        self.most, self.digest = most, hashlib.sha256(written.encode()).hexdigest()
 
     def __call__(self, text: str) -> Any:
         """The tokens of `text`; raises InputError where it has none, CorruptFileError where they are none of it."""
