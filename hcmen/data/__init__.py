@@ -4,6 +4,7 @@ layout.py     MMSA's layout of a data set (MOSI, MOSEI, SIMS, SIMSv2), checked
 folder.py     a set as a folder of arrays that stay on disk
 mmsa.py       the set in a pickle, read safely, or in such a folder
 convert.py    hcmen-convert, from the one to the other
+table/        one's own data, a row a sample, for hcmen-convert
 cut.py        hcmen-clip, single samples as clips
 synthetic.py  a set of the same layout whose sentiment a linear model cannot read
 trained_on.py the set that a checkpoint was trained on, found again

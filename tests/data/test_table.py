@@ -6,6 +6,8 @@ import codecs
 import csv
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +221,27 @@ def test_clips_and_words_go_together(tmp_path: Path, words: Path) -> None:
     assert tokens.lengths["text"].tolist() == [6, 6, 4, 6]
     features = read_mmsa(tmp_path / "out", Inputs(FeatureConfig(3, 9), FeatureConfig(4, 9), None)).splits["train"]
     assert features.lengths["text"].tolist() == [len(made[i]["text"]) for i in range(4)]
+
+
+_MEMORY = """
+import sys
+from pathlib import Path
+from hcmen.data.table.conversion import TableOptions, convert_table
+convert_table(Path(sys.argv[1]), Path(sys.argv[2]), TableOptions())
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+def test_clips_pass_through_one_by_one(tmp_path: Path) -> None:
+    """240 MB of them; the interpreter with NumPy takes some 40 MB."""
+    made = np.random.default_rng(0).normal(size=(10_000, 200)).astype(np.float32)
+    for i in range(30):
+        write_clip(tmp_path / f"{i}.npz", {"audio": made[: 9_970 + i]})
+    source = written(tmp_path, rows(30, clip=lambda i: f"{i}.npz"))
+    command = [sys.executable, "-c", _MEMORY, source, tmp_path / "out"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 120 << 10
+    assert sum(len(array(tmp_path, split, "audio")) for split in SPLITS) == 30
 
 
 def test_a_clip_is_cut_again_from_the_folder(tmp_path: Path) -> None:

@@ -61,6 +61,8 @@ NOT_RUN: dict[str, str] = {
     "hcmen-bench --show after.json": "needs a second measurement",
     "hcmen-train --data mosi.pkl --preset mosi": "needs the real data set",
     "hcmen-train --data build/mosei --preset mosei": "needs the real data set",
+    "hcmen-convert reviews.csv": "needs a BERT; tests/data/test_table.py runs it on small tables",
+    "hcmen-train --data build/reviews": "needs a BERT",
 }
 SNIPPETS_NOT_RUN: dict[str, str] = {
     "docs/cuda.md": GPU,
