@@ -62,8 +62,8 @@ _PACKAGES = ("hcmen", "numpy", "torch", "onnxruntime")
     "checkpoints",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="A folder that hcmen-train wrote; several give mean and deviation.  [default: build/train if it is there, "
-    "else the demo's]",
+    help="A folder that hcmen-train wrote; several, or one of --seeds, give mean and deviation.  [default: build/train "
+    "if it is there, else the demo's]",
 )
 @click.option(
     "--bundle",
@@ -119,7 +119,7 @@ def main(
     with refused(out, "a folder that can be written", "choose another --out"):
         check_writable(out)
     report = evaluate(
-        list(checkpoints) or ([] if bundle else [chosen_checkpoint(None, console.note)]),
+        _each_run(checkpoints, console) or ([] if bundle else [chosen_checkpoint(None, console.note)]),
         bundle,
         data=data,
         split=split,
@@ -264,6 +264,29 @@ class _Judged:
     def finished(self) -> dict[str, Any]:
         """What the report says of this run."""
         return {**self.about, **self.details()}
+
+
+def _each_run(folders: Sequence[Path], console: Console) -> list[Path]:
+    """`folders`, and in the place of one with the runs of several seeds the folders of these.
+
+    Raises:
+        InputError: none of its runs has come to its end.
+    """
+    from hcmen.training.outputs import SEVERAL, finished_runs
+    from hcmen.training.settings import read_settings
+
+    found: list[Path] = []
+    for folder in folders:
+        if not (folder / SEVERAL).is_file():
+            found.append(folder)
+            continue
+        ended, others = finished_runs(folder, read_settings(folder / SEVERAL).seeds)
+        for seed in others:
+            console.warn(f"{folder}: seed {seed} did not come to its end and is left out")
+        if not ended:
+            raise InputError(f"{folder}: no run in it has come to its end: go on with hcmen-train --resume")
+        found += ended
+    return found
 
 
 # --- what is judged -------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from hcmen.models import registry
 from hcmen.models.contract import Model
 from hcmen.models.held import hold, on_meta, read_header
 from hcmen.training.config import TrainConfig
+from hcmen.training.outputs import SEVERAL
 
 __all__ = [
     "load_checkpoint",
@@ -75,8 +76,9 @@ def save_checkpoint(
     epoch: int,
     validation: Mapping[str, Any],
     dataset: Mapping[str, Any],
+    run: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes checkpoint.safetensors and config.json.
+    """Writes checkpoint.safetensors and config.json. run: preset, data and text encoder, where they are known.
 
     Raises:
         InputError: as `write_whole`.
@@ -87,6 +89,7 @@ def save_checkpoint(
         "kind": model.config.kind,
         "model": model.config.to_json(),
         "train": train.to_json(),
+        **({"run": dict(run)} if run else {}),
         "normalisation": model.normalisation(),
         "validation": dict(validation),
         "epoch": epoch,
@@ -255,6 +258,10 @@ def _opened(path: Path) -> IO[bytes]:
     folder = path.parent
     fix = f"run {as_typed('hcmen-train', '--out', folder)}{or_the_demo(folder)}"
     if not path.exists():
+        if (folder / SEVERAL).is_file():
+            raise InputError(
+                "holds the runs of several seeds", "one of them, such as seed-1111 in it", where=str(folder)
+            )
         # To train into a folder that holds something else would be no help.
         check_no_bundle(folder, "a checkpoint folder of hcmen-train", "name the one it was exported from")
         if folder.is_file():

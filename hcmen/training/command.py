@@ -5,6 +5,7 @@ Heavy imports live inside functions, so that --help is quick; the loop itself is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -15,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hcmen.base.console import Choice, Console, command
-from hcmen.base.errors import InputError
-from hcmen.base.files import sweep
+from hcmen.base.errors import CheckFailed, InputError
+from hcmen.base.inputs import FeatureConfig
 from hcmen.base.tables import screen_width
 from hcmen.training.config import AUXILIARIES, MIXES, PRECISIONS, TrainConfig
-from hcmen.training.outputs import CLIPS, CURVES, REPORT, TOKENIZER, check_free, clear
+from hcmen.training.loggers import LOGGERS, Loggers, named_loggers
+from hcmen.training.outputs import CLIPS, CURVES, REPORT, SEVERAL, check_free, seed_folder
 from hcmen.training.presets import PRESETS, Preset, preset_for, preset_named, sized
-from hcmen.training.progress import shown
 from hcmen.training.report import draw_curves, scores_text, test_scores
-from hcmen.training.settings import given_settings, resumed_settings
+from hcmen.training.seeds import SeedList, failed_line, several_report, several_text
+from hcmen.training.settings import Saved, given_settings, option, read_settings, resumed_seeds, resumed_settings
 
 if TYPE_CHECKING:
     from hcmen.base.inputs import Inputs
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from hcmen.data.layout import Fit, Sizes
     from hcmen.models.contract import Config
     from hcmen.models.text_encoder_config import TextEncoderConfig
+    from hcmen.training.trainer import Trainer
 
 __all__ = ["load_checkpoint", "main"]
 
@@ -55,14 +58,15 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]
         "hcmen-train --epochs 3",
         "hcmen-train --preset mosi --data mosi.pkl --mix ms-mix --out build/mosi-train",
         "hcmen-train --resume --out build/mosi-train",
+        "hcmen-train --config build/mosi-train --seeds 1111,1112,1113 --out build/mosi-seeds",
     ),
     groups={
-        "Data and model": ("data", "preset", "text_encoder"),
+        "Data and model": ("data", "preset", "text_encoder", "config"),
         "Training": (
             *("epochs", "batch_size", "micro_batches", "learning_rate", "text_encoder_learning_rate"),
-            *("mix", "aux", "seed", "changes"),
+            *("mix", "aux", "seed", "seeds", "changes"),
         ),
-        "Run": ("out", "resume", "force", "device", "precision", "threads"),
+        "Run": ("out", "resume", "force", "log", "device", "precision", "threads"),
     },
 )
 @click.option(
@@ -97,6 +101,18 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]
     help="Seed of weights, order, dropout, corruption and of the synthetic set.",
 )
 @click.option(
+    "--seeds",
+    type=SeedList(),
+    default=(),
+    metavar="SEED,...",
+    help="One run for each of these seeds, in seed-N below --out; mean and deviation at the end.",
+)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="Train with the settings that a training wrote: its folder, config.json or run.json. Other options win.",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=Path("build/train"),
@@ -105,6 +121,7 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, to the same result as without the break.")
 @click.option("--force", is_flag=True, help="Start over where --out holds a run already.")
+@click.option("--log", type=Choice(list(LOGGERS)), multiple=True, help="Follow the run there as well. Repeatable.")
 @click.option(
     "--set",
     "changes",
@@ -138,9 +155,12 @@ def main(
     mix: str | None,
     aux: str | None,
     seed: int | None,
+    seeds: tuple[int, ...],
+    config: Path | None,
     out: Path,
     resume: bool,
     force: bool,
+    log: tuple[str, ...],
     changes: tuple[str, ...],
     device: str,
     precision: str | None,
@@ -158,6 +178,8 @@ def main(
     """
     if resume and force:
         raise click.UsageError("--resume and --force exclude each other: go on, or start over")
+    if resume and config is not None:
+        raise click.UsageError("--resume goes on with the settings of the run in --out: leave --config out")
     given = given_settings(
         changes,
         epochs=epochs,
@@ -170,11 +192,24 @@ def main(
         precision=precision,
         seed=seed,
     )
-    if not resume and text_encoder is None and "text_encoder_learning_rate" in given:
+    if seeds and "seed" in given:
+        raise click.UsageError("--seeds and --seed exclude each other: several runs, or one")
+    if resume:
+        # One run, unless the folder is that of several; what it lacks then is said below.
+        several = bool(seeds) or (out / SEVERAL).exists()
+        saved = resumed_seeds(out, seeds, preset, given, data, text_encoder) if several else None
+    else:
+        saved = None if config is None else read_settings(config)
+    if not seeds and saved is not None and "seed" not in given:
+        seeds = saved.seeds
+    encoder = text_encoder is not None or (saved is not None and saved.run["text_encoder"] is not None)
+    if not resume and not encoder and "text_encoder_learning_rate" in given:
         raise click.UsageError("--text-encoder-learning-rate is for --text-encoder, which is not given")
+    folders = {seed: seed_folder(out, seed) for seed in seeds} or {None: out}
     if not resume and "RANK" not in os.environ:
         # Before torch is loaded, which takes seconds. Of several processes the first looks, once they have met.
-        check_free(out, force)
+        for folder in (out, *folders.values()):
+            check_free(folder, force)
 
     # OpenMP's threads spin while they wait. Where other programs want the cores as well, that makes a step ten times
     # slower than letting them sleep; it is read once, when torch is loaded.
@@ -184,41 +219,70 @@ def main(
     import torch
 
     from hcmen.base import metrics
-    from hcmen.training.checkpoint import write_json, write_whole
+    from hcmen.training.checkpoint import write_json
     from hcmen.training.ranks import joined
-    from hcmen.training.trainer import Trainer
+    from hcmen.training.runs import Run
 
     if threads is not None:
         torch.set_num_threads(threads)
+    reports: dict[int | None, dict[str, Any]] = {}
+    failed: dict[int, str] = {}
     with joined(device) as ranks:
         console = console if ranks.first else Console(console.format, -1)
-        tokenizer = None
-        if resume:
-            model_config, train_config, source = resumed_settings(out, preset, given, data, text_encoder)
-            dataset = _load_data(source, model_config.inputs, train_config.seed, console)
+        loggers = Loggers(named_loggers(log) if ranks.first else {}, console.warn)
+        dataset = None
+        if resume and saved is not None:
+            begun = saved
+        elif resume:
+            begun = Saved(out, *resumed_settings(out, preset, given, data, text_encoder))
         else:
             if ranks.first:
-                check_free(out, force)
+                for folder in (out, *folders.values()):
+                    check_free(folder, force)
             start = _Start(preset, data, text_encoder, console)
-            dataset = start.dataset(given)
-            model_config, train_config, source = start.model, start.train, start.source
-            tokenizer = start.tokenizer
-        if ranks.first:
-            out.mkdir(parents=True, exist_ok=True)
-            for folder in (out, out / CLIPS):
-                sweep(folder)
-        trainer = Trainer(model_config, train_config, dataset, out, source, ranks, None if resume else text_encoder)
-        if resume:
-            trainer.resume()
-            console.note(f"resuming after epoch {len(trainer.history)} of {train_config.epochs}")
-        elif ranks.first:
-            clear(out)
-            if tokenizer is not None:
-                write_whole(out / TOKENIZER, tokenizer)
-        with shown(console, train_config.epochs, len(trainer.history)) as (on_step, on_epoch):
-            trainer.run(on_step, on_epoch)
+            if saved is not None:
+                start = _Again(saved, preset, data, text_encoder, console)
+            dataset = start.dataset({**given, "seed": seeds[0]} if seeds else given)
+            begun = Saved(out / SEVERAL, start.model, start.train, start.source, seeds)
+        with contextlib.closing(loggers):
+            for seed, folder in folders.items():
+                train = begun.train if seed is None else dataclasses.replace(begun.train, seed=seed)
+                if seed is not None:
+                    console.note(f"seed {seed}, {seeds.index(seed) + 1} of {len(seeds)}: {folder}")
+                if dataset is None or (seeds and seed != seeds[0] and begun.run["data"] is None):
+                    told = console if dataset is None else Console(console.format, -1)
+                    dataset = _load_data(begun.run, begun.model.inputs, train.seed, told)
+                run = Run(folder, begun.model, train, begun.run, dataset, begun if seeds else None)
+                try:
+                    trainer = run.trained(resume, ranks, loggers, console)
+                except CheckFailed as error:
+                    if seed is None:
+                        raise
+                    failed[seed] = str(error)
+                    loggers.close()
+                    continue
+                if ranks.first:
+                    reports[seed] = _finished(trainer)
+                    loggers.end(reports[seed])
     if not ranks.first:
         return
+    if not seeds:
+        console.emit(metrics.plain(reports[None]), scores_text(reports[None], begun.model.kind, screen_width()))
+        return
+    if reports:
+        report = several_report(reports, failed)
+        write_json(out / REPORT, {"schema_version": 1, **metrics.plain(report)})
+        console.emit(metrics.plain(report), several_text(report, begun.model.kind, screen_width()))
+    if failed:
+        raise CheckFailed(failed_line(failed, seeds))
+
+
+def _finished(trainer: Trainer) -> dict[str, Any]:
+    """Leaves beside a checkpoint what is made at the end of its run; the report."""
+    from hcmen.base import metrics
+    from hcmen.training.checkpoint import write_json
+
+    out, dataset = trainer.out, trainer.dataset
     draw_curves(out / CURVES, trainer.history)
     _save_clips(out / CLIPS, dataset.splits["valid"])
 
@@ -228,11 +292,10 @@ def main(
         "epoch": described["epoch"],
         "validation_mae": described["validation"]["mae"],
         "dataset": described["dataset"],
-        "test": test_scores(model.to(ranks.device), dataset),
+        "test": test_scores(model.to(trainer.ranks.device), dataset),
     }
-    plain = metrics.plain(report)
-    write_json(out / REPORT, {"schema_version": 1, **plain})
-    console.emit(plain, scores_text(report, model.config.kind, screen_width()))
+    write_json(out / REPORT, {"schema_version": 1, **metrics.plain(report)})
+    return report
 
 
 # --- settings and data ----------------------------------------------------------------------------------------------
@@ -310,6 +373,70 @@ class _Start:
             f"preset {self.source['preset']}: its architecture, training settings and label range "
             f"{inputs.label_min:g} to {inputs.label_max:g}{chosen}"
         )
+
+
+class _Again(_Start):
+    """As `_Start`, with the settings that a training wrote wherever the command line says nothing else."""
+
+    def __init__(
+        self, saved: Saved, preset: str | None, data: Path | None, text_encoder: Path | None, console: Console
+    ) -> None:
+        there = {name: None if path is None else Path(path) for name, path in saved.run.items() if name != "preset"}
+        self.saved, self.asked = saved, {"preset": preset, "data": data, "text_encoder": text_encoder}
+        data, text_encoder = data or there["data"], text_encoder or there["text_encoder"]
+        super().__init__(preset or saved.run["preset"], data, text_encoder, console)
+
+    def dataset(self, given: Mapping[str, Any]) -> MultimodalDataset:
+        """As of `_Start`; says which settings are not those of the file."""
+        before = {**self.saved.train.to_json(), **self.saved.run}
+        paths = {k: os.path.realpath(x) if isinstance(x, Path) else x for k, x in self.asked.items() if x is not None}
+        others = [
+            f"{option(name)} {value} (there {before[name]})"
+            for name, value in {**paths, **given}.items()
+            if value != before[name]
+        ]
+        self.console.note(f"settings of {self.saved.where}" + (f", but for {', '.join(others)}" if others else ""))
+        if self.data is None and self.preset is None:
+            raise InputError(
+                f"{self.saved.where}: does not say which preset's synthetic set it was trained on",
+                fix="name it with --preset",
+            )
+        if self.text_encoder is None and self.saved.model.inputs.text_tokens is not None:
+            raise InputError(
+                f"{self.saved.where}: does not say where the text encoder came from: name it with --text-encoder"
+            )
+        return super().dataset(given)
+
+    def _choose(self, name: str, given: Mapping[str, Any], sizes: Sizes | None) -> None:
+        super()._choose(name, given, sizes)
+        self.train = dataclasses.replace(self.saved.train, **given)
+        if self.asked["preset"] not in (None, self.saved.run["preset"]):
+            return
+        if sizes is not None:
+            self._check_sizes(sizes)
+        if self.asked["text_encoder"] is None:
+            self.model = self.saved.model
+        else:
+            text = FeatureConfig(self.model.text.features, self.saved.model.inputs.modality("text").max_steps)
+            self.model = dataclasses.replace(self.saved.model, text=text, text_encoder=self.model.text_encoder)  # type: ignore[type-var]
+
+    def _check_sizes(self, sizes: Sizes) -> None:
+        """Raises InputError if the file's model is none for data of such sizes."""
+        inputs, found = self.saved.model.inputs, sizes.modalities
+        for m in inputs.modalities:
+            if m == "text" and inputs.text_tokens is not None:
+                continue  # its features are the encoder's, and longer texts are cut
+            wanted = inputs.modality(m)
+            if m not in found or found[m].features != wanted.features or found[m].max_steps > wanted.max_steps:
+                what = f"{found[m].features} features, {found[m].max_steps} steps" if m in found else f"no {m}"
+                raise InputError(
+                    f"{self.data} has {what}" + (f" of {m}" if m in found else ""),
+                    f"{wanted.features} features, {wanted.max_steps} steps at most, as the model of {self.saved.where}",
+                    "name the data of that run, or a --preset, which takes the sizes of --data",
+                )
+
+    def _tell(self, sizes: Sizes, why: str) -> None:
+        """Nothing: all of it stands in the file."""
 
 
 def _without_data(chosen: Preset, encoder: TextEncoderConfig | None, hidden: int, folder: Path | None) -> Config:

@@ -385,6 +385,7 @@ class Trainer:
                     "cleaned": self.dataset.cleaned,
                     "front_ends": front_ends_to_json(self.dataset.front_ends),
                 },
+                run=self.run_info,
             )
         self.history.append(record)
         tensors: dict[str, Tensor] = dict(self._parameters)

@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from helpers.micro import MICRO
+from helpers.micro_runs import PROGRAM, SAMPLES, TRAIN, command, make_micro, result
 
-import hcmen.data.synthetic
 from hcmen.base import metrics
 from hcmen.base.clip import read_clip
 from hcmen.base.errors import CheckFailed, CorruptFileError, HcmenError, InputError
@@ -31,18 +30,13 @@ from hcmen.data.mmsa import dataset_from_mmsa
 from hcmen.data.synthetic import make_synthetic, write_synthetic
 from hcmen.models.hcmen.config import ModelConfig
 from hcmen.models.hcmen.losses import AlignmentLoss
-from hcmen.training import command as train
 from hcmen.training.checkpoint import load_state, save_state
 from hcmen.training.command import load_checkpoint
 from hcmen.training.config import TrainConfig
 from hcmen.training.evaluate import predict, predict_variants
 from hcmen.training.optimiser import learning_rate_at
-from hcmen.training.presets import Preset
 from hcmen.training.trainer import Trainer, feature_statistics
 
-SAMPLES = (24, 12, 16)
-# Every epoch of this run is better than the one before, so that each writes a checkpoint to be killed in.
-TRAIN = TrainConfig(epochs=3, batch_size=10, learning_rate=1e-3)
 OUTPUTS = {
     "checkpoint.safetensors",
     "config.json",
@@ -52,25 +46,6 @@ OUTPUTS = {
     "clips",
     "report.json",
 }
-
-# A process that runs the command on the micro model, with one thing about it changed.
-PROGRAM = f"""
-import os, signal, sys
-import hcmen.training.command
-from hcmen.base.inputs import FeatureConfig
-from hcmen.models.hcmen.config import ModelConfig
-from hcmen.training.presets import Preset
-from hcmen.training.config import TrainConfig
-from hcmen.data import synthetic
-
-micro = Preset("tiny", "for tests", {MICRO!r}, {TRAIN!r})
-hcmen.training.command.preset_named = lambda name: micro
-synthetic.SAMPLES["tiny"] = {SAMPLES!r}
-from hcmen.training import checkpoint, trainer as training
-
-{{change}}
-hcmen.training.command.main(sys.argv[1:])
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -83,17 +58,12 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def micro(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "preset_named", lambda name: Preset("tiny", "for tests", MICRO, TRAIN))
-    monkeypatch.setitem(hcmen.data.synthetic.SAMPLES, "tiny", SAMPLES)
+    make_micro(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def dataset():
     return dataset_from_mmsa(make_synthetic(MICRO.inputs, SAMPLES), "synthetic", MICRO.inputs)
-
-
-def command(*arguments: Any) -> int:
-    return train.main.main([*map(str, arguments)], standalone_mode=False)
 
 
 def process(*arguments: Any, change: str = "") -> subprocess.CompletedProcess[str]:
@@ -103,24 +73,6 @@ def process(*arguments: Any, change: str = "") -> subprocess.CompletedProcess[st
         text=True,
         timeout=400,
     )
-
-
-def result(folder: Path) -> dict[str, Any]:
-    """Everything a run leaves, without times and without the picture."""
-
-    def timeless(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{k: v for k, v in record.items() if k != "seconds"} for record in history]
-
-    content = (folder / "last.safetensors").read_bytes()
-    size = int.from_bytes(content[:8], "little")
-    state = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["state"])
-    return {
-        "checkpoint": (folder / "checkpoint.safetensors").read_bytes(),
-        "config": (folder / "config.json").read_bytes(),
-        "log": timeless([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]),
-        "tensors": {name: x.numpy().tobytes() for name, x in safetensors.torch.load(content).items()},
-        "state": {**state, "history": timeless(state["history"])},
-    }
 
 
 @pytest.fixture(scope="module")
