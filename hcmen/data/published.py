@@ -25,6 +25,7 @@ __all__ = ["PUBLISHED", "Published", "published_for", "real_name"]
 
 _MEASURES = ("acc7", "acc5", "acc3", "acc2", "acc2_non0", "acc2_has0", "f1", "f1_non0", "mae", "corr")
 _TEST_SAMPLES = {"mosi": 686, "mosei": 4659, "sims": 457, "simsv2": 1034}
+_SCALE = dict.fromkeys(("sims", "simsv2"), (-1.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,18 @@ class Published:
     features: str
 
 
-def real_name(name: str, samples: int) -> str | None:
+def real_name(name: str, samples: int, label_min: float, label_max: float) -> str | None:
     """ "mosi", "mosei", "sims" or "simsv2" if the data set `name` with so many test samples is that one, else None.
 
-    A name is usually a path; MMSA's own files are called MOSI/Processed/unaligned_50.pkl and the like.
+    A name is usually a path; MMSA's own files are called MOSI/Processed/unaligned_50.pkl and the like. Labels on
+    another scale than that of the set are not comparable with what was published on it.
     """
     words = set(re.split(r"[^a-z0-9]+", name.lower()))
-    found = [k for k, n in _TEST_SAMPLES.items() if k in words and n == samples]
+    found = [
+        k
+        for k, n in _TEST_SAMPLES.items()
+        if k in words and n == samples and _SCALE.get(k, (-3.0, 3.0)) == (label_min, label_max)
+    ]
     return found[0] if len(found) == 1 and "synthetic" not in words else None
 
 

@@ -6,12 +6,9 @@ modalities it is left with, so that the numbers are the device's.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import importlib.metadata
 import json
 import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +35,9 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate", "main", "write_together"]
 
-TABLES = ("results.json", "results.csv", "results.md")
+TABLES = ("results.json", "results.csv", "results.md", "results.tex")
 _PICTURES = ("missing_rate.png", "fixed_sets.png")
 _NAMES = ("intra", "fixed", "random_mr", "imbalanced")
-_PACKAGES = ("hcmen", "numpy", "torch", "onnxruntime")
 
 
 @command(
@@ -54,7 +50,7 @@ _PACKAGES = ("hcmen", "numpy", "torch", "onnxruntime")
     groups={
         "What is judged": ("checkpoints", "bundle", "data", "split"),
         "How": ("protocols", "seed", "batch_size", "device", "threads"),
-        "Files": ("out", "no_pictures"),
+        "Files": ("out", "latex", "no_pictures"),
     },
 )
 @click.option(
@@ -91,6 +87,7 @@ _PACKAGES = ("hcmen", "numpy", "torch", "onnxruntime")
     show_default=True,
     help="Folder for the tables and pictures.",
 )
+@click.option("--latex", is_flag=True, help="Write results.tex, too: tables for a paper, with booktabs.")
 @click.option("--no-pictures", is_flag=True, help="Draw nothing; matplotlib is then not needed.")
 def main(
     console: Console,
@@ -105,6 +102,7 @@ def main(
     threads: int | None,
     time_limit: float | None,
     out: Path,
+    latex: bool,
     no_pictures: bool,
 ) -> None:
     """Judge a checkpoint or a bundle under the missing-modality protocols: all measures, the floor beside each.
@@ -132,6 +130,7 @@ def main(
         console=console,
     )
     from hcmen.base import metrics
+    from hcmen.evaluation.latex import latex as latex_tables
     from hcmen.evaluation.robustness import csv_text, markdown, text
 
     pictures = {}
@@ -146,6 +145,7 @@ def main(
         ).encode(),
         "results.csv": csv_text(report).encode(),
         "results.md": markdown(report).encode(),
+        **({"results.tex": latex_tables(report).encode()} if latex else {}),
         **pictures,
     }
     write_together(out, files, (*TABLES, *_PICTURES))
@@ -178,8 +178,10 @@ def evaluate(
         CheckFailed: a score is NaN or infinite.
     """
     from hcmen.base import metrics
+    from hcmen.base.modalities import MODALITIES
     from hcmen.data.protocols import protocol_named
     from hcmen.data.published import published_for, real_name
+    from hcmen.evaluation.machine import machine, versions
     from hcmen.evaluation.robustness import published_rows, run_scores, summarise
 
     console = console or Console(verbosity=-1)
@@ -187,13 +189,22 @@ def evaluate(
         raise InputError(
             f"--device {device} is for checkpoints, a bundle runs where its runtime does: leave --device out"
         )
-    chosen = [protocol_named(name) for name in protocols]
     judged = (
         [_bundle(bundle, checkpoints, data, split, threads, time_limit, batch_size, console)]
         if bundle
         else _checkpoints(checkpoints, data, split, device, threads, batch_size, console)
     )
-    dataset = judged[0].dataset
+    dataset, modalities = judged[0].dataset, judged[0].split.modalities
+    chosen, left_out = [], {}
+    for protocol in (protocol_named(name, modalities) for name in protocols):
+        if protocol.settings:
+            chosen.append(protocol)
+            continue
+        left_out[protocol.name] = f"{protocol.about}: the data has {' and '.join(modalities)} alone"
+        console.note(f"protocol '{protocol.name}' is left out, {left_out[protocol.name]}")
+    if not chosen:
+        told = "; ".join(f"{name} is for {why}" for name, why in left_out.items())
+        raise InputError(f"no protocol is left ({told})", fix="choose --protocol intra or fixed")
     family = metrics.family_for(dataset.label_min, dataset.label_max)
     total = sum(len(p.settings) for p in chosen) * sum(len(run.split) for run in judged)
     runs = []
@@ -211,8 +222,11 @@ def evaluate(
                     run.about["path"],
                 )
             )
-    real = real_name(dataset.name, len(judged[0].split)) if split == "test" else None
-    known = [row for row in published_for(real) if row.protocol in protocols] if real else []
+    scale = (dataset.label_min, dataset.label_max)
+    real = real_name(dataset.name, len(judged[0].split), *scale) if split == "test" else None
+    # Of a set without all of its modalities nothing but the same fixed sets has been published.
+    comparable = protocols if len(modalities) == len(MODALITIES) else [name for name in protocols if name == "fixed"]
+    known = [row for row in published_for(real) if row.protocol in comparable] if real else []
     return {
         "source": {"kind": "bundle" if bundle else "checkpoint", "runs": [run.finished() for run in judged]},
         "dataset": {
@@ -220,6 +234,7 @@ def evaluate(
             "label_min": dataset.label_min,
             "label_max": dataset.label_max,
             "family": family.name,
+            "modalities": list(modalities),
             "samples": len(judged[0].split),
             "own_synthetic_sets": len({id(run.dataset) for run in judged}) > 1,
         },
@@ -227,10 +242,11 @@ def evaluate(
         "seed": seed,
         "batch_size": batch_size,
         **summarise(runs, chosen),
+        "left_out": left_out,
         "published": published_rows(known),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": _machine(),
-        "versions": _versions(),
+        "machine": machine(),
+        "versions": versions(),
     }
 
 
@@ -436,7 +452,9 @@ def _dataset(
 
 def _kind(dataset: MultimodalDataset) -> tuple[Any, ...]:
     """What the data of several runs must have in common."""
-    return (dataset.name, dataset.label_min, dataset.label_max, *(len(s) for s in dataset.splits.values()))
+    splits = dataset.splits
+    counts = [len(s) for s in splits.values()]
+    return (dataset.name, dataset.label_min, dataset.label_max, splits["test"].modalities, *counts)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -458,28 +476,6 @@ def write_together(folder: Path, files: Mapping[str, bytes], owned: Sequence[str
         for name in owned:
             if name not in files:
                 (folder / name).unlink(missing_ok=True)
-
-
-def _machine() -> dict[str, Any]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
-    return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "logical_cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.release()}",
-        "architecture": platform.machine(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The pictures of a robustness report: score against missing rate, and the seven sets as bars."""
+"""The pictures of a robustness report: score against missing rate, and the sets of modalities as bars."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["PICTURES", "draw"]
 
 PICTURES = {
     "missing_rate.png": "Score against missing rate",
-    "fixed_sets.png": "Score with each of the seven sets of modalities",
+    "fixed_sets.png": "Score with each set of modalities",
 }
 """File name -> what it shows."""
 
@@ -61,7 +61,7 @@ def _curves(panel: Axes, report: Mapping[str, Any], measure: str) -> None:
         if name not in report["protocols"]:
             continue
         settings = report["protocols"][name]["settings"]
-        rates = [s["rates"]["audio"] if name == "intra" else s["missing_rate"] for s in settings]
+        rates = [next(iter(s["rates"].values())) if name == "intra" else s["missing_rate"] for s in settings]
         means, deviations = _values(settings, measure)
         panel.errorbar(rates, means, yerr=deviations, marker="o", ms=4, lw=1.5, capsize=3, label=label)
     panel.set(xlabel="missing rate")

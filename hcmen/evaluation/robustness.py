@@ -28,10 +28,12 @@ from hcmen.data.protocols import Masks, Protocol
 from hcmen.data.published import Published
 
 __all__ = [
+    "HEADLINES",
     "LABELS",
     "Run",
     "csv_text",
     "markdown",
+    "number",
     "published_rows",
     "run_scores",
     "summarise",
@@ -56,11 +58,12 @@ LABELS = {
 }
 """Measures as tables head them. All but MAE and Corr are shown in percent."""
 
-_HEADLINES = {
+HEADLINES = {
     "mosi": ("mae", "corr", "acc7", "acc2_non0", "f1_non0"),
     "sims": ("mae", "corr", "acc5", "acc2", "f1"),
     "range": ("mae", "corr", "acc2_has0", "acc2_non0", "f1_non0"),
 }
+"""The measures that the field quotes first, by the name of their family."""
 _FLOOR_NOTE = "in parentheses the floor: the mean training label for MAE and Corr, the commonest class for Acc and F1"
 _OUR_SELECTION = "validation split, one checkpoint for all measures"
 
@@ -118,9 +121,15 @@ def summarise(runs: Sequence[Run], protocols: Sequence[Protocol]) -> dict[str, A
     """{"floor": {measure: value}, "protocols": {name: {"about", "settings": [...], "averages": [...]}}}.
 
     An average is taken over the settings of each run first, then over the runs. The floor is the mean over the runs,
-    which differ in it only if they were judged on different data.
+    which differ in it only if they were judged on different data. What stands by modality is of those of the data.
     """
     measures = list(runs[0].floor)
+    there = next(hidden["dropped_steps"] for settings in runs[0].hidden.values() for hidden in settings.values())
+
+    def of_data(values: Sequence[Any]) -> dict[str, Any]:
+        """What a setting says of each modality, for those that the data has."""
+        return {m: value for m, value in zip(MODALITIES, values, strict=True) if m in there}
+
     result: dict[str, Any] = {}
     for protocol in protocols:
         settings = []
@@ -130,13 +139,13 @@ def summarise(runs: Sequence[Run], protocols: Sequence[Protocol]) -> dict[str, A
             settings.append(
                 {
                     "name": setting.name,
-                    "rates": dict(zip(MODALITIES, setting.rates, strict=True)),
-                    "present": [m for m, there in zip(MODALITIES, setting.present, strict=True) if there],
+                    "rates": of_data(setting.rates),
+                    "present": [m for m, there in of_data(setting.present).items() if there],
                     "missing_rate_asked": setting.missing_rate,
-                    "missing_rates_asked": dict(zip(MODALITIES, setting.missing_rates, strict=True)),
+                    "missing_rates_asked": of_data(setting.missing_rates),
                     "missing_rate": float(np.mean([h["missing_rate"] for h in hidden])),
-                    "missing_shares": {m: float(np.mean([h["missing_shares"][m] for h in hidden])) for m in MODALITIES},
-                    "dropped_steps": {m: float(np.mean([h["dropped_steps"][m] for h in hidden])) for m in MODALITIES},
+                    "missing_shares": {m: float(np.mean([h["missing_shares"][m] for h in hidden])) for m in there},
+                    "dropped_steps": {m: float(np.mean([h["dropped_steps"][m] for h in hidden])) for m in there},
                     "mask_sha256": [h["digest"] for h in hidden],
                     "scores": {m: metrics.spread([s[m] for s in of_runs]) for m in measures},
                 }
@@ -180,7 +189,7 @@ _LEAST = ("steps dropped", "modalities missing", "source", "features", "checkpoi
 
 def text(report: Mapping[str, Any], width: int | None = None) -> str:
     """The tables for a terminal of `width` columns (None: any): the measures the field quotes first, and floors."""
-    measures = _HEADLINES[report["dataset"]["family"]]
+    measures = HEADLINES[report["dataset"]["family"]]
     parts = ["\n".join(folded(_title(report), width))]
     for name, protocol in report["protocols"].items():
         table = fitted(_table(report, protocol, measures), width, least=_LEAST)
@@ -217,8 +226,8 @@ def csv_text(report: Mapping[str, Any]) -> str:
     for name, protocol in report["protocols"].items():
         for kind, rows in (("setting", protocol["settings"]), ("average", protocol["averages"])):
             for row in rows:
-                steps = row.get("dropped_steps", dict.fromkeys(MODALITIES))
-                start = [name, row["name"], kind, row.get("missing_rate"), *steps.values()]
+                steps = [row.get("dropped_steps", {}).get(m) for m in MODALITIES]
+                start = [name, row["name"], kind, row.get("missing_rate"), *steps]
                 for measure, found in row["scores"].items():
                     end = [found["mean"], found["deviation"], len(found["runs"]), report["floor"][measure]]
                     writer.writerow(["" if _absent(x) else x for x in (*start, measure, *end)])
@@ -261,6 +270,7 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
         notes.append("mean and standard deviation (n - 1) over the runs; averages are taken within each run first")
     if report["dataset"]["own_synthetic_sets"]:
         notes.append("each run is judged on the synthetic set of its own seed, so the deviation is over data as well")
+    notes += [f"protocol {name} is left out: {why}" for name, why in report["left_out"].items()]
     notes.append(f"checkpoints were chosen on the {_OUR_SELECTION}")
     return notes
 
@@ -296,18 +306,19 @@ def _published_table(report: Mapping[str, Any], protocol: str, measures: Sequenc
         label = point.get("about", point["name"])
         rows.append([label, "hcmen (here)", *cells, _OUR_SELECTION, "of this data set", "this run"])
         for row in found:
-            cells = [_number(m, row["scores"].get(m)) for m in measures]
+            cells = [number(m, row["scores"].get(m)) for m in measures]
             rows.append([label, row["model"], *cells, row["selection"], row["features"], row["source"]])
     return rows if len(rows) > 1 else []
 
 
 def _cell(measure: str, found: Mapping[str, Any], floor: float | None) -> str:
-    deviation = "" if found["deviation"] is None else f" ± {_number(measure, found['deviation'])}"
-    beside = "" if floor is None else f" ({_number(measure, floor)})"
-    return f"{_number(measure, found['mean'])}{deviation}{beside}"
+    deviation = "" if found["deviation"] is None else f" ± {number(measure, found['deviation'])}"
+    beside = "" if floor is None else f" ({number(measure, floor)})"
+    return f"{number(measure, found['mean'])}{deviation}{beside}"
 
 
-def _number(measure: str, value: float | None) -> str:
+def number(measure: str, value: float | None) -> str:
+    """`value` as the tables show it, or - where there is none."""
     if value is None or _absent(value):
         return "-"
     return f"{value:.3f}" if measure in ("mae", "corr") else f"{100 * value:.1f}"

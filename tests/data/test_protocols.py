@@ -287,7 +287,10 @@ def test_impossible_settings_are_refused(wrong: dict) -> None:
     ],
 )
 def test_only_a_real_set_is_taken_for_one(name: str, samples: int, real: str | None) -> None:
-    assert real_name(name, samples) == real
+    scale = (-1.0, 1.0) if "sims" in name.lower() else (-3.0, 3.0)
+    assert real_name(name, samples, *scale) == real
+    for other in ((-4.0, 4.0), (-3.0, 2.0), (scale[1], scale[0])):
+        assert real_name(name, samples, *other) is None, "errors on another scale are not comparable"
 
 
 def test_published_numbers_name_source_selection_and_features() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import errno
 import json
 import os
@@ -408,6 +409,120 @@ def test_published_numbers_stand_beside_ours_for_a_real_set_only(
     assert {r["protocol"] for r in report["published"]} == {"fixed"}
     # All of it is of the test split.
     assert hcmen.evaluation.command.evaluate(checkpoints[:1], data=real, split="valid")["published"] == []
+
+
+def test_tables_for_a_paper_are_written_where_asked_for(checkpoints: list[Path], tmp_path: Path) -> None:
+    arguments = ("--checkpoint", checkpoints[0], "--protocol", "fixed", "--out", tmp_path)
+    done = evaluated(*arguments, "--latex")
+    assert done.code == 0, done.err
+    assert "results.tex" in done.out
+    page = (tmp_path / "results.tex").read_text()
+    for name, scores in settings_of(report_of(tmp_path)).items():
+        assert f"{name[1].replace('_', chr(92) + '_')} & {scores['mae']['mean']:.3f} & " in page
+    assert evaluated(*arguments).code == 0
+    assert not (tmp_path / "results.tex").exists(), "a table of another evaluation beside these numbers"
+
+
+# --- data that lacks modalities, labels on other scales ---------------------------------------------------------------
+
+
+def lacking(folder: Path, there: tuple[str, ...], name: str = "set.pkl", scale: float = 1.0) -> tuple[Path, Path]:
+    """A checkpoint of a model with these modalities alone, and such data."""
+    data = make_synthetic(MICRO.inputs, SAMPLES, seed=7)
+    for split in data.values():
+        for m in set(MODALITIES) - set(there):
+            del split[m], split[f"{m}_lengths"]
+        split["regression_labels"] = split["regression_labels"] * np.float32(scale)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    write_synthetic(folder / name, data)
+    absent: dict[str, Any] = dict.fromkeys(set(MODALITIES) - set(there))
+    config = dataclasses.replace(MICRO, **absent, label_min=-3.0 * scale, label_max=3.0 * scale)
+    (folder / "train").mkdir()
+    described = {"name": str(folder / name), "label_min": -3.0 * scale, "label_max": 3.0 * scale, "samples": {}}
+    model = make_model(0, config)
+    save_checkpoint(folder / "train", model, TrainConfig(), epoch=1, validation={}, dataset=described)
+    return folder / "train", folder / name
+
+
+def test_one_modality_has_nothing_to_go_missing(tmp_path: Path) -> None:
+    checkpoint, data = lacking(tmp_path, ("text",))
+    done = run(main, "--checkpoint", checkpoint, "--out", tmp_path / "out", "--latex")
+    assert done.code == 0, done.err
+    for name in ("random_mr", "imbalanced"):
+        assert any(f"protocol '{name}' is left out" in line and "text alone" in line for line in done.lines)
+        assert f"protocol {name} is left out: " in done.out
+    report = report_of(tmp_path / "out")
+    assert set(report["left_out"]) == {"random_mr", "imbalanced"}
+    assert report["dataset"]["modalities"] == ["text"]
+    assert [s["name"] for s in report["protocols"]["fixed"]["settings"]] == ["text_only"]
+    assert report["protocols"]["fixed"]["averages"] == []
+    split = read_mmsa(data, dataclasses.replace(MICRO.inputs, audio=None, vision=None)).splits["test"]
+    model = make_model(0, dataclasses.replace(MICRO, audio=None, vision=None))
+    expected = metrics.mae(split.labels, predict(model, split, variant_named("text_only")))
+    found = settings_of(report)
+    assert found["fixed", "text_only"]["mae"]["mean"] == pytest.approx(expected)
+    assert found["intra", "r=0.0"]["mae"]["mean"] == pytest.approx(expected)
+    for setting in report["protocols"]["intra"]["settings"]:
+        assert set(setting["dropped_steps"]) == set(setting["rates"]) == {"text"}
+    with open(tmp_path / "out" / "results.csv", newline="") as file:
+        row = next(csv.DictReader(file))
+    assert (row["text_steps_dropped"], row["audio_steps_dropped"]) == ("0.0", "")
+    refused(
+        evaluated("--checkpoint", checkpoint, "--protocol", "random_mr", "-q", "--out", tmp_path / "none"),
+        *(2, "no protocol is left", "the data has text alone", "choose --protocol intra or fixed"),
+    )
+
+
+def test_a_bundle_of_some_modalities_lacks_nothing(tmp_path: Path) -> None:
+    from hcmen.export.bundle import export_bundle
+
+    checkpoint, data = lacking(tmp_path, ("text", "vision"))
+    export_bundle(checkpoint, tmp_path / "bundle")
+    arguments = ("--data", data, "--threads", 1)
+    done = evaluated("--bundle", tmp_path / "bundle", *arguments, "--out", tmp_path / "a")
+    assert done.code == 0, done.err
+    assert evaluated("--checkpoint", checkpoint, *arguments, "--out", tmp_path / "b").code == 0
+    bundle, eager = (report_of(tmp_path / name) for name in ("a", "b"))
+    assert [s["name"] for s in bundle["protocols"]["fixed"]["settings"]] == [
+        "audio_missing",
+        "text_only",
+        "vision_only",
+    ]
+    assert bundle["left_out"] == eager["left_out"] == {}
+    for key, scores in settings_of(eager).items():
+        assert settings_of(bundle)[key]["mae"]["mean"] == pytest.approx(scores["mae"]["mean"], abs=1e-5)
+
+
+def test_labels_on_another_scale(tmp_path: Path) -> None:
+    checkpoint, data = lacking(tmp_path, MODALITIES, scale=2.0)
+    done = evaluated("--checkpoint", checkpoint, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    report = report_of(tmp_path / "out")
+    assert (report["dataset"]["family"], report["dataset"]["label_max"]) == ("range", 6.0)
+    assert report["floor"].keys() == {"mae", "corr", "acc2_has0", "f1_has0", "acc2_non0", "f1_non0"}
+    labels = read_mmsa(data, dataclasses.replace(MICRO.inputs, label_min=-6.0, label_max=6.0)).splits
+    mean = labels["train"].labels.astype(np.float64).mean()
+    assert report["floor"]["mae"] == pytest.approx(np.abs(labels["test"].labels - mean).mean())
+    assert "Acc-2 and F1 tell labels below 0 from those above it; Non0 leaves 0 itself out" in " ".join(
+        done.out.split()
+    )
+    assert run(main, "--checkpoint", checkpoint, "--protocol", "fixed", "--out", tmp_path / "drawn").code == 0
+
+
+@pytest.mark.parametrize(
+    ("there", "scale", "protocols"),
+    [(MODALITIES, 1.0, {"intra", "fixed"}), (("text",), 1.0, {"fixed"}), (MODALITIES, 4 / 3, set())],
+)
+def test_published_numbers_are_of_the_same_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: tuple[str, ...], scale: float, protocols: set[str]
+) -> None:
+    """Not on another scale; without a modality the same sets alone."""
+    monkeypatch.setattr("hcmen.data.published._TEST_SAMPLES", {"mosi": SAMPLES[2]})
+    checkpoint, data = lacking(tmp_path, there, "MOSI/unaligned_50.pkl", scale)
+    report = hcmen.evaluation.command.evaluate([checkpoint], data=data, protocols=["intra", "fixed"])
+    assert {row["protocol"] for row in report["published"]} == protocols
+    if there == ("text",):
+        assert "text_missing" not in {cell for line in markdown(report).splitlines() for cell in line.split(" | ")}
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ PACKAGES = {
     "media": ({"numpy"}, {"tokenizers"}),
     "mamba": ({"torch", "onnx", "onnxscript"}, {"tensorrt"}),
     "models": ({"numpy", "torch"}, {"huggingface_hub", "safetensors", "tokenizers", "transformers"}),
-    "training": ({"numpy", "click", "torch", "safetensors"}, {"matplotlib", "rich"}),
+    "training": ({"numpy", "click", "torch", "safetensors"}, {"matplotlib", "rich", "wandb"}),
     "evaluation": ({"numpy", "click"}, {"matplotlib", "torch"}),
     "export": ({"numpy", "click", "torch", "onnx"}, {"onnxruntime"}),
     "runtime": ({"numpy", "click"}, {"onnxruntime", "tensorrt", "tensorrt_rtx_bindings"}),
