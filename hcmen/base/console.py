@@ -74,8 +74,8 @@ _EXTRAS = {
     "onnxscript": "export",
     "onnxruntime": "cpu",
     "transformers": "text",
-    "tensorrt": "tensorrt",
     "tensorrt_rtx_bindings": "rtx",
+    **{name: name for name in ("tensorrt", "tensorboard", "wandb")},
 }
 
 

@@ -179,6 +179,7 @@ class WeightsAndBiases:
                 f"W&B does not answer ({reason_of(error)}): the run is logged offline, send it with wandb sync",
                 stacklevel=2,
             )
+            self._wandb.teardown()  # it holds the name of the run that it could not begin
             self._run = begin("offline")
 
     def epoch(self, record: Mapping[str, Any]) -> None:

@@ -12,8 +12,13 @@ if TYPE_CHECKING:
     from hcmen.data import MultimodalDataset
     from hcmen.models.contract import Model
 
-__all__ = ["draw_curves", "scores_text", "test_scores"]
+__all__ = ["BASELINES", "draw_curves", "scores_text", "test_scores"]
 
+BASELINES = (
+    "floor: the mean training label (MAE), the commonest class (Acc-2); "
+    "linear: ridge regression on mean frames (of tokens on their tf-idf), one per variant"
+)
+"""What stands beside a model in a table."""
 _NAMES = {"floor": "the floor", "linear": "the linear model"}
 _TERMS = {
     "task_loss": "task: squared error",
@@ -129,8 +134,7 @@ def scores_text(report: Mapping[str, Any], kind: str, screen: int | None = None)
     }
     lines += [
         "",
-        "floor: the mean training label (MAE), the commonest class (Acc-2); "
-        "linear: ridge regression on mean frames (of tokens on their tf-idf), one per variant",
+        BASELINES,
         *(
             f"{title} beats {_NAMES[key]} in MAE and Acc-2 in {_beaten(list(test), names)}"
             for key, names in behind.items()

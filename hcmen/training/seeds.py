@@ -10,6 +10,7 @@ import click
 from hcmen.base import metrics
 from hcmen.base.errors import shown
 from hcmen.base.tables import fitted, folded
+from hcmen.training.report import BASELINES
 from hcmen.training.settings import MOST_SEED
 
 __all__ = ["SeedList", "failed_line", "several_report", "several_text"]
@@ -82,8 +83,7 @@ def several_text(report: Mapping[str, Any], kind: str, screen: int | None = None
     ]
     notes = [
         *(["mean ± standard deviation (n - 1) over the seeds"] if count > 1 else []),
-        "floor: the mean training label (MAE), the commonest class (Acc-2); "
-        "linear: ridge regression on mean frames, one per variant",
+        BASELINES,
     ]
     if dataset["name"] == "synthetic" and count > 1:
         notes.append("each seed has a synthetic set of its own, so the deviation is over data as well")
