@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Protocol
 
-__all__ = ["Stoppable", "deaf", "end_by_signal", "stoppable"]
+__all__ = ["Stoppable", "deaf", "end_by_signal", "stoppable", "uninterrupted"]
 
 _PATIENCE_SECONDS = 1.0
 """How long a signal may go unanswered."""
@@ -63,6 +63,23 @@ def deaf() -> Iterator[None]:
     finally:
         for n in heard:
             signal.signal(n, before[n])
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Puts Ctrl-C and SIGTERM off until the block is done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    late: list[int] = []
+    before = {s: signal.signal(s, lambda number, _: late.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+        for number in late:
+            signal.raise_signal(number)
 
 
 @contextlib.contextmanager

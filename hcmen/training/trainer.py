@@ -27,11 +27,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +38,7 @@ from torch import Tensor, nn
 
 from hcmen.base import metrics
 from hcmen.base.errors import CheckFailed, CorruptFileError, InputError
+from hcmen.base.interrupts import uninterrupted
 from hcmen.base.manifest import front_ends_to_json
 from hcmen.data import IntArray, MultimodalDataset, Split
 from hcmen.data.missing import corruption
@@ -178,7 +176,7 @@ class Trainer:
                 "best": better,
                 "seconds": round(time.monotonic() - started, 3),
             }
-            with _uninterrupted():
+            with uninterrupted():
                 self._save(record)
             on_epoch(record)
 
@@ -461,20 +459,3 @@ def _difference(part: str, before: Any, now: Any) -> str:
         return f"model kind {before}, not {now}" if part == "kind" else "other data"
     name = next(key for key in {**before, **now} if before.get(key) != now.get(key))
     return f"{part}.{name} {before.get(name)}, not {now.get(name)}"
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Puts Ctrl-C and SIGTERM off until the block is done."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    late: list[int] = []
-    before = {s: signal.signal(s, lambda number, _: late.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-        for s in late:
-            signal.raise_signal(s)

@@ -412,6 +412,15 @@ OTHERS = [
         "checkpoint: config.json", "a kind of model that is not known", 2, "kind", edited("kind", to="os.system"), 2
     ),
     Attack("checkpoint: config.json", "a list as the data", 5, "'dataset' is []", edited("dataset", to=[])),
+    Attack("settings for --config", "a key that is not known", 2, "unknown key 'trian'", edited("trian", to={})),
+    Attack("settings for --config", "2**31 layers", 2, "backbone_depth", edited("model", "backbone_depth", to=1 << 31)),
+    Attack(
+        "settings for --config", "10**400 epochs", 2, "a number of 1329 bits", edited("train", "epochs", to=10**400)
+    ),
+    Attack("settings for --config", "a value 100,000 deep", 5, "nested too deeply", edited("run", to=_DEEP)),
+    Attack("settings for --config", "a path of another type", 2, "'run.data' is 3", edited("run", "data", to=3)),
+    Attack("settings for --config", "a kind of model that is not known", 2, "kind", edited("kind", to="os.system")),
+    Attack("settings for --config", "a seed of 10**400", 2, "'seeds' is", edited("seeds", to=[10**400])),
     Attack("checkpoint: checkpoint.safetensors", "a header of 2**63", 5, "does not describe", b"\x00" * 7 + b"\x80{}"),
     Attack(
         "checkpoint: checkpoint.safetensors",

@@ -486,7 +486,8 @@ def _checkpoints(file: str) -> Callable[[Path], Sequence[bytes]]:
         place.mkdir()
         validation = {"mae": 1.0, "mae_by_variant": {"full": 1.0}}
         dataset = {"name": "set", "label_min": -3.0, "label_max": 3.0, "samples": dict(_COUNTS), "cleaned": {}}
-        save_checkpoint(place, model, train, epoch=1, validation=validation, dataset=dataset)
+        run = {"preset": "tiny", "data": None, "text_encoder": None}
+        save_checkpoint(place, model, train, epoch=1, validation=validation, dataset=dataset, run=run)
         about = {"schema_version": 1, "kind": "hcmen", "model": MICRO.to_json(), "train": train.to_json(), "data": {}}
         record = {"epoch": 1, "loss": 1.0, "validation_mae": 1.0, "validation": {"full": 1.0}, "best": True}
         tensors = {f"model/{name}": x for name, x in model.named_parameters()}
@@ -519,6 +520,12 @@ def _read_state(folder: Path) -> object:
     from hcmen.training.settings import resumed_settings
 
     return resumed_settings(folder / "train", None, {}, None, None)
+
+
+def _read_settings(folder: Path) -> object:
+    from hcmen.training.settings import read_settings
+
+    return read_settings(folder / "train")
 
 
 def _export(folder: Path) -> list[str]:
@@ -656,6 +663,13 @@ FORMATS = {
         ),
         Format("checkpoint in a zip", "archive", _zipped, _load_archive, mutate.npz),
         Format("checkpoint in a tar", "archive", _tarred, _load_archive, mutate.havoc),
+        Format(
+            "settings for --config",
+            "train/config.json",
+            _checkpoints("train/config.json"),
+            _read_settings,
+            mutate.json_file,
+        ),
         Format("bench report", "report.json", _reports, _read_report, mutate.json_file, _show),
         Format("lines of --follow", "lines", _named_chunks, _read_lines, mutate.lines),
     )
