@@ -19,6 +19,7 @@ from hcmen.base.console import Choice, Console, command
 from hcmen.base.errors import CheckFailed, InputError
 from hcmen.base.inputs import FeatureConfig
 from hcmen.base.tables import screen_width
+from hcmen.media.encoder_folder import encoder_folder
 from hcmen.training.config import AUXILIARIES, MIXES, PRECISIONS, TrainConfig
 from hcmen.training.loggers import LOGGERS, Loggers, named_loggers
 from hcmen.training.outputs import CLIPS, CURVES, REPORT, SEVERAL, check_free, seed_folder
@@ -86,7 +87,8 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]
 @click.option(
     "--text-encoder",
     type=click.Path(path_type=Path),
-    help="Folder of a BERT (config.json, weights, vocabulary) to put into the model; the data's tokens are its input.",
+    help="Folder of a BERT (config.json, weights, vocabulary) to put into the model, or an installed package with one: "
+    "minilm is that of hcmen[minilm]. The data's tokens are its input.",
 )
 @click.option(
     "--text-encoder-learning-rate",
@@ -194,6 +196,7 @@ def main(
     )
     if seeds and "seed" in given:
         raise click.UsageError("--seeds and --seed exclude each other: several runs, or one")
+    text_encoder = None if text_encoder is None else encoder_folder(text_encoder)
     if resume:
         # One run, unless the folder is that of several; what it lacks then is said below.
         several = bool(seeds) or (out / SEVERAL).exists()
