@@ -8,6 +8,11 @@ BERT's. Weights and vocabulary come once, from a local folder as `save_pretraine
     tokenizer.json or vocab.txt                  the vocabulary; the former is copied to the checkpoint and the bundle
 
 Tokens are int64 [batch, 3, time]: ids, attention mask (ones, then zeros), token types, as in MMSA's `text_bert`.
+
+On a CPU what is padding is not computed: the tokens of all texts stand in one row, and only the attention takes them
+apart, texts of one length at a time. A batch of MOSI's texts, padded to its longest, is two thirds padding. What is
+exported, and what a GPU runs, is the padded form: the one has no lengths yet, and the other would wait for them. The
+two agree to rounding. Dropout draws for the tokens that there are, so a GPU and a CPU draw differently.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import contextlib
 import logging
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +53,8 @@ _SIZES = (
 )
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _UNKNOWN = "[UNK]"
+_ATTENTION = "hcmen"
+"""The name of `_attention` among those of transformers."""
 
 
 class TextEncoder(nn.Module):
@@ -69,14 +76,36 @@ class TextEncoder(nn.Module):
                 **sizes,
                 hidden_size=hidden,
                 attention_probs_dropout_prob=config.dropout,
-                # The plain formula: fused attention is traced into more nodes, which check for rows without any token.
-                attn_implementation="eager",
+                attn_implementation=_ATTENTION,
             ),
             add_pooling_layer=False,
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Features float [batch, time, hidden] for tokens int64 [batch, 3, time]."""
+        plain = torch.compiler.is_compiling() or tokens.device.type != "cpu"
+        return self._padded(tokens) if plain else self._packed(tokens)
+
+    def _packed(self, tokens: Tensor) -> Tensor:
+        """As `_padded`, without computing what is padding; rows are ordered by their length for the attention."""
+        batch, _, time = tokens.shape
+        lengths, order = tokens[:, 1].sum(dim=1).sort(stable=True)
+        ids, mask, types = tokens[order].unbind(dim=1)
+        real = mask.bool()
+        features = torch.zeros(batch * time, self.bert.config.hidden_size, dtype=self.bert.dtype)
+        if not real.any():
+            return features.view(batch, time, -1)
+        steps = torch.arange(time)
+        hidden = self.bert(
+            input_ids=ids[real][None],
+            token_type_ids=types[real][None],
+            position_ids=steps.expand(batch, time)[real][None],
+            alike=[(n, rows) for n, rows in zip(*_counts(lengths), strict=True) if n],
+        ).last_hidden_state[0]
+        places = (order[:, None] * time + steps)[real]
+        return features.index_copy(0, places, hidden.to(features.dtype)).view(batch, time, -1)
+
+    def _padded(self, tokens: Tensor) -> Tensor:
         ids, mask, types = tokens.unbind(dim=1)
         real = mask[..., None].to(self.bert.dtype)
         # A mask of four axes is added to the attention scores as it is.
@@ -93,6 +122,53 @@ class TextEncoder(nn.Module):
     def train(self, mode: bool = True) -> TextEncoder:
         """As nn.Module.train; a frozen encoder stays in evaluation mode."""
         return super().train(mode and not self.frozen)
+
+
+def _counts(lengths: Tensor) -> tuple[list[int], list[int]]:
+    """The lengths that occur, in order, and how many rows have each."""
+    found, rows = torch.unique_consecutive(lengths, return_counts=True)
+    return found.tolist(), rows.tolist()
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    alike: Sequence[tuple[int, int]] | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention in its plain formula, of [batch, heads, time, size] to [batch, time, heads, size].
+
+    Fused attention is traced into more nodes, which check for rows without any token. On a CPU it is no faster here.
+
+    Args:
+        module, scaling, dropout: the layer, the factor of the scores, the share of weights that are dropped.
+        query, key, value: what attends, and to what.
+        mask: added to the scores; None where every token counts.
+        alike: (length, rows) of the texts that stand one behind the other along time, where they do.
+    """
+    if alike is not None:
+        lengths = [length * rows for length, rows in alike]
+        parts = zip(alike, *(x[0].split(lengths, dim=1) for x in (query, key, value)), strict=True)
+        made = [
+            _attention(module, *(_apart(x, length) for x in of_these), None, scaling, dropout)[0].flatten(0, 1)
+            for (length, _), *of_these in parts
+        ]
+        return torch.cat(made)[None], None
+    scores = query @ key.transpose(2, 3) * scaling
+    if mask is not None:
+        scores = scores + mask
+    weights = nn.functional.dropout(scores.softmax(dim=-1), dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+def _apart(x: Tensor, length: int) -> Tensor:
+    """[heads, rows * length, size] as [rows, heads, length, size]."""
+    return x.unflatten(1, (-1, length)).transpose(0, 1)
 
 
 def read_sizes(folder: Path) -> tuple[TextEncoderConfig, int]:
@@ -259,6 +335,7 @@ def _transformers() -> Any:
         raise BackendError(
             f"{error.name} is not installed, and a text encoder needs it: pip install 'hcmen[text]'"
         ) from error
+    transformers.AttentionInterface.register(_ATTENTION, _attention)
     return transformers
 
 

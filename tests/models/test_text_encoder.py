@@ -137,6 +137,50 @@ def test_features_are_those_of_transformers(bert: Path, config: ModelConfig, ste
         assert not got[row, n:].any()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("lengths", [[7, 12, 1, 7, 3], [12, 12], [5], [0, 4, 0], [0, 0]])
+def test_without_its_padding_a_batch_has_the_same_features_and_gradients(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch, lengths: list[int], autocast: bool
+):
+    torch.manual_seed(0)
+    encoder = TextEncoder(dataclasses.replace(config.text_encoder, dropout=0.0), HIDDEN)
+    tokens = some_tokens(config, lengths, 12)
+    weights = torch.randn(len(lengths), 12, HIDDEN)
+    found = []
+    for forward in (encoder.forward, encoder._padded):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            features = forward(tokens)
+        gradients = [torch.zeros(())] * 2
+        if any(lengths):
+            loss = (features * weights).sum()
+            gradients = torch.autograd.grad(loss, list(encoder.parameters()))
+        found.append((features, *gradients))
+    bound = 3e-2 if autocast else 1e-5
+    for got, expected in zip(*found, strict=True):
+        assert got.dtype == expected.dtype == torch.float32
+        torch.testing.assert_close(
+            got, expected, atol=bound * max(1.0, float(expected.detach().abs().max())), rtol=bound
+        )
+    # And no layer sees more tokens than there are.
+    seen = []
+    encoder.bert.embeddings.register_forward_hook(lambda module, inputs, output: seen.append(output[..., 0].numel()))
+    encoder(tokens)
+    assert seen == ([sum(lengths)] if any(lengths) else [])
+
+
+def test_dropout_is_drawn_again_at_every_call_of_the_training_alone(config: ModelConfig):
+    torch.manual_seed(0)
+    encoder = TextEncoder(dataclasses.replace(config.text_encoder, dropout=0.5), HIDDEN)
+    tokens = some_tokens(config, [7, 12, 7], 12)
+    assert not torch.equal(encoder(tokens), encoder(tokens))
+    attention = encoder.bert.encoder.layer[0].attention.self
+    states = torch.randn(1, 14, HIDDEN)
+    same = [(7, 2)]
+    assert not torch.equal(attention(states, alike=same)[0], attention(states, alike=same)[0])
+    encoder.eval()
+    assert torch.equal(encoder(tokens), encoder(tokens))
+
+
 @pytest.mark.parametrize("kind", ["head", "gamma and beta", "pickle"])
 def test_weights_are_found_under_every_name_in_use(bert: Path, config: ModelConfig, tmp_path: Path, kind: str):
     folder = Path(shutil.copytree(bert, tmp_path / "bert"))
