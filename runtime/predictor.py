@@ -371,6 +371,7 @@ class Predictor:
             except HcmenError as error:
                 outcomes[i] = error
         for variant, members in batches.items():
+            members.sort(key=lambda member: member[1].steps)  # what is of one length needs no padding
             for start in range(0, len(members), BATCH_CLIPS):
                 part = members[start : start + BATCH_CLIPS]
                 places = [first + i for i, _ in part]

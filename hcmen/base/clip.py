@@ -95,6 +95,11 @@ class Clip:
         return tuple(m for m in MODALITIES if m in self.features or (m == "text" and self.text_tokens is not None))
 
     @property
+    def steps(self) -> int:
+        """How long it is, all modalities together."""
+        return sum(map(len, self.features.values())) + (0 if self.text_tokens is None else self.text_tokens.shape[1])
+
+    @property
     def variant(self) -> Variant:
         """The variant that uses all that the clip carries; raises InputError when it carries nothing."""
         return variant_for(self.present)

@@ -232,7 +232,7 @@ class Console:
 
     @contextlib.contextmanager
     def progress(self, label: str, total: int, unit: str = "") -> Iterator[Progress]:
-        """Shows on stderr how far `total` steps have come: after 1 s on a terminal, else after 10 s; not with -q."""
+        """Shows on stderr how far `total` steps have come (0: of unknown many), after 1 or 10 s; not with -q."""
         bar = Progress(label, total, unit, shown=self.verbosity >= 0)
         try:
             yield bar
@@ -258,7 +258,8 @@ class Progress:
             return
         self._next = now + (0.1 if self._terminal else 10.0)
         unit = f" {self.unit}" if self.unit else ""
-        line = f"{self.label}: {self.done}/{self.total}{unit}, {now - self._started:.0f} s"
+        total = f"/{self.total}" if self.total else ""
+        line = f"{self.label}: {self.done}{total}{unit}, {now - self._started:.0f} s"
         if self._terminal:
             click.echo("\r" + line.ljust(self._width), err=True, nl=False)
             self._width = len(line)

@@ -58,4 +58,4 @@ def encoder_folder(name: str | Path) -> Path:
             "give the path of a folder",
             where=shown(package),
         )
-    return Path(os.fspath(installed.locate_file(found[0])))
+    return Path(str(installed.locate_file(found[0])))

@@ -6,7 +6,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,14 @@ from hcmen.base.errors import CheckFailed, HcmenError, InputError
 from hcmen.base.modalities import MODALITIES, variant_for, variant_named
 from hcmen.base.tables import aligned, fitted, folded, screen_width
 from hcmen.base.typed import as_typed, from_here
+from hcmen.media.text_lines import TextLines
 from hcmen.runtime.commands.model import MODEL_OPTIONS, model_options, opened_model
 
 if TYPE_CHECKING:
     import numpy as np
 
     from hcmen.base.bundle import Bundle
+    from hcmen.base.clip import Clip
     from hcmen.base.inputs import Inputs
     from hcmen.runtime.compare import Comparison
     from hcmen.runtime.golden import SelfTest
@@ -38,6 +40,10 @@ _EPILOG = (
     "The first call of a graph is marked as such: later ones are faster. "
     "Exit codes: 0 ok, 1 a check failed, 2 bad input, 3 a backend is missing, 5 a corrupt or unsafe file."
 )
+
+
+_TOLD = 3
+"""Texts that were cut and are told one by one; of others there is a count."""
 
 
 class _Run(Command):
@@ -66,9 +72,10 @@ class _Run(Command):
         "hcmen-run clips --variant text_only --format json",
         "hcmen-run --self-test",
         "hcmen-run --text 'what a film' --text 'never again' --bundle BUNDLE-WITH-TEXT-ENCODER",
+        "hcmen-run --text-file reviews.txt --format json --bundle BUNDLE-WITH-TEXT-ENCODER",
     ),
     groups={
-        "What is scored": ("words", "variant", "clean"),
+        "What is scored": ("words", "text_files", "variant", "clean"),
         "Model": MODEL_OPTIONS,
         "Checks": ("self_test", "check", "checkpoint"),
     },
@@ -81,6 +88,13 @@ class _Run(Command):
     multiple=True,
     help="What is said, in raw words, for a bundle with a text encoder; alone, or with the audio and vision of a clip. "
     "Repeatable without clips: each is scored.",
+)
+@click.option(
+    "--text-file",
+    "text_files",
+    metavar="FILE",
+    multiple=True,
+    help="Texts to score in UTF-8, one a line, for a bundle with a text encoder; - is stdin. Repeatable.",
 )
 @click.option(
     "--variant",
@@ -102,6 +116,7 @@ def main(
     console: Console,
     clips: tuple[str, ...],
     words: tuple[str, ...],
+    text_files: tuple[str, ...],
     variant: str,
     check: bool,
     checkpoint: str | None,
@@ -109,11 +124,15 @@ def main(
     **options: Any,
 ) -> None:
     """Scores clips with an exported bundle. A folder stands for the .npz files directly in it, sorted by name."""
-    if not clips and not words and not self_test:
+    if text_files and (clips or words):
+        raise click.UsageError(
+            f"--text-file goes without {'clips' if clips else '--text'}: score those in another call"
+        )
+    if not (clips or words or text_files or self_test):
         raise InputError(
             "no clip given, expected .npz files or folders: name some, or test the bundle with --self-test"
         )
-    if check and not clips and not words:
+    if check and not (clips or words or text_files):
         raise InputError("--check compares scores and no clip was given: name some, or use --self-test")
     paths, errors = _expand(clips)
     model = opened_model(console, **options)
@@ -126,18 +145,24 @@ def main(
             for test in model.self_test(chosen):
                 tests.append(test)
                 bar.advance()
-    items: list[ClipLike] = list(paths)
-    if words:
-        items, paths = _with_words(console, model, words, paths), paths or [_name(i, words) for i in range(len(words))]
+    texts = _Texts(model, words, text_files)
+    items: Iterable[ClipLike] = texts if words or text_files else paths
+    if words and paths:
+        items = [_with_words(console, model, texts, paths)]
+    names = texts.names if items is texts else paths
     results: list[tuple[int, Result]] = []
-    with console.progress("scoring", len(items), "clips") as bar:
+    unusable: list[tuple[int, str, HcmenError]] = []
+    with console.progress("scoring", 0 if text_files else len(names) or len(words), texts.unit) as bar:
         observe = checker.observe if checker else None
         for i, outcome in enumerate(model.outcomes(items, variant=variant, observe=observe)):
             if isinstance(outcome, HcmenError):
-                errors.append((paths[i], outcome))
+                unusable.append((i, names[i], outcome))
             else:
                 results.append((i, outcome))
             bar.advance()
+    texts.tell(console)
+    # A text that cannot be read stands before the one that was scored next.
+    errors += [(name, error) for _, name, error in sorted([*texts.errors, *unusable], key=lambda e: e[0])]
 
     checks = checker.reports(model) if checker else {}
     eager = {i: checker.scores[i] for i, _ in results} if checker else {}
@@ -173,36 +198,81 @@ def _expand(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, HcmenE
     return paths, errors
 
 
-def _name(place: int, words: Sequence[str]) -> str:
-    """What the text at `place` is called."""
-    return "--text" if len(words) == 1 else f"--text {place + 1}"
+class _Texts:
+    """Raw words as clips of tokens, made as they are asked for: those of --text, then those of each --text-file.
+
+    Attributes:
+        words: those of --text. names: of the clips made so far.
+        errors: (how many clips came before, name, why it is none) of the others.
+        unit: what to call them.
+    """
+
+    def __init__(self, model: Predictor, words: Sequence[str], files: Sequence[str]):
+        self.names: list[str] = []
+        self.errors: list[tuple[int, str, HcmenError]] = []
+        self.unit = "texts" if words or files else "clips"
+        self.words, self._model = words, model
+        self._files = [TextLines(path) for path in files]
+        self._cut: list[tuple[str, int]] = []
+        if words or files:
+            model.encode("words")  # a bundle that takes none says so once
+
+    def _named(self) -> Iterator[tuple[str, str | HcmenError]]:
+        for i, text in enumerate(self.words):
+            yield ("--text" if len(self.words) == 1 else f"--text {i + 1}"), text
+        for lines in self._files:
+            yield from lines
+
+    def __iter__(self) -> Iterator[Clip]:
+        from hcmen.base.clip import Clip
+
+        for name, text in self._named():
+            try:
+                if isinstance(text, HcmenError):
+                    raise text
+                tokens, dropped = self._model.encode(text)
+            except InputError as error:
+                self.errors.append((len(self.names), name, error.but(where=name)))
+                continue
+            if dropped:
+                self._cut.append((name, dropped))
+            self.names.append(name)
+            yield Clip(name, {}, text_tokens=tokens)
+
+    def tell(self, console: Console) -> None:
+        """Says what was cut and what was left out."""
+        for name, dropped in self._cut[:_TOLD]:
+            console.note(f"note: {name}: the text is {dropped} tokens too long for the model, its end was cut")
+        more = len(self._cut) - _TOLD
+        if more > 0:
+            console.note(f"note: {more} more {'texts are' if more > 1 else 'text is'} too long, and cut")
+        for lines in self._files:
+            if lines.blank:
+                which = "1 blank line was" if lines.blank == 1 else f"{lines.blank} blank lines were"
+                console.note(f"note: {lines.name}: {which} skipped")
 
 
-def _with_words(console: Console, model: Predictor, words: Sequence[str], paths: Sequence[str]) -> list[ClipLike]:
-    """Each of `words` as a clip; with a clip named, that clip with the one text for its text."""
+def _with_words(console: Console, model: Predictor, texts: _Texts, paths: Sequence[str]) -> Clip:
+    """The clip at the one path, with the one text for its text."""
     from dataclasses import replace
 
-    from hcmen.base.clip import Clip, read_clip
+    from hcmen.base.clip import read_clip
 
     if len(paths) > 1:
         raise InputError(f"--text and {len(paths)} clips were given, expected one clip at most: what is said in which?")
-    if paths and len(words) > 1:
+    if len(texts.words) > 1:
         raise InputError(
-            f"{len(words)} --text and a clip were given, expected one --text with a clip: score the others without it"
+            f"{len(texts.words)} --text and a clip were given, expected one --text with a clip: "
+            "score the others without it"
         )
-    encoded = [model.encode(text) for text in words]
-    for i, (_, dropped) in enumerate(encoded):
-        if dropped:
-            which = "the text" if len(words) == 1 else _name(i, words)
-            console.note(f"note: {which} is {dropped} tokens too long for the model, its end was cut")
-    if not paths:
-        return [Clip(_name(i, words), {}, text_tokens=tokens) for i, (tokens, _) in enumerate(encoded)]
-    tokens = encoded[0].tokens
+    spoken = list(texts)
+    for _, _, error in texts.errors:
+        raise error
     clip = read_clip(paths[0], model.inputs, model.clean)
     if clip.text_tokens is not None:
         console.note(f"note: {paths[0]}: its own text is replaced by that of --text")
     ignored = tuple(key for key in clip.ignored if key != "text")
-    return [replace(clip, text_tokens=tokens, ignored=ignored)]
+    return replace(clip, text_tokens=spoken[0].text_tokens, ignored=ignored)
 
 
 def _checkpoint_of(console: Console, bundle: Bundle, named: str | None) -> Path:
