@@ -62,7 +62,7 @@ def refuse_to_lose(train: Path, bundle: Path, made: Path) -> None:
     if bundle.is_dir() and any(bundle.iterdir()) and exported_of(bundle) not in ours:
         strangers.append(bundle)
     if strangers:
-        other = f"{shlex.join([from_here(sys.executable), from_here(__file__)])} --build OTHER"
+        other = f"{shlex.join([from_here(sys.executable), from_here(sys.argv[0])])} --build OTHER"
         print(
             f"error: {' and '.join(map(from_here, strangers))}: not made by the demo, which would replace it: move it "
             f"away, or let the demo write elsewhere with {other}",
