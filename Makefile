@@ -1,4 +1,5 @@
 # make demo   train on the synthetic set, export the seven variants, score a clip on each and check it
+# make demo-words   train on real texts with MiniLM inside, export to int8, score sentences; VADER=FOLDER names the texts
 # make test   the test suite
 # make test-all   the same with all that a machine without a GPU can be brought, ARM under emulation, other NumPys
 # make wheel  the wheel for this machine in build/wheel, tried in an environment of its own
@@ -12,10 +13,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard runtime/csrc/*)
 
-.PHONY: demo test test-all wheel lint types bench fuzz exhaustive arm cuda-architectures clean
+.PHONY: demo demo-words test test-all wheel lint types bench fuzz exhaustive arm cuda-architectures clean
 
 demo: $(VENV)/installed
 	$(BIN)/python samples/demo.py
+
+demo-words: $(VENV)/installed
+	$(BIN)/python samples/demo_words.py $(if $(VADER),--vader '$(VADER)')
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -144,7 +144,8 @@ def _range(context: click.Context, param: click.Parameter, value: str | None) ->
     "--text-encoder",
     metavar="FOLDER",
     type=click.Path(path_type=Path),
-    help="Folder of the BERT whose tokenizer.json makes tokens of the words in column text.",
+    help="Folder of the BERT whose tokenizer.json makes tokens of the words in column text, or its installed package: "
+    "minilm is that of hcmen[minilm].",
 )
 @click.option(
     "--max-tokens", type=click.IntRange(3, 1 << 16), help="Cut longer texts.  [default: 128, or what the encoder takes]"

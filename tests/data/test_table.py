@@ -46,6 +46,18 @@ def words(tmp_path: Path) -> Path:
 # --- texts ------------------------------------------------------------------------------------------------------------
 
 
+def test_the_encoder_may_be_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_words(tmp_path / "site" / "a_bert" / "model")
+    about = tmp_path / "site" / "a_bert-1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: a-bert\nVersion: 1\n")
+    (about / "RECORD").write_text("a_bert/model/config.json,,\na_bert/model/model.safetensors,,\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    outcome = convert(written(tmp_path, rows(text=TEXTS, split=split_of)), "--text-encoder", "a-bert")
+    assert outcome.code == 0, outcome.err
+    np.testing.assert_array_equal(array(tmp_path, "train", "text_bert"), tokens_of(TEXTS[:4], 6))
+
+
 def test_texts_become_tokens_and_nothing_else(tmp_path: Path, words: Path) -> None:
     source = written(tmp_path, rows(text=TEXTS, split=split_of))
     outcome = convert(source, "--text-encoder", words)

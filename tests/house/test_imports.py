@@ -38,6 +38,7 @@ EXCEPTIONS = {
     ("hcmen.evaluation.command", "hcmen.runtime"): "hcmen-eval --bundle scores with what runs on the device",
     ("hcmen.data.table.texts", "hcmen.media.words"): "the words of a table become the tokens that the device makes",
     ("hcmen.data.table.texts", "hcmen.media.tokenizer_file"): "and their tokenizer is known by what the device gets",
+    ("hcmen.data.table.texts", "hcmen.media.encoder_folder"): "which is named as in training",
     ("hcmen.models.loading", "hcmen.training.checkpoint"): "hcmen.models.load reads what training wrote",
 }
 # Room -> packages of others that it may import: when it is imported itself, and within functions only.

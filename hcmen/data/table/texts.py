@@ -25,7 +25,8 @@ class Words:
     """The tokenizer of the BERT in `folder`; called with a text as media/words.py's.
 
     Args:
-        folder: the BERT. most: tokens of a text; 128 or what the encoder takes if None.
+        folder: the BERT, or an installed package that carries one.
+        most: tokens of a text; 128 or what the encoder takes if None.
 
     Attributes:
         most: tokens of a text, [CLS] and [SEP] among them. digest: sha256 of the tokenizer.json that a checkpoint and a
@@ -37,9 +38,11 @@ class Words:
     """
 
     def __init__(self, folder: Path, most: int | None = None):
+        from hcmen.media.encoder_folder import encoder_folder
         from hcmen.media.tokenizer_file import read_tokenizer_file
         from hcmen.media.words import Tokenizer
 
+        folder = encoder_folder(folder)
         where = str(folder)
         if not folder.is_dir():
             raise InputError("no such folder", "a BERT with its tokenizer.json", "check the path", where=where)
