@@ -1,4 +1,4 @@
-"""The objective that any kind of model can be trained with: squared error of the score, and mixtures of samples.
+"""The objective that any kind of model can be trained with: the error of the score, and mixtures of samples.
 
     task + mix_weight * mix + intensity_weight * intensity
 
@@ -8,7 +8,7 @@ reach it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,12 +17,16 @@ from torch.nn import functional as F
 from hcmen.models.contract import Config, Step
 from hcmen.models.mixing import Mixture, Plan, Samples, make_mixing
 
-__all__ = ["Objective", "task_loss"]
+__all__ = ["ERRORS", "Objective", "task_loss"]
+
+ERRORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"squared": F.mse_loss, "absolute": F.l1_loss}
+"""The mean error of scores, by what `TrainConfig.loss` calls it."""
 
 
-def task_loss(clean: Any, corrupted: Any, labels: Tensor) -> Tensor:
-    """Mean squared error of the score, averaged over the clean and the corrupted view of each sample."""
-    return 0.5 * (F.mse_loss(clean.score, labels) + F.mse_loss(corrupted.score, labels))
+def task_loss(clean: Any, corrupted: Any, labels: Tensor, loss: str = "squared") -> Tensor:
+    """Mean error of the score, averaged over the clean and the corrupted view of each sample."""
+    error = ERRORS[loss]
+    return 0.5 * (error(clean.score, labels) + error(corrupted.score, labels))
 
 
 class Objective(nn.Module):
@@ -48,7 +52,7 @@ class Objective(nn.Module):
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """The terms of the loss before weighting, 0 for those that are off or have nothing to go by; and "loss"."""
-        task = task_loss(step.clean, step.corrupted, step.labels)
+        task = task_loss(step.clean, step.corrupted, step.labels, self.train_config.loss)
         terms = {**dict.fromkeys(self.weights, task.new_zeros(())), "task_loss": task}
         terms |= self.of_views(step)
         if self.mixing is not None:
@@ -61,7 +65,7 @@ class Objective(nn.Module):
             mixture = self.mixing(samples, step.generator(), lambda plan: _agreed(step, plan))
             if mixture is not None:
                 mixed = step.outputs(mixture.values, mixture.lengths, mixture.present)
-                terms["mix_loss"] = F.mse_loss(mixed.score, mixture.labels)
+                terms["mix_loss"] = ERRORS[self.train_config.loss](mixed.score, mixture.labels)
                 terms |= self.of_mixtures(step, mixture, mixed)
         terms["loss"] = sum(weight * terms[name] for name, weight in self.weights.items())
         return terms

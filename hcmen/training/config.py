@@ -15,7 +15,10 @@ from hcmen.models.contract import MixingConfig
 if TYPE_CHECKING:
     from hcmen.data.missing import CorruptionConfig
 
-__all__ = ["AUXILIARIES", "MIXES", "PRECISIONS", "TrainConfig", "train_setting"]
+__all__ = ["AUXILIARIES", "LOSSES", "MIXES", "PRECISIONS", "TrainConfig", "train_setting"]
+
+LOSSES = ("squared", "absolute")
+"""What the distance of a score from its label counts as."""
 
 MIXES = ("none", "mixup", "manifold", "ms-mix", "powmix")
 """Ways of mixing training samples; hcmen/models/mixing.py says what each does."""
@@ -48,10 +51,12 @@ class TrainConfig:
     modality_drop_probability, step_drop_probability, max_step_drop_rate: the corruption of one view of each sample,
     drawn from (seed, epoch, index); see hcmen/data/missing.py.
 
+    loss: one of LOSSES, of samples and of mixtures. The absolute one is what a model is judged by.
+
     alignment_weight: factor of the alignment loss (nats); 0 computes none.
 
     mix: one of MIXES. Samples are mixed as hcmen/models/mixing.py says, with draws from (seed, epoch, step).
-    mix_weight: factor of the mixtures' squared error (label units squared) beside that of the samples themselves.
+    mix_weight: factor of the mixtures' error beside that of the samples themselves.
     mix_alpha: concentration of the Beta and Dirichlet distributions that weights are drawn from; 1 is uniform, large
     numbers are even mixtures.
     mix_similarity: ms-mix pairs samples more alike than this, a share of the batch's range of cosine similarities.
@@ -73,6 +78,7 @@ class TrainConfig:
     weight_decay: float = 1e-4
     warmup_fraction: float = 0.1
     gradient_clip_norm: float = 1.0
+    loss: str = "squared"
     alignment_weight: float = 0.01
     modality_drop_probability: float = 0.5
     step_drop_probability: float = 0.5
@@ -112,7 +118,7 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             require(finite(value) and value >= 0, f"{name} is {shown(value)}, expected 0 or more")
-        for name, choices in (("mix", MIXES), ("aux", AUXILIARIES), ("precision", PRECISIONS)):
+        for name, choices in (("loss", LOSSES), ("mix", MIXES), ("aux", AUXILIARIES), ("precision", PRECISIONS)):
             value = getattr(self, name)
             require(value in choices, f"{name} is {value!r}, expected one of {', '.join(choices)}")
         for name in ("learning_rate", "mix_alpha", "powmix_ratio", "gradient_clip_norm"):

@@ -21,9 +21,9 @@ BASELINES = (
 """What stands beside a model in a table."""
 _NAMES = {"floor": "the floor", "linear": "the linear model"}
 _TERMS = {
-    "task_loss": "task: squared error",
+    "task_loss": "task: error",
     "alignment_loss": "alignment: nats",
-    "mix_loss": "mixtures: squared error",
+    "mix_loss": "mixtures: error",
     "intensity_loss": "intensity: nats",
     "polarity_loss": "polarity: nats",
     "polarity_mix_loss": "polarity of mixtures: nats",

@@ -194,6 +194,8 @@ class Trainer:
             "train": self.train_config.to_json(),
             "data": self._fingerprint,
         }
+        if isinstance(state.get("train"), dict):  # a state of before a setting was there has its default
+            state["train"] = {**TrainConfig().to_json(), **state["train"]}
         for part, value in mine.items():
             if state.get(part) != value:
                 raise InputError(

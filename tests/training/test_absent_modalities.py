@@ -33,7 +33,7 @@ from hcmen.models.text_encoder import read_sizes, read_tokenizer
 from hcmen.runtime import load
 from hcmen.runtime.commands.run import main as hcmen_run
 from hcmen.training.command import main as hcmen_train
-from hcmen.training.config import TrainConfig
+from hcmen.training.config import LOSSES, TrainConfig
 from hcmen.training.presets import PRESETS
 from hcmen.training.trainer import Trainer
 
@@ -155,21 +155,57 @@ def test_nothing_of_what_is_absent_is_in_the_model(name, bert):
     assert Inputs.from_json(json.loads(json.dumps(config.inputs.to_json()))) == config.inputs
 
 
-def test_a_model_without_a_modality_is_the_variant_without_it():
-    """Given the same weights, it says what the model of all three says when told that one is absent."""
+@pytest.mark.parametrize("absent", ["text", "audio", "vision"])
+def test_a_model_of_two_modalities_has_two_streams(absent):
+    """Absent for the whole batch or in a sample: the same numbers; what the model lacks weighs nothing."""
     torch.manual_seed(0)
-    whole = HCMEN(MICRO).eval()
-    part = HCMEN(dataclasses.replace(MICRO, vision=None)).eval()
-    state = whole.state_dict()
-    part.load_state_dict({name: state[name] for name in part.state_dict()})
-    features = {"text": torch.randn(5, 7, 6), "audio": torch.randn(5, 9, 3)}
-    lengths = {"text": torch.tensor([7, 1, 3, 4, 5]), "audio": torch.tensor([1, 9, 2, 8, 4])}
-    for there in (("text", "audio"), ("text",), ("audio",)):
-        given = {m: features[m] for m in there}
-        for got, expected in zip(part(given, lengths), whole(given, lengths), strict=True):
-            torch.testing.assert_close(got, expected, rtol=0, atol=0)
-    with pytest.raises(InputError, match="the model has no vision, expected text or audio, which it was trained on"):
-        part({"vision": torch.randn(5, 3, 4)}, {"vision": torch.tensor([1, 2, 3, 3, 3])})
+    model = HCMEN(dataclasses.replace(MICRO, **{absent: None})).eval()
+    first, second = model.config.inputs.modalities
+    sizes = {"text": 6, "audio": 3, "vision": 4}
+    features = {m: torch.randn(5, 7, sizes[m]) for m in (first, second)}
+    lengths = {m: torch.tensor([7, 1, 3, 4, 5]) for m in (first, second)}
+    rows = torch.tensor([[m != absent and not (m == second and i % 2) for m in sizes] for i in range(5)])
+    mixed = model(features, lengths, rows)
+    whole = model(features, lengths)
+    alone = model({first: features[first]}, {first: lengths[first]})
+    for got, both, one in zip(mixed, whole, alone, strict=True):
+        torch.testing.assert_close(got[0::2], both[0::2])
+        torch.testing.assert_close(got[1::2], one[1::2])
+    place = list(sizes).index(absent)
+    assert not mixed.modality_weights[:, place].any()
+    torch.testing.assert_close(mixed.modality_weights.sum(dim=1), torch.ones(5))
+    with pytest.raises(InputError, match=f"the model has no {absent}, expected {first} or {second}"):
+        model({absent: torch.randn(5, 3, sizes[absent])}, {absent: torch.tensor([1, 2, 3, 3, 3])})
+
+
+def test_a_model_of_one_modality_has_one_stream():
+    torch.manual_seed(0)
+    model = HCMEN(dataclasses.replace(MICRO, text=None, vision=None)).eval()
+    kinds = {name.split(".")[0] for name, _ in model.named_parameters()}
+    assert kinds == {"encoders", "backbone", "norm", "head"}
+    x, n = torch.randn(3, 9, 3), torch.tensor([9, 2, 5])
+    outputs = model({"audio": x}, {"audio": n})
+    tokens = model.encoders["audio"](x, n)
+    for block in model.backbone:
+        tokens = block(tokens)
+    torch.testing.assert_close(outputs.score, model.head(model.norm(tokens).amax(dim=1))[:, 0])
+    assert outputs.modality_weights.tolist() == [[0.0, 1.0, 0.0]] * 3
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_error_that_is_learnt_from(loss, tmp_path):
+    """The first step's terms, by hand."""
+    dataset = dataset_from_mmsa(make_synthetic(MICRO.inputs, SAMPLES, 0), "synthetic", MICRO.inputs)
+    config = dataclasses.replace(MICRO, dropout=0.0)
+    trainer = Trainer(config, TrainConfig(epochs=1, batch_size=24, loss=loss, alignment_weight=0.0), dataset, tmp_path)
+    trainer.model.eval()
+    rows = np.arange(24)
+    clean, corrupted = trainer._views(1, dataset.splits["train"], rows)
+    found = trainer._losses(1, 0, dataset.splits["train"], rows, clean, corrupted)
+    labels = torch.from_numpy(dataset.splits["train"].labels)
+    away = torch.cat([clean.score - labels, corrupted.score - labels])
+    expected = away.abs().mean() if loss == "absolute" else away.square().mean()
+    torch.testing.assert_close(found["loss"], expected)
 
 
 def test_a_clip_brings_more_than_the_model_has(bert, tmp_path):

@@ -16,6 +16,9 @@ Glossary (batch b, L tokens, width d)
     P_m   [b, L, d]   proxy of m, generated from M_m
     E_m   [b, L, d]   enhanced tokens: H_m and what P_m adds to it, or P_m itself where m is absent
 
+A model has a stream for each modality that its configuration names, three as a rule. With one alone there is nothing
+to enhance and nothing to weigh: part 2 and the gate are left out.
+
 Presence. A modality may be absent in two ways: statically, when it is not among the features (an exported variant:
 everything that served it is left out), or per sample, when `present` says so (training). Both give the same numbers.
 `Presence` below is that knowledge: True, False, or a boolean tensor [b].
@@ -49,7 +52,7 @@ class Outputs(NamedTuple):
     """A prediction and what the training losses look at; proxies exist where some other modality is in the features.
 
     modality_weights are the fusion gate; that of an absent modality is its proxy's, which is made from those that are
-    there. pooled [batch, d] is what the head scores.
+    there, and that of one that the model lacks is 0. pooled [batch, d] is what the head scores.
     """
 
     score: Tensor
@@ -96,18 +99,17 @@ class HCMEN(nn.Module):
         self.text_encoder = TextEncoder(encoder, config.modality("text").features) if encoder else None
         self.encoders = nn.ModuleDict({m: ModalityEncoder(config.modality(m), config) for m in there})
 
-        # A modality that the model lacks has a proxy in every sample; without it (one stream of text in place of three)
-        # the error on real texts was 2 to 3 % larger.
-        proxied = tuple(m for m in MODALITIES if config.proxies and set(there) - {m})
+        self.streams, several = there, len(there) > 1
+        proxied = there if config.proxies and several else ()
         self.proxies = nn.ModuleDict({m: nn.Sequential(_local(config), _context(config)) for m in proxied})
-        self.mix_logits = nn.ParameterDict({m: nn.Parameter(torch.zeros(len(MODALITIES) - 1)) for m in proxied})
+        self.mix_logits = nn.ParameterDict({m: nn.Parameter(torch.zeros(len(there) - 1)) for m in proxied})
         # exp of it scales the cosine similarity; CLIP's initial temperature 0.07 and its ceiling of 100.
         self.log_similarity_scale = nn.ParameterDict(
             {m: nn.Parameter(torch.tensor(math.log(1 / 0.07))) for m in proxied}
         )
 
-        self.absent_tokens = nn.ParameterDict({m: nn.Parameter(0.02 * torch.randn(d)) for m in MODALITIES})
-        self.gate = nn.Linear(len(MODALITIES) * d, len(MODALITIES))
+        self.absent_tokens = nn.ParameterDict({m: nn.Parameter(0.02 * torch.randn(d)) for m in there if several})
+        self.gate = nn.Linear(len(there) * d, len(there)) if several else None
         self.backbone = nn.ModuleList(
             nn.Sequential(_local(config), _context(config)) for _ in range(config.backbone_depth)
         )
@@ -172,16 +174,18 @@ class HCMEN(nn.Module):
         proxies = {
             m: self.proxies[m](mixed) for m in self.proxies if (mixed := self._mix(m, tokens, presence)) is not None
         }
-        enhanced = {m: self._enhance(m, tokens, proxies, presence) for m in MODALITIES}
+        enhanced = {m: self._enhance(m, tokens, proxies, presence) for m in self.streams}
         # Part 3: multimodal mix-up fusion
         weights = self._gate(tokens, presence)
-        fused = sum(weights[:, i, None, None] * enhanced[m] for i, m in enumerate(MODALITIES))
+        fused = sum(weights[:, i, None, None] * enhanced[m] for i, m in enumerate(self.streams))
         for block in self.backbone:
             fused = block(fused)
         pooled = self.norm(widened(fused)).amax(dim=1)
         with without_autocast(pooled):
             score = self.head(pooled)[:, 0]
-        return Outputs(score, weights, dict(tokens), proxies, self._presence_tensor(presence, score), pooled)
+        return Outputs(
+            score, self._of_all(weights), dict(tokens), proxies, self._presence_tensor(presence, score), pooled
+        )
 
     def set_normalisation(self, statistics: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
         """Stores mean and standard deviation [features] per modality; the model applies them to raw features.
@@ -211,7 +215,7 @@ class HCMEN(nn.Module):
 
     def _mix(self, target: str, tokens: Mapping[str, Tensor], presence: Mapping[str, Presence]) -> Tensor | None:
         """M_m, or None where no other modality is in the features."""
-        others = [m for m in MODALITIES if m != target]
+        others = [m for m in self.streams if m != target]
         sources = [(i, m) for i, m in enumerate(others) if m in tokens]
         if not sources:
             return None
@@ -238,7 +242,7 @@ class HCMEN(nn.Module):
         """
         if not self.config.proxies:
             return _choose(presence[target], lambda: tokens[target], lambda: self.absent_tokens[target])
-        others = [presence[m] for m in MODALITIES if m != target]
+        others = [presence[m] for m in self.streams if m != target]
         company = _any(others)
         return _choose(
             presence[target],
@@ -264,21 +268,32 @@ class HCMEN(nn.Module):
     # --- part 3 -----------------------------------------------------------------------------------------------------
 
     def _gate(self, tokens: Mapping[str, Tensor], presence: Mapping[str, Presence]) -> Tensor:
-        """Weights [b, 3] of the three streams, from the mean token of each modality or its learned absent token.
+        """Weights [b, streams], from the mean token of each modality or its learned absent token.
 
         The linear layer is applied modality by modality, statically absent ones first: what those contribute is a
         constant that the exporter folds into the bias.
         """
+        if self.gate is None:
+            (only,) = tokens.values()
+            return only.new_ones(only.shape[0], 1)
         d = self.config.width
-        columns = {m: self.gate.weight[:, i * d : (i + 1) * d] for i, m in enumerate(MODALITIES)}
+        columns = {m: self.gate.weight[:, i * d : (i + 1) * d] for i, m in enumerate(self.streams)}
         logits = self.gate.bias
-        for m in sorted(MODALITIES, key=lambda m: presence[m] is not False):
+        for m in sorted(self.streams, key=lambda m: presence[m] is not False):
             logits = logits + _choose(
                 presence[m],
                 lambda m=m: F.linear(tokens[m].mean(dim=1), columns[m]),
                 lambda m=m: F.linear(self.absent_tokens[m], columns[m]),
             )
         return widened(logits).softmax(dim=-1)
+
+    def _of_all(self, weights: Tensor) -> Tensor:
+        """Weights [b, streams] as those of all three modalities [b, 3]."""
+        if len(self.streams) == len(MODALITIES):
+            return weights
+        none = torch.zeros_like(weights[:, 0])
+        columns = dict(zip(self.streams, weights.unbind(dim=1), strict=True))
+        return torch.stack([columns.get(m, none) for m in MODALITIES], dim=1)
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
