@@ -55,7 +55,8 @@ _MOST_PATH_BYTES = 1 << 16
 _EPILOG = (
     "A chunk is an .npz clip whose audio and vision are the next frames of the recording, and whose text, if there is "
     f"one, is the current utterance. The source ends with a file named '{END}', with stdin, with --idle-timeout or "
-    "with Ctrl-C. A weight of - belongs to a modality that the variant does without. "
+    "with Ctrl-C. A weight of - belongs to a modality that the variant does without; in JSON "
+    "it has the weight of its learned stand-in, which says nothing of the recording. "
     "Exit codes: 0 ok, 2 bad input, 3 a backend is missing, 5 a corrupt or unsafe file, 130 interrupted."
 )
 

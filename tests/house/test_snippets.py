@@ -74,8 +74,15 @@ PLACEHOLDERS = {"DIGEST": "mosei.pkl"}
 # Blocks that show something else than commands.
 SHOWN = re.compile(r"^(d\[t\]|y\[t\]|base <-|dataset\.json|build/bundle/engines/|SelectiveScan:)")
 # Pages that train, export or measure.
-SLOW = {"README.md", "docs/bench.md", "docs/data.md", "docs/op.md", "docs/precision.md", "docs/serving.md"}
-SLOW |= {"docs/training.md"}
+SLOW = {
+    "README.md",
+    "docs/bench.md",
+    "docs/data.md",
+    "docs/op.md",
+    "docs/precision.md",
+    "docs/serving.md",
+    "docs/training.md",
+}
 
 
 @dataclass(frozen=True)
