@@ -1,4 +1,7 @@
-"""One run for each of several seeds: how they are asked for, and what they come to together."""
+"""One run for each of several seeds: how they are asked for, and what they come to together.
+
+NumPy is loaded by functions, so that --help is quick.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from typing import Any
 
 import click
 
-from hcmen.base import metrics
 from hcmen.base.errors import shown
 from hcmen.base.tables import fitted, folded
 from hcmen.training.report import BASELINES
@@ -46,6 +48,8 @@ def several_report(reports: Mapping[int, Mapping[str, Any]], failed: Mapping[int
     Args:
         reports: the report of each run that came to its end, by seed; at least one. failed: why others did not.
     """
+    from hcmen.base import metrics
+
     first, *_ = runs = list(reports.values())
     return {
         "checkpoints": [r["checkpoint"] for r in runs],
@@ -65,6 +69,7 @@ def several_report(reports: Mapping[int, Mapping[str, Any]], failed: Mapping[int
 
 def several_text(report: Mapping[str, Any], kind: str, screen: int | None = None) -> str:
     """The table of the test split, over the seeds, of a model of the kind `kind`; `screen` columns wide (None: any)."""
+    from hcmen.base import metrics
     from hcmen.models import registry
 
     dataset, test = report["dataset"], report["test"]
