@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from hcmen.base.errors import InputError, unknown_name
 from hcmen.base.inputs import FeatureConfig
 from hcmen.base.modalities import MODALITIES
-from hcmen.data.scale import label_scale
 from hcmen.models import registry
 from hcmen.models.contract import Config
 from hcmen.training.config import TrainConfig
@@ -107,6 +106,8 @@ def sized(preset: Preset, sizes: Sizes, encoder: TextEncoderConfig | None = None
     Raises:
         InputError: the text is tokens and there is no encoder, or there are no tokens and there is one.
     """
+    from hcmen.data.scale import label_scale  # it brings NumPy, which --help does without
+
     config = preset.model
     found: dict[str, Any] = {m: sizes.modalities.get(m) for m in MODALITIES}
     if encoder is not None:

@@ -424,7 +424,11 @@ BAD_TOKENS = {
     "a mask of twos": (stored(lambda t: t.__setitem__((2, 1, 0), 2)), "attention mask of sample 2"),
     "halves": (stored(lambda t: t.__setitem__((0, 0, 1), 1000.5), np.float64), "not whole"),
     "NaN": (stored(lambda t: t.__setitem__((0, 0, 1), np.nan), np.float32), "not whole"),
-    "none": (lambda data: data["valid"].pop("text_bert"), "lacks 'text_bert'"),
+    "none": (lambda data: [split.pop("text_bert") for split in data.values()], "lacks 'text_bert'"),
+    "none in one split": (
+        lambda data: data["valid"].pop("text_bert"),
+        "text, audio, vision in valid; .* expected the same in every split",
+    ),
 }
 
 
