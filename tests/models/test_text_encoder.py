@@ -424,7 +424,6 @@ BAD_TOKENS = {
     "a mask of twos": (stored(lambda t: t.__setitem__((2, 1, 0), 2)), "attention mask of sample 2"),
     "halves": (stored(lambda t: t.__setitem__((0, 0, 1), 1000.5), np.float64), "not whole"),
     "NaN": (stored(lambda t: t.__setitem__((0, 0, 1), np.nan), np.float32), "not whole"),
-    "none": (lambda data: [split.pop("text_bert") for split in data.values()], "lacks 'text_bert'"),
     "none in one split": (
         lambda data: data["valid"].pop("text_bert"),
         "text, audio, vision in valid; .* expected the same in every split",
@@ -440,6 +439,14 @@ def test_tokens_of_another_kind_are_refused(config: ModelConfig, name: str):
     with pytest.raises(InputError, match=words) as caught:
         dataset_from_mmsa(data, "file", config.inputs)
     assert "valid" in str(caught.value)
+
+
+def test_data_without_tokens_is_none_for_a_text_encoder(config: ModelConfig):
+    data = make_synthetic(config.inputs, SAMPLES, 0)
+    for split in data.values():
+        del split["text_bert"]
+    with pytest.raises(InputError, match="train: lacks 'text_bert'"):
+        dataset_from_mmsa(data, "file", config.inputs)
 
 
 def test_tokens_stored_as_floats_and_an_empty_text_are_read(config: ModelConfig, raw: dict):
