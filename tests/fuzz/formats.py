@@ -28,7 +28,7 @@ from helpers.tables import TEXTS, as_csv, as_json_lines, rows, split_of, write_w
 
 from hcmen.base.clip import write_clip
 from hcmen.base.console import one_line
-from hcmen.base.errors import InputError
+from hcmen.base.errors import HcmenError, InputError
 from hcmen.base.inputs import Inputs, TokenConfig
 
 __all__ = ["FORMATS", "Format"]
@@ -586,6 +586,21 @@ def _show(folder: Path) -> list[str]:
     return ["bench", "--show", str(folder / "report.json")]
 
 
+def _texts(_folder: Path) -> list[bytes]:
+    return ["\ufeffa film\n\nnever again\r\nна русском\n".encode()]
+
+
+def _read_texts(folder: Path) -> object:
+    """The texts of --text-file; the first that cannot be read counts for all."""
+    from hcmen.media.text_lines import TextLines
+
+    told = list(TextLines(str(folder / "texts.txt")))
+    for _, found in told:
+        if isinstance(found, HcmenError):
+            raise found
+    return told
+
+
 def _named_chunks(folder: Path) -> list[bytes]:
     _clip(folder)
     return [f"{folder / 'given.npz'}\n{folder / 'missing.npz'}\n".encode()]
@@ -671,6 +686,7 @@ FORMATS = {
             mutate.json_file,
         ),
         Format("bench report", "report.json", _reports, _read_report, mutate.json_file, _show),
+        Format("lines of --text-file", "texts.txt", _texts, _read_texts, mutate.lines),
         Format("lines of --follow", "lines", _named_chunks, _read_lines, mutate.lines),
     )
 }
