@@ -93,7 +93,7 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]
 @click.option(
     "--text-encoder-learning-rate",
     type=click.FloatRange(min=0),
-    help="Peak learning rate of the text encoder; 0 freezes it.  [default: 2e-5]",
+    help="Peak learning rate of the text encoder; 0 freezes it.  [default: the preset's]",
 )
 @click.option("--mix", type=Choice(list(MIXES)), help="How training samples are mixed.  [default: none]")
 @click.option("--aux", type=Choice(list(AUXILIARIES)), help="Auxiliary head, in training only.  [default: none]")
@@ -171,7 +171,7 @@ def main(
     """Train a model, and compare it with the majority floor and a linear model on the test split.
 
     Writes to --out: checkpoint.safetensors and config.json (the epoch with the lowest validation MAE, averaged over
-    the seven missing-modality variants), last.safetensors (for --resume), log.jsonl, curves.png, clips/ (validation
+    the missing-modality variants of the data), last.safetensors (for --resume), log.jsonl, curves.png, clips/ (validation
     samples that hcmen-export checks parity on) and report.json, the scores on the test split, which is looked at once,
     at the end.
 

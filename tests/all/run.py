@@ -49,6 +49,7 @@ PACKAGES = (
     "onnxsim",
     "onnxslim",
     "polygraphy",
+    "pyarrow",
     "tensorrt-rtx-cu13-bindings",
     "tensorrt-rtx-cu13-libs",
 )

@@ -183,7 +183,7 @@ def test_parquet_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyP
     outcome = convert(tmp_path / "set.parquet")
     assert outcome.code == 3
     assert outcome.lines == [
-        "error: Parquet needs pyarrow, which is not installed: pip install pyarrow, or save the table as CSV"
+        "error: Parquet needs pyarrow, which is not installed: pip install 'hcmen[parquet]', or save the table as CSV"
     ]
 
 
