@@ -26,7 +26,7 @@ from typing import NoReturn
 from demo import MADE, ROOT, refuse_to_lose, remember, run
 
 from hcmen.base.errors import InputError, reason_of
-from hcmen.base.files import writing_file
+from hcmen.base.files import write_file
 from hcmen.base.typed import as_typed, from_here
 from hcmen.media.encoder_folder import MINILM, encoder_folder
 
@@ -100,9 +100,9 @@ def rows(content: dict[str, str]) -> Iterator[tuple[str, str, str]]:
 
 def next_commands(bundle: Path) -> str:
     """What to type next, as it can be typed from here."""
-    words, file = as_typed("hcmen-run", "--text", SENTENCES[0]), as_typed("hcmen-run", "--text-file", "FILE")
-    where = as_typed("--bundle", from_here(bundle))
-    return f"Next:    {words} {where}\n         {file} {where}\n"
+    where = ("--bundle", from_here(bundle))
+    typed = (as_typed("hcmen-run", *what, *where) for what in (("--text", SENTENCES[0]), ("--text-file", "FILE")))
+    return "Next:    " + "\n         ".join(typed)
 
 
 def main() -> None:
@@ -119,8 +119,9 @@ def main() -> None:
     bring_encoder()
     content = vader(arguments.vader, data)
     started = time.monotonic()
-    with writing_file(data / "table.csv") as file, io.TextIOWrapper(file, "utf-8", newline="") as table:
-        csv.writer(table).writerows([("id", "label", "text"), *rows(content)])
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([("id", "label", "text"), *rows(content)])
+    write_file(data / "table.csv", table.getvalue().encode())
     run(
         *("hcmen-convert", data / "table.csv", data / "set", "--text-encoder", "minilm"),
         *("--label-range=-4,4", "--force"),

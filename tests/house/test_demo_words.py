@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import shlex
 import tarfile
 from pathlib import Path
 
@@ -92,3 +93,15 @@ def test_a_training_of_somebody_elses_is_not_replaced(demo, tmp_path: Path, monk
     assert stop.value.code == 2
     assert "demo_words.py --build OTHER" in capsys.readouterr().err
     assert (tmp_path / "words-train" / "checkpoint.safetensors").read_bytes() == b"precious"
+
+
+def test_what_to_type_next_is_what_hcmen_run_takes(demo, shared_bundle: Path, tmp_path: Path):
+    """The bundle at hand takes no words, and says so: the command line itself is sound."""
+    from helpers.command import run
+
+    from hcmen.runtime.commands.run import main
+
+    for line in demo.next_commands(shared_bundle).removeprefix("Next:").splitlines():
+        command, *rest = shlex.split(line)
+        assert command.endswith("hcmen-run")
+        assert "has no text encoder" in run(main, *rest).err
