@@ -171,9 +171,9 @@ def main(
     """Train a model, and compare it with the majority floor and a linear model on the test split.
 
     Writes to --out: checkpoint.safetensors and config.json (the epoch with the lowest validation MAE, averaged over
-    the missing-modality variants of the data), last.safetensors (for --resume), log.jsonl, curves.png, clips/ (validation
-    samples that hcmen-export checks parity on) and report.json, the scores on the test split, which is looked at once,
-    at the end.
+    the missing-modality variants of the data), last.safetensors (for --resume), log.jsonl, curves.png, clips/
+    (validation samples that hcmen-export checks parity on) and report.json, the scores on the test split, which is
+    looked at once, at the end.
 
     With several GPUs or cores: torchrun --nproc-per-node 2 -m hcmen.training.command ... trains in two processes, to
     the result of one.

@@ -211,7 +211,8 @@ class TableFile:
             from pyarrow import parquet
         except ImportError as error:
             raise BackendError(
-                "Parquet needs pyarrow, which is not installed", fix="pip install 'hcmen[parquet]', or save the table as CSV"
+                "Parquet needs pyarrow, which is not installed",
+                fix="pip install 'hcmen[parquet]', or save the table as CSV",
             ) from error
         with self._decoded():
             table = parquet.ParquetFile(self._file)
