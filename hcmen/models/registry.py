@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hcmen.base.errors import InputError, unknown_name
+from hcmen.base.errors import InputError, shown, unknown_name
 
 __all__ = ["DEFAULT", "Kind", "named", "register"]
 
@@ -54,7 +54,12 @@ def register(kind: Kind) -> None:
 
 
 def named(name: str) -> Kind:
-    """The kind called `name`; raises InputError with the nearest name if there is none."""
+    """The kind called `name`; raises InputError with the nearest name if there is none.
+
+    `name` may come out of a file, and be anything.
+    """
+    if not isinstance(name, str):
+        raise InputError(f"the model kind is {shown(name)}", f"a name such as '{DEFAULT}'")
     if name in OURS and name not in _KINDS:
         _KINDS[name] = importlib.import_module(f"hcmen.models.{name}").KIND
     found = _KINDS.get(name)

@@ -420,6 +420,7 @@ OTHERS = [
     Attack("settings for --config", "a value 100,000 deep", 5, "nested too deeply", edited("run", to=_DEEP)),
     Attack("settings for --config", "a path of another type", 2, "'run.data' is 3", edited("run", "data", to=3)),
     Attack("settings for --config", "a kind of model that is not known", 2, "kind", edited("kind", to="os.system")),
+    Attack("settings for --config", "a list as the kind", 2, "kind", edited("kind", to=[])),
     Attack("settings for --config", "a seed of 10**400", 2, "'seeds' is", edited("seeds", to=[10**400])),
     Attack("checkpoint: checkpoint.safetensors", "a header of 2**63", 5, "does not describe", b"\x00" * 7 + b"\x80{}"),
     Attack(
