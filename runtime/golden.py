@@ -80,6 +80,11 @@ def golden_test(
         missing = [t.name for t in (*record.inputs, *record.outputs) if t.name not in arrays]
         if missing:
             raise CorruptFileError(f"{where}: a case lacks {missing[0]!r}", fix="export the bundle again")
+        for name in expected:
+            if arrays[name].dtype.kind not in "biuf":
+                raise CorruptFileError(
+                    f"{where}: {name!r} is {arrays[name].dtype}", "numbers", "export the bundle again"
+                )
         outputs = session.run({t.name: arrays[t.name] for t in record.inputs})
         for name in got:
             if outputs[name].shape != arrays[name].shape:

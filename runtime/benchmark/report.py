@@ -276,10 +276,15 @@ def _check_document(data: dict[str, Any]) -> None:
         _check_cold(cold)
 
 
+def _count(value: Any) -> bool:
+    """Whether `value` is a number of clips or threads, which is drawn and may have any number of digits in a file."""
+    return isinstance(value, int) and 0 <= value < 1 << 31
+
+
 def _check_row(row: dict[str, Any]) -> None:
     hash(row_key(row))
     _require(all(isinstance(row[k], str) for k in ("name", "reason", *_KEY[:4])), "rows")
-    _require(isinstance(row["batch"], int) and (row["threads"] is None or isinstance(row["threads"], int)), "rows")
+    _require(_count(row["batch"]) and (row["threads"] is None or _count(row["threads"])), "rows")
     _require(row["status"] in ("ok", "wrong", "failed", "unmeasured"), "status")
     for times in (row["run"], row["call"]):
         if times is not None:

@@ -438,6 +438,7 @@ OTHERS = [
     Attack("checkpoint: report.json", "a value 100,000 deep", 5, "no report", edited("test", to=_DEEP)),
     Attack("BERT: config.json", "10**400 as an epsilon", 2, "norm_epsilon", edited("layer_norm_eps", to=10**400)),
     Attack("bench report", "10**400 milliseconds", 5, "damaged report", edited("rows", 0, "run", "p50", to=10**400), 5),
+    Attack("bench report", "10**400 clips at once", 5, "damaged report", edited("rows", 0, "batch", to=10**400), 5),
     Attack(
         "bench report",
         "a time so short that nothing can be divided by it",

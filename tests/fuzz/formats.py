@@ -30,6 +30,7 @@ from hcmen.base.clip import write_clip
 from hcmen.base.console import one_line
 from hcmen.base.errors import HcmenError, InputError
 from hcmen.base.inputs import Inputs, TokenConfig
+from hcmen.base.modalities import MODALITIES
 
 __all__ = ["FORMATS", "Format"]
 
@@ -338,7 +339,7 @@ def _read_set(path: Path) -> object:
     from hcmen.data.mmsa import read_mmsa
 
     def fit(sizes: Any) -> Inputs:
-        return Inputs(**sizes.modalities, label_min=-3.0, label_max=3.0)
+        return Inputs(**{m: sizes.modalities.get(m) for m in MODALITIES}, label_min=-3.0, label_max=3.0)
 
     read_mmsa(path, fit)
     return read_mmsa(path, TOKENS)

@@ -287,10 +287,13 @@ def test_self_test_passes_on_the_truth_and_fails_on_other_weights(shared_bundle,
 def test_damaged_golden_sets_are_refused(tmp_path, monkeypatch):
     import helpers.small_bundle as small
 
+    whole = small.golden("text_only")
+    dates = {name: x.astype("M8[s]") if name.endswith("/score") else x for name, x in whole.items()}
     for change, why in (
         ({}, "no case in it"),
         ({"000/text": np.zeros((1, 1, 6), np.float32)}, "a case lacks 'text_length'"),
         ({"000/text": np.array([[None]], object)}, "damaged golden file"),
+        (dates, r"'score' is datetime64\[s\], expected numbers"),
     ):
         monkeypatch.setattr(small, "golden", lambda name, change=change: change)
         path = make_bundle(tmp_path / "b", ("text_only",))
