@@ -18,7 +18,7 @@ from hcmen.data import Split
 from hcmen.data.protocols import Masks, batches
 from hcmen.training.device import device_of, moved
 
-__all__ = ["predict", "predict_masked", "predict_variants"]
+__all__ = ["calibration_of", "predict", "predict_masked", "predict_variants"]
 
 Array = npt.NDArray[np.float64]
 
@@ -41,6 +41,29 @@ def predict(model: Any, split: Split, variant: Variant, batch_size: int = 256) -
 def predict_variants(model: Any, split: Split, batch_size: int = 256) -> dict[str, Array]:
     """`predict` for every variant that the split has the modalities of, by name."""
     return {v.name: predict(model, split, v, batch_size) for v in split.variants}
+
+
+_LEAST_TO_CALIBRATE = 50
+"""Samples; fewer say too little of a scale and a shift."""
+
+
+def calibration_of(truth: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[float, float]:
+    """The scale from 0 to 1.2 and the shift that bring `scores` nearest to `truth`, both [samples], by absolute error.
+
+    Scores of what was learnt from other samples are too large where little can be told: they shrink towards the median.
+    Nothing changes where there are fewer than 50 samples.
+    """
+    y, p = np.asarray(truth, np.float64), np.asarray(scores, np.float64)
+    found = (1.0, 0.0)
+    if len(y) < _LEAST_TO_CALIBRATE:
+        return found
+    least = float(np.abs(y - p).mean())
+    for scale in np.linspace(0.0, 1.2, 25):
+        shift = float(np.median(y - scale * p))
+        error = float(np.abs(y - scale * p - shift).mean())
+        if error < least:
+            found, least = (float(scale), shift), error
+    return found
 
 
 def predict_masked(

@@ -49,7 +49,7 @@ from hcmen.models.text_encoder import load_weights, read_weights
 from hcmen.training import checkpoint
 from hcmen.training.config import TrainConfig
 from hcmen.training.device import moved
-from hcmen.training.evaluate import predict_variants
+from hcmen.training.evaluate import calibration_of, predict_variants
 from hcmen.training.optimiser import learning_rate_at, make_optimiser
 from hcmen.training.ranks import Ranks, each_tensor, gather_outputs
 
@@ -349,8 +349,14 @@ class Trainer:
         )
 
     def _validate(self) -> dict[str, float]:
-        """Validation MAE per variant; each process scores some of the samples."""
+        """Validation MAE per variant; each process scores some of the samples.
+
+        A model that calibrates its scores is calibrated by them.
+        """
         split = self.dataset.splits["valid"]
+        table = getattr(self.model, "calibration", None)
+        if table is not None:
+            table.copy_(torch.tensor([1.0, 0.0]))
         predictions = predict_variants(self.model, split.rows(self.ranks.share(len(split))))
         if self.ranks.world > 1:
             own = torch.from_numpy(np.stack(list(predictions.values()), axis=1)).to(self.ranks.device)
@@ -361,6 +367,10 @@ class Trainer:
                 "the model's validation scores are not finite: try a lower --learning-rate than "
                 f"{self.train_config.learning_rate:g}"
             )
+        for variant in split.variants if table is not None else ():
+            scale, shift = calibration_of(split.labels, predictions[variant.name])
+            table[int("".join("01"[there] for there in variant.mask), 2)] = torch.tensor([scale, shift])
+            predictions[variant.name] = predictions[variant.name] * scale + shift
         return {name: metrics.mae(split.labels, p) for name, p in predictions.items()}
 
     # --- files ------------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ class ModelConfig:
     proxies, cnn, mamba: ablations. Without proxies present tokens are not enhanced and a learned token stands for an
     absent modality; without cnn or mamba every block of that kind passes its input on.
     text_encoder: the BERT that makes the text features out of token ids; None takes features as they come.
+    calibrated: the score of each set of modalities is scaled and shifted by what the validation split showed.
     kind: what hcmen/models/registry.py knows the model as.
     """
 
@@ -61,6 +62,7 @@ class ModelConfig:
     cnn: bool = True
     mamba: bool = True
     text_encoder: TextEncoderConfig | None = None
+    calibrated: bool = False
     kind: ClassVar[str] = "hcmen"
 
     def __post_init__(self) -> None:

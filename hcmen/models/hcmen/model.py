@@ -115,6 +115,8 @@ class HCMEN(nn.Module):
         )
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, 1)
+        # Scale and shift of the score for each set of modalities, by its number: text counts 4, audio 2, vision 1.
+        self.register_buffer("calibration", torch.tensor([[1.0, 0.0]] * 8) if config.calibrated else None)
 
     def forward(
         self, features: Mapping[str, Tensor], lengths: Mapping[str, Tensor], present: Tensor | None = None
@@ -183,6 +185,9 @@ class HCMEN(nn.Module):
         pooled = self.norm(widened(fused)).amax(dim=1)
         with without_autocast(pooled):
             score = self.head(pooled)[:, 0]
+        if self.calibration is not None and not self.training:
+            scale, shift = self._calibration_of(presence)
+            score = score * scale + shift
         return Outputs(
             score, self._of_all(weights), dict(tokens), proxies, self._presence_tensor(presence, score), pooled
         )
@@ -286,6 +291,14 @@ class HCMEN(nn.Module):
                 lambda m=m: F.linear(self.absent_tokens[m], columns[m]),
             )
         return widened(logits).softmax(dim=-1)
+
+    def _calibration_of(self, presence: Mapping[str, Presence]) -> tuple[Tensor, Tensor]:
+        """Scale and shift of the score: of each sample, or of all where no sample lacks what another has."""
+        number: int | Tensor = 0
+        for worth, m in zip((4, 2, 1), MODALITIES, strict=True):
+            there = presence[m]
+            number = number + worth * (there.long() if isinstance(there, Tensor) else int(there))
+        return self.calibration[number].unbind(dim=-1)
 
     def _of_all(self, weights: Tensor) -> Tensor:
         """Weights [b, streams] as those of all three modalities [b, 3]."""

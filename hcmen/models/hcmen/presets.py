@@ -49,7 +49,7 @@ def _presets() -> dict[str, ModelConfig]:
         alignment_tokens=4,
         dropout=0.1,
     )
-    own = dataclasses.replace(mosi, width=64, tokens=8, states=8, expand=2, alignment_tokens=4)
+    own = dataclasses.replace(mosi, width=64, tokens=8, states=8, expand=2, alignment_tokens=4, calibrated=True)
     words = dataclasses.replace(own, text=FeatureConfig(384, 128), audio=None, vision=None)
     return {"mosi": mosi, "mosei": mosei, "sims": sims, "simsv2": simsv2, "tiny": tiny, "words": words, "own": own}
 
