@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["PRESETS", "Preset", "preset_for", "preset_named", "sized"]
 
 _SIBLINGS = TrainConfig(epochs=200, learning_rate=1e-4)
-_OWN = TrainConfig(epochs=12, learning_rate=1e-3)
+_OWN = TrainConfig(epochs=12, learning_rate=1e-3, loss="absolute")
 _RUNS = {
     "mosi": ("CMU-MOSI, unaligned_50", _SIBLINGS),
     "mosei": ("CMU-MOSEI, unaligned_50", _SIBLINGS),
@@ -35,8 +35,10 @@ _RUNS = {
     "words": ("texts alone, of any data set", _OWN),
     "own": ("any other data: sizes, modalities and label range of the file", _OWN),
 }
-# For any file, whatever its modalities and labels. A text encoder that learns needs smaller steps and fewer of them.
-_ANY = {name: {"batch_size": 32, "text_encoder_learning_rate": 5e-5, "epochs": 6} for name in ("words", "own")}
+# For any file, whatever its modalities and labels. A text encoder that learns needs smaller steps, and fewer of them.
+# On MOSI's texts its error was .73 to .75 with 1e-4 and every word, .81 with 5e-5 and dropped words (one seed).
+_ENCODER = {"batch_size": 32, "text_encoder_learning_rate": 1e-4, "epochs": 6}
+_ANY = {"words": {**_ENCODER, "step_drop_probability": 0.0}, "own": _ENCODER}
 
 
 @dataclass(frozen=True)

@@ -306,10 +306,17 @@ class Trainer:
     def _views(self, epoch: int, split: Split, indices: IntArray) -> tuple[Any, Any]:
         """The model's outputs for the clean and the corrupted view, computed as one batch.
 
-        Each process computes some of the samples, and has the outputs of all.
+        They are one and the same where nothing is ever hidden: half the work. Each process computes some of the
+        samples, and has the outputs of all.
         """
         own = indices[self._own(len(indices))]
         features, lengths, present = self._corrupted(epoch, split, own)
+        train = self.train_config
+        if not train.step_drop_probability and not (train.modality_drop_probability and len(split.modalities) > 1):
+            with self._autocast():
+                outputs = _float32(self.model.fuse(self.model.encode(features, lengths), present))
+            (gathered,) = gather_outputs(self.ranks, [outputs], len(indices))
+            return gathered, gathered
         clean = {
             m: moved(torch.from_numpy(split.model_input(m, own, int(split.lengths[m][own].max()))), self.ranks.device)
             for m in features

@@ -232,6 +232,27 @@ def test_scores_are_calibrated_by_what_validation_shows(tmp_path):
     torch.testing.assert_close(told, bare(features, lengths).score, rtol=0, atol=0)
 
 
+def test_what_hides_nothing_computes_one_view(bert, tmp_path):
+    nothing = TrainConfig(epochs=1, step_drop_probability=0.0)
+    sounds = dataclasses.replace(MICRO, text=None, vision=None)
+    less = dataclasses.replace(nothing, modality_drop_probability=0.0)
+    for config, data, train, one in (
+        (MICRO, make_synthetic(MICRO.inputs, SAMPLES, 0), nothing, False),
+        (MICRO, make_synthetic(MICRO.inputs, SAMPLES, 0), less, True),
+        (sounds, data_of(CASES["sounds"], bert), nothing, True),
+        (sounds, data_of(CASES["sounds"], bert), TrainConfig(epochs=1), False),
+    ):
+        dataset = dataset_from_mmsa(data, "synthetic", config.inputs)
+        trainer = Trainer(dataclasses.replace(config, dropout=0.0), train, dataset, tmp_path)
+        trainer.model.eval()
+        rows, split = np.arange(24), dataset.splits["train"]
+        clean, corrupted = trainer._views(1, split, rows)
+        assert (clean is corrupted) == one
+        np.testing.assert_allclose(
+            clean.score.detach().numpy(), predict(trainer.model, split, split.variants[0]), atol=1e-5
+        )
+
+
 def test_a_calibration_is_the_best_of_its_kind():
     rng = np.random.default_rng(3)
     y = rng.normal(size=200)
