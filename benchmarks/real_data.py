@@ -13,7 +13,8 @@ those of the test split, in label units. What stands beside them sees the same t
     encoder ridge   ridge regression on mean and maximum of the frozen encoder's outputs; the penalty by validation
     encoder MLP     a network of one hidden layer on the same numbers; the epoch by validation
 
-A study that is stopped goes on where it was.
+Runs are added to the JSON one by one, with a Markdown table of means and standard deviations beside it: a study that is
+stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from hcmen.data.mmsa import read_mmsa
 from hcmen.media.encoder_folder import encoder_folder
 from hcmen.models.held import on_meta
 from hcmen.models.text_encoder import TextEncoder, load_weights, read_sizes, read_weights
-from hcmen.training.checkpoint import write_json
+from hcmen.training.checkpoint import write_json, write_whole
 from hcmen.training.presets import preset_named, sized
 
 ARMS = {"frozen": ("--text-encoder-learning-rate", "0"), "learning": ()}
@@ -73,6 +74,7 @@ def main() -> None:
             told += [word for change in a.set for word in ("--set", change)]
             found["sets"][name][key] = {"settings": a.set, **trained(a.work / name / arm, told)}
             write_json(a.out, {**describe(), "encoder": Path(a.encoder).name, "sets": found["sets"]})
+            write_whole(a.out.with_suffix(".md"), table(found["sets"]).encode())
             print(f"{name}, {arm}: {found['sets'][name][key]['test']['mae']}", flush=True)
 
 
@@ -89,6 +91,27 @@ def trained(out: Path, told: Sequence[str]) -> dict[str, Any]:
         "seconds": round(time.monotonic() - begun),
         "command": " ".join(["hcmen-train", *words]),
     }
+
+
+def table(sets: Mapping[str, Any]) -> str:
+    """MAE, Corr and Acc-2 of every row of every set, in Markdown."""
+    lines = ["| set | train / valid / test | model | MAE | Corr | Acc-2 |", "| --- | --- | --- | ---: | ---: | ---: |"]
+    for name, of in sets.items():
+        family = metrics.family_for(*of["label_range"])
+        size = " / ".join(str(of["samples"][split]) for split in ("train", "valid", "test"))
+        scale = "{:g} to {:g}".format(*of["label_range"])
+        rows = {key: x.get("test", x) for key, x in of.items() if key not in ("samples", "label_range")}
+        for row, found in rows.items():
+            cells = [_cell(found["mae"]), _cell(found["corr"]), _cell(found[family.acc2], 100, ".1f")]
+            lines.append(f"| {name}, {scale} | {size} | {row} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(found: Any, factor: float = 1.0, form: str = ".3f") -> str:
+    if not isinstance(found, Mapping):
+        return format(factor * found, form)
+    spread = "" if found["deviation"] is None else f" ± {factor * found['deviation']:{form}}"
+    return f"{factor * found['mean']:{form}}{spread}"
 
 
 # --- what stands beside it --------------------------------------------------------------------------------------------

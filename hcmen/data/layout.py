@@ -101,9 +101,11 @@ def open_splits(data: Any, name: str, inputs: Inputs | None = None) -> dict[str,
         InputError: as there, or the splits have different modalities.
     """
     splits = {s: open_split(data, s, name, inputs) for s in SPLITS}
-    there = {s: tuple(split.raw) for s, split in splits.items()}
-    if not any(split.unusable_tokens for split in splits.values()):
-        there = {s: (*keys, *(["text_bert"] if splits[s].text_bert is not None else [])) for s, keys in there.items()}
+    # Beside text features a split may lack tokens: those that cannot be used are left out of a folder.
+    there = {
+        s: (*(["text_bert"] if split.text_bert is not None and "text" not in split.raw else []), *split.raw)
+        for s, split in splits.items()
+    }
     if len(set(there.values())) > 1:
         told = "; ".join(f"{', '.join(keys) or 'nothing'} in {s}" for s, keys in there.items())
         raise InputError(f"has {told}", "the same in every split", where=name)

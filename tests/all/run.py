@@ -89,6 +89,7 @@ SELECTION = (
             "runtime/test_ort_cuda",
             "runtime/test_tensorrt",
             "runtime/test_tensorrt_signatures",
+            "runtime/test_text_files",
         )
     ),
     # Single tests and cases that export, or run the eager model.

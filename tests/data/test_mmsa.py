@@ -220,7 +220,7 @@ BAD = {
     "missing labels": (_drop("regression_labels"), "valid: 'regression_labels' is missing"),
     "missing modality": (
         _drop("vision"),
-        "has text, audio, vision, text_bert in train; text, audio, text_bert in valid",
+        "has text, audio, vision in train; text, audio in valid",
     ),
     "features of another set": (
         _set("audio", np.zeros((3, 9, 74))),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
+import torch
 
 import hcmen.data.synthetic
 from hcmen.training import command as train
@@ -43,6 +45,15 @@ def make_micro(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has every preset be the smallest one, in this process."""
     monkeypatch.setattr(train, "preset_named", lambda name: Preset("tiny", "for tests", MICRO, TRAIN))
     monkeypatch.setitem(hcmen.data.synthetic.SAMPLES, "tiny", SAMPLES)
+
+
+def on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within it every preset is the smallest one, and PyTorch has one thread."""
+    make_micro(monkeypatch)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def command(*arguments: Any) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.micro import MICRO
-from helpers.micro_runs import PROGRAM, SAMPLES, TRAIN, command, make_micro, result
+from helpers.micro_runs import PROGRAM, SAMPLES, TRAIN, command, make_micro, on_one_thread, result
 
 from hcmen.data.mmsa import dataset_from_mmsa
 from hcmen.data.synthetic import make_synthetic
@@ -28,11 +28,7 @@ from hcmen.training.trainer import Trainer
 
 @pytest.fixture(autouse=True)
 def micro(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    make_micro(monkeypatch)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    yield from on_one_thread(monkeypatch)
 
 
 @pytest.fixture(scope="module")

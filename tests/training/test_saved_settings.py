@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers.micro import MICRO
-from helpers.micro_runs import SAMPLES, TRAIN, command, make_micro, result
+from helpers.micro_runs import SAMPLES, TRAIN, command, make_micro, on_one_thread, result
 from helpers.tiny_bert import write_bert
 
 from hcmen.base.errors import CorruptFileError, HcmenError, InputError
@@ -27,11 +26,7 @@ OTHERS = ("--mix", "mixup", "--epochs", 2, "--set", "modality_drop_probability=0
 
 @pytest.fixture(autouse=True)
 def micro(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    make_micro(monkeypatch)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    yield from on_one_thread(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +162,7 @@ def edited(written: Path, tmp_path: Path, **changes: Any) -> Path:
         ({"train": {"epochs": 0}}, "epochs is 0, expected 1 to"),
         ({"model": {"text": {"features": 3, "max_steps": 4}, "audio": 3}}, "expected"),
         ({"kind": "hcmne"}, "unknown model kind 'hcmne': did you mean 'hcmen'?"),
-        ({"kind": 3}, "unknown model kind 3"),
+        ({"kind": 3}, "the model kind is 3, expected a name"),
         ({"run": {"presets": "tiny"}}, "unknown key 'run.presets': choose from preset, data, text_encoder"),
         ({"run": {"data": 3}}, "'run.data' is 3, expected a string or null"),
         ({"run": None}, "'run' is None, expected an object"),

@@ -416,17 +416,17 @@ def test_settings_out_of_range_or_twice(tmp_path: Path, capsys: pytest.CaptureFi
 def test_curves_show_the_terms_that_are_on(tmp_path: Path, dataset) -> None:
     for changes, extra in (
         ({}, set()),
-        ({"mix": "ms-mix"}, {"mixtures: squared error", "intensity: nats"}),
+        ({"mix": "ms-mix"}, {"mixtures: error", "intensity: nats"}),
         (
             {"mix": "manifold", "aux": "polarity"},
-            {"mixtures: squared error", "polarity: nats", "polarity of mixtures: nats"},
+            {"mixtures: error", "polarity: nats", "polarity of mixtures: nats"},
         ),
     ):
         history = trained(tmp_path, dataset, dataclasses.replace(TRAIN, epochs=2, **changes)).history
         drawn = report._drawn_terms(history)
-        assert set(drawn) == {"task: squared error", "alignment: nats", *extra}
-        assert drawn["task: squared error"] == [r["task_loss"] for r in history]
-    assert set(report._drawn_terms(trained(tmp_path, dataset, SINGLE).history)) == {"task: squared error"}
+        assert set(drawn) == {"task: error", "alignment: nats", *extra}
+        assert drawn["task: error"] == [r["task_loss"] for r in history]
+    assert set(report._drawn_terms(trained(tmp_path, dataset, SINGLE).history)) == {"task: error"}
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers.command import run
 from helpers.micro import MICRO
-from helpers.micro_runs import PROGRAM, SAMPLES, command, make_micro, result
+from helpers.micro_runs import PROGRAM, SAMPLES, command, make_micro, on_one_thread, result
 
 from hcmen.base.errors import InputError
 from hcmen.data.synthetic import make_synthetic, write_synthetic
@@ -31,11 +30,7 @@ SEEDS = (1, 12, 7)
 
 @pytest.fixture(autouse=True)
 def micro(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    make_micro(monkeypatch)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    yield from on_one_thread(monkeypatch)
 
 
 @pytest.fixture(scope="module")
