@@ -338,7 +338,8 @@ def test_idle_threads_sleep() -> None:
     )
     command = [sys.executable, "-c", code, "2", "60", "256", "8"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert float(result.stdout) < 0.05, result.stderr
+    # Those that wait awake take a second each.
+    assert float(result.stdout) < 0.5, result.stderr
 
 
 def test_working_memory_does_not_grow_with_time() -> None:
