@@ -38,18 +38,16 @@ from machine import describe
 from torch import nn
 
 from hcmen.base import metrics
-from hcmen.base.inputs import FeatureConfig
 from hcmen.data import MultimodalDataset
+from hcmen.data.baseline import linear_baseline, ridge
 from hcmen.data.mmsa import read_mmsa
 from hcmen.media.encoder_folder import encoder_folder
-from hcmen.models.held import on_meta
 from hcmen.models.text_encoder import TextEncoder, load_weights, read_sizes, read_weights
 from hcmen.training.checkpoint import write_json, write_whole
 from hcmen.training.presets import preset_named, sized
 
 ARMS = {"frozen": ("--text-encoder-learning-rate", "0"), "learning": ()}
 MLP_WIDTH, MLP_EPOCHS, MLP_BATCH = 256, 30, 64
-PENALTIES = tuple(10.0**k for k in range(-3, 5))
 
 
 def main() -> None:
@@ -119,8 +117,6 @@ def _cell(found: Any, factor: float = 1.0, form: str = ".3f") -> str:
 
 def beside(folder: Path, encoder: str, seeds: Sequence[int]) -> dict[str, Any]:
     """The sizes of the set in `folder`, and the test scores of everything that is no HCMEN."""
-    from hcmen.data.baseline import linear_baseline
-
     sizes, hidden = read_sizes(encoder_folder(encoder))
     dataset = read_mmsa(folder, lambda found: sized(preset_named("words"), found, sizes, hidden).inputs)
     test, family = dataset.splits["test"], metrics.family_for(dataset.label_min, dataset.label_max)
@@ -136,7 +132,7 @@ def beside(folder: Path, encoder: str, seeds: Sequence[int]) -> dict[str, Any]:
         "label_range": [dataset.label_min, dataset.label_max],
         "floor": metrics.floor(test.labels, dataset.splits["train"].labels, family),
         "tf-idf ridge": scored(linear_baseline(dataset, variant)),
-        "encoder ridge": scored(ridge(x, dataset)),
+        "encoder ridge": scored(ridge({name: rows.double().numpy() for name, rows in x.items()}, dataset)),
         "encoder MLP": {name: metrics.spread([n[name] for n in networks]) for name in networks[0]},
     }
 
@@ -145,9 +141,8 @@ def pooled(dataset: MultimodalDataset, encoder: str) -> dict[str, torch.Tensor]:
     """Per split the mean and the maximum of the frozen encoder's outputs over each text's steps, standardised."""
     folder = encoder_folder(encoder)
     sizes, hidden = read_sizes(folder)
-    made = lambda: TextEncoder(sizes, FeatureConfig(hidden, 1).features)  # noqa: E731
-    model = made()
-    load_weights(model, read_weights(on_meta(made), folder))
+    model = TextEncoder(sizes, hidden)
+    load_weights(model, read_weights(model, folder))
     model.eval()
     found = {}
     for name, split in dataset.splits.items():
@@ -164,18 +159,6 @@ def pooled(dataset: MultimodalDataset, encoder: str) -> dict[str, torch.Tensor]:
         found[name] = torch.cat(rows)
     mean, std = found["train"].mean(dim=0), found["train"].std(dim=0)
     return {name: (x - mean) / std for name, x in found.items()}
-
-
-def ridge(x: dict[str, torch.Tensor], dataset: MultimodalDataset) -> np.ndarray:
-    """Test scores by ridge regression; the penalty per sample is that of the lowest validation MAE."""
-    a, y = x["train"].double().numpy(), dataset.splits["train"].labels.astype(np.float64)
-    gram, moment = a.T @ a / len(y), a.T @ (y - y.mean()) / len(y)
-    tried = []
-    for penalty in PENALTIES:
-        weights = np.linalg.solve(gram + penalty * np.eye(len(gram)), moment)
-        said = {name: x[name].double().numpy() @ weights + y.mean() for name in ("valid", "test")}
-        tried.append((metrics.mae(dataset.splits["valid"].labels, said["valid"]), said["test"]))
-    return min(tried, key=lambda found: found[0])[1]
 
 
 def mlp(x: dict[str, torch.Tensor], dataset: MultimodalDataset, seed: int) -> np.ndarray:

@@ -14,9 +14,9 @@ import hcmen
 from hcmen.base.console import Console
 from hcmen.base.errors import CheckFailed, InputError, unknown_name
 from hcmen.base.files import read_small, refused
-from hcmen.base.manifest import PRECISIONS, front_ends_from_json
+from hcmen.base.manifest import PRECISIONS
 from hcmen.base.modalities import VARIANTS, Variant
-from hcmen.base.records import MOST_MANIFEST_BYTES, JsonFile, JsonObject
+from hcmen.base.records import MOST_MANIFEST_BYTES
 from hcmen.export.card import CARD, card
 from hcmen.export.report import failure, figure, table
 from hcmen.export.trained import trained
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
     from hcmen.base.clip import Clip
     from hcmen.base.inputs import Inputs
-    from hcmen.base.manifest import FrontEnd, Manifest, Score
+    from hcmen.base.manifest import Manifest
     from hcmen.export.kept import Kept
     from hcmen.export.reduced import LabelledData, Reduced
+    from hcmen.export.trained import Trained
 
 __all__ = ["INT8_SLACK", "export_bundle"]
 
@@ -87,7 +88,7 @@ def export_bundle(
                 f"{' and '.join(variant.present)}",
                 fix=f"choose from {', '.join(v.name for v in inputs.variants)}",
             )
-    training, front_ends = trained(checkpoint, about), _front_ends(checkpoint, about)
+    training = trained(checkpoint, about)
     kept = kept_of(
         bundle,
         variants,
@@ -113,7 +114,7 @@ def export_bundle(
         kept.copy_golden(folder)
 
         def manifest_of(parity: Mapping[str, Mapping[str, Any]]) -> Manifest:
-            return _manifest(model, about, training.scores, front_ends, folder, precision, parity)
+            return _manifest(model, about, training, folder, precision, parity)
 
         if labelled is None:
             made = {v.name: graph for v, graph in graphs.items()}
@@ -132,14 +133,6 @@ def export_bundle(
         kept.check_unchanged()
         kept.let_go()
     return manifest
-
-
-def _front_ends(checkpoint: Path, about: Mapping[str, Any]) -> dict[str, FrontEnd]:
-    """What made the features that the checkpoint was trained on, as its config.json says."""
-    dataset = about.get("dataset")
-    found = dataset.get("front_ends", {}) if isinstance(dataset, Mapping) else {}
-    told = JsonObject("", {"front_ends": found}, JsonFile(f"{checkpoint}: config.json", "train again"))
-    return front_ends_from_json(told.object("front_ends"))
 
 
 def _labelled(
@@ -334,8 +327,7 @@ def _measure(folder: Path, clips: int) -> Iterator[tuple[str, dict[str, Any]]]:
 def _manifest(
     model: Any,
     about: Mapping[str, Any],
-    scores: tuple[Score, ...],
-    front_ends: Mapping[str, FrontEnd],
+    training: Trained,
     folder: Path,
     precision: str,
     parity: Mapping[str, Mapping[str, Any]],
@@ -352,13 +344,13 @@ def _manifest(
     return Manifest(
         inputs=inputs,
         model=ModelRecord(model.config.kind, model.config.to_json()),
-        scores=scores,
+        scores=training.scores,
         normalisation={
             m: {key: tuple(values) for key, values in found.items()} for m, found in model.normalisation().items()
         },
         weights=file_record(folder / "weights.bin", folder),
         precision=precision,
-        front_ends=front_ends,
+        front_ends=training.front_ends,
         variants={
             name: VariantRecord(
                 graph=file_record(folder / f"{name}.onnx", folder),

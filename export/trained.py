@@ -10,8 +10,8 @@ from typing import Any
 
 from hcmen.base.errors import CorruptFileError, reason_of, shown
 from hcmen.base.files import read_small, refused
-from hcmen.base.manifest import Score
-from hcmen.base.records import MOST_MANIFEST_BYTES, JsonFile, parse_json
+from hcmen.base.manifest import FrontEnd, Score, front_ends_from_json
+from hcmen.base.records import MOST_MANIFEST_BYTES, JsonFile, JsonObject, parse_json
 from hcmen.models import registry
 
 __all__ = ["Trained", "trained"]
@@ -26,7 +26,7 @@ class Trained:
     """data: the name of the data set. samples: of each split, where they are known. seed: of the run.
 
     scores: on the validation split, by which the checkpoint was chosen, and on the test split.
-    baselines: (variant, "floor" or "linear") -> measures on the test split.
+    baselines: (variant, "floor" or "linear") -> measures on the test split. front_ends: what made the features.
     """
 
     data: str = ""
@@ -34,6 +34,7 @@ class Trained:
     seed: int | None = None
     scores: tuple[Score, ...] = ()
     baselines: Mapping[tuple[str, str], Mapping[str, float]] = field(default_factory=dict)
+    front_ends: Mapping[str, FrontEnd] = field(default_factory=dict)
 
 
 def trained(checkpoint: Path, about: Mapping[str, Any]) -> Trained:
@@ -56,6 +57,8 @@ def trained(checkpoint: Path, about: Mapping[str, Any]) -> Trained:
         raise CorruptFileError(
             f"{checkpoint}: config.json does not describe a training ({reason_of(error, 100)}): train again"
         ) from error
+    told = JsonObject("", {"front_ends": {}, **dataset}, JsonFile(f"{checkpoint}: config.json", "train again"))
+    front_ends = front_ends_from_json(told.object("front_ends"))
     found = [Score(data, "valid", _PROTOCOL, variant, {"mae": mae}) for variant, mae in maes]
     baselines: dict[tuple[str, str], Mapping[str, float]] = {}
     path = checkpoint / "report.json"
@@ -73,7 +76,7 @@ def trained(checkpoint: Path, about: Mapping[str, Any]) -> Trained:
             raise CorruptFileError(
                 f"{path}: no report of hcmen-train ({reason_of(error, 100)}): remove it, or train again"
             ) from error
-    return Trained(data, samples, seed, tuple(found), baselines)
+    return Trained(data, samples, seed, tuple(found), baselines, front_ends)
 
 
 def _measures(found: Mapping[str, Any]) -> dict[str, float]:

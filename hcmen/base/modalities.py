@@ -34,6 +34,11 @@ class Variant:
         """Presence per modality, in axis order."""
         return tuple(m in self.present for m in MODALITIES)
 
+    @property
+    def number(self) -> int:
+        """1 to 7, the sum of what is present: text counts 4, audio 2, vision 1."""
+        return sum(there << place for place, there in enumerate(reversed(self.mask)))
+
 
 VARIANTS: tuple[Variant, ...] = (
     Variant("full", ("text", "audio", "vision")),

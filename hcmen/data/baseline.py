@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 
 from hcmen.base.modalities import Variant
 from hcmen.data import IntArray, MultimodalDataset, Split
 
-__all__ = ["linear_baseline"]
+__all__ = ["linear_baseline", "ridge"]
 
 _PENALTIES = tuple(10.0**k for k in range(-3, 4))
 _MOST_WORDS = 2048
@@ -30,7 +32,14 @@ def linear_baseline(dataset: MultimodalDataset, variant: Variant) -> Array:
         described = _pooled(dataset, m) if m in dataset.splits["train"].features else _tf_idf(dataset)
         for name, block in described.items():
             columns[name].append(block)
-    x = {name: np.concatenate(blocks, axis=1) for name, blocks in columns.items()}
+    return ridge({name: np.concatenate(blocks, axis=1) for name, blocks in columns.items()}, dataset)
+
+
+def ridge(x: Mapping[str, Array], dataset: MultimodalDataset) -> Array:
+    """Scores [samples] of the test split by a ridge regression on `x`, per split [samples, columns], centred.
+
+    Penalty and range are those of `linear_baseline`.
+    """
     y = dataset.splits["train"].labels.astype(np.float64)
     offset = y.mean()
     gram, moment = x["train"].T @ x["train"] / len(y), x["train"].T @ (y - offset) / len(y)

@@ -376,7 +376,7 @@ class Trainer:
             )
         for variant in split.variants if table is not None else ():
             scale, shift = calibration_of(split.labels, predictions[variant.name])
-            table[int("".join("01"[there] for there in variant.mask), 2)] = torch.tensor([scale, shift])
+            table[variant.number] = torch.tensor([scale, shift])
             predictions[variant.name] = predictions[variant.name] * scale + shift
         return {name: metrics.mae(split.labels, p) for name, p in predictions.items()}
 

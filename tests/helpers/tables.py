@@ -18,6 +18,20 @@ from helpers.command import Outcome, run
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "film", "was", "good", "bad", "not")
 
 
+def bert_splits() -> dict[str, Any]:
+    """How a BERT's tokenizer.json cleans a text and splits it into words."""
+    return {
+        "normalizer": {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": True,
+            "strip_accents": None,
+            "lowercase": True,
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+    }
+
+
 def write_words(folder: Path, *, positions: int = 512) -> Path:
     """Writes tokenizer.json and config.json into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -28,14 +42,7 @@ def write_words(folder: Path, *, positions: int = 512) -> Path:
         "truncation": None,
         "padding": None,
         "added_tokens": [],
-        "normalizer": {
-            "type": "BertNormalizer",
-            "clean_text": True,
-            "handle_chinese_chars": True,
-            "strip_accents": None,
-            "lowercase": True,
-        },
-        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        **bert_splits(),
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.small_bundle import INPUTS, golden, graph, manifest, weights
+from helpers.tables import bert_splits
 
 from hcmen.base.bundle import file_record, write_manifest, writing_bundle
 from hcmen.base.errors import CorruptFileError, InputError
@@ -57,14 +58,7 @@ def bert() -> dict[str, Any]:
             "pad_token": "[PAD]",
         },
         "added_tokens": [{"id": i, "content": WORDS[i], "special": True, **flags} for i in range(5)],
-        "normalizer": {
-            "type": "BertNormalizer",
-            "clean_text": True,
-            "handle_chinese_chars": True,
-            "strip_accents": None,
-            "lowercase": True,
-        },
-        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        **bert_splits(),
         "post_processor": {
             "type": "TemplateProcessing",
             "single": single,

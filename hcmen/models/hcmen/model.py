@@ -115,7 +115,7 @@ class HCMEN(nn.Module):
         )
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, 1)
-        # Scale and shift of the score for each set of modalities, by its number: text counts 4, audio 2, vision 1.
+        # Scale and shift of the score for each set of modalities, by `Variant.number`.
         self.register_buffer("calibration", torch.tensor([[1.0, 0.0]] * 8) if config.calibrated else None)
 
     def forward(
@@ -295,9 +295,9 @@ class HCMEN(nn.Module):
     def _calibration_of(self, presence: Mapping[str, Presence]) -> tuple[Tensor, Tensor]:
         """Scale and shift of the score: of each sample, or of all where no sample lacks what another has."""
         number: int | Tensor = 0
-        for worth, m in zip((4, 2, 1), MODALITIES, strict=True):
+        for place, m in enumerate(reversed(MODALITIES)):
             there = presence[m]
-            number = number + worth * (there.long() if isinstance(there, Tensor) else int(there))
+            number = number + ((there.long() if isinstance(there, Tensor) else int(there)) << place)
         return self.calibration[number].unbind(dim=-1)
 
     def _of_all(self, weights: Tensor) -> Tensor:
