@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from hcmen.base.errors import BackendError, CorruptFileError, InputError, reason_of, shown
-from hcmen.base.files import open_regular, read_small, refused
+from hcmen.base.files import open_regular, refused
 from hcmen.base.inputs import MOST_FEATURES
-from hcmen.base.records import MOST_MANIFEST_BYTES, read_json
-from hcmen.media.tokenizer_file import guarded, read_tokenizer_file
+from hcmen.base.records import read_json
+from hcmen.media.encoder_folder import UNKNOWN, folder_tokenizer
 from hcmen.models.contract import MASKED
 from hcmen.models.held import read_header
 from hcmen.models.text_encoder_config import TextEncoderConfig
@@ -52,7 +52,6 @@ _SIZES = (
     ("hidden_dropout_prob", "dropout", 0.1),
 )
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_UNKNOWN = "[UNK]"
 _ATTENTION = "hcmen"
 """The name of `_attention` among those of transformers."""
 
@@ -195,9 +194,7 @@ def read_sizes(folder: Path) -> tuple[TextEncoderConfig, int]:
     position = found.get("position_embedding_type", "absolute")
     if position != "absolute" or found.get("is_decoder"):
         raise InputError(f"{path}: expected a bidirectional BERT with absolute positions: choose another")
-    unknown = _tokenizer(folder).token_to_id(_UNKNOWN)
-    if unknown is None:
-        raise _no_unknown(folder)
+    unknown = folder_tokenizer(folder).token_to_id(UNKNOWN)
     hidden = found.get("hidden_size", 768)
     if type(hidden) is not int or not 1 <= hidden <= MOST_FEATURES:
         raise InputError(f"{path}: hidden_size is {shown(hidden)}, expected a whole number from 1 to {MOST_FEATURES}")
@@ -244,49 +241,9 @@ def load_weights(encoder: TextEncoder, weights: Mapping[str, Tensor]) -> None:
 def read_tokenizer(folder: Path) -> bytes:
     """The vocabulary in `folder` as the content of a tokenizer.json, made from vocab.txt where there is none.
 
-    Raises:
-        InputError: there is neither. BackendError: `tokenizers` is not installed. CorruptFileError: it is damaged.
+    Raises: as `hcmen.media.encoder_folder.folder_tokenizer`.
     """
-    return bytes(_tokenizer(folder).to_str(), "utf-8")
-
-
-def _tokenizer(folder: Path) -> Any:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise BackendError(
-            f"{error.name} is not installed, and a text encoder needs it: pip install 'hcmen[text]'"
-        ) from error
-    whole, words = folder / "tokenizer.json", folder / "vocab.txt"
-    path = next((path for path in (whole, words) if os.path.lexists(path)), None)
-    if path is None:
-        raise InputError(
-            f"{folder}: has no tokenizer.json and no vocab.txt, expected the vocabulary beside the weights"
-        )
-    with refused(path, "the vocabulary of a BERT"):
-        content = read_small(path, MOST_MANIFEST_BYTES)
-    if path is words:
-        lower = True
-        about = folder / "tokenizer_config.json"
-        if os.path.lexists(about):
-            settings = read_json(about, "copy the folder again")
-            lower = not isinstance(settings, dict) or settings.get("do_lower_case", True) is not False
-        try:
-            vocabulary = {word: i for i, word in enumerate(content.decode().splitlines())}
-            if _UNKNOWN not in vocabulary:
-                raise _no_unknown(folder)
-            made = guarded(lambda: tokenizers.implementations.BertWordPieceTokenizer(vocabulary, lowercase=lower))
-            content = made.to_str().encode()
-        except InputError:
-            raise
-        except Exception as error:  # tokenizers raises plain Exception
-            reason = reason_of(error, 100)
-            raise CorruptFileError(f"{path}: no vocabulary ({reason}): copy the folder again") from error
-    return read_tokenizer_file(content, str(path), "copy the folder again")
-
-
-def _no_unknown(folder: Path) -> InputError:
-    return InputError(f"{folder}: the vocabulary has no {_UNKNOWN}, expected that of a BERT: copy the whole folder")
+    return bytes(folder_tokenizer(folder).to_str(), "utf-8")
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from helpers.command import run
 from helpers.tables import (
     LABELS,
     TEXTS,
+    WORDS,
     array,
     as_csv,
     clips,
@@ -56,6 +57,21 @@ def test_the_encoder_may_be_an_installed_package(tmp_path: Path, monkeypatch: py
     outcome = convert(written(tmp_path, rows(text=TEXTS, split=split_of)), "--text-encoder", "a-bert")
     assert outcome.code == 0, outcome.err
     np.testing.assert_array_equal(array(tmp_path, "train", "text_bert"), tokens_of(TEXTS[:4], 6))
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_a_vocabulary_alone_makes_the_tokens_that_training_asks_for(tmp_path: Path, words: Path, lower: bool) -> None:
+    (words / "tokenizer.json").unlink()
+    (words / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    (words / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lower}))
+    outcome = convert(written(tmp_path, rows(text=TEXTS, split=split_of)), "--text-encoder", words)
+    assert outcome.code == 0, outcome.err
+    expected = tokens_of(TEXTS[:4], 6)
+    if not lower:
+        expected[0, 0, 1] = WORDS.index("[UNK]")  # "The"
+    np.testing.assert_array_equal(array(tmp_path, "train", "text_bert"), expected)
+    digest = hashlib.sha256(read_tokenizer(words)).hexdigest()
+    assert index(tmp_path)["front_ends"]["text"]["sha256"] == digest
 
 
 def test_texts_become_tokens_and_nothing_else(tmp_path: Path, words: Path) -> None:

@@ -375,7 +375,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str, kind: str)
 
 ENCODERS: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "no folder": (lambda folder: folder.rename(folder.with_name("x")), 2, "no such folder"),
-    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), 2, "has no tokenizer.json"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), 2, "has no tokenizer.json and no vocab.txt"),
     "a damaged tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{"), 5, "copy the folder again"),
     "damaged sizes": (lambda folder: (folder / "config.json").write_text('{"vocab_size": 0}'), 2, "vocab_size is 0"),
     "fewer ids than words": (

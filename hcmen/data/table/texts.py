@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hcmen.base.errors import CorruptFileError, InputError, shown
-from hcmen.base.files import read_small, refused
 from hcmen.base.inputs import FeatureConfig, Inputs, TokenConfig
 from hcmen.base.manifest import FrontEnd
-from hcmen.base.records import MOST_MANIFEST_BYTES, read_json
+from hcmen.base.records import read_json
 
 __all__ = ["Words"]
 
@@ -33,25 +32,19 @@ class Words:
         bundle with this encoder carry.
 
     Raises:
-        InputError: there is no tokenizer.json, or the encoder takes fewer tokens.
+        InputError: there is no vocabulary, or the encoder takes fewer tokens.
         BackendError: `tokenizers` is not installed. CorruptFileError: a file is damaged.
     """
 
     def __init__(self, folder: Path, most: int | None = None):
-        from hcmen.media.encoder_folder import encoder_folder
-        from hcmen.media.tokenizer_file import read_tokenizer_file
+        from hcmen.media.encoder_folder import encoder_folder, folder_tokenizer
         from hcmen.media.words import Tokenizer
 
         folder = encoder_folder(folder)
         where = str(folder)
         if not folder.is_dir():
-            raise InputError("no such folder", "a BERT with its tokenizer.json", "check the path", where=where)
-        path = folder / "tokenizer.json"
-        if not os.path.lexists(path):
-            fix = "let transformers write one: BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)"
-            raise InputError("has no tokenizer.json", "the folder of a BERT", fix, where=where)
-        with refused(path, "the vocabulary of a BERT"):
-            content = read_small(path, MOST_MANIFEST_BYTES)
+            raise InputError("no such folder", "a BERT with its vocabulary", "check the path", where=where)
+        content = folder_tokenizer(folder).to_str().encode()
         vocabulary, types, positions = _sizes(folder / "config.json")
         most = most or min(_MOST_TOKENS, positions)
         if most > positions:
@@ -60,12 +53,11 @@ class Words:
             )
         limits = TokenConfig(vocabulary, types, 0)
         try:
-            self._tokenizer = Tokenizer(content, Inputs(FeatureConfig(1, most), None, None, limits), str(path))
+            self._tokenizer = Tokenizer(content, Inputs(FeatureConfig(1, most), None, None, limits), where)
         except CorruptFileError as error:
             raise error.but(fix=_AGAIN) from error
-        # What a checkpoint and a bundle carry is the file as the library writes it.
-        written = read_tokenizer_file(content, str(path), _AGAIN).to_str()
-        self.most, self.digest = most, hashlib.sha256(written.encode()).hexdigest()
+        # A checkpoint and a bundle carry the same, as the library writes it.
+        self.most, self.digest = most, hashlib.sha256(content).hexdigest()
 
     def __call__(self, text: str) -> Any:
         """The tokens of `text`; raises InputError where it has none, CorruptFileError where they are none of it."""
