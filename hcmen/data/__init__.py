@@ -27,7 +27,7 @@ import numpy.typing as npt
 from hcmen.base.manifest import FrontEnd
 from hcmen.base.modalities import MODALITIES, Variant, variants_of
 
-__all__ = ["SPLITS", "FloatArray", "IntArray", "MultimodalDataset", "Split", "TextTokens", "cleaned_notes"]
+__all__ = ["SPLITS", "FloatArray", "IntArray", "MultimodalDataset", "Ragged", "Split", "TextTokens", "cleaned_notes"]
 
 SPLITS: tuple[str, ...] = ("train", "valid", "test")
 
@@ -36,15 +36,42 @@ IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class Ragged:
+    """Sequences of differing lengths without their padding, one behind the other.
+
+    values: float32 [steps of all, F]. starts, lengths: int64 [N], where each begins and how many steps it has.
+    """
+
+    values: FloatArray
+    starts: IntArray
+    lengths: IntArray
+
+    def padded(self, rows: IntArray | slice, steps: int) -> FloatArray:
+        """The sequences `rows` as float32 [rows, steps, F], zero beyond their lengths; cut where they are longer."""
+        starts, lengths = self.starts[rows], np.minimum(self.lengths[rows], steps)
+        result = np.zeros((len(starts), steps, self.values.shape[1]), np.float32)
+        for row, start, length in zip(result, starts, lengths, strict=True):
+            row[:length] = self.values[start : start + length]
+        return result
+
+
+@dataclass(frozen=True)
 class TextTokens:
     """Texts as a text encoder takes them.
 
     ids: int64 [N, 3, T]: token ids, attention mask (ones on the valid prefix), token types; zero beyond it.
     unknown: the id that stands for a dropped word.
+    outputs: what the encoder makes of the texts, where it was asked once for all; no word of such a split is dropped.
     """
 
     ids: IntArray
     unknown: int
+    outputs: Ragged | None = None
+
+    def rows(self, rows: slice) -> TextTokens:
+        """Those of some neighbouring samples, on the same memory."""
+        said = self.outputs and Ragged(self.outputs.values, self.outputs.starts[rows], self.outputs.lengths[rows])
+        return TextTokens(self.ids[rows], self.unknown, said)
 
 
 @dataclass(frozen=True)
@@ -90,7 +117,7 @@ class Split:
             {m: n[rows] for m, n in self.lengths.items()},
             self.labels[rows],
             self.ids[rows],
-            None if tokens is None else TextTokens(tokens.ids[rows], tokens.unknown),
+            None if tokens is None else tokens.rows(rows),
         )
 
     def model_input(
@@ -104,11 +131,15 @@ class Split:
 
         Returns:
             float32 [samples, steps, F], dropped steps zero; or text tokens int64 [samples, 3, steps], the ids of
-            dropped steps replaced by that of the unknown token.
+            dropped steps replaced by that of the unknown token; or what the text encoder made of these.
         """
         if m != "text" or self.text_tokens is None:
             x = self.features[m][rows, :steps]
             return np.array(x) if keep is None else x * keep[..., None]
+        said = self.text_tokens.outputs
+        if said is not None:
+            assert keep is None or keep.sum() == said.lengths[rows].clip(max=steps).sum(), "a word is dropped"
+            return said.padded(rows, steps)
         tokens = np.array(self.text_tokens.ids[rows, :, :steps])
         if keep is not None:
             ids, mask = tokens[:, 0], tokens[:, 1]

@@ -5,6 +5,7 @@ The model may be on any device; scores come back as NumPy arrays.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 
 from hcmen.base.modalities import Variant
-from hcmen.data import Split
+from hcmen.data import Ragged, Split
 from hcmen.data.protocols import Masks, batches
 from hcmen.training.device import device_of, moved
 
-__all__ = ["calibration_of", "predict", "predict_masked", "predict_variants"]
+__all__ = ["calibration_of", "predict", "predict_masked", "predict_variants", "texts_read"]
 
 Array = npt.NDArray[np.float64]
 
@@ -92,6 +93,31 @@ def predict_masked(
     finally:
         model.train(before)
     return scores
+
+
+_MOST_READ = 1 << 30
+"""Bytes of outputs of a text encoder that are kept, of one split."""
+
+
+def texts_read(encoder: Any, split: Split, batch_size: int = 64) -> Split:
+    """`split` with what `encoder`, a TextEncoder that will not change, makes of its texts: they are read once.
+
+    Unchanged where that takes more than 1 GiB: the texts are then read whenever a batch needs them.
+    """
+    tokens, lengths = split.text_tokens, split.lengths["text"]
+    size = encoder.bert.config.hidden_size
+    if tokens is None or 4 * size * int(lengths.sum()) > _MOST_READ:
+        return split
+    starts = np.cumsum(lengths) - lengths
+    values = np.empty((int(lengths.sum()), size), np.float32)
+    order, device = np.argsort(lengths, kind="stable"), device_of(encoder)
+    with torch.inference_mode():
+        for rows in np.split(order, range(batch_size, len(order), batch_size)):
+            ids = torch.from_numpy(split.model_input("text", rows, int(lengths[rows].max())))
+            for row, made in zip(rows, encoder(moved(ids, device)).float().cpu().numpy(), strict=True):
+                values[starts[row] : starts[row] + lengths[row]] = made[: lengths[row]]
+    said = Ragged(values, starts, lengths)
+    return dataclasses.replace(split, text_tokens=dataclasses.replace(tokens, outputs=said))
 
 
 def _on(

@@ -49,7 +49,7 @@ from hcmen.models.text_encoder import load_weights, read_weights
 from hcmen.training import checkpoint
 from hcmen.training.config import TrainConfig
 from hcmen.training.device import moved
-from hcmen.training.evaluate import calibration_of, predict_variants
+from hcmen.training.evaluate import calibration_of, predict_variants, texts_read
 from hcmen.training.optimiser import learning_rate_at, make_optimiser
 from hcmen.training.ranks import Ranks, each_tensor, gather_outputs
 
@@ -127,6 +127,7 @@ class Trainer:
                 self.model.text_encoder.freeze()
         self.model.set_normalisation(statistics)
         self.objective = kind.objective(config, train)
+        self._splits = {name: dataset.splits[name] for name in ("train", "valid")}
         self.history: list[dict[str, Any]] = []
         self._fingerprint = _fingerprint(dataset)
         parts = {"model": self.model, **dict(sorted(self.objective.named_children()))}
@@ -162,6 +163,7 @@ class Trainer:
         self.ranks.check_same(settings, "settings")
         self.ranks.check_same(self._fingerprint, "data")
         self.ranks.spread(p.data for p in self._parameters.values())
+        self._read_texts()
         for epoch in range(len(self.history) + 1, self.train_config.epochs + 1):
             started = time.monotonic()
             losses = self._epoch(epoch, on_step)
@@ -217,10 +219,21 @@ class Trainer:
         if self.ranks.first:
             self._write_log()
 
+    def _read_texts(self) -> None:
+        """Lets an encoder that does not learn read every text once, where no word is ever dropped."""
+        train = self.train_config
+        if self.model.config.inputs.text_tokens is None or train.text_encoder_learning_rate:
+            return
+        if not train.step_drop_probability:
+            encoder = self.model.text_encoder
+            with self._autocast():
+                self._splits["train"] = texts_read(encoder, self.dataset.splits["train"])
+            self._splits["valid"] = texts_read(encoder, self.dataset.splits["valid"])
+
     # --- one epoch --------------------------------------------------------------------------------------------------
 
     def _epoch(self, epoch: int, on_step: Callable[[Progress], None]) -> dict[str, float]:
-        config, split = self.train_config, self.dataset.splits["train"]
+        config, split = self.train_config, self._splits["train"]
         torch.manual_seed(_torch_seed(config.seed, epoch, self.ranks.rank))
         order = np.random.default_rng((_ORDER, config.seed, epoch)).permutation(len(split))
         batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
@@ -360,7 +373,7 @@ class Trainer:
 
         A model that calibrates its scores is calibrated by them.
         """
-        split = self.dataset.splits["valid"]
+        split = self._splits["valid"]
         table = getattr(self.model, "calibration", None)
         if table is not None:
             table.copy_(torch.tensor([1.0, 0.0]))

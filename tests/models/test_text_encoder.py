@@ -47,7 +47,7 @@ from hcmen.runtime.commands.run import main as hcmen_run
 from hcmen.runtime.golden import golden_test
 from hcmen.training.command import main as hcmen_train
 from hcmen.training.config import TrainConfig
-from hcmen.training.evaluate import predict, predict_masked
+from hcmen.training.evaluate import predict, predict_masked, texts_read
 from hcmen.training.presets import PRESETS, Preset
 from hcmen.training.trainer import Trainer
 
@@ -333,7 +333,8 @@ def test_its_learning_rate_alone_is_refused(tmp_path: Path):
 @pytest.mark.parametrize("package", ["transformers", "tokenizers"])
 def test_a_missing_package_is_named(bert: Path, config: ModelConfig, monkeypatch: pytest.MonkeyPatch, package: str):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(BackendError, match=rf"{package} is not installed.*hcmen\[text\]"):
+    extra = "text" if package == "transformers" else "words"
+    with pytest.raises(BackendError, match=rf"{package} is not installed.*hcmen\[{extra}\]"):
         TextEncoder(config.text_encoder, HIDDEN) if package == "transformers" else read_tokenizer(bert)
 
 
@@ -570,6 +571,63 @@ def test_a_frozen_encoder_stays_as_it_came(bert: Path, config: ModelConfig, data
     trainer.run()
     after = weights_of(trainer.model)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_frozen_encoder_reads_each_text_once_and_the_run_is_the_same(
+    bert: Path, config: ModelConfig, dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    train = dataclasses.replace(TRAIN, text_encoder_learning_rate=0.0, epochs=3, step_drop_probability=0.0)
+    read: list[int] = []
+    forward = TextEncoder.forward
+
+    def counted(self: TextEncoder, tokens: torch.Tensor) -> torch.Tensor:
+        read.append(len(tokens))
+        return forward(self, tokens)
+
+    monkeypatch.setattr(TextEncoder, "forward", counted)
+    found = {}
+    for name, most in (("once", 1 << 30), ("always", 0)):
+        monkeypatch.setattr("hcmen.training.evaluate._MOST_READ", most)
+        (tmp_path / name).mkdir()
+        trainer = Trainer(config, train, dataset, tmp_path / name, text_encoder=bert)
+        trainer.run()
+        found[name] = trainer.history, sum(read)
+        read.clear()
+    texts = len(dataset.splits["train"]) + len(dataset.splits["valid"])
+    assert found["once"][1] == texts
+    assert found["always"][1] > 6 * texts  # two views in training, four variants with text in validation
+    for once, always in zip(found["once"][0], found["always"][0], strict=True):
+        assert once["loss"] == pytest.approx(always["loss"], rel=1e-3)
+        assert once["validation"] == pytest.approx(always["validation"], rel=1e-3)
+
+
+@pytest.mark.parametrize("setting", [{"step_drop_probability": 0.5}, {"text_encoder_learning_rate": 1e-4}])
+def test_what_is_not_the_same_in_each_epoch_is_read_again(
+    bert: Path, config: ModelConfig, dataset, tmp_path: Path, setting: dict
+):
+    train = dataclasses.replace(
+        TRAIN, **{"text_encoder_learning_rate": 0.0, "epochs": 1, "step_drop_probability": 0.0} | setting
+    )
+    trainer = Trainer(config, train, dataset, tmp_path, text_encoder=bert)
+    trainer.run()
+    assert all(split.text_tokens.outputs is None for split in trainer._splits.values())
+
+
+def test_texts_that_were_read_are_what_the_encoder_says(config: ModelConfig, dataset):
+    split, encoder = dataset.splits["valid"], TextEncoder(config.text_encoder, config.text.features).eval()
+    made = texts_read(encoder, split, batch_size=3)
+    steps = split.steps["text"]
+    with torch.inference_mode():
+        expected = encoder(torch.from_numpy(split.text_tokens.ids)).numpy()
+    assert np.allclose(made.model_input("text", slice(None), steps), expected, atol=1e-5)
+    rows = np.array([4, 1])
+    assert np.allclose(made.model_input("text", rows, steps), expected[rows], atol=1e-5)
+    assert np.allclose(made.rows(slice(2, 5)).model_input("text", slice(None), steps), expected[2:5], atol=1e-5)
+    assert np.allclose(made.model_input("text", rows, 3), expected[rows, :3], atol=1e-5)
+    keep = np.arange(steps) < split.lengths["text"][rows][:, None]
+    assert made.model_input("text", rows, steps, keep).dtype == np.float32
+    with pytest.raises(AssertionError, match="dropped"):
+        made.model_input("text", rows, steps, keep & (np.arange(steps) != 1))
 
 
 def test_the_encoder_learns_at_its_own_rate(bert: Path, config: ModelConfig, dataset, tmp_path: Path):
