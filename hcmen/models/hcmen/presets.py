@@ -50,7 +50,7 @@ def _presets() -> dict[str, ModelConfig]:
         dropout=0.1,
     )
     own = dataclasses.replace(mosi, width=64, tokens=8, states=8, expand=2, alignment_tokens=4, calibrated=True)
-    words = dataclasses.replace(own, text=FeatureConfig(384, 128), audio=None, vision=None)
+    words = dataclasses.replace(own, text=FeatureConfig(384, 128), audio=None, vision=None, dropout=0.4)
     return {"mosi": mosi, "mosei": mosei, "sims": sims, "simsv2": simsv2, "tiny": tiny, "words": words, "own": own}
 
 
