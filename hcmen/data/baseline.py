@@ -32,11 +32,11 @@ def linear_baseline(dataset: MultimodalDataset, variant: Variant) -> Array:
         described = _pooled(dataset, m) if m in dataset.splits["train"].features else _tf_idf(dataset)
         for name, block in described.items():
             columns[name].append(block)
-    return ridge({name: np.concatenate(blocks, axis=1) for name, blocks in columns.items()}, dataset)
+    return ridge({name: np.concatenate(blocks, axis=1) for name, blocks in columns.items()}, dataset)["test"]
 
 
-def ridge(x: Mapping[str, Array], dataset: MultimodalDataset) -> Array:
-    """Scores [samples] of the test split by a ridge regression on `x`, per split [samples, columns], centred.
+def ridge(x: Mapping[str, Array], dataset: MultimodalDataset) -> dict[str, Array]:
+    """Scores [samples] of each split by a ridge regression on `x`, per split [samples, columns], centred.
 
     Penalty and range are those of `linear_baseline`.
     """
@@ -50,7 +50,7 @@ def ridge(x: Mapping[str, Array], dataset: MultimodalDataset) -> Array:
     candidates = [np.linalg.solve(gram + penalty * np.eye(len(gram)), moment) for penalty in _PENALTIES]
     truth = dataset.splits["valid"].labels
     best = min(candidates, key=lambda weights: float(np.abs(predict(weights, "valid") - truth).mean()))
-    return predict(best, "test")
+    return {name: predict(best, name) for name in x}
 
 
 def _pooled(dataset: MultimodalDataset, m: str) -> dict[str, Array]:
