@@ -40,6 +40,7 @@ class _Positional(nn.Module):
         super().__init__()
         self.model = model
         self.present = variant.present
+        self.heard = model.heard(variant.present) if hasattr(model, "heard") else variant.present
         self.measured = _measured(model, variant)
         self.outputs = [tensor.name for tensor in model.config.inputs.outputs]
 
@@ -49,8 +50,13 @@ class _Positional(nn.Module):
         lengths = dict(zip(self.measured, inputs[count:], strict=True))
         if self.present != self.measured:
             lengths["text"] = features["text"][:, 1].sum(dim=1)
-        prediction = self.model(features, lengths)
-        return tuple(getattr(prediction, name) for name in self.outputs)
+        heard = {m: features[m] for m in self.heard}
+        prediction = self.model(heard, {m: lengths[m] for m in heard})
+        outputs = {name: getattr(prediction, name) for name in self.outputs}
+        for m in self.present:
+            if m not in heard:  # TensorRT drops an input that no node takes
+                outputs["score"] = outputs["score"] + 0.0 * features[m][:, 0, 0] + 0.0 * lengths[m]
+        return tuple(outputs.values())
 
 
 def _measured(model: Any, variant: Variant) -> tuple[str, ...]:

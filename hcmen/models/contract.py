@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from hcmen.base.inputs import Inputs
 
-__all__ = ["MASKED", "Config", "MixingConfig", "Model", "Prediction", "Step"]
+__all__ = ["MASKED", "Config", "MixingConfig", "Model", "Prediction", "Step", "uncalibrated"]
 
 MASKED = -1e4
 """For logits that shall not count: far below any real one, yet inside float16; exp of it is zero in both formats."""
@@ -65,8 +65,23 @@ class Config(Protocol):
         ...
 
 
+def uncalibrated() -> Tensor:
+    """The calibration that changes nothing: [8, 3], a row for each `Variant.number`.
+
+    Columns: scale and shift of the score of these modalities, and the number of the set that is listened to in their
+    place: their own, or a part of it that is listened to itself.
+    """
+    import torch  # which the configurations, for which this file is read too, do without
+
+    return torch.tensor([[1.0, 0.0, number] for number in range(8)])
+
+
 class Model(Protocol):
-    """An nn.Module. One whose text is tokens has a `text_encoder`, a hcmen.models.text_encoder.TextEncoder."""
+    """An nn.Module. One whose text is tokens has a `text_encoder`, a hcmen.models.text_encoder.TextEncoder.
+
+    One whose scores are calibrated has a buffer `calibration`, a table as `uncalibrated` makes it, takes up another by
+    `calibrate(table)`, and says by `heard(present)` what it listens to of the modalities that are present.
+    """
 
     config: Config
 

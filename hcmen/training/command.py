@@ -24,7 +24,7 @@ from hcmen.training.config import AUXILIARIES, MIXES, PRECISIONS, TrainConfig
 from hcmen.training.loggers import LOGGERS, Loggers, named_loggers
 from hcmen.training.outputs import CLIPS, CURVES, REPORT, SEVERAL, check_free, seed_folder
 from hcmen.training.presets import PRESETS, Preset, preset_for, preset_named, sized
-from hcmen.training.report import draw_curves, scores_text, test_scores
+from hcmen.training.report import draw_curves, scores_text, test_scores, unheard
 from hcmen.training.seeds import SeedList, failed_line, several_report, several_text
 from hcmen.training.settings import Saved, given_settings, option, read_settings, resumed_seeds, resumed_settings
 
@@ -296,6 +296,7 @@ def _finished(trainer: Trainer) -> dict[str, Any]:
         "validation_mae": described["validation"]["mae"],
         "dataset": described["dataset"],
         "test": test_scores(model.to(trainer.ranks.device), dataset),
+        **unheard(model, dataset),
     }
     write_json(out / REPORT, {"schema_version": 1, **metrics.plain(report)})
     return report

@@ -6,7 +6,7 @@ The model may be on any device; scores come back as NumPy arrays.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hcmen.base.modalities import Variant
+from hcmen.base.modalities import Variant, variant_named
 from hcmen.data import Ragged, Split
 from hcmen.data.protocols import Masks, batches
+from hcmen.models.contract import uncalibrated
 from hcmen.training.device import device_of, moved
 
-__all__ = ["calibration_of", "predict", "predict_masked", "predict_variants", "texts_read"]
+__all__ = ["calibrated_on", "calibration_of", "heard_of", "predict", "predict_masked", "predict_variants", "texts_read"]
 
 Array = npt.NDArray[np.float64]
 
@@ -45,7 +46,7 @@ def predict_variants(model: Any, split: Split, batch_size: int = 256) -> dict[st
 
 
 _LEAST_TO_CALIBRATE = 50
-"""Samples; fewer say too little of a scale and a shift."""
+"""Samples; fewer say too little of a scale and a shift, or of a modality."""
 
 
 def calibration_of(truth: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[float, float]:
@@ -65,6 +66,43 @@ def calibration_of(truth: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[float, 
         if error < least:
             found, least = (float(scale), shift), error
     return found
+
+
+def heard_of(truth: npt.ArrayLike, predictions: Mapping[Variant, Array]) -> dict[Variant, Variant]:
+    """Which part of each variant's modalities is to be listened to, by `predictions` [samples] of a validation split.
+
+    It is all of them, unless the absolute error is lower without some by more than twice the standard error of the
+    difference, sample by sample. Then it is the part with the lowest error. A modality can do harm that was of use in
+    training: features that were themselves trained on the labels of the training split, for one.
+    """
+    errors = {variant: np.abs(np.asarray(truth, np.float64) - p) for variant, p in predictions.items()}
+    found: dict[Variant, Variant] = {}
+    for variant in sorted(errors, key=lambda v: len(v.present)):
+        found[variant] = variant
+        for part in {found[v] for v in found if set(v.present) < set(variant.present)}:
+            gain = errors[variant] - errors[part]
+            sure = len(gain) >= _LEAST_TO_CALIBRATE and gain.mean() > 2 * gain.std(ddof=1) / np.sqrt(len(gain))
+            if sure and errors[part].mean() < errors[found[variant]].mean():
+                found[variant] = part
+    return found
+
+
+def calibrated_on(truth: npt.ArrayLike, predictions: Mapping[str, Array]) -> tuple[Tensor, dict[str, Array]]:
+    """The table that a model is calibrated with, and what becomes of its `predictions` [samples] by variant.
+
+    See `calibration_of`, `heard_of`, and HCMEN's `calibrate`.
+    """
+    table = uncalibrated()
+    scaled = {}
+    for name, p in predictions.items():
+        variant = variant_named(name)
+        scale, shift = calibration_of(truth, p)
+        table[variant.number, :2] = torch.tensor([scale, shift])
+        scaled[variant] = p * scale + shift
+    heard = heard_of(truth, scaled)
+    for variant, part in heard.items():
+        table[variant.number, 2] = part.number
+    return table, {variant.name: scaled[part] for variant, part in heard.items()}
 
 
 def predict_masked(

@@ -95,6 +95,14 @@ def test_scores(model: Model, dataset: MultimodalDataset) -> dict[str, dict[str,
     }
 
 
+def unheard(model: Model, dataset: MultimodalDataset) -> dict[str, dict[str, list[str]]]:
+    """{"unheard": {variant: modalities}} of what the model does not listen to, {} where it listens to all."""
+    heard = getattr(model, "heard", lambda present: present)
+    found = {v.name: [m for m in v.present if m not in heard(v.present)] for v in dataset.splits["test"].variants}
+    found = {name: modalities for name, modalities in found.items() if modalities}
+    return {"unheard": found} if found else {}
+
+
 def scores_text(report: Mapping[str, Any], kind: str, screen: int | None = None) -> str:
     """The table of the test split of a model of the kind `kind`, with what it says underneath.
 
@@ -138,6 +146,10 @@ def scores_text(report: Mapping[str, Any], kind: str, screen: int | None = None)
         *(
             f"{title} beats {_NAMES[key]} in MAE and Acc-2 in {_beaten(list(test), names)}"
             for key, names in behind.items()
+        ),
+        *(
+            f"{name} does not listen to {' and '.join(modalities)}: validation is better without (docs/training.md)"
+            for name, modalities in report.get("unheard", {}).items()
         ),
         f"checkpoint: {report['checkpoint']}",
     ]

@@ -43,13 +43,13 @@ from hcmen.base.manifest import front_ends_to_json
 from hcmen.data import IntArray, MultimodalDataset, Split
 from hcmen.data.missing import corruption
 from hcmen.models import registry
-from hcmen.models.contract import Config, Step
+from hcmen.models.contract import Config, Step, uncalibrated
 from hcmen.models.held import on_meta
 from hcmen.models.text_encoder import load_weights, read_weights
 from hcmen.training import checkpoint
 from hcmen.training.config import TrainConfig
 from hcmen.training.device import moved
-from hcmen.training.evaluate import calibration_of, predict_variants, texts_read
+from hcmen.training.evaluate import calibrated_on, predict_variants, texts_read
 from hcmen.training.optimiser import learning_rate_at, make_optimiser
 from hcmen.training.ranks import Ranks, each_tensor, gather_outputs
 
@@ -374,9 +374,9 @@ class Trainer:
         A model that calibrates its scores is calibrated by them.
         """
         split = self._splits["valid"]
-        table = getattr(self.model, "calibration", None)
-        if table is not None:
-            table.copy_(torch.tensor([1.0, 0.0]))
+        calibrated = getattr(self.model, "calibration", None) is not None
+        if calibrated:
+            self.model.calibrate(uncalibrated())
         predictions = predict_variants(self.model, split.rows(self.ranks.share(len(split))))
         if self.ranks.world > 1:
             own = torch.from_numpy(np.stack(list(predictions.values()), axis=1)).to(self.ranks.device)
@@ -387,10 +387,9 @@ class Trainer:
                 "the model's validation scores are not finite: try a lower --learning-rate than "
                 f"{self.train_config.learning_rate:g}"
             )
-        for variant in split.variants if table is not None else ():
-            scale, shift = calibration_of(split.labels, predictions[variant.name])
-            table[variant.number] = torch.tensor([scale, shift])
-            predictions[variant.name] = predictions[variant.name] * scale + shift
+        if calibrated:
+            table, predictions = calibrated_on(split.labels, predictions)
+            self.model.calibrate(table)
         return {name: metrics.mae(split.labels, p) for name, p in predictions.items()}
 
     # --- files ------------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from hcmen.base.bundle import read_bundle
 from hcmen.base.errors import InputError
 from hcmen.base.inputs import FeatureConfig, Inputs
 from hcmen.base.manifest import FrontEnd
-from hcmen.base.modalities import VARIANTS
 from hcmen.data.baseline import linear_baseline
 from hcmen.data.convert import main as hcmen_convert
 from hcmen.data.folder import write_folder
@@ -33,10 +32,9 @@ from hcmen.models.hcmen.model import HCMEN
 from hcmen.models.text_encoder import read_sizes, read_tokenizer
 from hcmen.runtime import load
 from hcmen.runtime.commands.run import main as hcmen_run
-from hcmen.training.checkpoint import load_checkpoint
 from hcmen.training.command import main as hcmen_train
 from hcmen.training.config import LOSSES, TrainConfig
-from hcmen.training.evaluate import calibration_of, predict
+from hcmen.training.evaluate import predict
 from hcmen.training.presets import PRESETS
 from hcmen.training.trainer import Trainer
 
@@ -195,43 +193,6 @@ def test_a_model_of_one_modality_has_one_stream():
     assert outputs.modality_weights.tolist() == [[0.0, 1.0, 0.0]] * 3
 
 
-def test_scores_are_calibrated_by_what_validation_shows(tmp_path):
-    """Each set of modalities has its own scale and shift, be it that of a batch or of a sample; training sees none."""
-    config = dataclasses.replace(MICRO, calibrated=True)
-    dataset = dataset_from_mmsa(make_synthetic(MICRO.inputs, (24, 60, 8), 0), "synthetic", MICRO.inputs)
-    trainer = Trainer(config, TrainConfig(epochs=2, batch_size=10), dataset, tmp_path)
-    trainer.run()
-    model, described = load_checkpoint(tmp_path)
-    table, valid = model.calibration.clone(), dataset.splits["valid"]
-    plain = dataclasses.replace(config, calibrated=False)
-    bare = HCMEN(plain).eval()
-    bare.load_state_dict({name: x for name, x in model.state_dict().items() if name != "calibration"})
-    for variant in VARIANTS:
-        raw, got = predict(bare, valid, variant), predict(model, valid, variant)
-        number = 4 * variant.mask[0] + 2 * variant.mask[1] + variant.mask[2]
-        scale, shift = calibration_of(valid.labels, raw)
-        assert table[number].tolist() == pytest.approx([scale, shift], abs=1e-6)
-        np.testing.assert_allclose(got, raw * scale + shift, atol=1e-5)
-        mae = np.abs(valid.labels - got).mean()
-        assert mae <= np.abs(valid.labels - raw).mean() + 1e-6
-        assert described["validation"]["mae_by_variant"][variant.name] == pytest.approx(mae, abs=1e-5)
-    features = {m: torch.from_numpy(x[:7]) for m, x in valid.features.items()}
-    lengths = {m: torch.from_numpy(n[:7]) for m, n in valid.lengths.items()}
-    rows = torch.tensor([v.mask for v in VARIANTS])
-    mixed = model(features, lengths, rows).score
-    for i, variant in enumerate(VARIANTS):
-        alone = model(
-            {m: features[m][i : i + 1] for m in variant.present}, {m: lengths[m][i : i + 1] for m in variant.present}
-        )
-        torch.testing.assert_close(mixed[i : i + 1], alone.score)
-    model.train()
-    bare.train()
-    torch.manual_seed(1)
-    told = model(features, lengths).score
-    torch.manual_seed(1)
-    torch.testing.assert_close(told, bare(features, lengths).score, rtol=0, atol=0)
-
-
 def test_what_hides_nothing_computes_one_view(bert, tmp_path):
     nothing = TrainConfig(epochs=1, step_drop_probability=0.0)
     sounds = dataclasses.replace(MICRO, text=None, vision=None)
@@ -251,19 +212,6 @@ def test_what_hides_nothing_computes_one_view(bert, tmp_path):
         np.testing.assert_allclose(
             clean.score.detach().numpy(), predict(trainer.model, split, split.variants[0]), atol=1e-5
         )
-
-
-def test_a_calibration_is_the_best_of_its_kind():
-    rng = np.random.default_rng(3)
-    y = rng.normal(size=200)
-    scale, shift = calibration_of(y, 4 * y + 2)
-    assert (scale, shift) == pytest.approx((0.25, -0.5), abs=1e-9)
-    noise = rng.normal(size=200)
-    scale, shift = calibration_of(y, noise)
-    tried = [np.abs(y - s * noise - np.median(y - s * noise)).mean() for s in np.linspace(0, 1.2, 25)]
-    assert np.abs(y - scale * noise - shift).mean() == pytest.approx(min(tried))
-    assert calibration_of(y, y) == (1.0, 0.0)
-    assert calibration_of(y[:49], noise[:49]) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -27,7 +27,7 @@ everything that served it is left out), or per sample, when `present` says so (t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from hcmen.base.errors import InputError, unknown_name
 from hcmen.base.inputs import FeatureConfig
 from hcmen.base.modalities import MODALITIES
-from hcmen.models.contract import MASKED, Prediction
+from hcmen.models.contract import MASKED, Prediction, uncalibrated
 from hcmen.models.hcmen.config import ModelConfig
 from hcmen.models.hcmen.layers import AttentionPooling, BiMambaBlock, CNNBlock, Skip, widened, without_autocast
 from hcmen.models.text_encoder import TextEncoder
@@ -46,6 +46,9 @@ from hcmen.models.text_encoder import TextEncoder
 __all__ = ["HCMEN", "Outputs"]
 
 Presence = bool | Tensor
+
+_PLACES = {m: place for place, m in enumerate(reversed(MODALITIES))}
+"""The bit of each modality in `Variant.number`."""
 
 
 class Outputs(NamedTuple):
@@ -115,8 +118,9 @@ class HCMEN(nn.Module):
         )
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, 1)
-        # Scale and shift of the score for each set of modalities, by `Variant.number`.
-        self.register_buffer("calibration", torch.tensor([[1.0, 0.0]] * 8) if config.calibrated else None)
+        self.register_buffer("calibration", uncalibrated() if config.calibrated else None)
+        self._heard = list(range(8))  # the last column, for what is decided when a graph is made
+        self.register_load_state_dict_post_hook(lambda model, _: model.calibrate(model.calibration))
 
     def forward(
         self, features: Mapping[str, Tensor], lengths: Mapping[str, Tensor], present: Tensor | None = None
@@ -172,6 +176,9 @@ class HCMEN(nn.Module):
         presence: dict[str, Presence] = {
             m: (True if sure else present[:, i]) if m in tokens else False for i, m in enumerate(MODALITIES)
         }
+        if self.calibration is not None and not self.training:
+            presence = self._listened(presence)
+            tokens = {m: x for m, x in tokens.items() if presence[m] is not False}
         # Part 2: cross-modal enhancement
         proxies = {
             m: self.proxies[m](mixed) for m in self.proxies if (mixed := self._mix(m, tokens, presence)) is not None
@@ -186,7 +193,7 @@ class HCMEN(nn.Module):
         with without_autocast(pooled):
             score = self.head(pooled)[:, 0]
         if self.calibration is not None and not self.training:
-            scale, shift = self._calibration_of(presence)
+            scale, shift, _ = self.calibration[_number(presence)].unbind(dim=-1)
             score = score * scale + shift
         return Outputs(
             score, self._of_all(weights), dict(tokens), proxies, self._presence_tensor(presence, score), pooled
@@ -292,13 +299,39 @@ class HCMEN(nn.Module):
             )
         return widened(logits).softmax(dim=-1)
 
-    def _calibration_of(self, presence: Mapping[str, Presence]) -> tuple[Tensor, Tensor]:
-        """Scale and shift of the score: of each sample, or of all where no sample lacks what another has."""
-        number: int | Tensor = 0
-        for place, m in enumerate(reversed(MODALITIES)):
-            there = presence[m]
-            number = number + ((there.long() if isinstance(there, Tensor) else int(there)) << place)
-        return self.calibration[number].unbind(dim=-1)
+    # --- calibration ------------------------------------------------------------------------------------------------
+
+    def calibrate(self, table: Tensor | None) -> None:
+        """Takes up what validation showed of each set of modalities; None leaves a model as it is.
+
+        Args:
+            table: [8, 3], by `Variant.number`: scale and shift of the score, and the number of the set that is listened
+                to: this one, or a part of it that is listened to itself.
+
+        Raises:
+            ValueError: the last column says something else.
+        """
+        if table is None:
+            return
+        heard = table[:, 2].tolist()
+        if not all(n in range(8) and int(n) & ~i == 0 and heard[int(n)] == n for i, n in enumerate(heard)):
+            raise ValueError(f"{heard} is listened to of the sets of modalities, expected a part of each")
+        self.calibration = table.to(self.head.weight.device)
+        self._heard = [int(n) for n in heard]
+
+    def heard(self, present: Sequence[str]) -> tuple[str, ...]:
+        """What is listened to of the modalities that are present, in axis order; see `calibrate`."""
+        number = self._heard[_number({m: m in present for m in MODALITIES})]
+        return tuple(m for m in MODALITIES if number >> _PLACES[m] & 1)
+
+    def _listened(self, presence: Mapping[str, Presence]) -> dict[str, Presence]:
+        """`presence` without what is not listened to."""
+        number = _number(presence)
+        if isinstance(number, int):
+            kept = self.heard([m for m, there in presence.items() if there])
+            return {m: m in kept for m in presence}
+        heard = torch.tensor(self._heard, device=number.device)[number]
+        return {m: (heard >> place & 1).bool() for m, place in _PLACES.items()}
 
     def _of_all(self, weights: Tensor) -> Tensor:
         """Weights [b, streams] as those of all three modalities [b, 3]."""
@@ -336,6 +369,15 @@ class HCMEN(nn.Module):
     @staticmethod
     def _presence_tensor(presence: Mapping[str, Presence], like: Tensor) -> Tensor:
         return torch.stack([_expand(presence[m], like.shape[0], like) for m in MODALITIES], dim=1)
+
+
+def _number(presence: Mapping[str, Presence]) -> int | Tensor:
+    """`Variant.number` of what is there: of each sample, or of all where no sample lacks what another has."""
+    number: int | Tensor = 0
+    for m, place in _PLACES.items():
+        there = presence[m]
+        number = number + ((there.long() if isinstance(there, Tensor) else int(there)) << place)
+    return number
 
 
 def _local(config: ModelConfig) -> nn.Module:
