@@ -62,27 +62,27 @@ MLP_WIDTH, MLP_EPOCHS, MLP_BATCH = 256, 30, 64
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", action="append", required=True, metavar="NAME=FOLDER", help="repeatable")
-    parser.add_argument("--encoder", type=encoder_folder, help="a BERT: its folder, or the package that holds it")
+    parser.add_argument("--encoder", help="a BERT: its folder, or the package that holds it")
     parser.add_argument("--seeds", default="1,2,3,4,5")
     parser.add_argument("--arms", default="frozen,learning", help="where there are texts; frozen,learning by default")
     parser.add_argument("--work", type=Path, default=Path("build/real"), help="where the runs are")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="passed on to hcmen-train")
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
+    encoder = encoder_folder(a.encoder) if a.encoder else None
     sets = json.loads(a.out.read_text())["sets"] if a.out.exists() else {}
     for name, _, folder in (item.partition("=") for item in a.data):
-        dataset, words = read(Path(folder), a.encoder)
+        dataset, words = read(Path(folder), encoder)
         if name not in sets:
-            sets[name] = beside(dataset, a.encoder if words else None, [int(seed) for seed in a.seeds.split(",")])
+            sets[name] = beside(dataset, encoder if words else None, [int(seed) for seed in a.seeds.split(",")])
         for arm in [f"hcmen, encoder {kind}" for kind in a.arms.split(",")] if words else ["hcmen"]:
             told = ["--data", folder, "--seeds", a.seeds, *ARMS[arm]]
-            told += ["--text-encoder", str(a.encoder)] if words else []
+            told += ["--text-encoder", a.encoder] if words else []
             told += [word for change in a.set for word in ("--set", change)]
             if sets[name]["runs"].get(arm, {}).get("told") == told:
                 continue
             sets[name]["runs"][arm] = trained(a.work / name / arm.replace(", ", "-").replace(" ", "-"), told, dataset)
-            encoder = a.encoder and json.loads((a.encoder / "config.json").read_text()).get("_name_or_path")
-            write_json(a.out, {**describe(), "encoder": encoder, "sets": sets})
+            write_json(a.out, {"machine": describe(), "encoder": a.encoder, "sets": sets})
             write_whole(a.out.with_suffix(".md"), tables(sets).encode())
             print(f"{name}: {arm}", flush=True)
 
