@@ -184,6 +184,9 @@ def _limits(manifest: Manifest, trained: Trained) -> Iterator[str]:
         yield f"- The model has no {' and no '.join(absent)}: it was trained without."
     if len(inputs.modalities) > 1:
         yield "- Modalities were there or missing as a whole. Gaps within one were not measured for this card."
+    for variant, unheard in trained.unheard.items():
+        if variant in manifest.variants:
+            yield f"- {variant} does not listen to {' and '.join(unheard)}: the validation error was lower without."
     if inputs.text_tokens is not None:
         yield (
             "- A text encoder is part of the weights. Its licence, and what it was trained on, are not recorded: they "

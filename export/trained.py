@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hcmen.base.errors import CorruptFileError, reason_of, shown
+from hcmen.base.errors import CorruptFileError, InputError, reason_of, shown
 from hcmen.base.files import read_small, refused
 from hcmen.base.manifest import FrontEnd, Score, front_ends_from_json
+from hcmen.base.modalities import variant_named
 from hcmen.base.records import MOST_MANIFEST_BYTES, JsonFile, JsonObject, parse_json
 from hcmen.models import registry
 
@@ -27,6 +28,7 @@ class Trained:
 
     scores: on the validation split, by which the checkpoint was chosen, and on the test split.
     baselines: (variant, "floor" or "linear") -> measures on the test split. front_ends: what made the features.
+    unheard: variant -> modalities that it is given and does not listen to.
     """
 
     data: str = ""
@@ -35,6 +37,7 @@ class Trained:
     scores: tuple[Score, ...] = ()
     baselines: Mapping[tuple[str, str], Mapping[str, float]] = field(default_factory=dict)
     front_ends: Mapping[str, FrontEnd] = field(default_factory=dict)
+    unheard: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def trained(checkpoint: Path, about: Mapping[str, Any]) -> Trained:
@@ -61,6 +64,7 @@ def trained(checkpoint: Path, about: Mapping[str, Any]) -> Trained:
     front_ends = front_ends_from_json(told.object("front_ends"))
     found = [Score(data, "valid", _PROTOCOL, variant, {"mae": mae}) for variant, mae in maes]
     baselines: dict[tuple[str, str], Mapping[str, float]] = {}
+    unheard: dict[str, tuple[str, ...]] = {}
     path = checkpoint / "report.json"
     if os.path.lexists(path):  # or the training was stopped
         with refused(path, "a report of hcmen-train"):
@@ -72,11 +76,15 @@ def trained(checkpoint: Path, about: Mapping[str, Any]) -> Trained:
                 for variant, models in report["test"].items():
                     found.append(Score(data, "test", _PROTOCOL, variant, _measures(models[kind])))
                     baselines |= {(variant, name): _measures(models[name]) for name in _BASELINES if name in models}
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+                for variant, modalities in report.get("unheard", {}).items():
+                    if not isinstance(modalities, list) or not set(modalities) < set(variant_named(variant).present):
+                        raise ValueError(f"{variant} does not listen to {shown(modalities)}")
+                    unheard[variant] = tuple(modalities)
+        except (InputError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise CorruptFileError(
                 f"{path}: no report of hcmen-train ({reason_of(error, 100)}): remove it, or train again"
             ) from error
-    return Trained(data, samples, seed, tuple(found), baselines, front_ends)
+    return Trained(data, samples, seed, tuple(found), baselines, front_ends, unheard)
 
 
 def _measures(found: Mapping[str, Any]) -> dict[str, float]:

@@ -109,7 +109,7 @@ def _no_unknown(folder: Path) -> InputError:
 
 def _of_vocabulary(content: bytes, folder: Path, again: str) -> bytes:
     """A tokenizer.json of the words in a vocab.txt, one a line; tokenizer_config.json says whether case matters."""
-    from tokenizers.implementations import BertWordPieceTokenizer
+    import tokenizers
 
     about, lower = folder / "tokenizer_config.json", True
     if os.path.lexists(about):
@@ -119,7 +119,8 @@ def _of_vocabulary(content: bytes, folder: Path, again: str) -> bytes:
         vocabulary = {word: i for i, word in enumerate(content.decode().splitlines())}
         if UNKNOWN not in vocabulary:  # which the library does not mind
             raise _no_unknown(folder)
-        return guarded(lambda: BertWordPieceTokenizer(vocabulary, lowercase=lower)).to_str().encode()
+        made = guarded(lambda: tokenizers.implementations.BertWordPieceTokenizer(vocabulary, lowercase=lower))
+        return bytes(made.to_str(), "utf-8")
     except InputError:
         raise
     except Exception as error:  # tokenizers raises plain Exception

@@ -70,6 +70,17 @@ def test_scores_are_those_of_this_checkpoint(tmp_path: Path) -> None:
         "[" * 100_000,
         json.dumps({**REPORT, "test": {"full": {}}}),
         json.dumps({**REPORT, "test": {"full": {"hcmen": {}, "floor": []}}}),
+        *(
+            json.dumps({**REPORT, "unheard": unheard})
+            for unheard in (
+                [],
+                {"full": "text"},
+                {"full": ["smell"]},
+                {"text_only": ["text"]},
+                {"ful": ["text"]},
+                {"full": [[]]},
+            )
+        ),
     ],
 )
 def test_a_damaged_report_is_named(tmp_path: Path, content: str) -> None:
@@ -91,6 +102,13 @@ def test_damaged_counts_are_named(tmp_path: Path, samples: object) -> None:
         trained(tmp_path, {**ABOUT, "dataset": {"name": "x", "samples": samples}})
     with pytest.raises(CorruptFileError, match=r"a count or seed is '7'"):
         trained(tmp_path, {**ABOUT, "train": {"seed": "7"}})
+
+
+def test_the_card_says_what_is_not_listened_to(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps({**REPORT, "unheard": {"full": ["vision"]}}))
+    manifest, training = made(tmp_path, trained(tmp_path, ABOUT))
+    assert training.unheard == {"full": ("vision",)}
+    assert "- full does not listen to vision: the validation error was lower without.\n" in card(manifest, training)
 
 
 def test_a_report_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from hcmen.models.hcmen.model import HCMEN
 from hcmen.training.checkpoint import load_checkpoint, save_checkpoint
 from hcmen.training.config import TrainConfig
 from hcmen.training.evaluate import calibration_of, heard_of, predict
+from hcmen.training.report import scores_text, unheard
 from hcmen.training.trainer import Trainer
 
 SAMPLES = (24, 12, 16)
@@ -116,6 +117,20 @@ def test_a_modality_that_is_not_listened_to_is_as_if_absent(tmp_path):
         np.testing.assert_allclose(session.run(["score"], arrays)[0], expected.score.detach().numpy(), atol=1e-5)
     everything = len(export_variant(calibrated_model(), variant_named("full")).graph.node)
     assert len(export_variant(model, variant_named("full")).graph.node) < 0.85 * everything
+
+
+def test_a_report_says_what_is_not_listened_to():
+    dataset = dataset_from_mmsa(make_synthetic(MICRO.inputs, SAMPLES, 0), "synthetic", MICRO.inputs)
+    assert unheard(calibrated_model(), dataset) == {}
+    found = unheard(calibrated_model(full="text_only", audio_missing="text_only"), dataset)
+    assert found == {"unheard": {"full": ["audio", "vision"], "audio_missing": ["vision"]}}
+    scores = {key: {"mae": 1.0, "corr": 0.0, "acc2_non0": 0.5} for key in ("hcmen", "floor", "linear")}
+    about = {"label_min": -3, "label_max": 3, "samples": {"test": 16}}
+    report = {"dataset": about, "epoch": 1, "validation_mae": 1.0, "test": {"full": scores}, "checkpoint": "x"}
+    assert "listen" not in scores_text(report, "hcmen")
+    assert "full does not listen to audio and vision: validation is better without" in scores_text(
+        {**report, **found}, "hcmen"
+    )
 
 
 def test_in_training_everything_is_listened_to():
