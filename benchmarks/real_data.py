@@ -46,6 +46,7 @@ from hcmen.data.baseline import linear_baseline, ridge
 from hcmen.data.mmsa import read_mmsa
 from hcmen.media.encoder_folder import encoder_folder
 from hcmen.models import load
+from hcmen.models.contract import uncalibrated
 from hcmen.models.text_encoder import TextEncoder, load_weights, read_sizes, read_weights
 from hcmen.training.checkpoint import write_json, write_whole
 from hcmen.training.evaluate import calibration_of, predict_variants, texts_read
@@ -110,7 +111,7 @@ def trained(out: Path, told: Sequence[str], dataset: MultimodalDataset) -> dict[
         model = load(out / f"seed-{seed}")
         for name in scored:
             if name == "raw":
-                model.calibration.copy_(torch.tensor([1.0, 0.0]))
+                model.calibrate(uncalibrated())
             found = predict_variants(model, test)
             scored[name].append({variant: measures(said, dataset) for variant, said in found.items()})
             for variant, said in found.items() if name == "calibrated" else ():

@@ -50,7 +50,7 @@ _LEAST_TO_CALIBRATE = 50
 
 
 _DOUBT = 1.5
-"""Standard errors. On 209 of MOSI's samples two let a harm of .05 pass, and one took in what was chance (five seeds)."""
+"""Standard errors. On 209 samples of MOSI, two let a harm of .05 pass, and one took chance for harm."""
 
 
 def calibration_of(truth: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[float, float]:
