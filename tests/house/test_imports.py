@@ -37,8 +37,7 @@ ARROWS = {
 EXCEPTIONS = {
     ("hcmen.evaluation.command", "hcmen.runtime"): "hcmen-eval --bundle scores with what runs on the device",
     ("hcmen.data.table.texts", "hcmen.media.words"): "the words of a table become the tokens that the device makes",
-    ("hcmen.data.table.texts", "hcmen.media.tokenizer_file"): "and their tokenizer is known by what the device gets",
-    ("hcmen.data.table.texts", "hcmen.media.encoder_folder"): "which is named as in training",
+    ("hcmen.data.table.texts", "hcmen.media.encoder_folder"): "with the tokenizer of training, named as there",
     ("hcmen.models.loading", "hcmen.training.checkpoint"): "hcmen.models.load reads what training wrote",
 }
 # Room -> packages of others that it may import: when it is imported itself, and within functions only.
@@ -47,7 +46,7 @@ PACKAGES = {
     "data": ({"numpy", "click"}, {"pyarrow"}),
     "media": ({"numpy"}, {"tokenizers"}),
     "mamba": ({"torch", "onnx", "onnxscript"}, {"tensorrt"}),
-    "models": ({"numpy", "torch"}, {"huggingface_hub", "safetensors", "tokenizers", "transformers"}),
+    "models": ({"numpy", "torch"}, {"huggingface_hub", "safetensors", "transformers"}),
     "training": ({"numpy", "click", "torch", "safetensors"}, {"matplotlib", "rich", "wandb"}),
     "evaluation": ({"numpy", "click"}, {"matplotlib", "torch"}),
     "export": ({"numpy", "click", "torch", "onnx"}, {"onnxruntime"}),
