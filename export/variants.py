@@ -26,6 +26,7 @@ from hcmen.base.modalities import Variant
 from hcmen.base.op import OPSET
 from hcmen.mamba.functions import add_functions
 from hcmen.mamba.graph import fold, tidy
+from hcmen.models.contract import heard_by
 
 __all__ = ["export_variant"]
 
@@ -40,7 +41,7 @@ class _Positional(nn.Module):
         super().__init__()
         self.model = model
         self.present = variant.present
-        self.heard = model.heard(variant.present) if hasattr(model, "heard") else variant.present
+        self.heard = heard_by(model, variant.present)
         self.measured = _measured(model, variant)
         self.outputs = [tensor.name for tensor in model.config.inputs.outputs]
 

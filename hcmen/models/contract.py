@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from hcmen.base.inputs import Inputs
 
-__all__ = ["MASKED", "Config", "MixingConfig", "Model", "Prediction", "Step", "uncalibrated"]
+__all__ = ["MASKED", "Config", "MixingConfig", "Model", "Prediction", "Step", "heard_by", "uncalibrated"]
 
 MASKED = -1e4
 """For logits that shall not count: far below any real one, yet inside float16; exp of it is zero in both formats."""
@@ -74,6 +74,11 @@ def uncalibrated() -> Tensor:
     import torch  # which the configurations, for which this file is read too, do without
 
     return torch.tensor([[1.0, 0.0, number] for number in range(8)])
+
+
+def heard_by(model: Model, present: Sequence[str]) -> tuple[str, ...]:
+    """What `model` listens to of the modalities that are present: all, where its kind knows no calibration."""
+    return tuple(model.heard(present) if hasattr(model, "heard") else present)
 
 
 class Model(Protocol):

@@ -97,9 +97,12 @@ def test_scores(model: Model, dataset: MultimodalDataset) -> dict[str, dict[str,
 
 def unheard(model: Model, dataset: MultimodalDataset) -> dict[str, dict[str, list[str]]]:
     """{"unheard": {variant: modalities}} of what the model does not listen to, {} where it listens to all."""
-    heard = getattr(model, "heard", lambda present: present)
-    found = {v.name: [m for m in v.present if m not in heard(v.present)] for v in dataset.splits["test"].variants}
-    found = {name: modalities for name, modalities in found.items() if modalities}
+    from hcmen.models.contract import heard_by
+
+    heard = {v: heard_by(model, v.present) for v in dataset.splits["test"].variants}
+    found = {
+        v.name: [m for m in v.present if m not in of_these] for v, of_these in heard.items() if of_these != v.present
+    }
     return {"unheard": found} if found else {}
 
 

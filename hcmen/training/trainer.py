@@ -221,11 +221,8 @@ class Trainer:
 
     def _read_texts(self) -> None:
         """Lets an encoder that does not learn read every text once, where no word is ever dropped."""
-        train = self.train_config
-        if self.model.config.inputs.text_tokens is None or train.text_encoder_learning_rate:
-            return
-        if not train.step_drop_probability:
-            encoder = self.model.text_encoder
+        encoder = getattr(self.model, "text_encoder", None)
+        if encoder is not None and encoder.frozen and not self.train_config.step_drop_probability:
             with self._autocast():
                 self._splits["train"] = texts_read(encoder, self.dataset.splits["train"])
             self._splits["valid"] = texts_read(encoder, self.dataset.splits["valid"])

@@ -176,7 +176,8 @@ class HCMEN(nn.Module):
         presence: dict[str, Presence] = {
             m: (True if sure else present[:, i]) if m in tokens else False for i, m in enumerate(MODALITIES)
         }
-        if self.calibration is not None and not self.training:
+        calibrated = self.calibration is not None and not self.training
+        if calibrated:
             presence = self._listened(presence)
             tokens = {m: x for m, x in tokens.items() if presence[m] is not False}
         # Part 2: cross-modal enhancement
@@ -192,7 +193,7 @@ class HCMEN(nn.Module):
         pooled = self.norm(widened(fused)).amax(dim=1)
         with without_autocast(pooled):
             score = self.head(pooled)[:, 0]
-        if self.calibration is not None and not self.training:
+        if calibrated:
             scale, shift, _ = self.calibration[_number(presence)].unbind(dim=-1)
             score = score * scale + shift
         return Outputs(
@@ -321,17 +322,13 @@ class HCMEN(nn.Module):
 
     def heard(self, present: Sequence[str]) -> tuple[str, ...]:
         """What is listened to of the modalities that are present, in axis order; see `calibrate`."""
-        number = self._heard[_number({m: m in present for m in MODALITIES})]
-        return tuple(m for m in MODALITIES if number >> _PLACES[m] & 1)
+        return tuple(m for m, there in self._listened({m: m in present for m in MODALITIES}).items() if there)
 
     def _listened(self, presence: Mapping[str, Presence]) -> dict[str, Presence]:
         """`presence` without what is not listened to."""
         number = _number(presence)
-        if isinstance(number, int):
-            kept = self.heard([m for m, there in presence.items() if there])
-            return {m: m in kept for m in presence}
-        heard = torch.tensor(self._heard, device=number.device)[number]
-        return {m: (heard >> place & 1).bool() for m, place in _PLACES.items()}
+        heard = self._heard[number] if isinstance(number, int) else self.calibration[number, 2].long()
+        return {m: (heard >> _PLACES[m] & 1) == 1 for m in MODALITIES}
 
     def _of_all(self, weights: Tensor) -> Tensor:
         """Weights [b, streams] as those of all three modalities [b, 3]."""
