@@ -28,6 +28,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import torch
 from machine import describe
+from real_tables import tables
 from torch import nn
 
 from hcmen.base import metrics
@@ -67,6 +69,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="1,2,3,4,5")
     parser.add_argument("--arms", default="frozen,learning", help="where there are texts; frozen,learning by default")
     parser.add_argument("--work", type=Path, default=Path("build/real"), help="where the runs are")
+    parser.add_argument("--preset", help="instead of the one that the data choose")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="passed on to hcmen-train")
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
@@ -76,15 +79,17 @@ def main() -> None:
         dataset, words = read(Path(folder), encoder)
         if name not in sets:
             sets[name] = beside(dataset, encoder if words else None, [int(seed) for seed in a.seeds.split(",")])
-        for arm in [f"hcmen, encoder {kind}" for kind in a.arms.split(",")] if words else ["hcmen"]:
-            told = ["--data", folder, "--seeds", a.seeds, *ARMS[arm]]
+        for way in [f"hcmen, encoder {kind}" for kind in a.arms.split(",")] if words else ["hcmen"]:
+            arm = f"{way}, preset {a.preset}" if a.preset else way
+            told = ["--data", folder, "--seeds", a.seeds, *ARMS[way]]
+            told += ["--preset", a.preset] if a.preset else []
             told += ["--text-encoder", a.encoder] if words else []
             told += [word for change in a.set for word in ("--set", change)]
             if sets[name]["runs"].get(arm, {}).get("told") == told:
                 continue
             sets[name]["runs"][arm] = trained(a.work / name / arm.replace(", ", "-").replace(" ", "-"), told, dataset)
             write_json(a.out, {"machine": describe(), "encoder": a.encoder, "sets": sets})
-            write_whole(a.out.with_suffix(".md"), tables(sets).encode())
+            write_whole(a.out.with_suffix(".md"), f"{tables(sets)}\n".encode())
             print(f"{name}: {arm}", flush=True)
 
 
@@ -98,7 +103,10 @@ def read(folder: Path, encoder: Path | None) -> tuple[MultimodalDataset, bool]:
 
 
 def trained(out: Path, told: Sequence[str], dataset: MultimodalDataset) -> dict[str, Any]:
-    """What hcmen-train reaches on the test split per variant; a run that is there goes on, or has ended."""
+    """What hcmen-train reaches on the test split per variant; a run that is there goes on, or has ended.
+
+    `unheard` counts the seeds in which a variant does not listen to modalities that it is given.
+    """
     begun = time.monotonic()
     words = ["--out", str(out), *(["--resume"] if out.exists() else []), *told, "--format", "json"]
     done = subprocess.run([sys.executable, "-m", "hcmen", "train", *words], stdout=subprocess.PIPE, check=True)
@@ -125,6 +133,11 @@ def trained(out: Path, told: Sequence[str], dataset: MultimodalDataset) -> dict[
         "seconds": round(time.monotonic() - begun),
         "epochs": [report["epoch"] for report in reports],
         "validation_mae": metrics.spread([report["validation_mae"] for report in reports]),
+        "unheard": Counter(
+            f"{', '.join(modalities)} in {variant}"
+            for report in reports
+            for variant, modalities in report.get("unheard", {}).items()
+        ),
         "test": {v: spreads([one[v] for one in scored["calibrated"]]) for v in scored["calibrated"][0]},
         "test_raw": {v: spreads([one[v] for one in scored["raw"]]) for v in scored["raw"][0]},
         "gains": gains({variant: np.mean(runs, axis=0) for variant, runs in errors.items()}, test),
@@ -238,42 +251,6 @@ def mlp(x: dict[str, torch.Tensor], dataset: MultimodalDataset, seed: int) -> np
         if error < best[0]:
             best = error, said["test"].double().numpy()
     return np.clip(best[1], dataset.label_min, dataset.label_max)
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
-def tables(sets: Mapping[str, Any]) -> str:
-    """MAE, Corr and Acc-2 of every row, and below it what each modality adds, in Markdown."""
-    lines = ["| set | variant | model | MAE | Corr | Acc-2 |", "| --- | --- | --- | ---: | ---: | ---: |"]
-    for name, of in sets.items():
-        for variant, rows in of["beside"].items():
-            rows = dict(rows)
-            for arm, run in of["runs"].items():
-                rows |= {arm: run["test"][variant], f"{arm}, raw": run["test_raw"][variant]}
-            for row, x in rows.items():
-                cells = [_cell(x["mae"]), _cell(x["corr"]), _cell(x["acc2"], 100, ".1f")]
-                lines.append(f"| {name} | {variant} | {row} | {' | '.join(cells)} |")
-    lines += ["", *_gains(sets)]
-    return "\n".join(lines) + "\n"
-
-
-def _gains(sets: Mapping[str, Any]) -> list[str]:
-    """The MAE's change by each modality that is given as well, below zero where it helps."""
-    lines = ["| set | model | of | given | to | change of MAE | 95 % |", "| --- | --- | --- | --- | --- | ---: | --- |"]
-    rows = [(name, arm, gain) for name, of in sets.items() for arm, run in of["runs"].items() for gain in run["gains"]]
-    for name, arm, gain in rows:
-        low, high = gain["interval"]
-        place = f"{name} | {arm} | {gain['of']} | {gain['given']} | {gain['to']}"
-        lines.append(f"| {place} | {gain['change']:+.3f} | {low:+.3f} to {high:+.3f} |")
-    return lines if rows else []
-
-
-def _cell(found: Any, factor: float = 1.0, form: str = ".3f") -> str:
-    if not isinstance(found, Mapping):
-        return format(factor * found, form)
-    spread = "" if found["deviation"] is None else f" ± {factor * found['deviation']:{form}}"
-    return f"{factor * found['mean']:{form}}{spread}"
 
 
 if __name__ == "__main__":

@@ -63,6 +63,10 @@ NOT_RUN: dict[str, str] = {
     "hcmen-train --data build/mosei --preset mosei": "needs the real data set",
     "hcmen-convert reviews.csv": "needs a BERT; tests/data/test_table.py runs it on small tables",
     "hcmen-train --data build/reviews": "needs a BERT",
+    "hcmen-convert movies.csv": "needs VADER's ratings and a BERT; make demo-words runs the same",
+    "python benchmarks/real_data.py": "needs real data and hours",
+    "hcmen-convert mosi_utterances.csv": "needs MOSI",
+    "hcmen-eval --checkpoint build/real/features": "needs MOSI",
 }
 SNIPPETS_NOT_RUN: dict[str, str] = {
     "docs/cuda.md": GPU,
@@ -164,7 +168,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkout(demo: Path, tmp_path: Path) -> Path:
-    """A working directory with what the pages speak of: the demo, samples, data files, chunks of a recording."""
+    """A working directory with what the pages speak of: the demo, samples, data files and chunks of a recording."""
     for name in ("train", "bundle"):
         shutil.copytree(demo / name, tmp_path / "build" / name)
     shutil.copytree(ROOT / "samples", tmp_path / "samples")
@@ -174,6 +178,7 @@ def checkout(demo: Path, tmp_path: Path) -> Path:
     for i in range(4):
         np.savez(tmp_path / "chunks" / f"{i}.npz", audio=np.zeros((20, 5), "f4"), vision=np.zeros((15, 20), "f4"))
     (tmp_path / "chunks" / "end").touch()
+    (tmp_path / "movieReviewSnippets_GroundTruth.txt").write_text('1\t2.5\tGood.\n2\t-3.1\t"Bad", he said.\n')
     return tmp_path
 
 
