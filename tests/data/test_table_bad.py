@@ -169,6 +169,19 @@ ROWS: dict[str, tuple[list[dict[str, Any]], str]] = {
 }
 
 
+@pytest.mark.parametrize(("splits", "told"), [(["dev"], False), (["train", "valid", "test"], True)])
+def test_an_encoder_is_called_needless_only_where_rows_could_be_used(
+    tmp_path: Path, splits: list[str], told: bool
+) -> None:
+    table = vectors()
+    for i, row in enumerate(table):
+        row["split"] = splits[i % len(splits)]
+        row["group"] = row["id"]
+    outcome = convert(written(tmp_path, table), "--text-encoder", write_words(tmp_path / "bert"))
+    assert (outcome.code == 0) == told, outcome.err
+    assert ("--text-encoder is not needed" in outcome.err) == told
+
+
 @pytest.mark.parametrize("case", ROWS)
 def test_a_bad_row_is_told_by_its_number(tmp_path: Path, case: str) -> None:
     table, says = ROWS[case]

@@ -202,7 +202,7 @@ class _Conversion:
         if text and words is None:
             fix = "give the folder of a BERT with --text-encoder FOLDER, whose tokenizer makes tokens of them"
             raise InputError("holds words in column 'text'", "a tokenizer for them", fix, where=where)
-        if words is not None and not text:
+        if words is not None and not text and rows.good:
             self.notes.append("--text-encoder is not needed: no row has words in column 'text'")
         if self.options.context and not rows.vectors and rows.good:
             fix = "leave it out, or give features in columns such as audio.0"
