@@ -74,7 +74,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
     encoder = encoder_folder(a.encoder) if a.encoder else None
-    sets = json.loads(a.out.read_text())["sets"] if a.out.exists() else {}
+    begun = {"machine": describe(), "encoder": a.encoder, "sets": {}}  # each run names its own machine
+    study = json.loads(a.out.read_text()) if a.out.exists() else begun
+    sets = study["sets"]
     for name, _, folder in (item.partition("=") for item in a.data):
         dataset, words = read(Path(folder), encoder)
         if name not in sets:
@@ -88,7 +90,7 @@ def main() -> None:
             if sets[name]["runs"].get(arm, {}).get("told") == told:
                 continue
             sets[name]["runs"][arm] = trained(a.work / name / arm.replace(", ", "-").replace(" ", "-"), told, dataset)
-            write_json(a.out, {"machine": describe(), "encoder": a.encoder, "sets": sets})
+            write_json(a.out, study)
             write_whole(a.out.with_suffix(".md"), f"{tables(sets)}\n".encode())
             print(f"{name}: {arm}", flush=True)
 
@@ -129,6 +131,7 @@ def trained(out: Path, told: Sequence[str], dataset: MultimodalDataset) -> dict[
         for variant, found in again.items():
             assert abs(found["mae"] - report["test"][variant]["hcmen"]["mae"]) < 1e-4, (variant, found["mae"])
     return {
+        "machine": describe(),
         "told": told,
         "seconds": round(time.monotonic() - begun),
         "epochs": [report["epoch"] for report in reports],

@@ -29,13 +29,16 @@ def tables(sets: Mapping[str, Any]) -> str:
 
 
 def presets(found: Mapping[str, Any]) -> str:
-    """The runs of one set side by side: what validation and the first variant's test have, and how long they took."""
+    """The runs of one set side by side: validation, the first variant's test, floors that are missed, time."""
     rows = []
     for arm, run in found["runs"].items():
-        test = next(iter(run["test_raw"].values()))
+        test = next(iter(run["test"].values()))
         cells = [_cell(run["validation_mae"], "mae"), *(_cell(test[m], m) for m in ("mae", "acc2"))]
-        rows.append([arm, str(len(run["epochs"])), *cells, f"{run['seconds'] / len(run['epochs']) / 60:.1f}"])
-    return table(["model", "seeds", "validation MAE", "test MAE, raw", "Acc-2, %, raw", "minutes a seed"], rows)
+        above = sum(x["mae"]["mean"] > found["beside"][v]["floor"]["mae"] for v, x in run["test"].items())
+        minutes = run["seconds"] / len(run["epochs"]) / 60
+        rows.append([arm, str(len(run["epochs"])), *cells, f"{above} of {len(run['test'])}", f"{minutes:.1f}"])
+    header = ["model", "seeds", "validation MAE", "test MAE", "Acc-2, %", "variants above the floor", "minutes a seed"]
+    return table(header, rows)
 
 
 def _one_variant(sets: Mapping[str, Any]) -> str:

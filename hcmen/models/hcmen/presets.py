@@ -12,7 +12,13 @@ __all__ = ["PRESETS"]
 
 def _presets() -> dict[str, ModelConfig]:
     mosi = ModelConfig(
-        FeatureConfig(768, 50), FeatureConfig(5, 375), FeatureConfig(20, 500), states=12, expand=4, dropout=0.1
+        FeatureConfig(768, 50),
+        FeatureConfig(5, 375),
+        FeatureConfig(20, 500),
+        states=12,
+        expand=4,
+        dropout=0.1,
+        calibrated=True,
     )
     mosei = ModelConfig(
         FeatureConfig(768, 50),
@@ -22,6 +28,7 @@ def _presets() -> dict[str, ModelConfig]:
         expand=4,
         backbone_depth=2,
         dropout=0.2,
+        calibrated=True,
     )
     sims = ModelConfig(
         FeatureConfig(768, 39),
@@ -34,6 +41,7 @@ def _presets() -> dict[str, ModelConfig]:
         dropout=0.2,
         label_min=-1.0,
         label_max=1.0,
+        calibrated=True,
     )
     simsv2 = dataclasses.replace(
         sims, text=FeatureConfig(768, 50), audio=FeatureConfig(25, 925), vision=FeatureConfig(177, 232), tokens=50
@@ -49,7 +57,7 @@ def _presets() -> dict[str, ModelConfig]:
         alignment_tokens=4,
         dropout=0.1,
     )
-    own = dataclasses.replace(mosi, width=64, tokens=8, states=8, expand=2, alignment_tokens=4, calibrated=True)
+    own = dataclasses.replace(mosi, width=64, tokens=8, states=8, expand=2, alignment_tokens=4)
     words = dataclasses.replace(own, text=FeatureConfig(384, 128), audio=None, vision=None, dropout=0.4)
     return {"mosi": mosi, "mosei": mosei, "sims": sims, "simsv2": simsv2, "tiny": tiny, "words": words, "own": own}
 
