@@ -195,16 +195,18 @@ class _Conversion:
         )
 
     def _check_options(self, rows: Rows, words: Words | None, text: bool, clip: bool) -> None:
+        if not rows.good:
+            return  # the bad rows are told by themselves
         where = str(self.source)
-        if rows.good and not (text or clip or rows.vectors):
+        if not (text or clip or rows.vectors):
             fix = "give words in 'text', clips in 'clip', or features in columns such as audio.0"
             raise InputError("has no column to learn from", fix=fix, where=where)
         if text and words is None:
             fix = "give the folder of a BERT with --text-encoder FOLDER, whose tokenizer makes tokens of them"
             raise InputError("holds words in column 'text'", "a tokenizer for them", fix, where=where)
-        if words is not None and not text and rows.good:
+        if words is not None and not text:
             self.notes.append("--text-encoder is not needed: no row has words in column 'text'")
-        if self.options.context and not rows.vectors and rows.good:
+        if self.options.context and not rows.vectors:
             fix = "leave it out, or give features in columns such as audio.0"
             raise InputError("--context is for feature columns, and there are none", fix=fix, where=where)
 

@@ -20,28 +20,18 @@ def _presets() -> dict[str, ModelConfig]:
         dropout=0.1,
         calibrated=True,
     )
-    mosei = ModelConfig(
-        FeatureConfig(768, 50),
-        FeatureConfig(74, 500),
-        FeatureConfig(35, 500),
-        states=16,
-        expand=4,
-        backbone_depth=2,
-        dropout=0.2,
-        calibrated=True,
+    mosei = dataclasses.replace(
+        mosi, audio=FeatureConfig(74, 500), vision=FeatureConfig(35, 500), states=16, backbone_depth=2, dropout=0.2
     )
-    sims = ModelConfig(
-        FeatureConfig(768, 39),
-        FeatureConfig(33, 400),
-        FeatureConfig(709, 55),
+    sims = dataclasses.replace(
+        mosei,
+        text=FeatureConfig(768, 39),
+        audio=FeatureConfig(33, 400),
+        vision=FeatureConfig(709, 55),
         tokens=39,
-        states=16,
         expand=2,
-        backbone_depth=2,
-        dropout=0.2,
         label_min=-1.0,
         label_max=1.0,
-        calibrated=True,
     )
     simsv2 = dataclasses.replace(
         sims, text=FeatureConfig(768, 50), audio=FeatureConfig(25, 925), vision=FeatureConfig(177, 232), tokens=50
