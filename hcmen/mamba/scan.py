@@ -1,4 +1,4 @@
-"""Selective scan and causal convolution for PyTorch: one meaning, several implementations.
+"""Selective scan, causal convolution and state space dual for PyTorch: one meaning, several implementations.
 
 Glossary (sizes: batch b, time t, channel c, state n, group g; the layout is channels last throughout)
     u       [b, t, c]       input of the scan                    (paper: x)
@@ -7,9 +7,11 @@ Glossary (sizes: batch b, time t, channel c, state n, group g; the layout is cha
     B, C    [b, t, n]       input and output projections, or [b, t, g, n]: channel i uses group i // (c / g)
     D       [c]             skip connection
     z       [b, t, c]       gate: y is multiplied by silu(z)
+Mamba-2 has channels in heads of p of them, x [b, t, h, p], and one decay A [h] and one step size dt [b, t, h] a head.
 
-`selective_scan_ref` and `causal_conv1d_ref` are plain PyTorch in the precision of their inputs, float64 included: the
-oracle of every other implementation. `selective_scan` and `causal_conv1d` are what models call. They pick
+`selective_scan_ref`, `causal_conv1d_ref` and `state_space_dual_ref` are plain PyTorch in the precision of their inputs,
+float64 included: the oracle of every other implementation. `selective_scan`, `causal_conv1d` and `state_space_dual` are
+what models call. They pick
 
     native      the C++ kernels of libhcmen_ops.so, through torch.library custom ops with autograd (CPU tensors), and
                 those of libhcmen_ops_cuda.so where it was built (CUDA tensors; native_cuda.py)
@@ -25,19 +27,21 @@ the choice, so that tests and benchmarks run each on purpose; what is named is n
 from __future__ import annotations
 
 import functools
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hcmen.base.errors import BackendError, InputError, unknown_name
 from hcmen.base.library import load_library
 from hcmen.mamba import native, native_cuda
 from hcmen.mamba.mamba_ssm import conv_limit, mamba_conv, mamba_function, mamba_scan, scan_limit
-from hcmen.mamba.reference import causal_conv1d_ref, selective_scan_ref
+from hcmen.mamba.reference import causal_conv1d_ref, selective_scan_ref, state_space_dual_ref
 from hcmen.mamba.symbolic import symbolic_conv, symbolic_scan
 
 __all__ = [
@@ -46,6 +50,8 @@ __all__ = [
     "implementation",
     "selective_scan",
     "selective_scan_ref",
+    "state_space_dual",
+    "state_space_dual_ref",
 ]
 
 IMPLEMENTATIONS = ("auto", "native", "mamba_ssm", "ref")
@@ -97,6 +103,7 @@ def selective_scan(
         BackendError: the implementation that was named cannot be had, or does not take such arguments.
     """
     _check_scan(u, delta, A, B, C, D, delta_bias, z, initial_state)
+    B, C = _alike(B, C, u)
     flags = {"delta_softplus": delta_softplus, "reverse": reverse, "return_last_state": return_last_state}
     if torch.onnx.is_in_onnx_export():
         return symbolic_scan(u, delta, A, B, C, D, delta_bias, z, initial_state, **flags)
@@ -129,8 +136,15 @@ def selective_scan(
 
 
 def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor, *, activation: str = "silu", reverse: bool = False
-) -> Tensor:
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    reverse: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The causal convolution, by the best implementation at hand; arguments and result as in `causal_conv1d_ref`.
 
     Raises:
@@ -140,9 +154,22 @@ def causal_conv1d(
     if activation not in ("silu", "none"):
         raise InputError(f"activation is '{activation}', expected 'silu' or 'none'")
     _check("x", x, (None, None, None))
-    channel = x.shape[2]
+    batch, _, channel = x.shape
     _check("weight", weight, (channel, None))
+    past = weight.shape[1] - 1
+    if bias is None:
+        bias = weight.new_zeros(channel)
     _check("bias", bias, (channel,))
+    if initial_state is not None:
+        _check("initial_state", initial_state, (batch, past, channel))
+    _expect_real({"x": x, "weight": weight, "bias": bias, "initial_state": initial_state})
+    if initial_state is not None or return_last_state:
+        before = x.new_zeros(batch, past, channel) if initial_state is None else initial_state.to(x.dtype)
+        series = torch.cat((before, x.flip(1) if reverse else x), dim=1)
+        whole = causal_conv1d(series, weight, bias, activation=activation)
+        assert isinstance(whole, Tensor)
+        found = whole[:, past:].flip(1) if reverse else whole[:, past:]
+        return (found, series[:, series.shape[1] - past :].float()) if return_last_state else found
     if torch.onnx.is_in_onnx_export():
         return symbolic_conv(x, weight, bias, activation=activation, reverse=reverse)
     how = _choice("convolution", x, lambda: conv_limit(weight))
@@ -153,6 +180,77 @@ def causal_conv1d(
     wide = x.float() if x.dtype == torch.bfloat16 else x
     y: Tensor = torch.ops.hcmen.causal_conv1d(wide, weight.float(), bias.float(), activation == "silu", reverse)
     return y.to(x.dtype)
+
+
+def state_space_dual(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    *,
+    delta_softplus: bool = False,
+    dt_min: float = 0.0,
+    dt_max: float = math.inf,
+    reverse: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The state space dual of Mamba-2, by the best implementation at hand; arguments and result as in
+    `state_space_dual_ref`.
+
+    x, dt, B, C, z share one dtype (float32, float16 or bfloat16; float64 runs on the reference).
+
+    Raises:
+        InputError: shapes or dtypes disagree; the message names the argument with got and expected.
+        BackendError: the implementation that was named cannot be had, or does not take such arguments.
+    """
+    batch, time, head, dim = _check("x", x, (None, None, None, None))
+    _check("dt", dt, (batch, time, head))
+    _check("A", A, (head,))
+    _check("B", B, (batch, time, None, None))
+    group, state = B.shape[2:]
+    _check("C", C, (batch, time, group, state))
+    if head % group:
+        raise InputError(f"B has {group} groups, expected a divisor of the {head} heads")
+    if D is not None:
+        _check("D", D, (head, dim) if D.dim() == 2 else (head,))
+    if dt_bias is not None:
+        _check("dt_bias", dt_bias, (head,))
+    if z is not None:
+        _check("z", z, (batch, time, head, dim))
+    if initial_state is not None:
+        _check("initial_state", initial_state, (batch, head, dim, state))
+    _expect_real({"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "initial_state": initial_state})
+    _expect_dtype(x, {"dt": dt, "B": B, "C": C, "z": z}, "x")
+    if not dt_min <= dt_max:
+        raise InputError(f"dt_min is {dt_min} and dt_max is {dt_max}, expected no less than dt_min")
+    # A selective scan of head * head_dim channels, whose step sizes and decays are those of their heads.
+    step = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
+    if delta_softplus:
+        step = F.softplus(step, beta=1.0, threshold=20.0)
+    step = step.clamp(dt_min, dt_max)
+    if D is not None:
+        D = (D if D.dim() == 2 else D[:, None].expand(head, dim)).reshape(head * dim)
+    found = selective_scan(
+        x.reshape(batch, time, head * dim),
+        step[..., None].expand(batch, time, head, dim).reshape(batch, time, head * dim),
+        A[:, None, None].expand(head, dim, state).reshape(head * dim, state),
+        B,
+        C,
+        D,
+        None,
+        None if z is None else z.reshape(batch, time, head * dim),
+        None if initial_state is None else initial_state.reshape(batch, head * dim, state),
+        reverse=reverse,
+        return_last_state=return_last_state,
+    )
+    if isinstance(found, tuple):
+        return found[0].reshape(x.shape), found[1].reshape(batch, head, dim, state)
+    return found.reshape(x.shape)
 
 
 # --- which implementation -------------------------------------------------------------------------------------------
@@ -210,12 +308,26 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def _check(name: str, x: Tensor, expected: tuple[int | None, ...]) -> None:
-    """Rank and sizes of `x`; None leaves a size open. Fails with got and expected."""
+def _check(name: str, x: Tensor, expected: tuple[int | None, ...]) -> torch.Size:
+    """The shape of `x`, held to `expected`; None leaves a size open. Fails with got and expected."""
     fits = x.dim() == len(expected) and all(e is None or e == s for s, e in zip(x.shape, expected, strict=True))
     if not fits:
         want = ", ".join("any" if e is None else str(e) for e in expected)
         raise InputError(f"{name} has shape {list(x.shape)}, expected [{want}]")
+    return x.shape
+
+
+def _expect_real(tensors: Mapping[str, Tensor | None]) -> None:
+    """Complex ones would be computed as their real parts."""
+    for name, x in tensors.items():
+        if x is not None and x.is_complex():
+            raise InputError(f"{name} is {x.dtype}, expected a real tensor: complex state spaces are not served")
+
+
+def _expect_dtype(first: Tensor, tensors: Mapping[str, Tensor | None], named: str) -> None:
+    for name, x in tensors.items():
+        if x is not None and x.dtype != first.dtype:
+            raise InputError(f"{name} is {x.dtype}, expected {first.dtype}, the dtype of {named}")
 
 
 def _check_scan(
@@ -229,17 +341,15 @@ def _check_scan(
     z: Tensor | None,
     initial_state: Tensor | None,
 ) -> None:
-    _check("u", u, (None, None, None))
-    batch, time, channel = u.shape
+    batch, time, channel = _check("u", u, (None, None, None))
     _check("delta", delta, (batch, time, channel))
     _check("A", A, (channel, None))
     state = A.shape[1]
-    grouped = B.dim() == 4
-    shape = (batch, time, B.shape[2], state) if grouped else (batch, time, state)
-    _check("B", B, shape)
-    _check("C", C, shape)
-    if grouped and channel % B.shape[2]:
-        raise InputError(f"B has {B.shape[2]} groups, expected a divisor of the {channel} channels")
+    shapes: dict[int, tuple[int | None, ...]] = {2: (channel, state), 4: (batch, time, None, state)}
+    for name, projection in (("B", B), ("C", C)):
+        sizes = _check(name, projection, shapes.get(projection.dim(), (batch, time, state)))
+        if len(sizes) == 4 and (sizes[2] < 1 or channel % sizes[2]):
+            raise InputError(f"{name} has {sizes[2]} groups, expected a divisor of the {channel} channels")
     for name, x in (("D", D), ("delta_bias", delta_bias)):
         if x is not None:
             _check(name, x, (channel,))
@@ -247,6 +357,22 @@ def _check_scan(
         _check("z", z, (batch, time, channel))
     if initial_state is not None:
         _check("initial_state", initial_state, (batch, channel, state))
-    for name, x in (("delta", delta), ("B", B), ("C", C), ("z", z)):
-        if x is not None and x.dtype != u.dtype:
-            raise InputError(f"{name} is {x.dtype}, expected {u.dtype}, the dtype of u")
+    _expect_real({"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "initial_state": initial_state})
+    # What is the same at every step is a parameter, and has the dtype of one.
+    varying = {"delta": delta, "B": B if B.dim() > 2 else None, "C": C if C.dim() > 2 else None, "z": z}
+    _expect_dtype(u, varying, "u")
+
+
+def _alike(B: Tensor, C: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Both [b, t, n] or both [b, t, g, n], as kernels and nodes want them."""
+    if B.dim() == C.dim() == 3 or (B.dim() == C.dim() == 4 and B.shape[2] == C.shape[2]):
+        return B, C
+
+    def grouped(x: Tensor) -> Tensor:
+        if x.dim() == 2:  # one group a channel
+            return x.to(u.dtype).expand(u.shape[0], u.shape[1], *x.shape)
+        return x[:, :, None] if x.dim() == 3 else x
+
+    B, C = grouped(B), grouped(C)
+    groups = math.lcm(B.shape[2], C.shape[2])
+    return B.repeat_interleave(groups // B.shape[2], dim=2), C.repeat_interleave(groups // C.shape[2], dim=2)
