@@ -89,7 +89,7 @@ def _scan_arguments(
         time=u.shape[1],
         channel=u.shape[2],
         state=A.shape[1],
-        group=B.shape[2],
+        group=B.shape[2] if B.dim() == 4 else 1,
         dtype=int(u.dtype == torch.float16),
         y=pointer(y),
         last_state=pointer(last_state),

@@ -17,7 +17,9 @@ what models call. They pick
                 those of libhcmen_ops_cuda.so where it was built (CUDA tensors; native_cuda.py)
     mamba_ssm   the CUDA kernels of the packages mamba_ssm and causal_conv1d, where they are installed (CUDA tensors)
     ref         the reference above (any device, any dtype)
-    onnx        while torch.onnx.export traces: one node hcmen::SelectiveScan or hcmen::CausalConv1d
+
+While torch.export or torch.onnx.export traces, each call is the custom op of `native`, wherever the tensors are: ONNX
+has one node for it (lowering.py). `implementation("ref")` shows them the reference, step by step.
 
 On CUDA mamba_ssm's kernels come first, then ours. Without either, or with arguments that none takes, the reference
 runs: one small operation after the other, which is slow, and which a warning says once. `implementation(...)` overrides
@@ -39,10 +41,13 @@ from torch.nn import functional as F
 
 from hcmen.base.errors import BackendError, InputError, unknown_name
 from hcmen.base.library import load_library
-from hcmen.mamba import native, native_cuda
+from hcmen.mamba import (
+    lowering,  # noqa: F401  (exporters find the ops by it)
+    native,
+    native_cuda,
+)
 from hcmen.mamba.mamba_ssm import conv_limit, mamba_conv, mamba_function, mamba_scan, scan_limit
 from hcmen.mamba.reference import causal_conv1d_ref, selective_scan_ref, state_space_dual_ref
-from hcmen.mamba.symbolic import symbolic_conv, symbolic_scan
 
 __all__ = [
     "causal_conv1d",
@@ -105,8 +110,6 @@ def selective_scan(
     _check_scan(u, delta, A, B, C, D, delta_bias, z, initial_state)
     B, C = _alike(B, C, u)
     flags = {"delta_softplus": delta_softplus, "reverse": reverse, "return_last_state": return_last_state}
-    if torch.onnx.is_in_onnx_export():
-        return symbolic_scan(u, delta, A, B, C, D, delta_bias, z, initial_state, **flags)
     how = _choice("scan", u, lambda: scan_limit(u, delta, A, B, C, D, delta_bias, z, initial_state, return_last_state))
     if how == "ref":
         return selective_scan_ref(u, delta, A, B, C, D, delta_bias, z, initial_state, **flags)
@@ -118,12 +121,15 @@ def selective_scan(
         u, delta, B, C = (x.float() for x in (u, delta, B, C))
         z = None if z is None else z.float()
     zeros = u.new_zeros(u.shape[2], dtype=torch.float32)
+    if return_last_state and initial_state is None and torch.compiler.is_exporting():
+        # A node has a last state exactly if it has an initial one.
+        initial_state = u.new_zeros(u.shape[0], *A.shape, dtype=torch.float32)
     y, last_state = torch.ops.hcmen.selective_scan(
         u,
         delta,
         A.float(),
-        B if B.dim() == 4 else B[:, :, None],
-        C if C.dim() == 4 else C[:, :, None],
+        B,
+        C,
         zeros if D is None else D.float(),
         zeros if delta_bias is None else delta_bias.float(),
         z,
@@ -170,8 +176,6 @@ def causal_conv1d(
         assert isinstance(whole, Tensor)
         found = whole[:, past:].flip(1) if reverse else whole[:, past:]
         return (found, series[:, series.shape[1] - past :].float()) if return_last_state else found
-    if torch.onnx.is_in_onnx_export():
-        return symbolic_conv(x, weight, bias, activation=activation, reverse=reverse)
     how = _choice("convolution", x, lambda: conv_limit(weight))
     if how == "ref":
         return causal_conv1d_ref(x, weight, bias, activation=activation, reverse=reverse)
@@ -267,6 +271,13 @@ def _choice(operation: str, x: Tensor, mamba_limit: Callable[[], str | None]) ->
     if chosen == "ref":
         return "ref"
     on_cpu, on_cuda, fits = x.device.type == "cpu", _on_cuda(x), x.dtype in _KERNEL_DTYPES
+    if torch.compiler.is_exporting():
+        if not fits:
+            raise InputError(
+                f"the {operation} is exported in {x.dtype}, expected float32, float16 or bfloat16: "
+                "convert the model with .float()"
+            )
+        return "native"
     if chosen == "native" and on_cuda and fits:
         native_cuda.demand()
         return "native"
