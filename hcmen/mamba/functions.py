@@ -5,8 +5,8 @@ it the runtime puts the function body in the node's place. The operators are spe
 
 A function is found by its operator name alone, so one body serves every node of that operator in a model. What may
 differ between nodes (the direction, the channel count, the groups of B and C, float32 or float16) is bound by
-attribute reference or taken from shapes and types; what may not (`gated`, `stateful`, `delta_softplus`, `activation`)
-must be the same in all nodes of a model, and `add_functions` says so if it is not.
+attribute reference or taken from shapes and types. Nodes that differ in what may not (`gated`, `stateful`,
+`delta_softplus`, `activation`) are brought to one signature first: signatures.py.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 
 from hcmen.base.errors import InputError, shown, unknown_name
 from hcmen.base.op import CAUSAL_CONV1D, DOMAIN, PARSER_ATTRIBUTES, SELECTIVE_SCAN, VERSION, Operator
-from hcmen.mamba.scan_bodies import SCAN_BODIES, Body
+from hcmen.mamba.scan_bodies import SCAN_BODIES, Body, silu, softplus
+from hcmen.mamba.signatures import COMMON, unify
 
 __all__ = ["SCAN_BODIES", "add_functions", "nodes_of", "strip_functions"]
 
 # CastLike, and Shape with start and end, came with opset 15; functions with IR version 8.
 OLDEST_OPSET = 15
 OLDEST_IR_VERSION = 8
-SOFTPLUS_THRESHOLD = 20.0
 # A convolution of more taps is not written out tap by tap. Mamba has 2 to 4.
 MOST_TAPS = 32
 
@@ -34,7 +34,8 @@ def add_functions(model: ModelProto, scan_body: str = "scan") -> ModelProto:
     """Gives `model` the functions its hcmen nodes need, in place; functions of an earlier call are replaced.
 
     Nodes are completed on the way: attributes that docs/op.md gives a default, and those the bodies bind (`group` and
-    `pads`, the scan directions), are written out where they are missing.
+    `pads`, the scan directions), are written out where they are missing. Where nodes of an operator differ in what one
+    function cannot serve, such as the gate, it is taken out of them, into standard operators beside the node.
 
     Args:
         model: any model; nodes inside subgraphs and inside other functions count too.
@@ -45,13 +46,13 @@ def add_functions(model: ModelProto, scan_body: str = "scan") -> ModelProto:
         `model`.
 
     Raises:
-        InputError: a node is not as docs/op.md says, nodes differ where one function cannot serve both, or the model's
-            opset is too old; the message names the node.
+        InputError: a node is not as docs/op.md says, or the model's opset is too old; the message names the node.
     """
     if scan_body not in SCAN_BODIES:
         raise unknown_name("scan body", scan_body, SCAN_BODIES)
     opset = _opset(model)
-    signatures: dict[str, tuple[dict[str, Any], str]] = {}
+    signatures: dict[str, dict[str, Any]] = {}
+    differ = False
     width = 1
     for node, shape_of in _nodes(model):
         if node.domain != DOMAIN:
@@ -62,15 +63,14 @@ def add_functions(model: ModelProto, scan_body: str = "scan") -> ModelProto:
             )
         signature = _COMPLETE[node.op_type](node, shape_of)
         width = max(width, 1 + sum(n for a in node.attribute if a.name == "pads" for n in a.ints))
-        first, where = signatures.setdefault(node.op_type, (signature, _label(node)))
-        for name, value in signature.items():
-            if value != first[name]:
-                raise InputError(
-                    f"{_label(node)} has {name} = {value} and {where} has {name} = {first[name]}: one model-local "
-                    f"function serves all {node.op_type} nodes of a model, make them alike or split the model"
-                )
+        common = signatures.setdefault(node.op_type, signature)
+        apart = {name: COMMON[name] for name, value in signature.items() if value != common[name]}
+        signatures[node.op_type] = common | apart
+        differ = differ or bool(apart)
     strip_functions(model)
-    for op_type, (signature, _) in signatures.items():
+    if differ:
+        unify(model, signatures, opset)
+    for op_type, signature in signatures.items():
         model.functions.append(
             _scan_function(opset, scan_body, **signature)
             if op_type == "SelectiveScan"
@@ -257,7 +257,7 @@ def _scan_function(opset: int, scan_body: str, *, gated: int, stateful: int, del
 
     d = body.op("Add", delta, "delta_bias", name="step")
     if delta_softplus:
-        d = _softplus(body, d)
+        d = softplus(body, d)
     # b: batch, t: time, g: group, h: channels of a group, n: state
     B = body.reshape(B, batch_time, rest, one, state)  # [b, t, g, 1, n]
     C = body.reshape(C, batch_time, rest, state, one)  # [b, t, g, n, 1]
@@ -277,7 +277,7 @@ def _scan_function(opset: int, scan_body: str, *, gated: int, stateful: int, del
     y = body.op("Add", y, body.op("Mul", u, "D", name="skip"), name="skipped")
     if gated:
         z = body.float32("z")
-        y = body.op("Mul", y, _silu(body, z), name="gated")
+        y = body.op("Mul", y, silu(body, z), name="gated")
     body.rename(body.op("CastLike", y, "u", name="narrowed"), "y")
     if stateful:
         shape = body.op("Shape", "initial_state", name="last_shape")
@@ -292,17 +292,6 @@ def _scan_function(opset: int, scan_body: str, *, gated: int, stateful: int, del
     )
 
 
-def _softplus(body: Body, x: str) -> str:
-    """softplus, linear above the threshold as in mamba_ssm; Softplus never sees a value that could overflow in it."""
-    limit = body.scalar(SOFTPLUS_THRESHOLD)
-    soft = body.op("Softplus", body.op("Min", x, limit, name="limited"))
-    return body.op("Where", body.op("Greater", x, limit, name="linear"), x, soft, name="step")
-
-
-def _silu(body: Body, x: str) -> str:
-    return body.op("Mul", x, body.op("Sigmoid", x), name="silu")
-
-
 def _conv_function(opset: int, scan_body: str, width: int, *, activation: str) -> FunctionProto:
     """All arithmetic in float32. width: the most that any node has."""
     body = Body()
@@ -313,7 +302,7 @@ def _conv_function(opset: int, scan_body: str, width: int, *, activation: str) -
     else:
         y = _convolved(body, x, weight, bias, reverse)
     if activation == "silu":
-        y = _silu(body, y)
+        y = silu(body, y)
     body.rename(body.op("CastLike", y, "x", name="narrowed"), "y")
     return _function(
         CAUSAL_CONV1D,

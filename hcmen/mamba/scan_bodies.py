@@ -12,8 +12,9 @@ from typing import Any
 import onnx
 from onnx import AttributeProto, NodeProto, TensorProto, helper
 
-__all__ = ["BLOCK", "SCAN_BODIES", "Body"]
+__all__ = ["BLOCK", "SCAN_BODIES", "Body", "silu", "softplus"]
 
+SOFTPLUS_THRESHOLD = 20.0
 DOUBLINGS = (1, 2, 4, 8)
 BLOCK = 2 * DOUBLINGS[-1]
 
@@ -75,6 +76,18 @@ class Body:
     def _take(self, own: str, name: str, kind: AttributeProto.AttributeType) -> None:
         self.nodes[-1].attribute.append(AttributeProto(name=own, ref_attr_name=name, type=kind))
         self.bound.append(name)
+
+
+def softplus(body: Body, x: str) -> str:
+    """softplus, linear above the threshold as in mamba_ssm; Softplus never sees a value that could overflow in it."""
+    limit = body.scalar(SOFTPLUS_THRESHOLD)
+    soft = body.op("Softplus", body.op("Min", x, limit, name="limited"))
+    return body.op("Where", body.op("Greater", x, limit, name="linear"), x, soft, name="step")
+
+
+def silu(body: Body, x: str) -> str:
+    """x times its sigmoid."""
+    return body.op("Mul", x, body.op("Sigmoid", x), name="silu")
 
 
 def _scan_over_time(body: Body, first: str, steps: str, driven: str, B: str, C: str, A: str) -> tuple[str, str]:

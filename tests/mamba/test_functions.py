@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +15,17 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from helpers.op_cases import ScanCase, assert_close, assert_scan, scan_arrays, scan_oracle
+from helpers.op_cases import ScanCase, assert_close, assert_scan, model_of, scan_arrays, scan_oracle
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from hcmen.base.errors import InputError
 from hcmen.base.library import library_path
+from hcmen.base.op import SELECTIVE_SCAN
 from hcmen.base.selfcheck import CONV_MODEL, MODEL, selfcheck_inputs
 from hcmen.mamba.functions import add_functions, strip_functions
 from hcmen.mamba.one_node import conv_model, scan_model, selfcheck_conv_model, selfcheck_model
-from hcmen.mamba.scan import causal_conv1d, causal_conv1d_ref, implementation, selective_scan
+from hcmen.mamba.scan import causal_conv1d, causal_conv1d_ref, implementation, selective_scan, selective_scan_ref
 
 
 def run(model, feeds, threads=1, library=False):
@@ -136,22 +139,107 @@ def test_one_body_serves_nodes_that_differ_in_all_it_may():
         assert_close(run(model, feeds, library=library), want)
 
 
-@pytest.mark.parametrize(
-    ("models", "what"),
-    [
-        ((scan_model(4, 2, functions=False), scan_model(4, 2, gated=True, functions=False)), "gated"),
-        ((scan_model(4, 2, functions=False), scan_model(4, 2, stateful=True, functions=False)), "stateful"),
-        ((scan_model(4, 2, functions=False), scan_model(4, 2, delta_softplus=True, functions=False)), "delta_softplus"),
-        ((conv_model(4, 2, functions=False), conv_model(4, 2, activation="none", functions=False)), "activation"),
-    ],
-)
-def test_nodes_that_no_one_function_serves_are_named(models, what):
-    with pytest.raises(InputError) as error:
-        add_functions(join(*models))
-    assert "node 'node1' has" in str(error.value)
-    assert "node 'node0' has" in str(error.value)
-    assert what in str(error.value)
-    assert "\n" not in str(error.value)
+PLAIN = ScanCase(2, 7, 6, 3, None, gated=False, stateful=False, softplus=False)
+SIGNATURES = [
+    PLAIN,
+    replace(PLAIN, gated=True),
+    replace(PLAIN, stateful=True),
+    replace(PLAIN, softplus=True),
+    replace(PLAIN, gated=True, softplus=True, group=2, reverse=True),
+    replace(PLAIN, gated=True, stateful=True, softplus=True),
+    replace(PLAIN, stateful=True, dtype="float16", group=3),
+    replace(PLAIN, gated=True, dtype="float16"),
+]
+
+
+def mixed(cases):
+    """A model of one scan of each case, its inputs and the outputs of the oracle."""
+    model = join(*(model_of(case, functions=False) for case in cases))
+    feeds, want = {}, []
+    for i, case in enumerate(cases):
+        own = scan_arrays(case)
+        feeds.update({f"{name}{i}": x for name, x in own.items()})
+        want += scan_oracle(case, own)[: 1 + case.stateful]
+    return model, feeds, want
+
+
+def assert_all_close(got, want):
+    for g, w in zip(got, want, strict=True):
+        assert np.abs(g - w).max() <= (2e-3 if g.dtype == np.float16 else 2e-6) * np.abs(w).max()
+
+
+def kernels_of(model, feeds, tmp_path):
+    """How often the library's kernels ran."""
+    options = ort.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    options.register_custom_ops_library(str(library_path()))
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session.run(None, feeds)
+    ran = [event.get("args", {}).get("op_name") for event in json.loads(Path(session.end_profiling()).read_text())]
+    return ran.count("SelectiveScan") + ran.count("CausalConv1d")
+
+
+@pytest.mark.parametrize("cases", [*([PLAIN, case] for case in SIGNATURES[1:4]), SIGNATURES[4:6], SIGNATURES], ids=len)
+def test_nodes_of_several_signatures_share_one_function_and_each_has_its_kernel(cases, tmp_path):
+    model, feeds, want = mixed(cases)
+    names = [[*side] for side in ((v.name for v in model.graph.input), (v.name for v in model.graph.output))]
+    add_functions(model)
+    assert [[v.name for v in side] for side in (model.graph.input, model.graph.output)] == names
+    assert len(model.functions) == 1
+    once = model.SerializeToString(deterministic=True)
+    for library in (False, True):
+        assert_all_close(run(model, feeds, library=library), want)
+    assert kernels_of(model, feeds, tmp_path) == len(cases)
+    assert add_functions(model).SerializeToString(deterministic=True) == once
+    assert_all_close(run(add_functions(model, "blocks"), feeds), want)
+
+
+def test_activations_may_differ(tmp_path):
+    rng = np.random.default_rng(6)
+    model = add_functions(join(*(conv_model(4, 3, activation=a, functions=False) for a in ("silu", "none", "silu"))))
+    feeds, want = {}, []
+    for i, activation in enumerate(("silu", "none", "silu")):
+        own = [rng.normal(size=size).astype(np.float32) for size in ((2, 6, 4), (4, 3), (4,))]
+        feeds.update({f"{name}{i}": x for name, x in zip(("x", "weight", "bias"), own, strict=True)})
+        want.append(causal_conv1d_ref(*(torch.from_numpy(x).double() for x in own), activation=activation).numpy())
+    for library in (False, True):
+        assert_all_close(run(model, feeds, library=library), want)
+    assert kernels_of(model, feeds, tmp_path) == 3
+
+
+def test_signatures_meet_inside_subgraphs_and_functions():
+    """A gated node in a branch, one in a function of the user's, and an ungated one beside them."""
+    gated = scan_model(4, 2, gated=True, functions=False)
+    node = gated.graph.node[0]
+    inner, outer, plain = copy.deepcopy(node), copy.deepcopy(node), scan_model(4, 2, functions=False).graph.node[0]
+    inner.output[0], outer.output[0], plain.output[0] = "branch", "called", "plain"
+    value = helper.make_tensor_value_info("branch", TensorProto.FLOAT, ["batch", "time", 4])
+    same = helper.make_node("Identity", ["u"], ["branch"])
+    branches = [helper.make_graph([n], name, [], [value]) for name, n in (("a", inner), ("b", same))]
+    names = [*node.input]
+    wrapper = helper.make_function("mine", "Wrapped", names, ["called"], [outer], [helper.make_opsetid("hcmen", 1)])
+    graph = helper.make_graph(
+        [
+            helper.make_node("If", ["flag"], ["chosen"], then_branch=branches[0], else_branch=branches[1]),
+            helper.make_node("Wrapped", names, ["wrapped"], domain="mine"),
+            plain,
+            helper.make_node("Sum", ["chosen", "wrapped", "plain"], ["out"]),
+        ],
+        "g",
+        [*gated.graph.input, helper.make_tensor_value_info("flag", TensorProto.BOOL, [])],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["batch", "time", 4])],
+    )
+    opsets = [helper.make_opsetid("", 19), helper.make_opsetid("mine", 1)]
+    model = add_functions(helper.make_model(graph, functions=[wrapper], ir_version=9, opset_imports=opsets))
+    case = ScanCase(2, 5, 4, 2, None, gated=True, stateful=False, softplus=False)
+    feeds = scan_arrays(case)
+    ungated = {name: x for name, x in feeds.items() if name != "z"}
+    wide = [torch.from_numpy(ungated[t.name]).double() for t in SELECTIVE_SCAN.inputs[:7]]
+    z = torch.from_numpy(feeds["z"]).double()
+    y = selective_scan_ref(*wide)
+    for library in (False, True):
+        got = run(model, {**feeds, "flag": np.array(True)}, library=library)
+        assert_close(got, [(y + 2 * y * z * torch.sigmoid(z)).numpy()])
 
 
 def test_functions_are_made_anew_and_stripped():
