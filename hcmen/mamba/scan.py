@@ -34,6 +34,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ from hcmen.mamba.reference import causal_conv1d_ref, selective_scan_ref, state_s
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_ref",
+    "collecting",
     "implementation",
     "selective_scan",
     "selective_scan_ref",
@@ -80,9 +82,42 @@ def implementation(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
+Collector = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""Is given the kind of a call ("conv", "scan" or "dual"), the function, and its arguments; gives its result."""
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_collector: ContextVar[Collector | None] = ContextVar("hcmen_scan_collector", default=None)
+
+
+@contextmanager
+def collecting(collector: Collector | None) -> Iterator[None]:
+    """Within the block, calls of the functions below go to `collector`, and those that it makes itself to them."""
+    token = _collector.set(collector)
+    try:
+        yield
+    finally:
+        _collector.reset(token)
+
+
+def _collected(kind: str) -> Callable[[_Function], _Function]:
+    def around(function: _Function) -> _Function:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            collector = _collector.get()
+            if collector is None:
+                return function(*args, **kwargs)
+            with collecting(None):
+                return collector(kind, function, args, kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return around
+
+
 # --- the functions models call --------------------------------------------------------------------------------------
 
 
+@_collected("scan")
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -141,6 +176,7 @@ def selective_scan(
     return (y, last_state) if return_last_state else y
 
 
+@_collected("conv")
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -186,6 +222,7 @@ def causal_conv1d(
     return y.to(x.dtype)
 
 
+@_collected("dual")
 def state_space_dual(
     x: Tensor,
     dt: Tensor,
@@ -316,7 +353,7 @@ def _on_cuda(x: Tensor) -> bool:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
+    warnings.warn(message, stacklevel=5)
 
 
 def _check(name: str, x: Tensor, expected: tuple[int | None, ...]) -> torch.Size:

@@ -33,7 +33,7 @@ import functools
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,23 @@ from hcmen.runtime.backends.limits import within
 from hcmen.runtime.backends.options import Ort
 from hcmen.runtime.compare import SCORE_ATOL, SCORE_RTOL
 
-__all__ = ["FUNCTIONS", "NATIVE", "STANDARD", "OrtBackend", "OrtSession", "import_onnxruntime", "physical_cores"]
+__all__ = [
+    "FUNCTIONS",
+    "LEFT_OUT",
+    "NATIVE",
+    "STANDARD",
+    "OrtBackend",
+    "OrtSession",
+    "import_onnxruntime",
+    "physical_cores",
+]
 
 NATIVE = "native"
 """The hcmen ops ran on the kernels of libhcmen_ops.so."""
 FUNCTIONS = "functions"
 """The hcmen ops ran through the model's own functions of standard ops: right, and slow."""
+LEFT_OUT = "left out on request"
+"""Why there is no kernel library where nobody wanted one."""
 STANDARD = "standard"
 """The graph uses no hcmen op."""
 
@@ -134,23 +145,66 @@ class OrtSession:
             BackendError: ONNX Runtime refused to run; the message has its reason. Or it took more than `time_limit`.
             CorruptFileError: an output is not of the shape or type that the manifest says.
         """
-        if self._session is None:
-            raise BackendError(f"{self._where}: its session belongs to the process that this one was forked from")
-        options = self._ort.RunOptions()
-        options.log_severity_level = 4
-        work = partial(self._run, inputs, options)
-        with stoppable(options):
-            outputs = within(self.time_limit, work, self._where, "running it", lambda: _terminate(options))
+        outputs: dict[str, NDArray[Any]] = self._in_time(partial(self._run, inputs))
         if self._given:
             self._check(outputs, {len(x) if np.ndim(x) else 0 for x in inputs.values()})
         return outputs
 
+    def run_values(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
+        """The outputs of those names as OrtValues; inputs: name -> OrtValue. Nothing is copied.
+
+        Raises:
+            BackendError: as `run`.
+        """
+        found: list[Any] = self._in_time(partial(self._run_values, inputs, outputs))
+        return found
+
+    def described(self) -> tuple[list[TensorSpec], list[TensorSpec], Mapping[str, str]]:
+        """Inputs, outputs and metadata, as the file has them. A type that is no tensor's stands there as it is called.
+
+        A size of None is one without a name.
+        """
+        names = {f"tensor({theirs})": ours for ours, theirs in _ORT_NAMES.items()}
+
+        def specs(found: Sequence[Any]) -> list[TensorSpec]:
+            return [
+                TensorSpec(
+                    x.name,
+                    names.get(x.type) or x.type.removeprefix("tensor(").removesuffix(")"),
+                    tuple("?" if n is None else n for n in x.shape),
+                )
+                for x in found
+            ]
+
+        meta = self._session.get_modelmeta().custom_metadata_map
+        return specs(self._session.get_inputs()), specs(self._session.get_outputs()), meta
+
+    def _in_time(self, run: Callable[[Any], Any]) -> Any:
+        """What `run` gives, told by its argument to stop where it takes too long or the command is to end."""
+        if self._session is None:
+            raise BackendError(f"{self._where}: its session belongs to the process that this one was forked from")
+        options = self._ort.RunOptions()
+        options.log_severity_level = 4
+        with stoppable(options):
+            return within(
+                self.time_limit, partial(run, options), self._where, "running it", lambda: _terminate(options)
+            )
+
     def _run(self, inputs: Mapping[str, NDArray[Any]], options: Any) -> dict[str, NDArray[Any]]:
-        try:
+        with self._told():
             values = self._session.run(self._outputs, dict(inputs), options)
+        return dict(zip(self._outputs, values, strict=True))
+
+    def _run_values(self, inputs: Mapping[str, Any], outputs: Sequence[str], options: Any) -> list[Any]:
+        with self._told():
+            return list(self._session.run_with_ort_values(list(outputs), inputs, options))
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             raise BackendError(f"{self._where}: ONNX Runtime could not run it: {_reason(error)}") from error
-        return dict(zip(self._outputs, values, strict=True))
 
     def _check(self, outputs: Mapping[str, Any], batches: set[int]) -> None:
         for t in self._given:
@@ -170,7 +224,7 @@ class OrtSession:
 class OrtBackend:
     """Makes sessions.
 
-    library: use the kernel library when it is found; False leaves it out, for tests and comparisons.
+    library: use the kernel library when it is found; False leaves it out, without a warning.
 
     Attributes:
         maps_weights: whether `session` wants a `SharedFile`, which this ONNX Runtime maps, or the weights' content.
@@ -190,7 +244,7 @@ class OrtBackend:
         self.version: str = self._ort.__version__
         self.providers = ", ".join(self._ort.get_available_providers())
         self.library: Path | None = None
-        self.library_problem: str | None = "left out on request"
+        self.library_problem: str | None = LEFT_OUT
         if library:
             try:
                 self.library = self._library_path()
@@ -225,7 +279,7 @@ class OrtBackend:
         kernels = STANDARD
         if OP_DOMAIN in graph.domains:
             kernels = NATIVE if self.library is not None else FUNCTIONS
-            if kernels == FUNCTIONS:
+            if kernels == FUNCTIONS and self.library_problem != LEFT_OUT:
                 warnings.warn(
                     f"running without the kernel library, right but many times slower: {self.library_problem}",
                     RuntimeWarning,

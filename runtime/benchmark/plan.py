@@ -173,11 +173,13 @@ class Plan:
                 time_limit=self.time_limit,
                 trust_engines=self.trust_engines,
             )
+        from hcmen.runtime.backends.ort import LEFT_OUT
+
         backend = "ort" if engine == FUNCTIONS else engine
         model = Predictor(bundle, backend=backend, threads=threads, time_limit=self.time_limit)
         if engine == FUNCTIONS:
             # Before a session is made: without the library they take the functions that the graphs carry.
-            model.backend.library, model.backend.library_problem = None, "left out on request"  # type: ignore[union-attr]
+            model.backend.library, model.backend.library_problem = None, LEFT_OUT  # type: ignore[union-attr]
         return model
 
     def _add(self, label: str, bundle: Bundle, variant: str, batch: int, engine: tuple[str, str, int | None]) -> None:

@@ -35,6 +35,7 @@ ALLOWED = {
     ("hcmen/models/loading_archive.py", "_write"): PRIVATE,
     ("runtime/benchmark/peers.py", "__init__"): PRIVATE,
     ("runtime/benchmark/peers.py", "send"): PRIVATE,
+    ("runtime/mamba.py", "save"): "to the file of writing_file",
 }
 
 WRITES = {"write_text", "write_bytes", "tofile", "touch"}
