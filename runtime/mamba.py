@@ -9,8 +9,9 @@
 The graph is one that `hcmen.mamba.export(..., states=True)` wrote: its metadata say which inputs are states
 (hcmen/base/state_records.py). It has any number of steps, so that one session serves both. PyTorch is not needed.
 
-States stay in ONNX Runtime's memory: what a run gives is what the next one takes, and nothing is copied between. No run
-writes into a state that it was given. So a snapshot is a reference, takes no time, and stays as it is.
+No run writes into a state that it was given. So a snapshot is a reference, takes no time, and stays as it is. States
+pass through NumPy. At the sizes of a model of 130 million weights (2.8 MB of states), and of one layer, OrtValues kept
+by ONNX Runtime were slower for their calls' overhead, and two sets of bound buffers were as fast.
 
 A graph's functions or projections may take another number of steps by other arithmetic. docs/mamba.md says where the
 outputs have the same bits however a sequence is cut. For it every session packs its weights: without, ONNX Runtime
@@ -38,7 +39,7 @@ from hcmen.base.npy import read_npy_header
 from hcmen.base.state_records import STATES_KEY, StateRecord, states_from_json
 from hcmen.runtime.backends.limits import check_time_limit
 from hcmen.runtime.backends.options import Ort
-from hcmen.runtime.backends.ort import OrtBackend, import_onnxruntime
+from hcmen.runtime.backends.ort import OrtBackend
 
 __all__ = ["Snapshot", "Stepper"]
 
@@ -62,7 +63,7 @@ class Snapshot:
     batch: int
     steps: int
     _session: object
-    _values: Mapping[str, Any]
+    _values: Mapping[str, NDArray[np.float32]]
 
 
 class Stepper:
@@ -99,7 +100,6 @@ class Stepper:
         backend.time_limit = check_time_limit(time_limit)
         content, weights = _read(self.path)
         self._session = backend.session(content, weights, Path(self.path).name + _EXTERNAL, self.path)
-        self._value = import_onnxruntime().OrtValue.ortvalue_from_numpy
         self.kernels = self._session.kernels
         inputs, outputs, metadata = self._session.described()
         if STATES_KEY not in metadata:
@@ -111,10 +111,8 @@ class Stepper:
         self.states = states_from_json(metadata[STATES_KEY], self.path)
         self.inputs = self._without_states(inputs, {s.name: s for s in self.states}, "input")
         self.outputs = self._without_states(outputs, {s.output: s for s in self.states}, "output")
-        self._wanted = [*(t.name for t in self.outputs), *(s.output for s in self.states)]
-        self._proven = False
         self.batch, self.steps = 1, 0
-        self._values: Mapping[str, Any] = {}
+        self._values: Mapping[str, NDArray[np.float32]] = {}
         self.reset()
 
     def _without_states(
@@ -157,30 +155,31 @@ class Stepper:
             BackendError: ONNX Runtime could not run it. The states are as they were.
         """
         values, steps = self._checked(inputs)
-        found = self._session.run_values({**values, **self._values}, self._wanted)
-        count = len(self.outputs)
-        for state, value in () if self._proven else zip(self.states, found[count:], strict=True):
-            if tuple(value.shape()) != (self.batch, *state.shape) or value.data_type() != "tensor(float)":
+        found = self._session.run({**values, **self._values})
+        after = {}
+        for state in self.states:
+            x = after[state.name] = found.pop(state.output)
+            if not isinstance(x, np.ndarray) or x.dtype != np.float32 or x.shape != (self.batch, *state.shape):
+                kind = f"{x.dtype} {list(x.shape)}" if isinstance(x, np.ndarray) else type(x).__name__
                 raise CorruptFileError(
-                    f"state '{state.output}' came as {value.data_type()} of shape {list(value.shape())}",
+                    f"state '{state.output}' came as {kind}",
                     f"float32 {[self.batch, *state.shape]}",
                     "export the model again",
                     where=self.path,
                 )
-        self._proven = True  # from here on ONNX Runtime holds them to the inputs that they become
-        self._values = {state.name: value for state, value in zip(self.states, found[count:], strict=True)}
+        self._values = after
         self.steps += steps
-        return {t.name: value.numpy() for t, value in zip(self.outputs, found, strict=False)}
+        return found
 
-    def _checked(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
-        """The inputs as OrtValues, and how many steps they have."""
+    def _checked(self, inputs: Mapping[str, Any]) -> tuple[dict[str, NDArray[Any]], int]:
+        """The inputs as arrays, and how many steps they have."""
         names = [t.name for t in self.inputs]
         if inputs.keys() != set(names):
             unknown = sorted(inputs.keys() - set(names))
             what = f"unknown input '{unknown[0]}'" if unknown else f"no input '{min(set(names) - inputs.keys())}'"
             near = did_you_mean(unknown[0], names) if unknown else ""
             raise InputError(what, ", ".join(names), near or None, where=self.path)
-        values: dict[str, Any] = {}
+        values: dict[str, NDArray[Any]] = {}
         steps = None
         for t in self.inputs:
             x = self._array(t, inputs[t.name])
@@ -195,7 +194,7 @@ class Stepper:
                 expected = "at least 1" if steps is None else f"{steps} as '{self.inputs[0].name}'"
                 raise InputError(f"input '{t.name}' has {x.shape[1]} steps", expected, where=self.path)
             steps = x.shape[1]
-            values[t.name] = self._value(x)
+            values[t.name] = x
         return values, steps or 0
 
     def _array(self, t: TensorSpec, given: Any) -> NDArray[Any]:
@@ -238,14 +237,14 @@ class Stepper:
         self._hold(zeros, 0)
 
     def _hold(self, arrays: Mapping[str, NDArray[np.float32]], steps: int) -> None:
-        self._values = {s.name: self._value(arrays[s.name]) for s in self.states}
+        self._values = arrays
         self.batch = len(next(iter(arrays.values())))
         self.steps = steps
 
     @property
     def state(self) -> dict[str, NDArray[np.float32]]:
         """A copy of every state by name, float32 `[batch, ...]`."""
-        return {name: np.array(value.numpy()) for name, value in self._values.items()}
+        return {name: x.copy() for name, x in self._values.items()}
 
     @state.setter
     def state(self, arrays: Mapping[str, Any]) -> None:

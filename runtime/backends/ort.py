@@ -33,7 +33,7 @@ import functools
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -145,24 +145,21 @@ class OrtSession:
             BackendError: ONNX Runtime refused to run; the message has its reason. Or it took more than `time_limit`.
             CorruptFileError: an output is not of the shape or type that the manifest says.
         """
-        outputs: dict[str, NDArray[Any]] = self._in_time(partial(self._run, inputs))
+        if self._session is None:
+            raise BackendError(f"{self._where}: its session belongs to the process that this one was forked from")
+        options = self._ort.RunOptions()
+        options.log_severity_level = 4
+        work = partial(self._run, inputs, options)
+        with stoppable(options):
+            outputs = within(self.time_limit, work, self._where, "running it", lambda: _terminate(options))
         if self._given:
             self._check(outputs, {len(x) if np.ndim(x) else 0 for x in inputs.values()})
         return outputs
 
-    def run_values(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
-        """The outputs of those names as OrtValues; inputs: name -> OrtValue. Nothing is copied.
-
-        Raises:
-            BackendError: as `run`.
-        """
-        found: list[Any] = self._in_time(partial(self._run_values, inputs, outputs))
-        return found
-
     def described(self) -> tuple[list[TensorSpec], list[TensorSpec], Mapping[str, str]]:
         """Inputs, outputs and metadata, as the file has them. A type that is no tensor's stands there as it is called.
 
-        A size of None is one without a name.
+        '?' stands for a size without a name.
         """
         names = {f"tensor({theirs})": ours for ours, theirs in _ORT_NAMES.items()}
 
@@ -179,32 +176,12 @@ class OrtSession:
         meta = self._session.get_modelmeta().custom_metadata_map
         return specs(self._session.get_inputs()), specs(self._session.get_outputs()), meta
 
-    def _in_time(self, run: Callable[[Any], Any]) -> Any:
-        """What `run` gives, told by its argument to stop where it takes too long or the command is to end."""
-        if self._session is None:
-            raise BackendError(f"{self._where}: its session belongs to the process that this one was forked from")
-        options = self._ort.RunOptions()
-        options.log_severity_level = 4
-        with stoppable(options):
-            return within(
-                self.time_limit, partial(run, options), self._where, "running it", lambda: _terminate(options)
-            )
-
     def _run(self, inputs: Mapping[str, NDArray[Any]], options: Any) -> dict[str, NDArray[Any]]:
-        with self._told():
-            values = self._session.run(self._outputs, dict(inputs), options)
-        return dict(zip(self._outputs, values, strict=True))
-
-    def _run_values(self, inputs: Mapping[str, Any], outputs: Sequence[str], options: Any) -> list[Any]:
-        with self._told():
-            return list(self._session.run_with_ort_values(list(outputs), inputs, options))
-
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
         try:
-            yield
+            values = self._session.run(self._outputs, dict(inputs), options)
         except Exception as error:
             raise BackendError(f"{self._where}: ONNX Runtime could not run it: {_reason(error)}") from error
+        return dict(zip(self._outputs, values, strict=True))
 
     def _check(self, outputs: Mapping[str, Any], batches: set[int]) -> None:
         for t in self._given:

@@ -344,7 +344,7 @@ def test_a_run_that_fails_leaves_the_states_alone(path, monkeypatch):
     def failing(*_):
         raise RuntimeError("no\nluck")
 
-    monkeypatch.setattr(stepper._session._session, "run_with_ort_values", failing)
+    monkeypatch.setattr(stepper._session._session, "run", failing)
     with pytest.raises(BackendError, match="could not run it: no luck"):
         stepper.feed(x=x_of(1, 2))
     assert stepper.steps == 2
