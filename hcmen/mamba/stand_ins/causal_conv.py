@@ -73,9 +73,9 @@ def causal_conv1d_fn(
         InputError: shapes disagree, or seq_idx came.
     """
     if isinstance(seq_idx, (str, bool)):  # 1.0: x, weight, bias, activation
-        seq_idx, activation = None, seq_idx or None  # type: ignore[assignment]
+        seq_idx, activation = None, seq_idx or None
     if isinstance(initial_states, (str, bool)):  # 1.1: x, weight, bias, seq_idx, activation
-        initial_states, activation = None, initial_states or None  # type: ignore[assignment]
+        initial_states, activation = None, initial_states or None
     not_served("seq_idx", seq_idx)
     y, last = _convolved(x, weight, bias, initial_states, activation, return_final_states)
     if not return_final_states:
@@ -171,7 +171,7 @@ def causal_conv1d_bwd_function(
     return_dinitial_states: bool,
     silu_activation: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(dx, dweight, dbias, dinitial_states); the last two None where there is nothing. dx goes where the caller wants."""
+    """(dx, dweight, dbias, dinitial_states), the last two None where there is nothing; dx is also written to `dx`."""
     not_served("seq_idx", seq_idx)
     with torch.enable_grad():
         leaves = [None if v is None else v.detach().requires_grad_() for v in (x, weight, bias, initial_states)]
@@ -210,8 +210,8 @@ def _unknown(name: str, arguments: tuple[Any, ...], served: str) -> InputError:
 
 def _forward(*arguments: Any) -> Tensor | None:
     if len(arguments) == 8:
-        *first, out, final_states, silu = arguments
-        out.copy_(causal_conv1d_fwd_function(*first, final_states, silu))
+        x, weight, bias, seq_idx, states, out, final_states, silu = arguments
+        out.copy_(causal_conv1d_fwd_function(x, weight, bias, seq_idx, states, final_states, silu))
         return None
     if len(arguments) not in (4, 5, 7):
         raise _unknown("causal_conv1d_fwd", arguments, "4, 5, 7 or 8")
@@ -222,8 +222,10 @@ def _forward(*arguments: Any) -> Tensor | None:
 
 def _backward(*arguments: Any) -> tuple[Tensor | None, ...] | None:
     if len(arguments) == 12:
-        *first, dx, dweight, dbias, dinitial, silu = arguments
-        found = causal_conv1d_bwd_function(*first, None, dinitial is not None, silu)
+        x, weight, bias, dout, seq_idx, states, dfinal, dx, dweight, dbias, dinitial, silu = arguments
+        found = causal_conv1d_bwd_function(
+            x, weight, bias, dout, seq_idx, states, dfinal, None, dinitial is not None, silu
+        )
         for given, value in zip((dx, dweight, dbias, dinitial), found, strict=True):
             if given is not None and value is not None:
                 given.copy_(value)

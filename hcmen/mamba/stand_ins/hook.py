@@ -129,6 +129,19 @@ class _Event:
     wait = synchronize
 
 
+class _Device:
+    """torch.cuda.device on a machine without CUDA: a block in which nothing is chosen."""
+
+    def __init__(self, device: Any = None) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
 class _Stood(importlib.abc.Loader):
     """Gives an import a module that is there already."""
 
@@ -156,9 +169,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         if name.partition(".")[0] in packages.ROOTS and not _hiding:
             stood = self._stood_in(name, spec)
             if stood is not None:
-                return importlib.machinery.ModuleSpec(
-                    name, _Stood(stood), is_package=hasattr(stood, "__path__")
-                )
+                return importlib.machinery.ModuleSpec(name, _Stood(stood), is_package=hasattr(stood, "__path__"))
         if spec is not None and spec.loader is not None:
             self._watch(name, spec.loader)
         return spec
@@ -185,7 +196,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         run = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            del loader.exec_module  # type: ignore[attr-defined]
+            del loader.exec_module
             with ExitStack() as stack:
                 if name.partition(".")[0] in _BLIND:
                     stack.enter_context(hidden())
@@ -200,7 +211,7 @@ _hiding = 0
 
 @contextmanager
 def hidden() -> Iterator[None]:
-    """Within the block no stand-in can be imported: for an exporter, whose parts look for Triton and trust what they find.
+    """Within the block no stand-in can be imported: for an exporter, which looks for Triton and trusts what it finds.
 
     PyTorch keeps what it once found, so these memories are wiped before and after.
     """
@@ -250,6 +261,7 @@ class Shim:
             sys.meta_path.insert(0, self._finder)
             if not torch.cuda.is_available():
                 self.replace(torch.cuda, "Event", _Event)
+                self.replace(torch.cuda, "device", _Device)
             for module in list(sys.modules.values()):
                 if isinstance(module, ModuleType) and not packages.is_stand_in(module):
                     self.serve(module, imported_now=False)
@@ -286,7 +298,7 @@ class Shim:
             self._undo.append(functools.partial(setattr, owner, name, before))
 
     def compiled(self, name: str, spec: Any) -> ModuleType | None:
-        """A compiled module that is installed, with hcmen's functions for tensors of the CPU; the stand-in if it fails."""
+        """A compiled module that is installed, with hcmen's functions for the CPU; the stand-in if it does not load."""
         try:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)

@@ -1,7 +1,7 @@
 """Mamba and Mamba-2 mixers for whoever has neither mamba_ssm nor a checkout of it.
 
-Constructors, parameters and state_dict keys are those of mamba_ssm 2.3, so that checkpoints load; the initial values are
-those of the papers. The forward pass is channels last throughout.
+Constructors, parameters and state_dict keys are those of mamba_ssm 2.3, so that checkpoints load; the initial values
+are those of the papers. The forward pass is channels last throughout.
 """
 
 from __future__ import annotations
@@ -58,10 +58,9 @@ class _Mixer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Zero states: the last inputs of the convolution [batch, channel, taps], and the scan's [batch, ...]."""
         channel, _, taps = self.conv1d.weight.shape
-        options = {"device": self.conv1d.weight.device, "dtype": dtype or self.conv1d.weight.dtype}
-        return torch.zeros(batch_size, channel, taps, **options), torch.zeros(
-            batch_size, *self._state_shape(), **options
-        )
+        options: dict[str, Any] = {"device": self.conv1d.weight.device, "dtype": dtype or self.conv1d.weight.dtype}
+        state = torch.zeros(batch_size, *self._state_shape(), **options)
+        return torch.zeros(batch_size, channel, taps, **options), state
 
     def _states(self, inference_params: Any, batch: int) -> tuple[Tensor, Tensor]:
         if self.layer_idx is None:
@@ -141,10 +140,16 @@ class Mamba(_Mixer):
         if states is not None:
             self._remember(states[0], x)
         x = self._convolved(x)
-        low, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        low, B, C = torch.split_with_sizes(self.x_proj(x), [self.dt_rank, self.d_state, self.d_state], dim=-1)
         found = selective_scan(
-            *(x, F.linear(low, self.dt_proj.weight), -torch.exp(self.A_log.float()), B, C, self.D),
-            *(self.dt_proj.bias, z),
+            x,
+            F.linear(low, self.dt_proj.weight),
+            -torch.exp(self.A_log.float()),
+            B,
+            C,
+            self.D,
+            self.dt_proj.bias,
+            z,
             delta_softplus=True,
             return_last_state=states is not None,
         )
@@ -158,10 +163,18 @@ class Mamba(_Mixer):
         """One step [batch, 1, d_model]; the states are changed in place."""
         x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)
         x = causal_conv1d_update(x, conv_state, self.conv1d.weight[:, 0], self.conv1d.bias, self.activation)
-        low, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        low, B, C = torch.split_with_sizes(self.x_proj(x), [self.dt_rank, self.d_state, self.d_state], dim=-1)
         y = selective_state_update(
-            *(ssm_state, x, F.linear(low, self.dt_proj.weight), -torch.exp(self.A_log.float()), B, C, self.D, z),
-            *(self.dt_proj.bias, True),
+            ssm_state,
+            x,
+            F.linear(low, self.dt_proj.weight),
+            -torch.exp(self.A_log.float()),
+            B,
+            C,
+            self.D,
+            z,
+            self.dt_proj.bias,
+            dt_softplus=True,
         )
         return self.out_proj(y)[:, None], conv_state, ssm_state
 
@@ -210,16 +223,18 @@ class Mamba2(_Mixer):
             )
         self.nheads = head = width // headdim
         self.ngroups, self.D_has_hdim, self.rmsnorm, self.norm_before_gate = (
-            *(ngroups, D_has_hdim, rmsnorm, norm_before_gate),
+            ngroups,
+            D_has_hdim,
+            rmsnorm,
+            norm_before_gate,
         )
-        self.dt_limit, self.chunk_size, self.use_mem_eff_path, self.layer_idx = (
-            *(dt_limit, chunk_size, use_mem_eff_path, layer_idx),
-        )
+        self.dt_limit, self.chunk_size, self.use_mem_eff_path = dt_limit, chunk_size, use_mem_eff_path
+        self.layer_idx = layer_idx
         self.activation, self.act = "silu", nn.SiLU()
         convolved = width + 2 * ngroups * d_state
         self.in_proj = nn.Linear(d_model, 2 * inner - width + convolved + head, bias=bias, **options)
         self.conv1d = nn.Conv1d(
-            *(convolved, convolved, d_conv), groups=convolved, padding=d_conv - 1, bias=conv_bias, **options
+            convolved, convolved, d_conv, groups=convolved, padding=d_conv - 1, bias=conv_bias, **options
         )
         if conv_init is not None:
             nn.init.uniform_(self.conv1d.weight, -conv_init, conv_init)
@@ -236,7 +251,7 @@ class Mamba2(_Mixer):
 
     def _skip(self) -> Tensor:
         """D, [head] or [head, p]."""
-        return self.D.unflatten(0, (self.nheads, self.headdim)) if self.D_has_hdim else self.D
+        return torch.unflatten(self.D, 0, (self.nheads, self.headdim)) if self.D_has_hdim else self.D
 
     def forward(
         self,
@@ -247,15 +262,19 @@ class Mamba2(_Mixer):
         inference_params: Any = None,
     ) -> Tensor:
         not_served("cu_seqlens", cu_seqlens)
-        series = u if seqlen is None else u.unflatten(0, (-1, seqlen))
+        series = u if seqlen is None else torch.unflatten(u, 0, (-1, seqlen))
         if inference_params is not None:
             states = self._states(inference_params, series.shape[0])
             if inference_params.seqlen_offset > 0:
                 return self.step(series, *states)[0]
             return self._prefill(series, *states)
         out: Tensor = mamba_split_conv1d_scan_combined(
-            *(self.in_proj(series), self.conv1d.weight[:, 0], self.conv1d.bias, self.dt_bias),
-            *(-torch.exp(self.A_log.float()), self._skip()),
+            self.in_proj(series),
+            self.conv1d.weight[:, 0],
+            self.conv1d.bias,
+            self.dt_bias,
+            -torch.exp(self.A_log.float()),
+            self._skip(),
             seq_idx=seq_idx,
             dt_limit=self.dt_limit,
             rmsnorm_weight=self.norm.weight if self.rmsnorm else None,
@@ -271,7 +290,8 @@ class Mamba2(_Mixer):
     def _split(self, projected: Tensor) -> tuple[Tensor, ...]:
         """[..., all] -> what is beside the mixer, z, x with B and C, dt."""
         convolved = self.conv1d.weight.shape[0]
-        return projected.split([2 * (self.d_inner - self.d_ssm), self.d_ssm, convolved, self.nheads], dim=-1)
+        sizes = [2 * (self.d_inner - self.d_ssm), self.d_ssm, convolved, self.nheads]
+        return tuple(torch.split_with_sizes(projected, sizes, dim=-1))
 
     def _finished(self, y: Tensor, z: Tensor, beside: Tensor) -> Tensor:
         y = self.norm(y, z) if self.rmsnorm else y
@@ -282,13 +302,16 @@ class Mamba2(_Mixer):
         beside, z, xBC, dt = self._split(self.in_proj(u))
         self._remember(conv_state, xBC)
         size = self.ngroups * self.d_state
-        x, B, C = self._convolved(xBC).split([self.d_ssm, size, size], dim=-1)
+        x, B, C = torch.split_with_sizes(self._convolved(xBC), [self.d_ssm, size, size], dim=-1)
         heads = (self.nheads, self.headdim)
         y, last = mamba_chunk_scan_combined(
-            *(x.unflatten(-1, heads), dt, -torch.exp(self.A_log.float())),
-            *(v.unflatten(-1, (self.ngroups, self.d_state)) for v in (B, C)),
+            torch.unflatten(x, -1, heads),
+            dt,
+            -torch.exp(self.A_log.float()),
+            torch.unflatten(B, -1, (self.ngroups, self.d_state)),
+            torch.unflatten(C, -1, (self.ngroups, self.d_state)),
             D=self._skip(),
-            z=None if self.rmsnorm else z.unflatten(-1, heads),
+            z=None if self.rmsnorm else torch.unflatten(z, -1, heads),
             dt_bias=self.dt_bias,
             dt_softplus=True,
             dt_limit=self.dt_limit,
@@ -302,14 +325,17 @@ class Mamba2(_Mixer):
         beside, z, xBC, dt = self._split(self.in_proj(hidden_states.squeeze(1)))
         xBC = causal_conv1d_update(xBC, conv_state, self.conv1d.weight[:, 0], self.conv1d.bias, self.activation)
         size, heads = self.ngroups * self.d_state, (self.nheads, self.headdim)
-        x, B, C = xBC.split([self.d_ssm, size, size], dim=-1)
+        x, B, C = torch.split_with_sizes(xBC, [self.d_ssm, size, size], dim=-1)
         rates = -torch.exp(self.A_log.float())
         y = selective_state_update(
-            *(ssm_state, x.unflatten(-1, heads), dt[..., None].expand(-1, -1, self.headdim)),
+            ssm_state,
+            torch.unflatten(x, -1, heads),
+            dt[..., None].expand(-1, -1, self.headdim),
             rates[:, None, None].expand(-1, self.headdim, self.d_state),
-            *(v.unflatten(-1, (self.ngroups, self.d_state)) for v in (B, C)),
+            torch.unflatten(B, -1, (self.ngroups, self.d_state)),
+            torch.unflatten(C, -1, (self.ngroups, self.d_state)),
             D=self._skip() if self.D_has_hdim else self.D[:, None].expand(heads),
-            z=None if self.rmsnorm else z.unflatten(-1, heads),
+            z=None if self.rmsnorm else torch.unflatten(z, -1, heads),
             dt_bias=self.dt_bias[:, None].expand(heads),
             dt_softplus=True,
         )

@@ -1,7 +1,8 @@
 """mamba_ssm's norms, whose kernels are in Triton, in plain PyTorch: computed in float32 (float64 stays).
 
-`layer_norm_fn` and `rms_norm_fn` are those of mamba_ssm.ops.triton.layer_norm (layernorm before 2.0): a residual, a
-second input and second weights, dropout. `layernorm_fn` and `rmsnorm_fn` are those of layernorm_gated: a gate z, groups.
+`layer_norm_fn` and `rms_norm_fn` are those of mamba_ssm.ops.triton.layer_norm (layernorm before 2.0), with a residual,
+a second input, second weights and dropout. `layernorm_fn` and `rmsnorm_fn` are those of layernorm_gated, with a gate z
+and groups.
 """
 
 from __future__ import annotations
@@ -105,7 +106,10 @@ def layer_norm_linear_fn(
 ) -> Any:
     """A norm and a linear layer: [..., width of the layer]; with `prenorm` also the sum that was normed."""
     y, whole = layer_norm_fn(
-        *(x, norm_weight, norm_bias, residual),
+        x,
+        norm_weight,
+        norm_bias,
+        residual,
         eps=eps,
         prenorm=True,
         residual_in_fp32=residual_in_fp32,
@@ -168,7 +172,7 @@ def layernorm_fn(
     if group_size is None or group_size == x.shape[-1]:
         y = _normed(whole, weight, bias, eps, is_rms_norm)
     else:
-        groups = whole.unflatten(-1, (-1, group_size))
+        groups = torch.unflatten(whole, -1, (-1, group_size))
         ones = weight.new_ones(group_size)
         y = _normed(groups, ones, None, eps, is_rms_norm).flatten(-2) * weight.to(whole.dtype)
         y = y if bias is None else y + bias.to(y.dtype)
@@ -204,7 +208,10 @@ class RMSNorm(nn.Module):
         self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False
     ) -> Any:
         return rms_norm_fn(
-            *(x, self.weight, None, residual),
+            x,
+            self.weight,
+            None,
+            residual,
             eps=self.eps,
             dropout_p=self.drop.p if self.drop is not None and self.training else 0.0,
             prenorm=prenorm,
@@ -216,6 +223,7 @@ class LayerNormGated(nn.Module):
     """mamba_ssm.ops.triton.layernorm_gated.LayerNorm."""
 
     _without_mean = False
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -233,9 +241,8 @@ class LayerNormGated(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        return layernorm_fn(
-            *(x, self.weight, self.bias, z, self.eps, self.group_size, self.norm_before_gate, self._without_mean)
-        )
+        group, first, rms = self.group_size, self.norm_before_gate, self._without_mean
+        return layernorm_fn(x, self.weight, self.bias, z, self.eps, group, first, rms)
 
 
 class RMSNormGated(LayerNormGated):

@@ -29,9 +29,7 @@ COMPILED: Mapping[str, Any] = {
 """Compiled modules, which have nothing but functions."""
 
 _MARK = "__hcmen_stand_in__"
-_CHECKOUT = (
-    "put a checkout of github.com/state-spaces/mamba on the path (PYTHONPATH), whose files then run on hcmen's operators"
-)
+_CHECKOUT = "put a checkout of github.com/state-spaces/mamba on the path (PYTHONPATH): its files run on these operators"
 
 
 class Block(nn.Module):
@@ -49,11 +47,16 @@ class Block(nn.Module):
         super().__init__()
         self.fused_add_norm, self.residual_in_fp32 = fused_add_norm, residual_in_fp32
         self.norm, self.mixer = norm_cls(dim), mixer_cls(dim)
-        self.norm2, self.mlp = (None, None) if mlp_cls is nn.Identity else (norm_cls(dim), mlp_cls(dim))
+        self.mlp: Any = None
+        if mlp_cls is not nn.Identity:
+            self.norm2, self.mlp = norm_cls(dim), mlp_cls(dim)
 
     def _normed(self, norm: Any, x: Tensor, residual: Tensor | None) -> Any:
         return norms.layer_norm_fn(
-            *(x, norm.weight, getattr(norm, "bias", None), residual),
+            x,
+            norm.weight,
+            getattr(norm, "bias", None),
+            residual,
             eps=norm.eps,
             prenorm=True,
             residual_in_fp32=self.residual_in_fp32,
@@ -117,9 +120,7 @@ _MIXERS = _of(mamba_modules, "Mamba", "Mamba2")
 _CONTENTS: Mapping[str, dict[str, Any]] = {
     **{name: vars(functions) for name, functions in COMPILED.items()},
     "causal_conv1d": {"__version__": "1.6.1"} | _of(causal_conv, *_CONV),
-    "causal_conv1d.causal_conv1d_interface": _of(
-        causal_conv, *_CONV, "causal_conv1d_ref", "causal_conv1d_update_ref"
-    ),
+    "causal_conv1d.causal_conv1d_interface": _of(causal_conv, *_CONV, "causal_conv1d_ref", "causal_conv1d_update_ref"),
     "causal_conv1d.causal_conv1d_varlen": _of(causal_conv, "causal_conv1d_varlen_states"),
     "causal_conv1d.cpp_functions": _of(
         causal_conv, "causal_conv1d_fwd_function", "causal_conv1d_bwd_function", "causal_conv1d_update_function"

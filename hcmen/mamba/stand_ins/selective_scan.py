@@ -1,6 +1,6 @@
 """mamba_ssm's selective scan and what it is called by, on `hcmen.mamba.scan`: channels before time, as callers have it.
 
-Lowest come `CUDA`, `CORE` and `OFLEX`: the contents of the compiled modules selective_scan_cuda and its relatives, with a
+Lowest come `CUDA`, `CORE` and `OFLEX`: what is in the compiled modules selective_scan_cuda and its relatives, with a
 forward and a backward function that somebody else's `torch.autograd.Function` calls. Above them are the functions of
 mamba_ssm.ops.selective_scan_interface, in plain autograd.
 
@@ -214,16 +214,16 @@ def _inner(
     A: Tensor,
     B: Tensor | None,
     C: Tensor | None,
-    biases: Sequence[Tensor | None],
-    norms: Sequence[Tensor | None],
-    eps: float,
+    biases: Sequence[Tensor | None] = (None, None),
+    norms: Sequence[Tensor | None] = (None, None, None),
+    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x, delta, B, C and z of a mixer, ready to be scanned; x and z halves of xz [batch, 2 x channel, time]."""
     real(A=A, B=B, C=C)
     rank, state = delta_proj_weight.shape[1], A.shape[1]
     x, z = xz.chunk(2, dim=1)
     x = causal_conv1d_fn(x, conv1d_weight.flatten(1), conv1d_bias, activation="silu")
-    low, *projected = F.linear(x.transpose(1, 2), x_proj_weight).split([rank, state, state], dim=-1)
+    low, *projected = torch.split_with_sizes(F.linear(x.transpose(1, 2), x_proj_weight), [rank, state, state], dim=-1)
     delta = F.linear(low, delta_proj_weight)
     made = []
     for given, own, bias, norm in zip((B, C), projected, biases, norms[:2], strict=True):
@@ -278,7 +278,7 @@ def mamba_inner_fn(
     *others: Any,
     **named: Any,
 ) -> Tensor:
-    """mamba_ssm's `mamba_inner_fn`: [batch, time, width of the model]. Arguments after A: `mamba_inner_fn_no_out_proj`."""
+    """mamba_ssm's `mamba_inner_fn`: [batch, time, width]. Arguments after A as of `mamba_inner_fn_no_out_proj`."""
     y = mamba_inner_fn_no_out_proj(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, *others, **named
     )
@@ -306,8 +306,15 @@ def bimamba_inner_fn(
     """Vim's `bimamba_inner_fn`: the same x, B and C scanned from both ends, with a decay for each direction."""
     real(A_b=A_b)
     x, delta, B, C, z = _inner(
-        *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C),
-        *((B_proj_bias, C_proj_bias), (None, None, None), 0.0),
+        xz,
+        conv1d_weight,
+        conv1d_bias,
+        x_proj_weight,
+        delta_proj_weight,
+        A,
+        B,
+        C,
+        biases=(B_proj_bias, C_proj_bias),
     )
     dtype = widest(x, delta, z, *(v for v in (B, C) if v.dim() > 2))
     tensors = [_time_first(v, dtype) for v in (x, delta, B, C, z)]
@@ -315,7 +322,14 @@ def bimamba_inner_fn(
 
     def scanned(decay: Tensor, reverse: bool) -> Tensor:
         y = selective_scan(
-            *(series, steps, decay, inputs, outputs, D, delta_bias, gate),
+            series,
+            steps,
+            decay,
+            inputs,
+            outputs,
+            D,
+            delta_bias,
+            gate,
             delta_softplus=delta_softplus,
             reverse=reverse,
         )

@@ -1,7 +1,7 @@
 """mamba_ssm's Mamba-2 functions and the single step of either kind, on `hcmen.mamba.scan`; time before channels.
 
-Shapes: x, z [batch, time, head, p]; dt [batch, time, head]; A, dt_bias [head]; D [head] or [head, p]; B, C [batch, time,
-group, state]; states [batch, head, p, state].
+Shapes: x, z [batch, time, head, p]; dt [batch, time, head]; A, dt_bias [head]; D [head] or [head, p];
+B, C [batch, time, group, state]; states [batch, head, p, state].
 """
 
 from __future__ import annotations
@@ -46,11 +46,22 @@ def mamba_chunk_scan_combined(
         InputError: shapes disagree; A is complex; seq_idx, cu_seqlens or return_varlen_states came.
     """
     real(A=A)
-    for name, value in (("seq_idx", seq_idx), ("cu_seqlens", cu_seqlens), ("return_varlen_states", return_varlen_states)):
+    for name, value in (
+        ("seq_idx", seq_idx),
+        ("cu_seqlens", cu_seqlens),
+        ("return_varlen_states", return_varlen_states),
+    ):
         not_served(name, value)
     dtype = widest(x, dt, B, C, z)
     found = state_space_dual(
-        *(x.to(dtype), dt.to(dtype), A, B.to(dtype), C.to(dtype), D, dt_bias, None if z is None else z.to(dtype)),
+        x.to(dtype),
+        dt.to(dtype),
+        A,
+        B.to(dtype),
+        C.to(dtype),
+        D,
+        dt_bias,
+        None if z is None else z.to(dtype),
         initial_states,
         delta_softplus=dt_softplus,
         dt_min=float(dt_limit[0]),
@@ -109,15 +120,18 @@ def mamba_split_conv1d_scan_combined(
     if extra < 0 or width + 2 * ngroups * state != channel or 2 * extra + width + channel + head != zxbcdt.shape[-1]:
         want = f"at least {width + channel + head} = width {width} + convolved {channel} + heads {head}"
         raise InputError(f"zxbcdt has {zxbcdt.shape[-1]} channels", want)
-    beside, z, xBC, dt = zxbcdt.split([2 * extra, width, channel, head], dim=-1)
-    xBC = causal_conv1d_fn(
-        xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, activation=activation
-    ).transpose(1, 2)
-    x, B, C = xBC.split([width, ngroups * state, ngroups * state], dim=-1)
-    gate = z.unflatten(-1, (head, headdim)) if rmsnorm_weight is None else None
+    beside, z, xBC, dt = torch.split_with_sizes(zxbcdt, [2 * extra, width, channel, head], dim=-1)
+    xBC = causal_conv1d_fn(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, activation=activation).transpose(
+        1, 2
+    )
+    x, B, C = torch.split_with_sizes(xBC, [width, ngroups * state, ngroups * state], dim=-1)
+    gate = torch.unflatten(z, -1, (head, headdim)) if rmsnorm_weight is None else None
     found = mamba_chunk_scan_combined(
-        *(x.unflatten(-1, (head, headdim)), dt, A),
-        *(v.unflatten(-1, (ngroups, state)) for v in (B, C)),
+        torch.unflatten(x, -1, (head, headdim)),
+        dt,
+        A,
+        torch.unflatten(B, -1, (ngroups, state)),
+        torch.unflatten(C, -1, (ngroups, state)),
         D=D,
         z=gate,
         dt_bias=dt_bias,
@@ -157,9 +171,10 @@ def selective_state_update(
 ) -> Tensor:
     """mamba_ssm's `selective_state_update`, one step: y as x. The state is changed in place.
 
-    state: [batch, channel, state] with x, dt, z [batch, channel], A [channel, state], D, dt_bias [channel] and B, C
-    [batch, state]; or with heads, [batch, head, p, state] with x, dt, z [batch, head, p], A [head, p, state], D, dt_bias
-    [head, p] and B, C [batch, group, state]. With heads, dt and A that are expanded over a head run as Mamba-2.
+    Args:
+        state: [batch, channel, state] with x, dt, z [batch, channel], A [channel, state], D, dt_bias [channel] and B, C
+            [batch, state]; or [batch, head, p, state] with x, dt, z [batch, head, p], A [head, p, state], D, dt_bias
+            [head, p] and B, C [batch, group, state]. Then dt and A that are expanded over a head run as Mamba-2.
 
     Raises:
         InputError: shapes disagree, A is complex, or state_batch_indices came.
@@ -177,15 +192,27 @@ def selective_state_update(
     assert outputs is not None
     if state.dim() == 4 and _tied(dt, 1) and _tied(A, 2) and _tied(dt_bias, 1):
         found = state_space_dual(
-            *(series, step[..., 0], A[:, 0, 0], inputs, outputs, D),
-            *(None if dt_bias is None else dt_bias[:, 0], gate, state),
+            series,
+            step[..., 0],
+            A[:, 0, 0],
+            inputs,
+            outputs,
+            D,
+            None if dt_bias is None else dt_bias[:, 0],
+            gate,
+            state,
             delta_softplus=dt_softplus,
             return_last_state=True,
         )
     else:
         found = selective_scan(
-            *(series.flatten(2), step.flatten(2), A.reshape(-1, A.shape[-1]), inputs, outputs),
-            *(None if v is None else v.reshape(-1) for v in (D, dt_bias)),
+            series.flatten(2),
+            step.flatten(2),
+            A.reshape(-1, A.shape[-1]),
+            inputs,
+            outputs,
+            None if D is None else D.reshape(-1),
+            None if dt_bias is None else dt_bias.reshape(-1),
             None if gate is None else gate.flatten(2),
             state.reshape(state.shape[0], -1, state.shape[-1]),
             delta_softplus=dt_softplus,

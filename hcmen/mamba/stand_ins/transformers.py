@@ -15,11 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hcmen.mamba import native_cuda
 from hcmen.mamba.stand_ins import causal_conv, selective_scan, ssd
-from hcmen.mamba.stand_ins.norms import rms_norm_fn
 
 if TYPE_CHECKING:
     from hcmen.mamba.stand_ins.hook import Shim
@@ -45,7 +43,10 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 _SCANS = ("mamba_selective_scan", "mamba2_chunk_scan")
 
 OLD_NAMES = {
-    **{f"{kind}DecoderOnlyOutput": "GenerateDecoderOnlyOutput" for kind in ("GreedySearch", "Sample", "ContrastiveSearch")},
+    **{
+        f"{kind}DecoderOnlyOutput": "GenerateDecoderOnlyOutput"
+        for kind in ("GreedySearch", "Sample", "ContrastiveSearch")
+    },
     **{f"{kind}DecoderOnlyOutput": "GenerateBeamDecoderOnlyOutput" for kind in ("BeamSearch", "BeamSample")},
     **{f"{kind}EncoderDecoderOutput": "GenerateEncoderDecoderOutput" for kind in ("GreedySearch", "Sample")},
     **{f"{kind}EncoderDecoderOutput": "GenerateBeamEncoderDecoderOutput" for kind in ("BeamSearch", "BeamSample")},
@@ -53,9 +54,9 @@ OLD_NAMES = {
 """Names of transformers.generation before 5 that old repositories import, and what they are called now."""
 
 
-def _argument(name: str) -> str:
-    """What an argument of transformers' functions is called in ours, where it differs."""
-    return "u" if name == "mamba_selective_scan" else "x"
+_RENAMED = {"hidden_states": "x"}
+_RENAMED_IN_SCAN = {"hidden_states": "u", "dt": "delta"}
+"""What arguments of transformers' functions are called in ours, where they differ."""
 
 
 def _served(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,12 +64,13 @@ def _served(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     from hcmen.mamba.stand_ins.hook import adapted
 
     ours = FUNCTIONS[name]
-    parameters = inspect.signature(ours).parameters
+    renamed = _RENAMED_IN_SCAN if name == "mamba_selective_scan" else _RENAMED
+    taken = {*inspect.signature(ours).parameters, *renamed}
     run = adapted(
         original,
         ours,
         works_on_cuda=not native_cuda.works() if torch.cuda.is_available() else False,
-        renamed={"hidden_states": _argument(name)},
+        renamed=renamed,
         ignored=("use_mambapy", "use_associative_scan"),
     )
 
@@ -78,7 +80,7 @@ def _served(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         for packed in ("seq_idx", "cu_seqlens"):
             causal_conv.not_served(packed, named.get(packed))
         # Layers pass on what others of the model take.
-        known = {k: v for k, v in named.items() if k in parameters or k == "hidden_states"}
+        known = {k: v for k, v in named.items() if k in taken}
         return run(*arguments, **known)
 
     return call
@@ -108,46 +110,13 @@ def _is_mamba(mixer: type) -> bool:
     return "selective_state_update" in mixer.__dict__["cuda_kernels_forward"].__code__.co_names
 
 
-def _falcon_inner(
-    xz: Tensor,
-    conv1d_weight: Tensor,
-    conv1d_bias: Tensor | None,
-    x_proj_weight: Tensor,
-    delta_proj_weight: Tensor,
-    out_proj_weight: Tensor,
-    out_proj_bias: Tensor | None,
-    A: Tensor,
-    B: None,
-    C: None,
-    D: Tensor,
-    delta_bias: Tensor,
-    delta_softplus: bool = True,
-    b_rms_weight: Tensor | None = None,
-    c_rms_weight: Tensor | None = None,
-    dt_rms_weight: Tensor | None = None,
-    b_c_dt_rms_eps: float = 1e-6,
-    **others: Any,
-) -> Tensor:
-    """FalconMamba's mixer in training: B, C and the low rank of delta are normed, without weights."""
-    x, z = xz.chunk(2, dim=1)
-    x = causal_conv.causal_conv1d_fn(x, conv1d_weight.flatten(1), conv1d_bias, activation="silu")
-    sizes = [delta_proj_weight.shape[1], A.shape[1], A.shape[1]]
-    parts = F.linear(x.transpose(1, 2), x_proj_weight).split(sizes, dim=-1)
-    low, left, right = (rms_norm_fn(v, v.new_ones(v.shape[-1]), None, eps=b_c_dt_rms_eps) for v in parts)
-    delta = F.linear(low, delta_proj_weight).transpose(1, 2)
-    y = selective_scan.selective_scan_fn(
-        x, delta, A, left.transpose(1, 2), right.transpose(1, 2), D, z, delta_bias, delta_softplus
-    )
-    return F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
-
-
 _KERNELS = {
     "causal_conv1d_fn": causal_conv.causal_conv1d_fn,
     "causal_conv1d_update": causal_conv.causal_conv1d_update,
-    "falcon_mamba_inner_fn": _falcon_inner,
+    "falcon_mamba_inner_fn": _nothing,
     "mamba_chunk_scan_combined": ssd.mamba_chunk_scan_combined,
-    "mamba_inner_fn": selective_scan.mamba_inner_fn,
-    "mamba_split_conv1d_scan_combined": ssd.mamba_split_conv1d_scan_combined,
+    "mamba_inner_fn": _nothing,
+    "mamba_split_conv1d_scan_combined": _nothing,
     "selective_scan_fn": selective_scan.selective_scan_fn,
     "selective_state_update": ssd.selective_state_update,
 }
@@ -163,7 +132,20 @@ def _serve_mixers(shim: Shim, module: ModuleType, mixers: list[type]) -> None:
         shim.replace(module, "lazy_load_kernel", lambda name, *a, **k: kernels if name in ours else load(name, *a, **k))
     for mixer in mixers:
         slow = next(name for name in ("slow_forward", "torch_forward") if name in vars(mixer))
-        shim.replace(mixer, slow, vars(mixer)["cuda_kernels_forward"])
+        shim.replace(mixer, slow, _unfused(vars(mixer)["cuda_kernels_forward"]))
+
+
+def _unfused(kernels_forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The method step by step in training too: the fused kernels norm otherwise than the slow method does."""
+
+    def forward(self: Any, *arguments: Any, **named: Any) -> Tensor:
+        training, self.training = self.training, False
+        try:
+            return kernels_forward(self, *arguments, **named)
+        finally:
+            self.training = training
+
+    return forward
 
 
 # --- what goes with it ------------------------------------------------------------------------------------------------
