@@ -41,7 +41,7 @@ class StatefulModel(nn.Module):
         model's own tensors. example: the tensors that it was made with, and zero states.
     """
 
-    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]):
+    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, last_step: bool = False):
         super().__init__()
         self.model = model
         self.training = model.training
@@ -59,7 +59,9 @@ class StatefulModel(nn.Module):
                 f"{type(model).__name__} makes no convolution or scan by hcmen.mamba.scan",
                 fix="build and export it within hcmen.mamba.shim(), or call those functions",
             )
-        self.output_names = tuple(name for name, _ in named(outputs_by_name(outputs)))
+        made = list(named(outputs_by_name(outputs)))
+        self.output_names = tuple(name for name, _ in made)
+        self._cut = [last_step and x.dim() > 1 and x.shape[1] == found.sizes[1] for _, x in made]
         ((name, count),) = Counter(self.graph_inputs + self.graph_outputs).most_common(1)
         if count > 1:
             raise InputError(f"'{name}' is the name of two inputs, outputs or states", fix="rename the model's own")
@@ -115,7 +117,8 @@ class StatefulModel(nn.Module):
                 f"{calls.done} convolutions and scans ran, expected {len(self.states)}",
                 fix="the model runs other layers for other inputs, and cannot have states",
             )
-        return (*(x for _, x in named(outputs_by_name(outputs))), *calls.last)
+        made = (x for _, x in named(outputs_by_name(outputs)))
+        return (*(x[:, -1:] if cut else x for x, cut in zip(made, self._cut, strict=True)), *calls.last)
 
 
 def stateful(
@@ -123,6 +126,7 @@ def stateful(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None = None,
     *,
+    last_step: bool = False,
     check: bool = True,
     tolerance: float = 1e-5,
 ) -> StatefulModel:
@@ -131,6 +135,8 @@ def stateful(
     Args:
         model: a causal model in evaluation mode that calls hcmen.mamba.scan, by itself or under `shim()`.
         args, kwargs: of its forward. Every tensor in them is `[batch, time, ...]`, of 2 steps or more.
+        last_step: outputs are of the last step alone, `[batch, 1, ...]`, which is all that a language model is asked
+            for after a prompt. One of transformers or mamba_ssm then computes no others.
         check: run the example, at most its first 32 steps, in one piece and in several, and compare.
         tolerance: how far an output may then be off, as a part of the largest value of that output.
 
@@ -140,11 +146,11 @@ def stateful(
     """
     if model.training:
         raise InputError(f"{type(model).__name__} is in training mode", fix="call its eval() first")
-    kwargs = dict(kwargs or {})
     # A cache of the model's own would be a second set of states.
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        kwargs.setdefault("use_cache", False)
-    made = StatefulModel(model, args, kwargs)
+    asked: dict[str, Any] = {"use_cache": False, **({"logits_to_keep": 1, "num_last_tokens": 1} if last_step else {})}
+    takes = list(inspect.signature(model.forward).parameters)
+    kwargs = {**{name: value for name, value in asked.items() if name in takes[len(args) :]}, **(kwargs or {})}
+    made = StatefulModel(model, args, kwargs, last_step=last_step)
     if check:
         inputs = made.example[: len(made.input_names)]
         check_cuts(made, inputs, made.first_states(len(inputs[0])), made.graph_outputs, tolerance)

@@ -166,6 +166,32 @@ def test_a_mean_of_the_last_step_alone_is_no_obstacle():
         stateful(Wrapped(nn.Sequential(OverTime(), Last())), (ids_of(2, 9),))
 
 
+class Keeping(nn.Module):
+    """As of transformers: `logits_to_keep` of the last steps, 0 for all. A number is not for pieces."""
+
+    def __init__(self):
+        super().__init__()
+        self.lm = SmallLM(Mamba1)
+
+    def forward(self, input_ids, logits_to_keep=0):
+        return {"logits": self.lm(input_ids)[:, -logits_to_keep:], "kept": torch.tensor(logits_to_keep)}
+
+
+@pytest.mark.parametrize("model", [SmallLM(Mamba1), Keeping().eval()])
+def test_the_last_step_alone_is_asked_for(model):
+    ids = ids_of(2, 9)
+    whole = stateful(model, (ids,))
+    made = stateful(model, (ids,), last_step=True)
+    for steps in (9, 1):
+        last, want = (m(ids[:, :steps], *m.first_states(2)) for m in (made, whole))
+        assert torch.equal(last[0], want[0][:, -1:])
+        assert all(map(torch.equal, last[-2:], want[-2:]))
+    if isinstance(model, Keeping):
+        assert made(*made.example)[1] == 1
+        two = stateful(model, (ids, 2), last_step=True, check=False)(*made.example)[0]
+        assert two.shape[1] == 2  # as the caller says
+
+
 class Calls(nn.Module):
     """A model of one call of ours."""
 
