@@ -51,10 +51,12 @@ from hcmen.mamba.mamba_ssm import conv_limit, mamba_conv, mamba_function, mamba_
 from hcmen.mamba.reference import causal_conv1d_ref, selective_scan_ref, state_space_dual_ref
 
 __all__ = [
+    "call_group",
     "causal_conv1d",
     "causal_conv1d_ref",
     "collecting",
     "implementation",
+    "one_call",
     "selective_scan",
     "selective_scan_ref",
     "state_space_dual",
@@ -97,6 +99,24 @@ def collecting(collector: Collector | None) -> Iterator[None]:
         yield
     finally:
         _collector.reset(token)
+
+
+_group: ContextVar[object | None] = ContextVar("hcmen_scan_group", default=None)
+
+
+@contextmanager
+def one_call() -> Iterator[None]:
+    """Calls within the block are one call written in several ways, of which a graph keeps what is read."""
+    token = _group.set(object())
+    try:
+        yield
+    finally:
+        _group.reset(token)
+
+
+def call_group() -> object | None:
+    """Which block of `one_call` this is, for a collector; None outside of them."""
+    return _group.get()
 
 
 def _collected(kind: str) -> Callable[[_Function], _Function]:

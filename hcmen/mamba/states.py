@@ -25,7 +25,7 @@ from hcmen.base.errors import InputError
 from hcmen.base.state_records import KINDS, STATES_KEY, StateRecord, states_to_json
 from hcmen.mamba.cuts import check_cuts
 from hcmen.mamba.nests import arguments_by_name, named, outputs_by_name, replaced
-from hcmen.mamba.scan import collecting
+from hcmen.mamba.scan import call_group, collecting
 
 __all__ = ["StatefulModel", "stateful"]
 
@@ -177,6 +177,7 @@ class _Calls:
         self.given = given
         self.last: list[Tensor] = []
         self.done = 0
+        self._group: object | None = None
 
     def __call__(self, kind: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = inspect.signature(function).bind(*args, **kwargs).arguments
@@ -184,11 +185,17 @@ class _Calls:
             return function(**arguments)  # it sees no other step
         self._check(function, arguments, next(iter(arguments.values())))
         both = arguments.pop("return_last_state", False)
+        before, self._group = self._group, call_group()
+        if self._group is not None and self._group is before:
+            self.done -= 1
         arguments["initial_state"] = None if self.given is None else self._next(kind, function)
         y, last = function(**arguments, return_last_state=True)
-        if self.given is None:
+        if self.done == len(self.records):
             self.records.append(self._record(kind, last))
-        self.last.append(last)
+        if self.done == len(self.last):
+            self.last.append(last)
+        elif arguments.get("z") is not None:  # of one call in several ways that with a gate is read
+            self.last[self.done] = last
         self.done += 1
         return (y, last) if both else y
 

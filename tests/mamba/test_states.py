@@ -293,6 +293,32 @@ def test_shared_layers_and_calls_have_names_of_their_own():
     ]
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_one_call_written_in_several_ways_has_one_state(gated):
+    """The state that a graph keeps is that of the way which is read: with the gate, or the first."""
+
+    def call(x):
+        A, B, z = -torch.ones(4, 2), torch.ones(2, 5, 2), torch.ones_like(x) if gated else None
+        with scan.one_call():
+            out = scan.selective_scan(x, x, A, B, B)
+            y, last = scan.selective_scan(x, x, A, B, B, z=z, return_last_state=True)
+            lasts.append(last)
+        with scan.one_call():
+            return scan.selective_scan(out + y, x, A, B, B)
+
+    lasts = []
+    x = torch.rand(2, 5, 4)
+    made = stateful(Calls(call).eval(), (x,), check=False)
+    assert [s.name for s in made.states] == ["inner.scan", "inner.scan_2"]
+    first = torch.rand(2, 4, 2)
+    _, after, _ = made(x, first, torch.zeros(2, 4, 2))
+    want = scan.selective_scan(
+        x, x, -torch.ones(4, 2), *[torch.ones(2, 5, 2)] * 2, initial_state=first, return_last_state=True
+    )
+    assert torch.equal(after, want[1])
+    assert (after is lasts[-1]) == gated
+
+
 def test_nests_of_tensors_are_flat_in_a_graph():
     Pair = collections.namedtuple("Pair", "left right")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hcmen.base.errors import InputError
-from hcmen.mamba.scan import selective_scan
+from hcmen.mamba.scan import one_call, selective_scan
 from hcmen.mamba.stand_ins.causal_conv import causal_conv1d_fn
 from hcmen.mamba.stand_ins.norms import rms_norm_fn
 
@@ -121,8 +121,9 @@ def _forward(
     )
     if tracing():
         # Three calls: of their nodes only those are left whose outputs somebody reads.
-        out, (_, state) = scan(), scan(return_last_state=True)
-        gated = None if z is None else scan(z=z)
+        with one_call():
+            out, (_, state) = scan(), scan(return_last_state=True)
+            gated = None if z is None else scan(z=z)
     else:
         out, state = scan(return_last_state=True)
         gated = None if z is None else out * F.silu(z.to(wide))
