@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
+from onnxscript import ir
 
 from hcmen.mamba.graph_edit import Array, Editor, Size, attribute, constant, is_node, shape_of
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-from onnx_ir.passes.common import IdentityEliminationPass, RemoveUnusedNodesPass
+from onnxscript import ir
+from onnxscript.ir.passes.common import RemoveUnusedNodesPass
 
 __all__ = ["Array", "Editor", "Size", "attribute", "constant", "is_node", "shape_of", "sweep"]
 
@@ -55,7 +55,10 @@ def is_node(value: ir.Value | None, op_type: str) -> ir.Node | None:
 
 def sweep(model: ir.Model) -> None:
     """Drops identities, nodes and constants that nothing reads."""
-    IdentityEliminationPass()(model)
+    for node in model.graph:
+        same = is_node(node.outputs[0], "Identity")
+        if same is not None and same.inputs[0] is not None and not node.outputs[0].is_graph_output():
+            node.outputs[0].replace_all_uses_with(same.inputs[0])
     RemoveUnusedNodesPass()(model)
 
 

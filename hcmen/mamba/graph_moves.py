@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
+from onnxscript import ir
 
 from hcmen.base.op import DOMAIN, OPERATORS
 from hcmen.mamba.graph_axes import Flip, Merge, Move, Permute, blocks_of, flip_axis, moved

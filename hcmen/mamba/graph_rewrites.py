@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import onnx
-import onnx_ir as ir
-import onnxruntime
-from onnx_ir.passes.common import CommonSubexpressionEliminationPass
+from onnxscript import ir
+from onnxscript.ir.passes.common import CommonSubexpressionEliminationPass
 
 from hcmen.base.errors import BackendError
 from hcmen.base.library import library_path
@@ -109,6 +108,8 @@ def _distance(x: Array, y: Array) -> float:
 
 def _run(model: onnx.ModelProto, feeds: Feeds) -> list[Array]:
     """Outputs of the graph in ONNX Runtime: with our library where it was built, with our functions elsewhere."""
+    import onnxruntime
+
     proto = onnx.ModelProto()
     proto.CopyFrom(model)
     proto.ir_version = min(proto.ir_version, IR_VERSION)

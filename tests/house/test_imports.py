@@ -45,7 +45,7 @@ PACKAGES = {
     "base": ({"numpy", "click"}, {"onnxruntime"}),
     "data": ({"numpy", "click"}, {"pyarrow"}),
     "media": ({"numpy"}, {"tokenizers"}),
-    "mamba": ({"torch", "onnx", "onnxscript"}, {"tensorrt"}),
+    "mamba": ({"numpy", "torch", "onnx", "onnxscript"}, {"onnxruntime", "tensorrt"}),
     "models": ({"numpy", "torch"}, {"huggingface_hub", "safetensors", "transformers"}),
     "training": ({"numpy", "click", "torch", "safetensors"}, {"matplotlib", "rich", "wandb"}),
     "evaluation": ({"numpy", "click"}, {"matplotlib", "torch"}),

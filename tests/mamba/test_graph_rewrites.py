@@ -7,11 +7,11 @@ from collections import Counter
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from onnxscript import ir
 
 from hcmen.mamba import graph_rewrites
 from hcmen.mamba.graph_axes import blocks_of
