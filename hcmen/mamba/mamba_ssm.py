@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,9 @@ _MAMBA = {
     "scan": ("mamba_ssm", "mamba_ssm.ops.selective_scan_interface", "selective_scan_fn"),
     "convolution": ("causal_conv1d", "causal_conv1d", "causal_conv1d_fn"),
 }
+_COMPILED = {"scan": "selective_scan_cuda", "convolution": "causal_conv1d_cuda"}
+_STAND_IN = "__hcmen_stand_in__"
+"""What stand-in modules have (stand_ins/packages.py): below them are our own functions, and no CUDA kernels."""
 _MAMBA_STATES = 256
 _MAMBA_TAPS = (2, 3, 4)
 
@@ -27,7 +31,10 @@ def mamba_function(operation: str) -> tuple[Callable[..., Any] | None, str | Non
     """The function of the package that has it, or why it cannot be had."""
     package, module, name = _MAMBA[operation]
     try:
-        return getattr(importlib.import_module(module), name), None
+        found = getattr(importlib.import_module(module), name)
+        if any(hasattr(sys.modules.get(part), _STAND_IN) for part in (module, _COMPILED[operation])):
+            return None, f"{package} is a stand-in of hcmen.mamba.shim"
+        return found, None
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing == package:

@@ -22,7 +22,7 @@ import torch
 import torch.utils._triton
 
 from hcmen.base.errors import InputError
-from hcmen.mamba.stand_ins import causal_conv, norms, packages, ssd, transformers
+from hcmen.mamba.stand_ins import causal_conv, norms, packages, ssd, transformers, triton
 
 __all__ = ["KERNELS", "Shim", "adapted", "hidden"]
 
@@ -319,6 +319,9 @@ class Shim:
             self._by_device(module, packages.COMPILED[name])
         elif name == "transformers" or name.startswith("transformers."):
             transformers.serve(self, module)
+        elif name == "triton.runtime.driver" and not torch.cuda.is_available():
+            if "active" in vars(module.driver):
+                self.replace(module.driver, "active", triton.NoDriver())
         else:
             self._serve_kernels(module, imported_now)
 

@@ -28,7 +28,7 @@ COMPILED: Mapping[str, Any] = {
 }
 """Compiled modules, which have nothing but functions."""
 
-_MARK = "__hcmen_stand_in__"
+_MARK = "__hcmen_stand_in__"  # hcmen/mamba/mamba_ssm.py looks for it too
 _CHECKOUT = "put a checkout of github.com/state-spaces/mamba on the path (PYTHONPATH): its files run on these operators"
 
 

@@ -13,9 +13,10 @@ from typing import Any, NoReturn
 
 from hcmen.base.errors import BackendError
 
-__all__ = ["Config", "Kernel", "module"]
+__all__ = ["Config", "Kernel", "NoDriver", "module"]
 
 VERSION = "3.5.0"
+_FIX = "call one of the functions that hcmen.mamba.shim replaces, or run on a machine with Triton and a GPU"
 
 
 class Kernel:
@@ -41,7 +42,7 @@ class Kernel:
         file = getattr(sys.modules.get(self.__module__), "__file__", None) or self.__module__
         raise BackendError(
             f"the Triton kernel {self.__name__} of {file} was launched, and is not served",
-            fix="call one of the functions that hcmen.mamba.shim replaces, or run on a machine with Triton and a GPU",
+            fix=_FIX,
         )
 
     __call__ = warmup = run
@@ -93,6 +94,22 @@ def _named(qualified: str) -> _Named:
 
     spelled = {"__new__": new, "__init__": lambda *a, **k: None, "__call__": call, "__getattr__": attribute}
     return _Named(qualified.rpartition(".")[2], (), {**spelled, "__qualname__": qualified, "__module__": __name__})
+
+
+class NoDriver:
+    """The active driver of a real Triton 3.2 without a GPU, which decorating a kernel asks for already."""
+
+    def get_benchmarker(self) -> Any:
+        """What would time a kernel, once one is launched."""
+        return self.get_current_device
+
+    def get_current_device(self, *arguments: Any, **named: Any) -> NoReturn:
+        """Refuses.
+
+        Raises:
+            BackendError: always.
+        """
+        raise BackendError("a Triton kernel was launched, and there is no GPU", fix=_FIX)
 
 
 def jit(function: Any = None, **options: Any) -> Any:
