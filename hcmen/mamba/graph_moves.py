@@ -174,7 +174,9 @@ def _along(node: ir.Node, editor: Editor, source: ir.Value, move: Move) -> bool:
     rank, inner, split = len(shape_of(node.inputs[0]) or []), shape_of(source) or [], node.op_type == "Split"
     outer = attribute(node, "axis", 0 if split else -1) % rank
     axis = move.axis(outer)
-    if axis is None or (node.op_type == "LayerNormalization" and axis != len(inner) - 1):
+    if axis is None:
+        return False
+    if node.op_type == "LayerNormalization" and (axis != len(inner) - 1 or any(x.uses() for x in node.outputs[1:])):
         return False
     sizes = [(shape_of(output) or [])[outer : outer + 1] if split else [inner[axis]] for output in node.outputs]
     shapes = [[*inner[:axis], *size, *inner[axis + 1 :]] if size else None for size in sizes]
@@ -258,15 +260,16 @@ def _product(node: ir.Node, editor: Editor) -> bool:
         plain = attribute(node, "alpha", 1.0) == attribute(node, "beta", 1.0) == 1.0 and not attribute(
             node, "transA", 0
         )
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
         if not plain or weight is None or found is None or not isinstance(found[1], Merge):
+            return False
+        if bias is not None and len(shape_of(bias) or [0, 0]) != 1:
             return False
         matrix = weight.T if attribute(node, "transB", 0) else weight
         shape = [*(shape_of(found[0]) or [])[:-1], matrix.shape[1]]
         made = editor.node(node, "MatMul", [found[0], editor.constant(np.ascontiguousarray(matrix))], shapes=[shape])
-        if len(node.inputs) > 2 and node.inputs[2] is not None:
-            if len(shape_of(node.inputs[2]) or [0, 0]) != 1:
-                return False
-            made = editor.node(node, "Add", [made[0], node.inputs[2]], shapes=[shape])
+        if bias is not None:
+            made = editor.node(node, "Add", [made[0], bias], shapes=[shape])
         return _settle(node, editor, made, found[1])
     if weight is not None and weight.ndim == 2 and found is not None:
         source, move = found

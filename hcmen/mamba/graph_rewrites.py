@@ -68,8 +68,11 @@ def rewrite_graph(
         where = ", ".join(f"{count} {kind}" for kind, count in sorted(gone.items()))
         count = sum(gone.values())
         kept, reason = _judge(proto, runs, tolerance)
-        if kept and totals[1] > totals[0]:
-            kept, reason = False, f"more nodes than before: {reason}"
+        if kept and (
+            totals[1] > totals[0]
+            or (rewrite is _cancel_moves and after.get("Transpose", 0) > before.get("Transpose", 0))
+        ):
+            kept, reason = False, f"it makes more nodes than it takes away ({reason})"
         rewrites.append(Rewrite(name, where, count, *totals, kept, reason))
         model = proto if kept else model
     return model, rewrites
@@ -275,8 +278,9 @@ def _block_write(value: ir.Value | None) -> Write | None:
         if perm != swap or any(one is None or list(attribute(one, "perm", ())) != perm for one in before):
             return None
         data, updates = (one.inputs[0] for one in before if one is not None)
-    rows = _rows(indices)
     shape, written = shape_of(data), shape_of(updates)
+    total = None if shape is None else shape[axis]
+    rows = _rows(indices, total) if isinstance(total, int) else None
     if data is None or updates is None or rows is None or shape is None or written is None:
         return None
     if _except(written, axis) != _except(shape, axis) or written[axis] != len(rows):
@@ -284,8 +288,8 @@ def _block_write(value: ir.Value | None) -> Write | None:
     return (data, axis, rows[0], updates, len(rows)) if rows == list(range(rows[0], rows[0] + len(rows))) else None
 
 
-def _rows(indices: ir.Value | None) -> list[int] | None:
-    """The numbers in the indices of a ScatterND, which export computes: a slice of the range of the axis' size."""
+def _rows(indices: ir.Value | None, total: int) -> list[int] | None:
+    """The numbers in the indices of a ScatterND along an axis of that size: a slice of their range, once exported."""
     known = constant(indices)
     if known is not None:
         return known.reshape(-1).tolist() if known.ndim == 2 and known.shape[1] == 1 and known.size else None
@@ -298,8 +302,7 @@ def _rows(indices: ir.Value | None) -> list[int] | None:
     first, step = constant(whole.inputs[0]), constant(whole.inputs[2])
     if first is None or step is None or int(first) != 0 or int(step) != 1:
         return None
-    rows = list(range(window[1], window[2]))
-    return rows if rows and window[1] >= 0 else None
+    return list(range(window[1], min(window[2], total))) or None
 
 
 def _window(node: ir.Node) -> tuple[int, int, int] | None:
