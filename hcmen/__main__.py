@@ -41,6 +41,7 @@ COMMANDS = {
     "convert": _Home("hcmen.data.convert", "Convert a data file for training in bounded memory."),
     "clip": _Home("hcmen.data.cut", "Cut samples of a data set out as clips."),
     "compile": _Home("hcmen.export.commands.compile", "Compile a bundle to TensorRT engines, on the device."),
+    "export-mamba": _Home("hcmen.export.commands.export_mamba", "Export anybody's Mamba model to one ONNX file."),
 }
 
 

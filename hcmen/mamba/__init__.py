@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_PUBLIC = {"shim": "hcmen.mamba.stand_ins"}
+_PUBLIC = {
+    "Report": "hcmen.mamba.report",
+    "export": "hcmen.mamba.exporting",
+    "shim": "hcmen.mamba.stand_ins",
+}
 """What `hcmen.mamba` itself offers, and where it lies: imported when it is asked for."""
 
 

@@ -49,7 +49,7 @@ PACKAGES = {
     "models": ({"numpy", "torch"}, {"huggingface_hub", "safetensors", "transformers"}),
     "training": ({"numpy", "click", "torch", "safetensors"}, {"matplotlib", "rich", "wandb"}),
     "evaluation": ({"numpy", "click"}, {"matplotlib", "torch"}),
-    "export": ({"numpy", "click", "torch", "onnx"}, {"onnxruntime"}),
+    "export": ({"numpy", "click", "torch", "onnx"}, {"onnxruntime", "safetensors", "transformers"}),
     "runtime": ({"numpy", "click"}, {"onnxruntime", "tensorrt", "tensorrt_rtx_bindings"}),
 }
 OLD_NAMES = {
@@ -180,6 +180,7 @@ def test_the_runtime_names_the_exporter_in_two_places_only():
         "hcmen.runtime.commands.doctor",
         "hcmen.export.commands.export",
         "hcmen.export.commands.compile",
+        "hcmen.export.commands.export_mamba",
         "hcmen.training.command",
         "hcmen.data.convert",
         "hcmen.data.cut",
