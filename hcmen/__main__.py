@@ -32,7 +32,7 @@ class _Home(NamedTuple):
 
 COMMANDS = {
     "train": _Home("hcmen.training.command", "Train a model; without data, on a synthetic set."),
-    "eval": _Home("hcmen.evaluation.command", "Judge a checkpoint or a bundle with modalities and steps missing."),
+    "eval": _Home("hcmen.evaluation.command", "Judge a model with modalities and steps missing."),
     "export": _Home("hcmen.export.commands.export", "Export a checkpoint to a bundle of ONNX graphs."),
     "run": _Home("hcmen.runtime.commands.run", "Score clips with a bundle, and check the bundle."),
     "follow": _Home("hcmen.runtime.commands.follow", "Score a recording, window by window, as its chunks appear."),
