@@ -15,11 +15,13 @@ from typing import Any
 
 import hcmen
 from hcmen.base.errors import BackendError
-from hcmen.base.op import CAUSAL_CONV1D, SELECTIVE_SCAN, Operator
+from hcmen.base.op import CAUSAL_CONV1D, SELECTIVE_SCAN, STATE_SPACE_DUAL, Operator
 
 __all__ = [
     "ConvArguments",
     "ConvGradients",
+    "DualArguments",
+    "DualGradients",
     "ScanArguments",
     "ScanGradients",
     "library_folders",
@@ -29,17 +31,24 @@ __all__ = [
 ]
 
 LIBRARY_NAME = "libhcmen_ops.so"
-LIBRARY_VERSION = 1
+LIBRARY_VERSION = 2
 """HCMEN_OPS_VERSION of runtime/csrc/selective_scan.h."""
 
-_i32, _i64, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+_i32, _i64, _f32, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
 def _arguments(op: Operator) -> list[tuple[str, Any]]:
-    """The fields of a kernel's arguments: sizes, switches, then inputs and outputs."""
+    """The fields of a kernel's arguments: sizes, switches, which tensors are wide, then inputs and outputs.
+
+    `reserved` fills up what else the compiler would.
+    """
+    integers = ["dtype", *(name for name in op.switches if name not in op.numbers), *op.wide]
+    if (len(integers) + len(op.numbers)) % 2:
+        integers.append("reserved")
     return [
         *((name, _i64) for name in op.sizes),
-        *((name, _i32) for name in ("dtype", *op.switches, "reserved")),
+        *((name, _i32) for name in integers),
+        *((name, _f32) for name in op.numbers),
         *((tensor.name, _pointer) for tensor in (*op.inputs, *op.outputs)),
     ]
 
@@ -73,11 +82,25 @@ class ConvGradients(ctypes.Structure):
     _fields_ = _gradients(CAUSAL_CONV1D)
 
 
+class DualArguments(ctypes.Structure):
+    """`hcmen_dual` of runtime/csrc/state_space_dual.h."""
+
+    _fields_ = _arguments(STATE_SPACE_DUAL)
+
+
+class DualGradients(ctypes.Structure):
+    """`hcmen_dual_grad` of runtime/csrc/state_space_dual.h."""
+
+    _fields_ = _gradients(STATE_SPACE_DUAL)
+
+
 _FUNCTIONS = {
     "hcmen_selective_scan_forward": (ScanArguments,),
     "hcmen_selective_scan_backward": (ScanArguments, ScanGradients),
     "hcmen_causal_conv1d_forward": (ConvArguments,),
     "hcmen_causal_conv1d_backward": (ConvArguments, ConvGradients),
+    "hcmen_state_space_dual_forward": (DualArguments,),
+    "hcmen_state_space_dual_backward": (DualArguments, DualGradients),
 }
 # The rest of the C interface: argument types and result.
 _OTHERS: dict[str, tuple[Sequence[Any], Any]] = {

@@ -8,6 +8,7 @@ They are NamedTuples since every cold start defines them: 0.2 ms each, where a f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ __all__ = [
     "OPSET",
     "PARSER_ATTRIBUTES",
     "SELECTIVE_SCAN",
+    "STATE_SPACE_DUAL",
     "VERSION",
     "Attribute",
     "Operator",
@@ -36,15 +38,22 @@ PARSER_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
 
 
 class Attribute(NamedTuple):
-    """words: what a string may be, the default first; empty: an integer, 0 (the default) or 1."""
+    """words: what a string may be, the default first. number: the default of a float, which may be any number but NaN.
+    Neither: an integer, 0 (the default) or 1."""
 
     name: str
     words: tuple[str, ...] = ()
+    number: float | None = None
 
     @property
     def choices(self) -> tuple[int, ...] | tuple[str, ...]:
-        """What it may be, the default first."""
+        """What it may be, the default first; not for a float."""
         return self.words or (0, 1)
+
+    @property
+    def default(self) -> int | str | float:
+        """What it is where a node does not have it."""
+        return self.choices[0] if self.number is None else self.number
 
     @property
     def flag(self) -> str:
@@ -57,13 +66,14 @@ class Tensor(NamedTuple):
 
     sizes: what its dimensions are called; "group" may be left out of a shape, which means one group. shared: float32 or
     float16, the same for all tensors of a node that are marked so; else float32. only_with: the attribute that is 1
-    exactly if the tensor is there.
+    exactly if the tensor is there. spread: the last size may be left out of a shape, which means the same for all of it.
     """
 
     name: str
     sizes: tuple[str, ...]
     shared: bool = False
     only_with: str | None = None
+    spread: bool = False
 
 
 class Operator(NamedTuple):
@@ -76,9 +86,19 @@ class Operator(NamedTuple):
     outputs: tuple[Tensor, ...]
 
     @property
-    def defaults(self) -> dict[str, int | str]:
+    def defaults(self) -> dict[str, int | str | float]:
         """name -> default of every attribute that kernels read."""
-        return {attribute.name: attribute.choices[0] for attribute in self.attributes}
+        return {attribute.name: attribute.default for attribute in self.attributes}
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The attributes that are floats, in their order."""
+        return tuple(attribute.name for attribute in self.attributes if attribute.number is not None)
+
+    @property
+    def wide(self) -> tuple[str, ...]:
+        """What says in the C structures that a tensor has the size which may be left out of its shape."""
+        return tuple(f"wide_{tensor.name}" for tensor in self.inputs if tensor.spread)
 
     @property
     def switches(self) -> tuple[str, ...]:
@@ -137,5 +157,36 @@ CAUSAL_CONV1D = Operator(
     outputs=(Tensor("y", _SERIES, shared=True),),
 )
 
-OPERATORS = {operator.name: operator for operator in (SELECTIVE_SCAN, CAUSAL_CONV1D)}
+_HEADS = ("batch", "time", "head", "head_dim")
+_HEAD_STATES = ("batch", "head", "head_dim", "state")
+
+STATE_SPACE_DUAL = Operator(
+    "StateSpaceDual",
+    attributes=(
+        Attribute("delta_softplus"),
+        Attribute("reverse"),
+        Attribute("gated"),
+        Attribute("stateful"),
+        Attribute("dt_min", number=0.0),
+        Attribute("dt_max", number=math.inf),
+    ),
+    others=("scan_input_directions", "scan_output_directions"),
+    inputs=(
+        Tensor("x", _HEADS, shared=True),
+        Tensor("dt", ("batch", "time", "head"), shared=True),
+        Tensor("A", ("head",)),
+        Tensor("B", _PROJECTION, shared=True),
+        Tensor("C", _PROJECTION, shared=True),
+        Tensor("D", ("head", "head_dim"), spread=True),
+        Tensor("dt_bias", ("head",)),
+        Tensor("z", _HEADS, shared=True, only_with="gated"),
+        Tensor("initial_state", _HEAD_STATES, only_with="stateful"),
+    ),
+    outputs=(
+        Tensor("y", _HEADS, shared=True),
+        Tensor("last_state", _HEAD_STATES, only_with="stateful"),
+    ),
+)
+
+OPERATORS = {operator.name: operator for operator in (SELECTIVE_SCAN, CAUSAL_CONV1D, STATE_SPACE_DUAL)}
 """name -> operator."""

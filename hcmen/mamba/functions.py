@@ -182,7 +182,13 @@ def _kernel_attributes(node: NodeProto, op: Operator) -> dict[str, Any]:
     """The attributes that kernels read, checked, and written into the node where they are missing."""
     values = _attributes(node, {**op.defaults, **PARSER_ATTRIBUTES})
     for attribute in op.attributes:
-        _expect(node, values, attribute.name, attribute.choices)
+        if attribute.number is None:
+            _expect(node, values, attribute.name, attribute.choices)
+        elif not isinstance(values[attribute.name], float) or values[attribute.name] != values[attribute.name]:
+            raise InputError(
+                f"{_label(node)}: attribute '{attribute.name}' is {shown(values[attribute.name])}, "
+                "expected a float that is a number"
+            )
     return values
 
 

@@ -18,19 +18,31 @@ import torch
 from torch import Tensor
 
 from hcmen.base.errors import BackendError, InputError
-from hcmen.base.library import ConvArguments, ConvGradients, ScanArguments, ScanGradients, load_library
-from hcmen.base.op import CAUSAL_CONV1D, SELECTIVE_SCAN, Operator
+from hcmen.base.library import (
+    ConvArguments,
+    ConvGradients,
+    DualArguments,
+    DualGradients,
+    ScanArguments,
+    ScanGradients,
+    load_library,
+)
+from hcmen.base.op import CAUSAL_CONV1D, SELECTIVE_SCAN, STATE_SPACE_DUAL, Operator
 
 __all__ = [
     "causal_conv1d_backward_op",
     "causal_conv1d_op",
     "conv_by",
     "conv_gradients_by",
+    "dual_by",
+    "dual_gradients_by",
     "pointer",
     "scan_by",
     "scan_gradients_by",
     "selective_scan_backward_op",
     "selective_scan_op",
+    "state_space_dual_backward_op",
+    "state_space_dual_op",
     "works",
 ]
 
@@ -74,9 +86,9 @@ def _split(op: Operator, inputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence
     return inputs[: len(op.inputs)], inputs[len(op.inputs) :]
 
 
-def _named(op: Operator, tensors: Sequence[Tensor | None], switches: Sequence[bool]) -> dict[str, int | None]:
+def _named(op: Operator, tensors: Sequence[Tensor | None], switches: Sequence[float]) -> dict[str, float | None]:
     """Fields of the C structure of `op`: its switches, and pointers to its inputs."""
-    flags = {name: int(on) for name, on in zip(op.switches, switches, strict=True)}
+    flags = {name: v if name in op.numbers else int(v) for name, v in zip(op.switches, switches, strict=True)}
     return {**flags, **{t.name: pointer(x) for t, x in zip(op.inputs, tensors, strict=True)}}
 
 
@@ -110,13 +122,17 @@ def scan_by(run: Callable[..., None], inputs: Sequence[Any]) -> tuple[Tensor, Te
     return y, last_state
 
 
+def _widened(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """`tensors` in float32, as the backward kernels are, and room for their gradients, which are narrowed on return."""
+    wide = [None if x is None else x.float().contiguous() for x in tensors]
+    return wide, [None if x is None else torch.empty_like(x) for x in wide]
+
+
 def scan_gradients_by(run: Callable[..., None], dy: Tensor, dlast_state: Tensor, inputs: Sequence[Any]) -> list[Tensor]:
     """Gradients of the tensors among `inputs`, computed by `run(scan, gradients)`; empty for absent ones."""
     tensors, switches = _split(SELECTIVE_SCAN, inputs)
-    # The backward kernels are float32; half-precision inputs are widened here, their gradients narrowed on return.
-    wide = [None if x is None else x.float().contiguous() for x in tensors]
+    wide, grads = _widened(tensors)
     dy, dlast_state = dy.float().contiguous(), dlast_state.float().contiguous()
-    grads = [None if x is None else torch.empty_like(x) for x in wide]
     pointers = {f"d{t.name}": pointer(g) for t, g in zip(SELECTIVE_SCAN.inputs, grads, strict=True)}
     run(
         _scan_arguments(wide, switches, None, None),
@@ -128,10 +144,11 @@ def scan_gradients_by(run: Callable[..., None], dy: Tensor, dlast_state: Tensor,
 def _parameters(op: Operator) -> str:
     """The inputs of a custom op, as schemas have them."""
     tensors = (f"Tensor{'' if t.only_with is None else '?'} {t.name}" for t in op.inputs)
-    return ", ".join((*tensors, *(f"bool {name}" for name in op.switches)))
+    switches = (f"{'float' if name in op.numbers else 'bool'} {name}" for name in op.switches)
+    return ", ".join((*tensors, *switches))
 
 
-_SCAN, _CONV = _parameters(SELECTIVE_SCAN), _parameters(CAUSAL_CONV1D)
+_SCAN, _CONV, _DUAL = (_parameters(op) for op in (SELECTIVE_SCAN, CAUSAL_CONV1D, STATE_SPACE_DUAL))
 _cpu_op = partial(torch.library.custom_op, mutates_args=(), device_types="cpu")
 
 
@@ -153,7 +170,10 @@ def selective_scan_backward_op(dy: Tensor, dlast_state: Tensor, *inputs: Any) ->
 
 @selective_scan_backward_op.register_fake
 def _(dy, dlast_state, *inputs):  # type: ignore[no-untyped-def]
-    tensors, _ = _split(SELECTIVE_SCAN, inputs)
+    return _empty_gradients(dy, _split(SELECTIVE_SCAN, inputs)[0])
+
+
+def _empty_gradients(dy: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor]:
     return [
         dy.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors
     ]
@@ -240,3 +260,78 @@ def _conv_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 
 causal_conv1d_op.register_autograd(_conv_backward, setup_context=_conv_setup)
+
+
+def _dual_arguments(
+    tensors: Sequence[Any], switches: Sequence[Any], y: Tensor | None, last_state: Tensor | None
+) -> DualArguments:
+    x, _, _, B, _, D, *_ = tensors
+    sizes = dict(zip(STATE_SPACE_DUAL.sizes, (*x.shape, *B.shape[2:]), strict=True))
+    return DualArguments(
+        **sizes,
+        dtype=int(x.dtype == torch.float16),
+        wide_D=int(D.dim() == 2),
+        y=pointer(y),
+        last_state=pointer(last_state),
+        **_named(STATE_SPACE_DUAL, tensors, switches),
+    )
+
+
+def dual_by(run: Callable[..., None], inputs: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """y and last_state, computed by `run(dual)`."""
+    tensors, switches = _split(STATE_SPACE_DUAL, inputs)
+    dense: list[Any] = _dense(*tensors)
+    x, B = dense[0], dense[3]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    last_state = torch.empty(x.shape[0], *x.shape[2:], B.shape[3], dtype=torch.float32, device=x.device)
+    run(_dual_arguments(dense, switches, y, last_state))
+    return y, last_state
+
+
+def dual_gradients_by(run: Callable[..., None], dy: Tensor, dlast_state: Tensor, inputs: Sequence[Any]) -> list[Tensor]:
+    """Gradients of the tensors among `inputs`, computed by `run(dual, gradients)`; empty for absent ones."""
+    tensors, switches = _split(STATE_SPACE_DUAL, inputs)
+    wide, grads = _widened(tensors)
+    dy, dlast_state = dy.float().contiguous(), dlast_state.float().contiguous()
+    pointers = {f"d{t.name}": pointer(g) for t, g in zip(STATE_SPACE_DUAL.inputs, grads, strict=True)}
+    run(
+        _dual_arguments(wide, switches, None, None),
+        DualGradients(dy=pointer(dy), dlast_state=pointer(dlast_state), **pointers),
+    )
+    return [dy.new_empty(0) if g is None else g.to(x.dtype) for g, x in zip(grads, tensors, strict=True)]
+
+
+@_cpu_op("hcmen::state_space_dual", schema=f"({_DUAL}) -> (Tensor, Tensor)")
+def state_space_dual_op(*inputs: Any) -> tuple[Tensor, Tensor]:
+    return dual_by(partial(_call, "hcmen_state_space_dual_forward"), inputs)
+
+
+@state_space_dual_op.register_fake
+def _(x, dt, A, B, *others):  # type: ignore[no-untyped-def]
+    last_state = A.new_empty(x.shape[0], *x.shape[2:], B.shape[3])
+    return torch.empty_like(x, memory_format=torch.contiguous_format), last_state
+
+
+@_cpu_op("hcmen::state_space_dual_backward", schema=f"(Tensor dy, Tensor dlast_state, {_DUAL}) -> Tensor[]")
+def state_space_dual_backward_op(dy: Tensor, dlast_state: Tensor, *inputs: Any) -> list[Tensor]:
+    """Gradients in the order of the tensor arguments; those of an absent z or initial_state are empty tensors."""
+    return dual_gradients_by(partial(_call, "hcmen_state_space_dual_backward"), dy, dlast_state, inputs)
+
+
+@state_space_dual_backward_op.register_fake
+def _(dy, dlast_state, *inputs):  # type: ignore[no-untyped-def]
+    return _empty_gradients(dy, _split(STATE_SPACE_DUAL, inputs)[0])
+
+
+def _dual_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    tensors, ctx.switches = _split(STATE_SPACE_DUAL, inputs)
+    ctx.save_for_backward(*tensors)
+
+
+def _dual_backward(ctx: Any, dy: Tensor, dlast_state: Tensor) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    grads = torch.ops.hcmen.state_space_dual_backward(dy, dlast_state, *tensors, *ctx.switches)
+    return (*(None if x is None else g for g, x in zip(grads, tensors, strict=True)), *(None for _ in ctx.switches))
+
+
+state_space_dual_op.register_autograd(_dual_backward, setup_context=_dual_setup)

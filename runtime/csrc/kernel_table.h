@@ -6,6 +6,7 @@
 
 #include "causal_conv1d.h"
 #include "selective_scan.h"
+#include "state_space_dual.h"
 
 namespace hcmen {
 
@@ -51,6 +52,9 @@ struct KernelTable {
   int (*conv_forward)(const hcmen_conv&, const TimeBlock&);
   // dweight [channel, width] and dbias [channel]: this batch element's share.
   int (*conv_backward)(const hcmen_conv&, const hcmen_conv_grad&, float* dweight, float* dbias, const ChannelBlock&);
+  // One head of one batch element.
+  int (*dual_forward)(const hcmen_dual&, int64_t batch, int64_t head);
+  int (*dual_backward)(const hcmen_dual&, const hcmen_dual_grad&, int64_t batch, int64_t head);
   // to[i] += from[i]
   void (*add)(const float* from, float* to, int64_t count);
   // Computes rounds * (return value / rounds) exponentials as the scan does, in registers; returns their number.

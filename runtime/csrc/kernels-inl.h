@@ -5,6 +5,7 @@
 #include "causal_conv1d-inl.h"
 #include "selective_scan-inl.h"
 #include "selective_scan_backward-inl.h"
+#include "state_space_dual-inl.h"
 
 namespace hcmen {
 namespace HCMEN_ISA_NAMESPACE {
@@ -68,6 +69,8 @@ extern const KernelTable HCMEN_ISA_TABLE = {
     HCMEN_ISA_NAMESPACE::scan_backward,
     HCMEN_ISA_NAMESPACE::conv_forward,
     HCMEN_ISA_NAMESPACE::conv_backward,
+    HCMEN_ISA_NAMESPACE::dual_forward,
+    HCMEN_ISA_NAMESPACE::dual_backward,
     HCMEN_ISA_NAMESPACE::add,
     HCMEN_ISA_NAMESPACE::exp_loop,
     HCMEN_ISA_NAMESPACE::evaluate,

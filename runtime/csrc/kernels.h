@@ -10,6 +10,7 @@
 
 #include "causal_conv1d.h"
 #include "selective_scan.h"
+#include "state_space_dual.h"
 
 namespace hcmen {
 
@@ -28,6 +29,7 @@ struct Threads {
 // kernels). Tasks never throw, and leave the floating-point environment of their thread as it was.
 int scan_forward(const hcmen_scan& scan, const Threads& threads);
 int conv_forward(const hcmen_conv& conv, const Threads& threads);
+int dual_forward(const hcmen_dual& dual, const Threads& threads);
 
 // `count` threads of this library's own pool.
 Threads own_threads(int count);

@@ -12,6 +12,7 @@
 #include "causal_conv1d.h"
 #include "op_table.h"
 #include "selective_scan.h"
+#include "state_space_dual.h"
 
 namespace hcmen::op {
 
@@ -53,12 +54,28 @@ inline Line& add_shape(Line& line, int rank, const int64_t* shape) {
 
 // What an attribute may be.
 inline Line& add_choice(Line& line, const Attribute& attribute) {
+  if (attribute.is_number) return line.add("a float that is a number");
   if (!attribute.words[0]) return line.add("0 or 1");
   for (int i = 0; i < kMostWords && attribute.words[i]; ++i) line.add("%s\"%s\"", i ? " or " : "", attribute.words[i]);
   return line;
 }
 
 // --- shapes ---------------------------------------------------------------------------------------------------------
+
+// What a float attribute is, and as what it stands among a node's attributes: its bits.
+inline float number_of(int32_t bits) {
+  float number;
+  memcpy(&number, &bits, sizeof number);
+  return number;
+}
+inline int32_t bits_of(float number) {
+  int32_t bits;
+  memcpy(&bits, &number, sizeof bits);
+  return bits;
+}
+
+// What an attribute is where a node does not have it.
+inline int32_t default_of(const Attribute& attribute) { return attribute.is_number ? bits_of(attribute.number) : 0; }
 
 // Where a tensor has its groups; kMostRank: it has none.
 inline int group_axis(const Tensor& tensor) {
@@ -68,7 +85,8 @@ inline int group_axis(const Tensor& tensor) {
 }
 inline bool has_group(const Tensor& tensor) { return group_axis(tensor) < kMostRank; }
 
-// The size at `axis` of a shape of `rank` sizes, which may be one fewer than the tensor's: then the group is left out.
+// The size at `axis` of a shape of `rank` sizes, which may be one fewer than the tensor's: then the group is left out, or
+// the last one of a tensor that is spread.
 inline Size size_at(const Tensor& tensor, int rank, int axis) {
   return tensor.sizes[rank == tensor.rank() || axis < group_axis(tensor) ? axis : axis + 1];
 }
@@ -78,6 +96,7 @@ struct Sizes {
   int64_t value[kSizes];
   const Tensor* grouped = nullptr;  // the first tensor seen that may have groups, whose shape others like it share
   bool with_group = false;          // whether it has
+  bool wide = false;                // whether the tensor that may be spread has its last size
 
   Sizes() {
     for (int64_t& one : value) one = kUnknown;
@@ -85,8 +104,9 @@ struct Sizes {
 };
 
 // "[2, time, 16]", followed by " = [batch, time, channel]" where a number hides what it stands for.
-inline void add_expected(Line& line, const Tensor& tensor, const Sizes& sizes, bool with_group, bool names = true) {
-  const int rank = tensor.rank() - (has_group(tensor) && !with_group);
+// `all`: with the size that may be left out.
+inline void add_expected(Line& line, const Tensor& tensor, const Sizes& sizes, bool all, bool names = true) {
+  const int rank = tensor.rank() - ((has_group(tensor) || tensor.spread) && !all);
   bool known = false;
   for (int i = 0; i < rank; ++i) {
     const Size size = size_at(tensor, rank, i);
@@ -105,7 +125,8 @@ inline void add_expected(Line& line, const Tensor& tensor, const Sizes& sizes, b
 inline bool fit(const char* kind, const Tensor& tensor, int rank, const int64_t* shape, Sizes& sizes, Line& error) {
   const Sizes before = sizes;
   const bool grouped = has_group(tensor), with_group = grouped && rank == tensor.rank();
-  bool good = rank == tensor.rank() || (grouped && rank == tensor.rank() - 1);
+  bool good = rank == tensor.rank() || ((grouped || tensor.spread) && rank == tensor.rank() - 1);
+  if (good && tensor.spread) sizes.wide = rank == tensor.rank();
   if (good && grouped) {
     good = !before.grouped || before.with_group == with_group;
     if (!before.grouped) sizes.grouped = &tensor, sizes.with_group = with_group;
@@ -126,19 +147,20 @@ inline bool fit(const char* kind, const Tensor& tensor, int rank, const int64_t*
     add_expected(error, tensor, before, before.with_group, false);
     error.add(", the shape of '%s'", before.grouped->name);
   } else {
-    if (grouped && !with_group) add_expected(error, tensor, before, false), error.add(" or ");
+    if ((grouped && !with_group) || tensor.spread) add_expected(error, tensor, before, false), error.add(" or ");
     add_expected(error, tensor, before, true);
   }
   if (empty) error.add(", every size at least 1");
   return false;
 }
 
-// Whether the groups divide the channels, as far as both are known.
+// Whether the groups divide the channels, or the heads, as far as both are known.
 inline bool fit_groups(const Sizes& sizes, Line& error) {
-  const int64_t channel = sizes.value[kChannel], group = sizes.value[kGroup];
-  if (channel == kUnknown || group == kUnknown || channel % group == 0) return true;
-  error.add("input '%s' has %" PRId64 " groups, expected a number that divides the %" PRId64 " channels",
-            sizes.grouped->name, group, channel);
+  const Size whole = sizes.value[kHead] == kUnknown ? kChannel : kHead;
+  const int64_t count = sizes.value[whole], group = sizes.value[kGroup];
+  if (count == kUnknown || group == kUnknown || count % group == 0) return true;
+  error.add("input '%s' has %" PRId64 " groups, expected a number that divides the %" PRId64 " %ss",
+            sizes.grouped->name, group, count, kSizeNames[whole]);
   return false;
 }
 
@@ -146,7 +168,7 @@ inline bool fit_groups(const Sizes& sizes, Line& error) {
 
 struct Node {
   const Operator& op;
-  int32_t attributes[kMostAttributes] = {};  // an integer, or the number of a word
+  int32_t attributes[kMostAttributes] = {};  // an integer, the number of a word, or the bits of a float
   const Tensor* tensors[kMostTensors] = {};  // inputs that are there, then outputs
   int inputs = 0, outputs = 0;
 
@@ -173,6 +195,15 @@ struct Node {
       before = " and ";
     }
     return line;
+  }
+
+  // Whether the attributes agree with each other.
+  bool expect_attributes(Line& error) const {
+    if (&op != &kStateSpaceDual) return true;
+    const float least = number_of(attributes[kDualDtMin]), most = number_of(attributes[kDualDtMax]);
+    if (least <= most) return true;
+    error.add("attributes 'dt_min' and 'dt_max' are %g and %g, expected dt_min to be no more than dt_max", least, most);
+    return false;
   }
 
   // Types are given by name, `first` being that of the first input.
@@ -218,6 +249,7 @@ struct Call {
   int32_t dtype;
   const void* const* inputs = nullptr;
   void* const* outputs = nullptr;
+  bool wide = false;  // see Sizes
 };
 
 inline int32_t kernel_dtype(bool half) { return half ? HCMEN_FLOAT16 : HCMEN_FLOAT32; }
@@ -238,6 +270,25 @@ inline hcmen_scan scan_of(const Call& call) {
   scan.y = call.outputs[0];
   scan.last_state = stateful ? (float*)call.outputs[1] : nullptr;
   return scan;
+}
+
+inline hcmen_dual dual_of(const Call& call) {
+  hcmen_dual dual = {};
+  dual.batch = call.sizes[kBatch], dual.time = call.sizes[kTime], dual.head = call.sizes[kHead];
+  dual.head_dim = call.sizes[kHeadDim], dual.group = call.sizes[kGroup], dual.state = call.sizes[kState];
+  dual.dtype = call.dtype, dual.wide_D = call.wide;
+  dual.delta_softplus = call.attributes[kDualSoftplus], dual.reverse = call.attributes[kDualReverse];
+  dual.dt_min = number_of(call.attributes[kDualDtMin]), dual.dt_max = number_of(call.attributes[kDualDtMax]);
+  if (!call.inputs) return dual;
+  const void* const* in = call.inputs;
+  dual.x = in[0], dual.dt = in[1], dual.A = (const float*)in[2], dual.B = in[3], dual.C = in[4];
+  dual.D = (const float*)in[5], dual.dt_bias = (const float*)in[6];
+  const bool gated = call.attributes[kDualGated], stateful = call.attributes[kDualStateful];
+  dual.z = gated ? in[7] : nullptr;
+  dual.initial_state = stateful ? (const float*)in[gated ? 8 : 7] : nullptr;
+  dual.y = call.outputs[0];
+  dual.last_state = stateful ? (float*)call.outputs[1] : nullptr;
+  return dual;
 }
 
 inline hcmen_conv conv_of(const Call& call) {

@@ -9,13 +9,14 @@ constexpr const char* kDomain = "hcmen";
 constexpr const char* kVersion = "1";
 
 // What the sizes of a shape are called.
-enum Size { kNone, kBatch, kTime, kChannel, kState, kGroup, kWidth, kSizes };
-constexpr const char* kSizeNames[kSizes] = {"", "batch", "time", "channel", "state", "group", "width"};
+enum Size { kNone, kBatch, kTime, kChannel, kState, kGroup, kWidth, kHead, kHeadDim, kSizes };
+constexpr const char* kSizeNames[kSizes] = {"",      "batch", "time", "channel", "state",
+                                            "group", "width", "head", "head_dim"};
 
 // kShared: float32 or float16, the same for all tensors of a node that are marked so.
 enum Type { kFloat32, kShared };
 
-constexpr int kMostRank = 4, kMostWords = 2, kMostAttributes = 4, kMostOthers = 2, kMostInputs = 9, kMostOutputs = 2;
+constexpr int kMostRank = 4, kMostWords = 2, kMostAttributes = 6, kMostOthers = 2, kMostInputs = 9, kMostOutputs = 2;
 constexpr int kMostTensors = kMostInputs + kMostOutputs;
 constexpr int kAlways = -1;
 
@@ -29,6 +30,8 @@ constexpr int named(const T (&all)[N]) {
 struct Attribute {
   const char* name;
   const char* words[kMostWords];  // what a string may be, the default first; none: an integer, 0 (the default) or 1
+  bool is_number = false;         // a float, any but NaN
+  float number = 0.0f;            // its default
 };
 
 struct Tensor {
@@ -36,6 +39,7 @@ struct Tensor {
   Type type;
   Size sizes[kMostRank];     // kGroup may be left out of a shape, which means one group
   int only_with = kAlways;  // there exactly if this attribute is 1
+  bool spread = false;      // the last size may be left out of a shape, which means the same for all of it
 
   constexpr int rank() const {
     int count = 0;
@@ -86,7 +90,30 @@ constexpr Operator kCausalConv1d = {
     {{"y", kShared, {kBatch, kTime, kChannel}}},
 };
 
-constexpr const Operator* kOperators[] = {&kSelectiveScan, &kCausalConv1d};
+enum { kDualSoftplus, kDualReverse, kDualGated, kDualStateful, kDualDtMin, kDualDtMax };
+constexpr Operator kStateSpaceDual = {
+    "StateSpaceDual",
+    {{"delta_softplus", {}},
+     {"reverse", {}},
+     {"gated", {}},
+     {"stateful", {}},
+     {"dt_min", {}, true, 0.0f},
+     {"dt_max", {}, true, __builtin_inff()}},
+    {"scan_input_directions", "scan_output_directions"},
+    {{"x", kShared, {kBatch, kTime, kHead, kHeadDim}},
+     {"dt", kShared, {kBatch, kTime, kHead}},
+     {"A", kFloat32, {kHead}},
+     {"B", kShared, {kBatch, kTime, kGroup, kState}},
+     {"C", kShared, {kBatch, kTime, kGroup, kState}},
+     {"D", kFloat32, {kHead, kHeadDim}, kAlways, true},
+     {"dt_bias", kFloat32, {kHead}},
+     {"z", kShared, {kBatch, kTime, kHead, kHeadDim}, kDualGated},
+     {"initial_state", kFloat32, {kBatch, kHead, kHeadDim, kState}, kDualStateful}},
+    {{"y", kShared, {kBatch, kTime, kHead, kHeadDim}},
+     {"last_state", kFloat32, {kBatch, kHead, kHeadDim, kState}, kDualStateful}},
+};
+
+constexpr const Operator* kOperators[] = {&kSelectiveScan, &kCausalConv1d, &kStateSpaceDual};
 
 }  // namespace hcmen::op
 

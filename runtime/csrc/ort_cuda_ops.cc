@@ -54,6 +54,10 @@ class Cuda {
     return hcmen_cuda_causal_conv1d_forward(&conv, &launch);
   }
 
+  int run(const Functions&, KernelContext*, const hcmen_dual&) {
+    throw Failure{kInvalidArgument, Line().add("there is no CUDA kernel: run the node on the CPU provider")};
+  }
+
   static std::string problem(int status) {
     if (status == HCMEN_CUDA_FAILED || status == HCMEN_CUDA_TOO_LARGE) {
       return std::string(status == HCMEN_CUDA_FAILED ? "CUDA failed: " : "") + hcmen_cuda_problem() + ": " + hcmen_cuda_fix();

@@ -1,5 +1,4 @@
-// The operators hcmen::SelectiveScan and hcmen::CausalConv1d for ONNX Runtime, whatever the device; docs/op.md specifies
-// them. Included once by a library, with a class that knows its device:
+// The operators of op_table.h for ONNX Runtime, whatever the device; docs/op.md specifies them. Included once by a library, with a class that knows its device:
 //
 //   struct Device {
 //     static constexpr const char* kProvider, kLibrary, kOtherLibrary;    // names
@@ -7,6 +6,7 @@
 //     Device(const Functions&, const Api*)                                // one for each node; may own memory
 //     int run(const Functions&, KernelContext*, const hcmen_scan&)        // computes, or queues the computation
 //     int run(const Functions&, KernelContext*, const hcmen_conv&)
+//     int run(const Functions&, KernelContext*, const hcmen_dual&)
 //     static std::string problem(int status)                              // what a status of `run` means, in words
 //   };
 //
@@ -93,9 +93,14 @@ class Info {
   op::Node node(const op::Operator& of) const {
     int32_t values[op::kMostAttributes] = {};
     for (int i = 0; i < of.attribute_count(); ++i) {
-      values[i] = of.attributes[i].words[0] ? word(of.attributes[i]) : flag(of.attributes[i]);
+      const op::Attribute& attribute = of.attributes[i];
+      values[i] = attribute.is_number ? number(attribute) : attribute.words[0] ? word(attribute) : flag(attribute);
     }
     const op::Node node(of, values);
+    Line problem;
+    if (!node.expect_attributes(problem)) {
+      fail(problem);
+    }
     size_t count = 0;
     check(ort_.KernelInfo_GetInputCount(info_, &count));
     expect_count(node, "inputs", count, 0, node.inputs);
@@ -128,6 +133,19 @@ class Info {
       fail(Line().add("attribute '%s' is %" PRId64 ", expected 0 or 1", attribute.name, value));
     }
     return value == 1;
+  }
+
+  int32_t number(const op::Attribute& attribute) const {
+    float value = 0;
+    if (absent(ort_.KernelInfoGetAttribute_float(info_, attribute.name, &value))) {
+      expect_no_attribute(attribute);
+      return op::default_of(attribute);
+    }
+    if (value != value) {
+      Line problem;
+      fail(add_choice(problem.add("attribute '%s' is NaN, expected ", attribute.name), attribute));
+    }
+    return op::bits_of(value);
   }
 
   int word(const op::Attribute& attribute) const {
@@ -254,9 +272,10 @@ class Kernel {
     for (int i = 0; i < node_.outputs; ++i) {
       outputs[i] = output(context, i, sizes);
     }
-    const op::Call call{node_.attributes, sizes.value, op::kernel_dtype(type_ == kFloat16), inputs, outputs};
-    const int status = &node_.op == &op::kSelectiveScan ? device_.run(ort_, context, scan_of(call))
-                                                        : device_.run(ort_, context, conv_of(call));
+    const op::Call call{node_.attributes, sizes.value, op::kernel_dtype(type_ == kFloat16), inputs, outputs, sizes.wide};
+    const int status = &node_.op == &op::kSelectiveScan   ? device_.run(ort_, context, scan_of(call))
+                       : &node_.op == &op::kStateSpaceDual ? device_.run(ort_, context, dual_of(call))
+                                                           : device_.run(ort_, context, conv_of(call));
     if (status == HCMEN_NO_MEMORY) {
       throw std::bad_alloc();
     }

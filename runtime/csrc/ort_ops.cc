@@ -24,6 +24,10 @@ struct Cpu {
     Pool pool{ort, context};
     return conv_forward(conv, pool.threads());
   }
+  int run(const Functions& ort, KernelContext* context, const hcmen_dual& dual) const {
+    Pool pool{ort, context};
+    return dual_forward(dual, pool.threads());
+  }
 
   static std::string problem(int status) {
     return status == HCMEN_BAD_ISA ? hcmen_ops_problem() : "the kernel failed (status " + std::to_string(status) + ")";

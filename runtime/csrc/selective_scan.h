@@ -71,7 +71,7 @@ HCMEN_API int hcmen_selective_scan_forward(const hcmen_scan* scan, int threads);
 HCMEN_API int hcmen_selective_scan_backward(const hcmen_scan* scan, const hcmen_scan_grad* grad, int threads);
 
 // The version of this C interface.
-#define HCMEN_OPS_VERSION 1
+#define HCMEN_OPS_VERSION 2
 HCMEN_API int hcmen_ops_version(void);
 
 // The instruction set in use: "avx512", "avx2" or "baseline", and on aarch64 "neon". It is the best this machine has,

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from hcmen.base import library, op, selfcheck
-from hcmen.base.op import CAUSAL_CONV1D, OPERATORS, SELECTIVE_SCAN, Operator
+from hcmen.base.op import CAUSAL_CONV1D, OPERATORS, SELECTIVE_SCAN, STATE_SPACE_DUAL, Operator
 from hcmen.mamba import scan, trt_aot
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +38,7 @@ PROGRAM = r"""
 #include "causal_conv1d.h"
 #include "op_table.h"
 #include "selective_scan.h"
+#include "state_space_dual.h"
 
 using namespace hcmen::op;
 
@@ -60,11 +61,15 @@ int main() {
     list("attributes", attributes, attributes + of->attribute_count(), [](const Attribute& attribute) {
       printf("{\"name\": \"%s\"", attribute.name);
       list("words", attribute.words, attribute.words + kMostWords, text);
+      const float number = attribute.number;
+      printf(", \"number\": ");
+      !attribute.is_number ? (void)printf("null") : number > 1e38f ? (void)printf("Infinity") : (void)printf("%g", number);
       printf("}");
     });
     const auto tensor = [&](const Tensor& one) {
       printf("{\"name\": \"%s\", \"shared\": %s, \"only_with\": ", one.name, one.type == kShared ? "true" : "false");
       text(one.only_with == kAlways ? nullptr : of->attributes[one.only_with].name);
+      printf(", \"spread\": %s", one.spread ? "true" : "false");
       list("sizes", one.sizes, one.sizes + one.rank(), [](Size size) { text(kSizeNames[size]); });
       printf("}");
     };
@@ -84,6 +89,8 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "hcmen_scan_grad": library.ScanGradients,
     "hcmen_conv": library.ConvArguments,
     "hcmen_conv_grad": library.ConvGradients,
+    "hcmen_dual": library.DualArguments,
+    "hcmen_dual_grad": library.DualGradients,
 }
 
 
@@ -162,13 +169,17 @@ def test_words_have_the_same_tensors() -> None:
                     told[name] = (re.findall(r"`\[(.+?)\]`", shapes), kind, text)
         tensors = {tensor.name: tensor for tensor in (*operator.inputs, *operator.outputs)}
         assert sorted(told) == sorted(tensors)
-        if operator is SELECTIVE_SCAN:  # the other's one table has x and y in one row
+        if operator is not CAUSAL_CONV1D:  # whose one table has x and y in one row
             assert list(told) == list(tensors)
         for name, tensor in tensors.items():
             shapes, kind, text = told[name]
             without = [size for size in tensor.sizes if size != "group"]
+            if tensor.spread:
+                without = without[:-1]
             wanted = (
-                [", ".join(without)] if "group" not in tensor.sizes else [", ".join(without), ", ".join(tensor.sizes)]
+                [", ".join(without)]
+                if len(without) == len(tensor.sizes)
+                else [", ".join(without), ", ".join(tensor.sizes)]
             )
             assert shapes == wanted, name
             assert kind == ("T" if tensor.shared else "float32"), name
@@ -200,8 +211,9 @@ def test_words_have_the_same_attributes() -> None:
         ]
         for attribute in operator.attributes:
             _, kind, default, _ = told[attribute.name]
-            assert kind == ("string, `none` or `silu`" if attribute.words else "int, 0 or 1")
-            assert default.strip("`") == str(attribute.choices[0])
+            kinds = "string, `none` or `silu`" if attribute.words else "int, 0 or 1"
+            assert kind == (kinds if attribute.number is None else "float")
+            assert default.strip("`") == f"{attribute.default}".removesuffix(".0")
         for row in (told[name] for name in op.PARSER_ATTRIBUTES):
             assert set(re.findall(r"`(\w+)`", row[2])) <= set(op.PARSER_ATTRIBUTES.values())
     text = (ROOT / "docs" / "op.md").read_text(encoding="utf-8")
@@ -272,6 +284,11 @@ def test_functions_have_the_parameters_of_the_table() -> None:
         others = set(parameters[len(expected) :]) - {"return_last_state"}
         assert others <= set(SELECTIVE_SCAN.switches)
         assert function is selfcheck.selective_scan_numpy or others == set(SELECTIVE_SCAN.switches)
+    expected = [tensor.name for tensor in STATE_SPACE_DUAL.inputs]
+    for function in (scan.state_space_dual, scan.state_space_dual_ref):
+        parameters = list(inspect.signature(function).parameters)
+        assert parameters[: len(expected)] == expected
+        assert set(parameters[len(expected) :]) - {"return_last_state"} == set(STATE_SPACE_DUAL.switches)
     expected = [tensor.name for tensor in CAUSAL_CONV1D.inputs]
     for function in (scan.causal_conv1d, scan.causal_conv1d_ref):
         parameters = list(inspect.signature(function).parameters)
@@ -285,6 +302,9 @@ def test_schemas_of_custom_ops() -> None:
     shown = {
         "selective_scan": "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, "
         "Tensor? z, Tensor? initial_state, bool delta_softplus, bool reverse) -> (Tensor, Tensor)",
+        "state_space_dual": "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias, "
+        "Tensor? z, Tensor? initial_state, bool delta_softplus, bool reverse, float dt_min, float dt_max) "
+        "-> (Tensor, Tensor)",
         "causal_conv1d": "(Tensor x, Tensor weight, Tensor bias, bool silu, bool reverse) -> Tensor",
     }
     for name, schema in shown.items():
