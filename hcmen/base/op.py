@@ -66,7 +66,7 @@ class Tensor(NamedTuple):
 
     sizes: what its dimensions are called; "group" may be left out of a shape, which means one group. shared: float32 or
     float16, the same for all tensors of a node that are marked so; else float32. only_with: the attribute that is 1
-    exactly if the tensor is there. spread: the last size may be left out of a shape, which means the same for all of it.
+    exactly if the tensor is there. spread: a shape may lack the last size, which means the same for all of it.
     """
 
     name: str

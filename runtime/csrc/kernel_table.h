@@ -29,6 +29,11 @@ struct TimeBlock {
   bool far;
 };
 
+// Heads [head, head + heads) of one batch element, rows [row, row + rows) of the states of each.
+struct DualPart {
+  int64_t batch, head, heads, row, rows;
+};
+
 // The most channels of a block: of forward tasks, and of one round of the backward pass.
 constexpr int64_t kBlockChannels = 64;
 
@@ -52,8 +57,7 @@ struct KernelTable {
   int (*conv_forward)(const hcmen_conv&, const TimeBlock&);
   // dweight [channel, width] and dbias [channel]: this batch element's share.
   int (*conv_backward)(const hcmen_conv&, const hcmen_conv_grad&, float* dweight, float* dbias, const ChannelBlock&);
-  // One head of one batch element.
-  int (*dual_forward)(const hcmen_dual&, int64_t batch, int64_t head);
+  int (*dual_forward)(const hcmen_dual&, const DualPart&);
   int (*dual_backward)(const hcmen_dual&, const hcmen_dual_grad&, int64_t batch, int64_t head);
   // to[i] += from[i]
   void (*add)(const float* from, float* to, int64_t count);

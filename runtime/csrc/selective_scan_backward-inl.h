@@ -26,20 +26,6 @@ constexpr int kBackwardTile = 4;
 
 constexpr float kLn2 = 0x1.62e430p-1f;
 
-// sums[i] = sum over the lanes of x[i], for kLanes vectors, which are overwritten. Neighbours are added, then
-// neighbouring pairs, and so on: every sum in the same order.
-HCMEN_INLINE F sums_of_lanes(F* x) {
-#pragma GCC unroll 4
-  for (int count = kLanes / 2; count > 0; count /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < count; ++i) {
-      const F a = x[2 * i], b = x[2 * i + 1];
-      x[i] = even_lanes(a, b) + odd_lanes(a, b);
-    }
-  }
-  return x[0];
-}
-
 // Gradient rows of B or C: row k of a chunk in scanning order is `stride` elements from row k - 1.
 struct ProjectionGrad {
   float* row;

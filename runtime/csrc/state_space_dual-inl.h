@@ -1,4 +1,4 @@
-// The state space dual, one head of one batch element at a time. See vector-inl.h for the rules of these files.
+// The state space dual, vectorised over states. See vector-inl.h for the rules of these files.
 #ifndef HCMEN_STATE_SPACE_DUAL_INL_H_
 #define HCMEN_STATE_SPACE_DUAL_INL_H_
 
@@ -8,18 +8,258 @@
 namespace hcmen {
 namespace HCMEN_ISA_NAMESPACE {
 
-HCMEN_INLINE void widen_row(const float* from, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
-}
-HCMEN_INLINE void widen_row(const Half* from, float* to, int64_t count) { widen_array(from, to, count); }
+// --- forward --------------------------------------------------------------------------------------------------------
+//
+// A row of the state, all n of one p, never meets another one. Lanes are states, and rows by vectors of states form tiles
+// whose states stay in registers for kDualSteps steps. A state is rounded to float32 after every step and a sum over n
+// has one order, so results are the same bits however a sequence is cut into calls. (Chunks as matrix products would
+// save a third of the arithmetic, and that.)
 
-HCMEN_INLINE void narrow_row(const float* from, float* to, int64_t count) { widen_row(from, to, count); }
-HCMEN_INLINE void narrow_row(const float* from, Half* to, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int lanes = count - i < kLanes ? (int)(count - i) : kLanes;
-    store(to + i, load(from + i, lanes), lanes);
+// Steps of one round, and the most step sizes of one.
+constexpr int kDualSteps = 16;
+constexpr int kDualSizes = 64;
+
+// Vectors of states that a tile holds: those of one row at most, and of all its rows.
+constexpr int kDualVectors = 8;
+#if defined(__AVX512F__) || defined(HCMEN_NEON)
+constexpr int kDualTile = 16;
+#else
+constexpr int kDualTile = 8;
+#endif
+constexpr int dual_rows(int vectors) { return kDualTile / vectors < 8 ? kDualTile / vectors : 8; }
+
+HCMEN_INLINE float one(const float* p) { return *p; }
+HCMEN_INLINE float one(const Half* p) { return load(p, 1)[0]; }
+
+HCMEN_INLINE int64_t vectors_of(int64_t count) { return (count + kLanes - 1) / kLanes; }
+HCMEN_INLINE int lanes_at(int64_t i, int64_t count) { return count - i < kLanes ? (int)(count - i) : kLanes; }
+
+// Step sizes and decays of some heads and steps, [head][step].
+struct DualSizes {
+  float d[kDualSizes];
+  float decay[kDualSizes];
+};
+
+template <class T>
+HCMEN_APART void dual_sizes(const hcmen_dual& s, int64_t batch, int64_t head, int64_t heads, int64_t start,
+                            int64_t steps, DualSizes* to) {
+  for (int64_t i = 0; i < heads * steps; i += kLanes) {
+    float raw[kLanes] = {}, bias[kLanes] = {}, rate[kLanes] = {};
+    const int lanes = lanes_at(i, heads * steps);
+    for (int j = 0; j < lanes; ++j) {
+      const int64_t at = head + (i + j) / steps, k = start + (i + j) % steps, t = s.reverse ? s.time - 1 - k : k;
+      raw[j] = one((const T*)s.dt + (batch * s.time + t) * s.head + at);
+      bias[j] = s.dt_bias[at];
+      rate[j] = s.A[at];
+    }
+    F d = load(raw) + load(bias);
+    if (s.delta_softplus) d = softplus(d);
+    d = lesser(splat(s.dt_max), greater(splat(s.dt_min), d));  // d second: a NaN stays
+    store(to->d + i, d, lanes);
+    store(to->decay + i, exp2_product<true>(d, load(rate) * kLog2e), lanes);
   }
 }
+
+// Rows of states on their way through some steps: `from` may be `to`, and null means zeros. `sums` has kLanes rows for
+// each step, of which these are some; B, C and dx have their own strides between steps.
+struct DualRows {
+  const float* from;
+  float* to;
+  int64_t stride;  // between rows
+  int last;        // lanes of the last vector of a row
+};
+struct DualInputs {
+  const float* decay;
+  const float *B, *C;
+  const float* dx;
+  int64_t projection, width;  // between steps: of B and C, of dx
+};
+
+template <int rows, int vectors, bool more>
+HCMEN_APART void dual_tile(int64_t steps, DualInputs in, DualRows states, F* sums) {
+  F h[rows][vectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      const int lanes = v == vectors - 1 ? states.last : kLanes;
+      h[r][v] = states.from ? load(states.from + r * states.stride + v * kLanes, lanes) : F{};
+    }
+  }
+  for (int64_t k = 0; k < steps; ++k, in.B += in.projection, in.C += in.projection, in.dx += in.width, sums += kLanes) {
+    const F decay = splat(in.decay[k]);
+    F sum[rows], dx[rows];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) dx[r] = splat(in.dx[r]);
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      const F b = load(in.B + v * kLanes), c = load(in.C + v * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        h[r][v] = fma(dx[r], b, decay * h[r][v]);
+        sum[r] = v ? fma(h[r][v], c, sum[r]) : more ? fma(h[r][v], c, sums[r]) : h[r][v] * c;
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) sums[r] = sum[r];
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      const int lanes = v == vectors - 1 ? states.last : kLanes;
+      store(states.to + r * states.stride + v * kLanes, h[r][v], lanes);
+    }
+  }
+}
+
+// `rows` rows, at most kLanes, by `vectors` vectors.
+template <int vectors, bool more>
+HCMEN_INLINE void dual_tiles(int64_t rows, int64_t steps, DualInputs in, DualRows states, F* sums) {
+  constexpr int kRows = dual_rows(vectors);
+  const auto advance = [&](int count) {
+    in.dx += count, sums += count, states.to += count * states.stride;
+    if (states.from) states.from += count * states.stride;
+  };
+  for (; rows >= kRows; rows -= kRows, advance(kRows)) dual_tile<kRows, vectors, more>(steps, in, states, sums);
+  for (; rows > 0; --rows, advance(1)) dual_tile<1, vectors, more>(steps, in, states, sums);
+}
+
+template <bool more>
+HCMEN_INLINE void dual_tiles_of(int vectors, int64_t rows, int64_t steps, DualInputs in, DualRows states, F* sums) {
+  switch (vectors) {
+    case 1: dual_tiles<1, more>(rows, steps, in, states, sums); break;
+    case 2: dual_tiles<2, more>(rows, steps, in, states, sums); break;
+    case 3: dual_tiles<3, more>(rows, steps, in, states, sums); break;
+    case 4: dual_tiles<4, more>(rows, steps, in, states, sums); break;
+    case 5: dual_tiles<5, more>(rows, steps, in, states, sums); break;
+    case 6: dual_tiles<6, more>(rows, steps, in, states, sums); break;
+    case 7: dual_tiles<7, more>(rows, steps, in, states, sums); break;
+    case 8: dual_tiles<8, more>(rows, steps, in, states, sums); break;
+  }
+}
+
+// Rows of an array [batch, time, ...], `width` elements a step, in scanning order from step `start` on.
+template <class T>
+struct DualSeries {
+  T* first;
+  int64_t stride;
+};
+template <class T, class Pointer>
+HCMEN_INLINE DualSeries<T> dual_series(Pointer* array, const hcmen_dual& s, int64_t batch, int64_t start, int64_t width,
+                                       int64_t offset) {
+  if (!array) return DualSeries<T>{nullptr, 0};
+  const int64_t t = s.reverse ? s.time - 1 - start : start;
+  return DualSeries<T>{(T*)array + (batch * s.time + t) * width + offset, s.reverse ? -width : width};
+}
+
+// B or C of some steps, float32 and whole vectors of them: the array itself, or a copy.
+struct DualProjection {
+  const float* row;
+  int64_t stride;
+};
+template <class T>
+HCMEN_INLINE DualProjection dual_project(DualSeries<const T> rows, int64_t steps, int64_t jump, int64_t states,
+                                         float* copy) {
+  const int64_t stride = vectors_of(states) * kLanes;
+  // Rows far apart would push each other out of the first-level cache.
+  if (sizeof(T) == sizeof(float) && states == stride && (steps == 1 || rows.stride == stride || rows.stride == -stride)) {
+    return {(const float*)rows.first, rows.stride};
+  }
+  for (int64_t k = 0; k < steps; ++k) {
+    for (int64_t n = 0; n < states; n += kLanes) {
+      prefetch(rows.first + (k + jump) * rows.stride + n);
+      store(copy + k * stride + n, load(rows.first + k * rows.stride + n, lanes_at(n, states)));
+    }
+  }
+  return {copy, stride};
+}
+
+template <class T>
+static int dual_forward_of(const hcmen_dual& s, const DualPart& part) {
+  const int64_t width = s.head * s.head_dim, per_head = s.head_dim * s.state, vectors = vectors_of(s.state);
+  const int64_t steps_most = s.time < kDualSteps ? s.time : kDualSteps;
+  const int64_t row_room = vectors_of(part.rows) * kLanes;
+  Scratch scratch(steps_most * kLanes, steps_most * (2 * vectors * kLanes + row_room) +
+                                           (s.last_state ? 0 : part.rows * s.state));
+  if (!scratch.works()) return HCMEN_NO_MEMORY;
+  F* const sums = scratch.vectors(steps_most * kLanes);
+  float* const B_copy = scratch.floats(steps_most * vectors * kLanes);
+  float* const C_copy = scratch.floats(steps_most * vectors * kLanes);
+  float* const dx = scratch.floats(steps_most * row_room);
+  float* const own_states = scratch.floats(s.last_state ? 0 : part.rows * s.state);
+  DualSizes sizes;
+  const int64_t heads_at_once = s.time < kDualSteps ? kDualSizes / s.time : 1;
+  for (int64_t first = part.head; first < part.head + part.heads; first += heads_at_once) {
+    const int64_t left = part.head + part.heads - first, heads = left < heads_at_once ? left : heads_at_once;
+    for (int64_t start = 0; start < s.time; start += kDualSteps) {
+      const int64_t steps = s.time - start < kDualSteps ? s.time - start : kDualSteps;
+      dual_sizes<T>(s, part.batch, first, heads, start, steps, &sizes);
+      for (int64_t head = first; head < first + heads; ++head) {
+        const float *const d = sizes.d + (head - first) * steps, *const decay = sizes.decay + (head - first) * steps;
+        const int64_t group = head / (s.head / s.group), offset = head * s.head_dim + part.row;
+        const int64_t states = (part.batch * s.head + head) * per_head + part.row * s.state;
+        const auto x = dual_series<const T>(s.x, s, part.batch, start, width, offset);
+        const auto z = dual_series<const T>(s.z, s, part.batch, start, width, offset);
+        const auto y = dual_series<T>(s.y, s, part.batch, start, width, offset);
+        // The next round, some lines at a time: steps lie too far apart for the hardware to see the pattern.
+        const int64_t jump = start + 2 * kDualSteps <= s.time ? kDualSteps : 0;
+        const auto project = [&](const void* array, float* copy) {
+          const auto rows = dual_series<const T>(array, s, part.batch, start, s.group * s.state, group * s.state);
+          return dual_project<T>(rows, steps, jump, s.state, copy);
+        };
+        const DualProjection B = project(s.B, B_copy), C = project(s.C, C_copy);
+        const auto ahead = [&](auto rows, int64_t k, int64_t p) { prefetch(rows.first + (k + jump) * rows.stride + p); };
+        for (int64_t k = 0; k < steps; ++k) {
+          for (int64_t p = 0; p < part.rows; p += kLanes) {
+            store(dx + k * row_room + p, splat(d[k]) * load(x.first + k * x.stride + p, lanes_at(p, part.rows)));
+          }
+        }
+        float* const to = s.last_state ? s.last_state + states : own_states;
+        const float* const from = start ? to : s.initial_state ? s.initial_state + states : nullptr;
+        for (int64_t p = 0; p < part.rows; p += kLanes) {
+          const int lanes = lanes_at(p, part.rows);
+          for (int64_t v = 0; v < vectors;) {
+            const int64_t tiles = (vectors - v + kDualVectors - 1) / kDualVectors;
+            const int size = (int)((vectors - v + tiles - 1) / tiles);
+            const int64_t n = v * kLanes;
+            const DualInputs in = {decay, B.row + n, C.row + n, dx + p, B.stride, row_room};
+            const DualRows rows = {from ? from + p * s.state + n : nullptr, to + p * s.state + n, s.state,
+                                   lanes_at(n + (size - 1) * kLanes, s.state)};
+            if (v) {
+              dual_tiles_of<true>(size, lanes, steps, in, rows, sums);
+            } else {
+              dual_tiles_of<false>(size, lanes, steps, in, rows, sums);
+            }
+            v += size;
+          }
+          for (int64_t k = 0; lanes < kLanes && k < steps; ++k) {
+            for (int r = lanes; r < kLanes; ++r) sums[k * kLanes + r] = F{};
+          }
+          const F skip = s.wide_D ? load(s.D + offset + p, lanes) : splat(s.D[head]);
+          for (int64_t k = 0; k < steps; ++k) {
+            F own[kLanes];
+#pragma GCC unroll 16
+            for (int r = 0; r < kLanes; ++r) own[r] = sums[k * kLanes + r];
+            F out = fma(skip, load(x.first + k * x.stride + p, lanes), sums_of_lanes(own));
+            if (s.z) out *= silu(load(z.first + k * z.stride + p, lanes));
+            store(y.first + k * y.stride + p, out, lanes);
+            ahead(x, k, p);
+            ahead(y, k, p);
+            if (s.z) ahead(z, k, p);
+          }
+        }
+      }
+    }
+  }
+  return HCMEN_OK;
+}
+
+static int dual_forward(const hcmen_dual& s, const DualPart& part) {
+  return s.dtype == HCMEN_FLOAT16 ? dual_forward_of<Half>(s, part) : dual_forward_of<float>(s, part);
+}
+
+// --- backward
 
 // A step size from what the array holds, and its slope.
 HCMEN_INLINE float step_size(const hcmen_dual& s, float dt, float bias, float* slope) {
@@ -29,48 +269,6 @@ HCMEN_INLINE float step_size(const hcmen_dual& s, float dt, float bias, float* s
   const float cut = whole < s.dt_min ? s.dt_min : whole > s.dt_max ? s.dt_max : whole;
   *slope = cut == whole ? rise[0] : 0.0f;
   return cut;
-}
-
-template <class T>
-static int dual_forward_of(const hcmen_dual& s, int64_t batch, int64_t head) {
-  const int64_t P = s.head_dim, N = s.state, group = head / (s.head / s.group);
-  Scratch scratch(0, P * N + 3 * P + 2 * N + 1);
-  if (!scratch.works()) return HCMEN_NO_MEMORY;
-  float *h = scratch.floats(P * N), *x = scratch.floats(P), *y = scratch.floats(P), *z = scratch.floats(P);
-  float *B = scratch.floats(N), *C = scratch.floats(N), *dt = scratch.floats(1);
-  const int64_t states = (batch * s.head + head) * P * N;
-  for (int64_t i = 0; i < P * N; ++i) h[i] = s.initial_state ? s.initial_state[states + i] : 0.0f;
-  for (int64_t k = 0; k < s.time; ++k) {
-    const int64_t t = s.reverse ? s.time - 1 - k : k, row = (batch * s.time + t) * s.head + head;
-    const int64_t projection = ((batch * s.time + t) * s.group + group) * N;
-    widen_row((const T*)s.x + row * P, x, P);
-    widen_row((const T*)s.dt + row, dt, 1);
-    widen_row((const T*)s.B + projection, B, N);
-    widen_row((const T*)s.C + projection, C, N);
-    float slope;
-    const float d = step_size(s, dt[0], s.dt_bias[head], &slope), decay = exponential(splat(d * s.A[head]))[0];
-    for (int64_t p = 0; p < P; ++p) {
-      float sum = 0.0f;
-      for (int64_t n = 0; n < N; ++n) {
-        h[p * N + n] = decay * h[p * N + n] + d * x[p] * B[n];
-        sum += h[p * N + n] * C[n];
-      }
-      y[p] = sum + s.D[s.wide_D ? head * P + p : head] * x[p];
-    }
-    if (s.z) {
-      widen_row((const T*)s.z + row * P, z, P);
-      for (int64_t p = 0; p < P; ++p) y[p] *= silu(splat(z[p]))[0];
-    }
-    narrow_row(y, (T*)s.y + row * P, P);
-  }
-  if (s.last_state) {
-    for (int64_t i = 0; i < P * N; ++i) s.last_state[states + i] = h[i];
-  }
-  return HCMEN_OK;
-}
-
-static int dual_forward(const hcmen_dual& s, int64_t batch, int64_t head) {
-  return s.dtype == HCMEN_FLOAT16 ? dual_forward_of<Half>(s, batch, head) : dual_forward_of<float>(s, batch, head);
 }
 
 // Gradients of one head of one batch element, those of B, C, A, D and dt_bias added to what is there.

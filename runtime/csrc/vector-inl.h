@@ -204,6 +204,20 @@ HCMEN_INLINE F odd_lanes(F a, F b) { return __builtin_shufflevector(a, b, HCMEN_
 #undef HCMEN_EVEN
 #undef HCMEN_ODD
 
+// sums[i] = sum over the lanes of x[i], for kLanes vectors, which are overwritten. Neighbours are added, then
+// neighbouring pairs, and so on: every sum in the same order.
+HCMEN_INLINE F sums_of_lanes(F* x) {
+#pragma GCC unroll 4
+  for (int count = kLanes / 2; count > 0; count /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i) {
+      const F a = x[2 * i], b = x[2 * i + 1];
+      x[i] = even_lanes(a, b) + odd_lanes(a, b);
+    }
+  }
+  return x[0];
+}
+
 // Rows become columns.
 HCMEN_INLINE void transpose(F* square) {
   // log2(kLanes) perfect shuffles.

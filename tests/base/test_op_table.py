@@ -63,7 +63,7 @@ int main() {
       list("words", attribute.words, attribute.words + kMostWords, text);
       const float number = attribute.number;
       printf(", \"number\": ");
-      !attribute.is_number ? (void)printf("null") : number > 1e38f ? (void)printf("Infinity") : (void)printf("%g", number);
+      attribute.is_number ? (void)printf(number > 1e38f ? "Infinity" : "%g", number) : text(nullptr);
       printf("}");
     });
     const auto tensor = [&](const Tensor& one) {
