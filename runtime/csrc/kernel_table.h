@@ -49,6 +49,13 @@ struct ScanGradTargets {
   float* ddelta_bias;  // [channel]
 };
 
+// What a head has alone of gradients that are sums, all overwritten.
+struct DualGradTargets {
+  float *dB, *dC;              // [time, state], rows padded to a multiple of kDualPadding
+  float *dD, *dA, *ddt_bias;  // of this head
+};
+constexpr int64_t kDualPadding = 16;
+
 struct KernelTable {
   const char* name;
   // Each returns HCMEN_OK or HCMEN_NO_MEMORY.
@@ -58,7 +65,8 @@ struct KernelTable {
   // dweight [channel, width] and dbias [channel]: this batch element's share.
   int (*conv_backward)(const hcmen_conv&, const hcmen_conv_grad&, float* dweight, float* dbias, const ChannelBlock&);
   int (*dual_forward)(const hcmen_dual&, const DualPart&);
-  int (*dual_backward)(const hcmen_dual&, const hcmen_dual_grad&, int64_t batch, int64_t head);
+  // One head of one batch element: all its gradients, but those that are sums over heads or batch elements.
+  int (*dual_backward)(const hcmen_dual&, const hcmen_dual_grad&, const DualGradTargets&, int64_t batch, int64_t head);
   // to[i] += from[i]
   void (*add)(const float* from, float* to, int64_t count);
   // Computes rounds * (return value / rounds) exponentials as the scan does, in registers; returns their number.

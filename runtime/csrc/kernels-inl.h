@@ -6,6 +6,7 @@
 #include "selective_scan-inl.h"
 #include "selective_scan_backward-inl.h"
 #include "state_space_dual-inl.h"
+#include "state_space_dual_backward-inl.h"
 
 namespace hcmen {
 namespace HCMEN_ISA_NAMESPACE {

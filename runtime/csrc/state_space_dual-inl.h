@@ -145,12 +145,12 @@ struct DualSeries {
   T* first;
   int64_t stride;
 };
-template <class T, class Pointer>
-HCMEN_INLINE DualSeries<T> dual_series(Pointer* array, const hcmen_dual& s, int64_t batch, int64_t start, int64_t width,
+template <class T>
+HCMEN_INLINE DualSeries<T> dual_series(T* array, const hcmen_dual& s, int64_t batch, int64_t start, int64_t width,
                                        int64_t offset) {
   if (!array) return DualSeries<T>{nullptr, 0};
   const int64_t t = s.reverse ? s.time - 1 - start : start;
-  return DualSeries<T>{(T*)array + (batch * s.time + t) * width + offset, s.reverse ? -width : width};
+  return DualSeries<T>{array + (batch * s.time + t) * width + offset, s.reverse ? -width : width};
 }
 
 // B or C of some steps, float32 and whole vectors of them: the array itself, or a copy.
@@ -199,13 +199,13 @@ static int dual_forward_of(const hcmen_dual& s, const DualPart& part) {
         const float *const d = sizes.d + (head - first) * steps, *const decay = sizes.decay + (head - first) * steps;
         const int64_t group = head / (s.head / s.group), offset = head * s.head_dim + part.row;
         const int64_t states = (part.batch * s.head + head) * per_head + part.row * s.state;
-        const auto x = dual_series<const T>(s.x, s, part.batch, start, width, offset);
-        const auto z = dual_series<const T>(s.z, s, part.batch, start, width, offset);
-        const auto y = dual_series<T>(s.y, s, part.batch, start, width, offset);
+        const auto x = dual_series((const T*)s.x, s, part.batch, start, width, offset);
+        const auto z = dual_series((const T*)s.z, s, part.batch, start, width, offset);
+        const auto y = dual_series((T*)s.y, s, part.batch, start, width, offset);
         // The next round, some lines at a time: steps lie too far apart for the hardware to see the pattern.
         const int64_t jump = start + 2 * kDualSteps <= s.time ? kDualSteps : 0;
         const auto project = [&](const void* array, float* copy) {
-          const auto rows = dual_series<const T>(array, s, part.batch, start, s.group * s.state, group * s.state);
+          const auto rows = dual_series((const T*)array, s, part.batch, start, s.group * s.state, group * s.state);
           return dual_project<T>(rows, steps, jump, s.state, copy);
         };
         const DualProjection B = project(s.B, B_copy), C = project(s.C, C_copy);
@@ -257,77 +257,6 @@ static int dual_forward_of(const hcmen_dual& s, const DualPart& part) {
 
 static int dual_forward(const hcmen_dual& s, const DualPart& part) {
   return s.dtype == HCMEN_FLOAT16 ? dual_forward_of<Half>(s, part) : dual_forward_of<float>(s, part);
-}
-
-// --- backward
-
-// A step size from what the array holds, and its slope.
-HCMEN_INLINE float step_size(const hcmen_dual& s, float dt, float bias, float* slope) {
-  F d = splat(dt + bias), rise = splat(1.0f);
-  if (s.delta_softplus) d = softplus(d, &rise);
-  const float whole = d[0];
-  const float cut = whole < s.dt_min ? s.dt_min : whole > s.dt_max ? s.dt_max : whole;
-  *slope = cut == whole ? rise[0] : 0.0f;
-  return cut;
-}
-
-// Gradients of one head of one batch element, those of B, C, A, D and dt_bias added to what is there.
-static int dual_backward(const hcmen_dual& s, const hcmen_dual_grad& grad, int64_t batch, int64_t head) {
-  const int64_t P = s.head_dim, N = s.state, group = head / (s.head / s.group), size = P * N;
-  Scratch scratch(0, (s.time + 2) * size + 2 * s.time);
-  if (!scratch.works()) return HCMEN_NO_MEMORY;
-  float *h = scratch.floats((s.time + 1) * size), *g = scratch.floats(size);
-  float *steps = scratch.floats(s.time), *slopes = scratch.floats(s.time);
-  const int64_t states = (batch * s.head + head) * size;
-  const auto row_of = [&](int64_t k) { return (batch * s.time + (s.reverse ? s.time - 1 - k : k)) * s.head + head; };
-  for (int64_t i = 0; i < size; ++i) h[i] = s.initial_state ? s.initial_state[states + i] : 0.0f;
-  for (int64_t k = 0; k < s.time; ++k) {
-    const int64_t row = row_of(k), projection = (row / s.head * s.group + group) * N;
-    const float d = step_size(s, ((const float*)s.dt)[row], s.dt_bias[head], &slopes[k]);
-    const float decay = exponential(splat(d * s.A[head]))[0], *x = (const float*)s.x + row * P;
-    const float *B = (const float*)s.B + projection, *before = h + k * size;
-    steps[k] = d;
-    for (int64_t p = 0; p < P; ++p) {
-      for (int64_t n = 0; n < N; ++n) h[(k + 1) * size + p * N + n] = decay * before[p * N + n] + d * x[p] * B[n];
-    }
-  }
-  for (int64_t i = 0; i < size; ++i) g[i] = grad.dlast_state ? grad.dlast_state[states + i] : 0.0f;
-  for (int64_t k = s.time - 1; k >= 0; --k) {
-    const int64_t row = row_of(k), projection = (row / s.head * s.group + group) * N;
-    const float *x = (const float*)s.x + row * P, *dy = grad.dy + row * P, *z = (const float*)s.z;
-    const float *B = (const float*)s.B + projection, *C = (const float*)s.C + projection;
-    const float *before = h + k * size, *after = before + size;
-    float *dB = grad.dB + projection, *dC = grad.dC + projection, *dx = grad.dx + row * P;
-    const float d = steps[k], decay = exponential(splat(d * s.A[head]))[0];
-    float through_decay = 0.0f, through_step = 0.0f;
-    for (int64_t p = 0; p < P; ++p) {
-      const int64_t at = s.wide_D ? head * P + p : head;
-      float dyp = dy[p], through_B = 0.0f, y = s.D[at] * x[p];
-      if (z) {
-        const F gate = sigmoid(splat(z[row * P + p]));
-        for (int64_t n = 0; n < N; ++n) y += after[p * N + n] * C[n];
-        grad.dz[row * P + p] = dyp * y * gate[0] * (1.0f + z[row * P + p] * (1.0f - gate[0]));
-        dyp *= z[row * P + p] * gate[0];
-      }
-      grad.dD[at] += dyp * x[p];
-      for (int64_t n = 0; n < N; ++n) {
-        const float own = g[p * N + n] + dyp * C[n];
-        dC[n] += dyp * after[p * N + n];
-        dB[n] += own * d * x[p];
-        through_B += own * B[n];
-        through_decay += own * before[p * N + n];
-        g[p * N + n] = own * decay;
-      }
-      through_step += through_B * x[p];
-      dx[p] = dyp * s.D[at] + d * through_B;
-    }
-    const float ddt = (through_step + through_decay * decay * s.A[head]) * slopes[k];
-    grad.dA[head] += through_decay * decay * d;
-    grad.ddt[row] = ddt;
-    grad.ddt_bias[head] += ddt;
-  }
-  for (int64_t i = 0; grad.dinitial_state && i < size; ++i) grad.dinitial_state[states + i] = g[i];
-  return HCMEN_OK;
 }
 
 }  // namespace HCMEN_ISA_NAMESPACE

@@ -1,8 +1,10 @@
 #include "state_space_dual.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
+#include <memory>
 
 #include "checks.h"
 #include "kernel_table.h"
@@ -63,6 +65,73 @@ Plan plan_forward(const hcmen_dual& s) {
   return plan;
 }
 
+struct Free {
+  void operator()(float* p) const { free(p); }
+};
+using Buffer = std::unique_ptr<float, Free>;
+
+Buffer allocate(int64_t count) { return Buffer((float*)malloc(std::max<size_t>(1, (size_t)count * sizeof(float)))); }
+
+// Heads of a group add to the same dB and dC: each computes its own, which are added in their order, some heads at a time.
+int dual_backward(const hcmen_dual& s, const hcmen_dual_grad& g, int threads) {
+  constexpr int64_t kSlice = 64;  // steps that a task adds up
+  const int64_t groups = s.batch * s.group, per_group = s.head / s.group;
+  const int64_t row = (s.state + kDualPadding - 1) / kDualPadding * kDualPadding, series = s.time * row;
+  const int64_t dim = s.wide_D ? s.head_dim : 1, parameters = s.head * (dim + 2);
+  const int useful = work_of(s) < kLeastWork ? 1 : threads;
+  // As many heads of each group as make all threads busy.
+  const int64_t at_once = std::min(per_group, (useful + groups - 1) / groups);
+  // dA, ddt_bias and dD side by side for each batch element.
+  const Buffer sums = allocate(s.batch * parameters), parts = allocate(groups * at_once * 2 * series);
+  if (!sums || !parts) return HCMEN_NO_MEMORY;
+  const auto part = [&](int64_t group, int64_t i) { return parts.get() + (group * at_once + i) * 2 * series; };
+  memset(g.dB, 0, (size_t)(groups * s.time * s.state) * sizeof(float));
+  memset(g.dC, 0, (size_t)(groups * s.time * s.state) * sizeof(float));
+  for (int64_t first = 0; first < per_group; first += at_once) {
+    const int64_t heads = std::min(at_once, per_group - first);
+    const int status = parallel_tasks(useful, groups * heads, [&](int64_t task) {
+      FloatEnvironment environment;
+      const int64_t index = task / heads, batch = index / s.group, head = index % s.group * per_group + first + task % heads;
+      float *const own = part(index, task % heads), *const sum = sums.get() + batch * parameters;
+      const DualGradTargets to = {own, own + series, sum + 2 * s.head + head * dim, sum + head, sum + s.head + head};
+      return kernels()->dual_backward(s, g, to, batch, head);
+    });
+    if (status) return status;
+    const int64_t slices = (s.time + kSlice - 1) / kSlice;
+    parallel_tasks(useful, groups * slices, [&](int64_t task) {
+      FloatEnvironment environment;
+      const int64_t index = task / slices, batch = index / s.group, group = index % s.group;
+      const int64_t from = task % slices * kSlice, to = std::min(s.time, from + kSlice);
+      for (int64_t i = 0; i < heads; ++i) {
+        const float* const own = part(index, i);
+        for (int64_t t = from; t < to; ++t) {
+          const int64_t at = ((batch * s.time + t) * s.group + group) * s.state;
+          kernels()->add(own + t * row, g.dB + at, s.state);
+          kernels()->add(own + series + t * row, g.dC + at, s.state);
+        }
+      }
+      return (int)HCMEN_OK;
+    });
+  }
+  FloatEnvironment environment;
+  for (int64_t batch = 0; batch < s.batch; ++batch) {
+    const float* const sum = sums.get() + batch * parameters;
+    const struct {
+      float* to;
+      const float* from;
+      int64_t count;
+    } each[] = {{g.dA, sum, s.head}, {g.ddt_bias, sum + s.head, s.head}, {g.dD, sum + 2 * s.head, s.head * dim}};
+    for (const auto& one : each) {
+      if (batch == 0) {
+        memcpy(one.to, one.from, (size_t)one.count * sizeof(float));
+      } else {
+        kernels()->add(one.from, one.to, one.count);
+      }
+    }
+  }
+  return HCMEN_OK;
+}
+
 }  // namespace
 
 int dual_forward(const hcmen_dual& dual, const Threads& threads) {
@@ -106,16 +175,7 @@ HCMEN_API int hcmen_state_space_dual_backward(const hcmen_dual* dual, const hcme
       (g.dz == nullptr) != (s.z == nullptr)) {
     return HCMEN_BAD_ARGUMENT;
   }
-  memset(g.dA, 0, (size_t)s.head * sizeof(float));
-  memset(g.ddt_bias, 0, (size_t)s.head * sizeof(float));
-  memset(g.dD, 0, (size_t)(s.head * (s.wide_D ? s.head_dim : 1)) * sizeof(float));
-  memset(g.dB, 0, (size_t)(s.batch * s.time * s.group * s.state) * sizeof(float));
-  memset(g.dC, 0, (size_t)(s.batch * s.time * s.group * s.state) * sizeof(float));
-  hcmen::FloatEnvironment environment;
-  for (int64_t i = 0; i < s.batch * s.head; ++i) {
-    if (const int status = hcmen::kernels()->dual_backward(s, g, i / s.head, i % s.head)) return status;
-  }
-  return HCMEN_OK;
+  return hcmen::dual_backward(s, g, threads);
 }
 
 }  // extern "C"
