@@ -96,9 +96,14 @@ class Operator(NamedTuple):
         return tuple(attribute.name for attribute in self.attributes if attribute.number is not None)
 
     @property
+    def spread(self) -> tuple[str, ...]:
+        """The inputs whose shape may lack the last size."""
+        return tuple(tensor.name for tensor in self.inputs if tensor.spread)
+
+    @property
     def wide(self) -> tuple[str, ...]:
-        """What says in the C structures that a tensor has the size which may be left out of its shape."""
-        return tuple(f"wide_{tensor.name}" for tensor in self.inputs if tensor.spread)
+        """What says in the C structures that such an input has it."""
+        return tuple(f"wide_{name}" for name in self.spread)
 
     @property
     def switches(self) -> tuple[str, ...]:

@@ -16,12 +16,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hcmen.base.errors import BackendError, CheckFailed, reason_of
-from hcmen.base.op import SELECTIVE_SCAN
+from hcmen.base.op import SELECTIVE_SCAN, STATE_SPACE_DUAL
 
-__all__ = ["TOLERANCE", "SelfCheck", "operators_run", "run_selfcheck", "selective_scan_numpy", "selfcheck_inputs"]
+__all__ = [
+    "TOLERANCE",
+    "SelfCheck",
+    "dual_inputs",
+    "operators_run",
+    "run_selfcheck",
+    "selective_scan_numpy",
+    "selfcheck_inputs",
+    "state_space_dual_numpy",
+]
 
 MODEL = Path(__file__).with_name("selfcheck.onnx")
 CONV_MODEL = Path(__file__).with_name("selfcheck_conv.onnx")
+DUAL_MODEL = Path(__file__).with_name("selfcheck_dual.onnx")
 # Of the largest output, in float32: docs/op.md.
 TOLERANCE = 1e-6
 
@@ -95,6 +105,47 @@ def selfcheck_inputs(batch: int = 2, time: int = 9, channel: int = 8, state: int
     }
     inputs["A"] = np.tile(-np.arange(1.0, state + 1.0, dtype=np.float32), (channel, 1))
     inputs["delta_bias"] /= np.float32(10.0)
+    return inputs
+
+
+def state_space_dual_numpy(
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array,
+    dt_bias: Array,
+    z: Array,
+    initial_state: Array,
+) -> tuple[Array, Array]:
+    """The state space dual in float64, step by step, with softplus; shapes and meaning as in docs/op.md, D [head].
+
+    Returns:
+        y [batch, time, head, head_dim] and the last state [batch, head, head_dim, state], both float64.
+    """
+    state, head = np.asarray(initial_state, np.float64), x.shape[2]
+    B, C = (np.repeat(np.asarray(v, np.float64), head // v.shape[2], axis=2) for v in (B, C))
+    step = np.logaddexp(0.0, np.asarray(dt, np.float64) + dt_bias)
+    y = np.asarray(x, np.float64) * D[:, None]
+    for t in range(x.shape[1]):
+        added = (step[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+        state = np.exp(step[:, t] * A)[..., None, None] * state + added
+        y[:, t] += (state * C[:, t, :, None]).sum(-1)
+    return y * z / (1.0 + np.exp(-np.asarray(z, np.float64))), state
+
+
+def dual_inputs() -> dict[str, Array]:
+    """Inputs of the model of StateSpaceDual, the same at every call."""
+    rng = np.random.default_rng(0)
+    sizes = {"batch": 2, "time": 9, "head": 4, "head_dim": 3, "group": 2, "state": 5}
+    inputs = {
+        tensor.name: rng.normal(size=[sizes[s] for s in tensor.sizes][: 1 if tensor.spread else None]).astype(
+            np.float32
+        )
+        for tensor in STATE_SPACE_DUAL.inputs
+    }
+    inputs["A"] = -np.abs(inputs["A"]) - np.float32(0.5)
     return inputs
 
 

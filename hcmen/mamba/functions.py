@@ -12,12 +12,22 @@ attribute reference or taken from shapes and types. Nodes that differ in what ma
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, helper
 
 from hcmen.base.errors import InputError, shown, unknown_name
-from hcmen.base.op import CAUSAL_CONV1D, DOMAIN, PARSER_ATTRIBUTES, SELECTIVE_SCAN, VERSION, Operator
+from hcmen.base.op import (
+    CAUSAL_CONV1D,
+    DOMAIN,
+    PARSER_ATTRIBUTES,
+    SELECTIVE_SCAN,
+    STATE_SPACE_DUAL,
+    VERSION,
+    Operator,
+)
+from hcmen.mamba.dual_bodies import dual_body
 from hcmen.mamba.scan_bodies import SCAN_BODIES, Body, silu, softplus
 from hcmen.mamba.signatures import COMMON, unify
 
@@ -73,7 +83,9 @@ def add_functions(model: ModelProto, scan_body: str = "scan") -> ModelProto:
     for op_type, signature in signatures.items():
         model.functions.append(
             _scan_function(opset, scan_body, **signature)
-            if op_type == "SelectiveScan"
+            if op_type == SELECTIVE_SCAN.name
+            else _dual_function(opset, scan_body, **signature)
+            if op_type == STATE_SPACE_DUAL.name
             else _conv_function(opset, scan_body, width, **signature)
         )
     if signatures:
@@ -205,14 +217,14 @@ def _expect_names(node: NodeProto, op: Operator, values: dict[str, Any]) -> None
                 raise InputError(f"{_label(node)}: '{name}' is left out by an empty name, which a function cannot take")
 
 
-def _complete_scan(node: NodeProto, shape_of: _ShapeOf) -> dict[str, Any]:
-    values = _kernel_attributes(node, SELECTIVE_SCAN)
+def _complete_scan(op: Operator, node: NodeProto, shape_of: _ShapeOf) -> dict[str, Any]:
+    values = _kernel_attributes(node, op)
     reverse = values["reverse"]
     directions = {"scan_input_directions": [reverse] * 4, "scan_output_directions": [reverse]}
     values = _attributes(node, directions)
     for name, want in directions.items():
         _expect(node, values, name, (want,))
-    _expect_names(node, SELECTIVE_SCAN, values)
+    _expect_names(node, op, values)
     return {name: values[name] for name in ("gated", "stateful", "delta_softplus")}
 
 
@@ -236,7 +248,8 @@ def _complete_conv(node: NodeProto, shape_of: _ShapeOf) -> dict[str, Any]:
 
 
 _COMPLETE: dict[str, Callable[[NodeProto, _ShapeOf], dict[str, Any]]] = {
-    SELECTIVE_SCAN.name: _complete_scan,
+    SELECTIVE_SCAN.name: partial(_complete_scan, SELECTIVE_SCAN),
+    STATE_SPACE_DUAL.name: partial(_complete_scan, STATE_SPACE_DUAL),
     CAUSAL_CONV1D.name: _complete_conv,
 }
 
@@ -295,6 +308,17 @@ def _scan_function(opset: int, scan_body: str, *, gated: int, stateful: int, del
         {"gated": gated, "stateful": stateful},
         f"Mamba's selective scan in standard operators; gated = {gated}, stateful = {stateful}, "
         f"delta_softplus = {delta_softplus} in every node of this model.",
+    )
+
+
+def _dual_function(opset: int, scan_body: str, **signature: int) -> FunctionProto:
+    return _function(
+        STATE_SPACE_DUAL,
+        opset,
+        dual_body(scan_body, **signature),
+        signature,
+        "Mamba-2's state space dual in standard operators; "
+        f"{', '.join(f'{name} = {value}' for name, value in signature.items())} in every node of this model.",
     )
 
 

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 from torch._decomp import decomposition_table, meta_table
 
-from hcmen.base.op import CAUSAL_CONV1D, DOMAIN, OPERATORS, PARSER_ATTRIBUTES, SELECTIVE_SCAN, VERSION, Operator
+from hcmen.base.op import (
+    CAUSAL_CONV1D,
+    DOMAIN,
+    OPERATORS,
+    PARSER_ATTRIBUTES,
+    SELECTIVE_SCAN,
+    STATE_SPACE_DUAL,
+    VERSION,
+    Operator,
+)
 
 # It makes the custom ops.
 from hcmen.mamba import native  # noqa: F401
@@ -46,6 +55,7 @@ def _conv_sizes(attributes: Mapping[str, Any], sizes: _Sizes) -> dict[str, Any]:
 
 _OTHERS: dict[str, Callable[[Mapping[str, Any], _Sizes], dict[str, Any]]] = {
     SELECTIVE_SCAN.name: _scan_directions,
+    STATE_SPACE_DUAL.name: _scan_directions,
     CAUSAL_CONV1D.name: _conv_sizes,
 }
 """Operator -> its attributes that only the model-local function reads."""

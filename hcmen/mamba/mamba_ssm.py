@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hcmen.base.errors import reason_of
 
-__all__ = ["conv_limit", "mamba_conv", "mamba_function", "mamba_scan", "scan_limit"]
+__all__ = ["conv_limit", "dual_as_scan", "mamba_conv", "mamba_function", "mamba_scan", "scan_limit"]
 
 _MAMBA = {
     "scan": ("mamba_ssm", "mamba_ssm.ops.selective_scan_interface", "selective_scan_fn"),
@@ -105,6 +106,44 @@ def mamba_scan(
     y: Tensor = (found[0] if return_last_state else found).transpose(1, 2)
     y = y.flip(1) if reverse else y
     return (y, found[1]) if return_last_state else y
+
+
+def dual_as_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    *,
+    delta_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+) -> tuple[Any, ...]:
+    """A state space dual as the scan of head * head_dim channels, whose step sizes and rates are those of their heads.
+
+    Returns:
+        u, delta, A, B, C, D, delta_bias, z, initial_state of `selective_scan`; delta is whole, delta_bias None.
+    """
+    batch, time, head, dim = x.shape
+    step = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
+    if delta_softplus:
+        step = F.softplus(step, beta=1.0, threshold=20.0)
+    step = step.clamp(dt_min, dt_max)
+    return (
+        x.reshape(batch, time, head * dim),
+        step[..., None].expand(batch, time, head, dim).reshape(batch, time, head * dim),
+        A[:, None, None].expand(head, dim, B.shape[3]).reshape(head * dim, B.shape[3]),
+        B,
+        C,
+        None if D is None else (D if D.dim() == 2 else D[:, None].expand(head, dim)).reshape(head * dim),
+        None,
+        None if z is None else z.reshape(batch, time, head * dim),
+        None if initial_state is None else initial_state.reshape(batch, head * dim, B.shape[3]),
+    )
 
 
 def conv_limit(weight: Tensor) -> str | None:

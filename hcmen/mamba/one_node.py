@@ -20,12 +20,22 @@ from hcmen.base.op import (
     OPSET,
     PARSER_ATTRIBUTES,
     SELECTIVE_SCAN,
+    STATE_SPACE_DUAL,
     VERSION,
     Operator,
+    Tensor,
 )
 from hcmen.mamba.functions import add_functions
 
-__all__ = ["conv_model", "one_node_model", "scan_model", "selfcheck_conv_model", "selfcheck_model"]
+__all__ = [
+    "conv_model",
+    "dual_model",
+    "one_node_model",
+    "scan_model",
+    "selfcheck_conv_model",
+    "selfcheck_dual_model",
+    "selfcheck_model",
+]
 
 Size = int | str
 _ELEMENT = {
@@ -62,6 +72,33 @@ def scan_model(
     return _model(SELECTIVE_SCAN, sizes, dtype, attributes, functions)
 
 
+def dual_model(
+    head: int,
+    head_dim: int,
+    state: int,
+    *,
+    group: int | None = 1,
+    wide_D: bool = False,
+    dtype: str = "float32",
+    batch: Size = "batch",
+    time: Size = "time",
+    functions: bool = True,
+    **attributes: float,
+) -> ModelProto:
+    """One StateSpaceDual node; arguments as in `scan_model`. wide_D: D is [head, head_dim]."""
+    sizes: dict[str, Size] = {"batch": batch, "time": time, "head": head, "head_dim": head_dim, "state": state}
+    if group is not None:
+        sizes["group"] = group
+    op = STATE_SPACE_DUAL
+    values: dict[str, Any] = {
+        **op.defaults,
+        **{name: float(v) if name in op.numbers else int(v) for name, v in attributes.items()},
+    }
+    reverse = values["reverse"]
+    values |= {"scan_input_directions": [reverse] * 4, "scan_output_directions": [reverse]}
+    return _model(op, sizes, dtype, values, functions, () if wide_D else op.spread)
+
+
 def conv_model(
     channel: int,
     width: int,
@@ -85,11 +122,21 @@ def conv_model(
 
 
 def _model(
-    op: Operator, sizes: Mapping[str, Size], dtype: str, attributes: Mapping[str, Any], functions: bool
+    op: Operator,
+    sizes: Mapping[str, Size],
+    dtype: str,
+    attributes: Mapping[str, Any],
+    functions: bool,
+    spread: Sequence[str] = (),
 ) -> ModelProto:
-    """One node of `op`; a size that `sizes` lacks is left out of the shapes."""
+    """One node of `op`; a size that `sizes` lacks is left out of the shapes, and the last one of tensors `spread`."""
+
+    def shape(tensor: Tensor) -> list[Size]:
+        names = tensor.sizes[:-1] if tensor.name in spread else tensor.sizes
+        return [sizes[name] for name in names if name in sizes]
+
     inputs, outputs = (
-        {t.name: (dtype if t.shared else "float32", [sizes[s] for s in t.sizes if s in sizes]) for t in tensors}
+        {t.name: (dtype if t.shared else "float32", shape(t)) for t in tensors}
         for tensors in (op.inputs_with(attributes), op.outputs_with(attributes))
     )
     return one_node_model(op.name, inputs, outputs, attributes, functions=functions)
@@ -135,8 +182,18 @@ def selfcheck_conv_model() -> ModelProto:
     return conv_model(8, 4)
 
 
+def selfcheck_dual_model() -> ModelProto:
+    """The model of base/selfcheck_dual.onnx: softplus, gate and state on, two groups, dynamic batch and time."""
+    return dual_model(4, 3, 5, group=2, delta_softplus=True, gated=True, stateful=True)
+
+
 if __name__ == "__main__":
-    for name, model in {"selfcheck.onnx": selfcheck_model(), "selfcheck_conv.onnx": selfcheck_conv_model()}.items():
+    models = {
+        "selfcheck.onnx": selfcheck_model(),
+        "selfcheck_conv.onnx": selfcheck_conv_model(),
+        "selfcheck_dual.onnx": selfcheck_dual_model(),
+    }
+    for name, model in models.items():
         target = Path(__file__).resolve().parents[1] / "base" / name
         write_file(target, model.SerializeToString(deterministic=True))
         print(f"wrote {target} ({target.stat().st_size} bytes)")

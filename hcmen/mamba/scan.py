@@ -38,7 +38,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hcmen.base.errors import BackendError, InputError, unknown_name
 from hcmen.base.library import load_library
@@ -47,7 +46,7 @@ from hcmen.mamba import (
     native,
     native_cuda,
 )
-from hcmen.mamba.mamba_ssm import conv_limit, mamba_conv, mamba_function, mamba_scan, scan_limit
+from hcmen.mamba.mamba_ssm import conv_limit, dual_as_scan, mamba_conv, mamba_function, mamba_scan, scan_limit
 from hcmen.mamba.reference import causal_conv1d_ref, selective_scan_ref, state_space_dual_ref
 
 __all__ = [
@@ -263,7 +262,8 @@ def state_space_dual(
     """The state space dual of Mamba-2, by the best implementation at hand; arguments and result as in
     `state_space_dual_ref`.
 
-    x, dt, B, C, z share one dtype (float32, float16 or bfloat16; float64 runs on the reference).
+    x, dt, B, C, z share one dtype (float32, float16 or bfloat16; float64 runs on the reference). Gradients flow to
+    every tensor argument.
 
     Raises:
         InputError: shapes or dtypes disagree; the message names the argument with got and expected.
@@ -289,29 +289,47 @@ def state_space_dual(
     _expect_dtype(x, {"dt": dt, "B": B, "C": C, "z": z}, "x")
     if not dt_min <= dt_max:
         raise InputError(f"dt_min is {dt_min} and dt_max is {dt_max}, expected no less than dt_min")
-    # A selective scan of head * head_dim channels, whose step sizes and decays are those of their heads.
-    step = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
-    if delta_softplus:
-        step = F.softplus(step, beta=1.0, threshold=20.0)
-    step = step.clamp(dt_min, dt_max)
-    if D is not None:
-        D = (D if D.dim() == 2 else D[:, None].expand(head, dim)).reshape(head * dim)
-    found = selective_scan(
-        x.reshape(batch, time, head * dim),
-        step[..., None].expand(batch, time, head, dim).reshape(batch, time, head * dim),
-        A[:, None, None].expand(head, dim, state).reshape(head * dim, state),
+    tensors = (x, dt, A, B, C, D, dt_bias, z, initial_state)
+    flags = {"delta_softplus": delta_softplus, "dt_min": dt_min, "dt_max": dt_max}
+
+    def limit() -> str | None:
+        return scan_limit(*dual_as_scan(*tensors, **flags), return_last_state)
+
+    how = _choice("scan", x, limit)
+    if how == "ref":
+        return state_space_dual_ref(*tensors, **flags, reverse=reverse, return_last_state=return_last_state)
+    if how == "mamba_ssm":
+        scanned = dual_as_scan(*tensors, **flags)[:-1]
+        switches = {"delta_softplus": False, "reverse": reverse, "return_last_state": return_last_state}
+        found = mamba_scan(*scanned, **switches)
+        if isinstance(found, tuple):
+            return found[0].reshape(x.shape), found[1].reshape(batch, head, dim, state)
+        return found.reshape(x.shape)
+    dtype = x.dtype
+    if dtype == torch.bfloat16:
+        x, dt, B, C = (v.float() for v in (x, dt, B, C))
+        z = None if z is None else z.float()
+    zeros = x.new_zeros(head, dtype=torch.float32)
+    if return_last_state and initial_state is None and torch.compiler.is_exporting():
+        # A node has a last state exactly if it has an initial one.
+        initial_state = x.new_zeros(batch, head, dim, state, dtype=torch.float32)
+    y, last_state = torch.ops.hcmen.state_space_dual(
+        x,
+        dt,
+        A.float(),
         B,
         C,
-        D,
-        None,
-        None if z is None else z.reshape(batch, time, head * dim),
-        None if initial_state is None else initial_state.reshape(batch, head * dim, state),
-        reverse=reverse,
-        return_last_state=return_last_state,
+        zeros if D is None else D.float(),
+        zeros if dt_bias is None else dt_bias.float(),
+        z,
+        None if initial_state is None else initial_state.float(),
+        delta_softplus,
+        reverse,
+        dt_min,
+        dt_max,
     )
-    if isinstance(found, tuple):
-        return found[0].reshape(x.shape), found[1].reshape(batch, head, dim, state)
-    return found.reshape(x.shape)
+    y = y.to(dtype)
+    return (y, last_state) if return_last_state else y
 
 
 # --- which implementation -------------------------------------------------------------------------------------------

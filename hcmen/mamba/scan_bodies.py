@@ -5,14 +5,14 @@ functions.py writes everything around it: softplus, the skip connection, the gat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
 from onnx import AttributeProto, NodeProto, TensorProto, helper
 
-__all__ = ["BLOCK", "SCAN_BODIES", "Body", "silu", "softplus"]
+__all__ = ["BLOCK", "SCAN_BODIES", "Body", "over_blocks", "silu", "softplus"]
 
 SOFTPLUS_THRESHOLD = 20.0
 DOUBLINGS = (1, 2, 4, 8)
@@ -66,12 +66,20 @@ class Body:
         """The last node takes its attribute `name` from the node that the function stands for."""
         self._take(name, name, kind)
 
-    def attribute(self, name: str) -> str:
-        """The integer that the node has as its attribute `name`, as a scalar."""
+    def attribute(self, name: str, kind: AttributeProto.AttributeType = AttributeProto.INT) -> str:
+        """The integer, or the float, that the node has as its attribute `name`, as a scalar."""
         value = self.fresh(name)
         self.nodes.append(helper.make_node("Constant", [], [value]))
-        self._take("value_int", name, AttributeProto.INT)
+        self._take("value_int" if kind == AttributeProto.INT else "value_float", name, kind)
         return value
+
+    def directed(self, reverse: str) -> Callable[[str], str]:
+        """What brings [b, t, ...] into scanning order and back: turned round in time if the scalar `reverse` is 1."""
+        # Forward: from 0 to the end by 1; in reverse: from -1 to before the first by -1.
+        axis, start = self.ints(1), self.op("Mul", reverse, self.ints(-1), name="start")
+        stride = self.op("Add", self.op("Mul", reverse, self.ints(-2), name="twice"), self.ints(1), name="stride")
+        end = self.op("Mul", stride, self.ints(2**31 - 1), name="end")
+        return lambda x: self.op("Slice", x, start, end, axis, stride, name="directed")
 
     def _take(self, own: str, name: str, kind: AttributeProto.AttributeType) -> None:
         self.nodes[-1].attribute.append(AttributeProto(name=own, ref_attr_name=name, type=kind))
@@ -147,17 +155,36 @@ def _scan_over_blocks(body: Body, first: str, steps: str, driven: str, B: str, C
     state at the start of the block is brought in once. Only decays are multiplied and nothing is divided: a decay that
     underflows is 0, as it should be. Steps that fill the last block have a step size of zero, so any length is right.
     """
+    of_channel, of_state = (steps, 2), (B, 2)
+    series = [(steps, of_channel), (driven, of_channel), (B, of_state), (C, of_state)]
+    return over_blocks(body, first, series, of_channel, _block(A))
+
+
+def over_blocks(
+    body: Body,
+    first: str,
+    series: Sequence[tuple[str, tuple[str, int]]],
+    output: tuple[str, int],
+    block_graph: onnx.GraphProto,
+) -> tuple[str, str]:
+    """A standard Scan over blocks of `BLOCK` steps, whatever a block computes.
+
+    Args:
+        first: what is carried from block to block, without an axis of time.
+        series: what is cut into blocks, each [b, t, ...] of rank 5. A value stands for the sizes behind time: it has
+            them from the axis given with it on.
+        output: the same for what comes out.
+        block_graph: takes what is carried [b, 1, ...] and blocks [b, BLOCK, ...], gives both again. What fills the last
+            block is zeros.
+
+    Returns:
+        What is carried in the end, and the outputs [b, t, ...].
+    """
     reverse = body.attribute("reverse")
     time_axis, block = body.ints(1), body.ints(BLOCK)
+    steps = series[0][0]
     batch, time = body.sizes(steps, 0, 1), body.sizes(steps, 1, 2)
-    # Forward: from 0 to the end by 1; in reverse: from -1 to before the first by -1.
-    start = body.op("Mul", reverse, body.ints(-1), name="start")
-    stride = body.op("Add", body.op("Mul", reverse, body.ints(-2), name="twice"), body.ints(1), name="stride")
-    end = body.op("Mul", stride, body.ints(2**31 - 1), name="end")
-
-    def directed(x: str) -> str:
-        return body.op("Slice", x, start, end, time_axis, stride, name="directed")
-
+    directed = body.directed(reverse)
     blocks = body.op("Div", body.op("Add", time, body.ints(BLOCK - 1), name="reach"), block, name="blocks")
     lacking = body.op("Sub", body.op("Mul", blocks, block, name="whole"), time, name="lacking")
     pads = body.op("Concat", body.ints(*[0] * 6), lacking, body.ints(*[0] * 3), axis=0, name="pads")
@@ -166,26 +193,22 @@ def _scan_over_blocks(body: Body, first: str, steps: str, driven: str, B: str, C
         """[b, t, ...] -> [b, blocks, BLOCK, sizes]; turned round before it is filled up, so that the end is filled."""
         return body.reshape(body.op("Pad", directed(x), pads, name="filled"), batch, blocks, block, sizes)
 
-    of_channel, of_state = body.sizes(steps, 2, 5), body.sizes(B, 2, 5)
-    inputs = [
-        in_blocks(steps, of_channel),
-        in_blocks(driven, of_channel),
-        in_blocks(B, of_state),
-        in_blocks(C, of_state),
-    ]
+    wanted = dict.fromkeys((*(sizes for _, sizes in series), output))
+    shapes = {(value, axis): body.sizes(value, axis, axis + 3) for value, axis in wanted}
+    inputs = [in_blocks(x, shapes[sizes]) for x, sizes in series]
     last, y = body.fresh("final_state"), body.fresh("outputs")
     body.nodes.append(
         helper.make_node(
             "Scan",
             [body.op("Unsqueeze", first, time_axis, name="first_state"), *inputs],
             [last, y],
-            body=_block(A),
-            num_scan_inputs=4,
-            scan_input_axes=[1] * 4,
+            body=block_graph,
+            num_scan_inputs=len(inputs),
+            scan_input_axes=[1] * len(inputs),
             scan_output_axes=[1],
         )
     )
-    y = body.reshape(y, batch, body.ints(-1), of_channel)
+    y = body.reshape(y, batch, body.ints(-1), shapes[output])
     y = directed(body.op("Slice", y, body.ints(0), time, time_axis, name="cut"))
     return last, y
 

@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
@@ -69,7 +69,7 @@ _INSTRUCTION_SETS = (
 def main(console: Console, bundle: str | None, trust_engines: bool, time_limit: float | None) -> None:
     """Checks this machine: what is installed and what works. Exit code 1 if anything failed."""
     rows = []
-    with console.progress("checking", 26, "rows") as bar:
+    with console.progress("checking", 28, "rows") as bar:
         for row in check_machine(bundle, console.note, trust_engines=trust_engines, time_limit=time_limit):
             rows.append(row)
             bar.advance()
@@ -318,24 +318,38 @@ def _check_scan(library: Path | None) -> str:
 def _check_conv(library: Path | None) -> str:
     import numpy as np
 
-    from hcmen.base.selfcheck import CONV_MODEL, TOLERANCE, operators_run
-    from hcmen.runtime.backends.ort import import_onnxruntime
+    from hcmen.base.selfcheck import CONV_MODEL
 
-    model = CONV_MODEL.read_bytes()
     rng = np.random.default_rng(0)
     sizes = {"x": (2, 9, 8), "weight": (8, 4), "bias": (8,)}
     inputs = {key: rng.normal(size=shape).astype(np.float32) for key, shape in sizes.items()}
+    return _compared("CausalConv1d", CONV_MODEL, inputs, [causal_conv1d_numpy(**inputs)], library)
+
+
+def _check_dual(library: Path | None) -> str:
+    from hcmen.base.selfcheck import DUAL_MODEL, dual_inputs, state_space_dual_numpy
+
+    inputs = dual_inputs()
+    return _compared("StateSpaceDual", DUAL_MODEL, inputs, state_space_dual_numpy(**inputs), library)
+
+
+def _compared(op: str, model: Path, inputs: dict[str, Any], expected: Sequence[Any], library: Path | None) -> str:
+    """What to say of a one-node model that gives what is expected."""
+    import numpy as np
+
+    from hcmen.base.selfcheck import TOLERANCE, operators_run
+    from hcmen.runtime.backends.ort import import_onnxruntime
+
     try:
-        (got,), operators = operators_run(import_onnxruntime(), model, inputs, library)
+        got, operators = operators_run(import_onnxruntime(), model.read_bytes(), inputs, library)
     except HcmenError:
         raise
     except Exception as error:
         raise BackendError(f"the one-node model does not run: {one_line(error)[:300]}") from error
-    expected = causal_conv1d_numpy(**inputs)
-    off = float(np.abs(got - expected).max() / np.abs(expected).max())
+    off = max(float(np.abs(g - want).max() / np.abs(want).max()) for g, want in zip(got, expected, strict=True))
     if not off <= TOLERANCE:
         raise CheckFailed(f"off by {off:.1e} of the largest output, expected {TOLERANCE:.0e} or less")
-    if library is not None and "CausalConv1d" not in operators:
+    if library is not None and op not in operators:
         raise CheckFailed(f"{library} was registered and its kernel did not run: {_ran(tuple(operators))} ran instead")
     return f"ran as {_ran(tuple(operators))}, largest error {off:.1e} of the largest output"
 
@@ -354,7 +368,11 @@ def causal_conv1d_numpy(x: Any, weight: Any, bias: Any) -> Any:
     return y / (1.0 + np.exp(-y))
 
 
-_OPS: dict[str, Callable[[Path | None], str]] = {"SelectiveScan": _check_scan, "CausalConv1d": _check_conv}
+_OPS: dict[str, Callable[[Path | None], str]] = {
+    "SelectiveScan": _check_scan,
+    "CausalConv1d": _check_conv,
+    "StateSpaceDual": _check_dual,
+}
 
 
 def _ran(operators: tuple[str, ...]) -> str:

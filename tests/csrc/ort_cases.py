@@ -24,6 +24,7 @@ import onnxruntime as ort
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from helpers.dual_cases import DUALS, assert_dual, dual_arrays, dual_model_of
 from helpers.op_cases import (
     CONVS,
     SCANS,
@@ -41,6 +42,7 @@ from hcmen.mamba.one_node import one_node_model
 
 Feeds = dict[str, np.ndarray]
 BATCH, TIME, CHANNEL, STATE = 2, 5, 12, 4
+HEAD, DIM = 6, 3
 
 
 def scan_shapes(
@@ -121,6 +123,28 @@ def conv(*says: str, edit: Any = None, dtypes: Any = None, **changes: Any) -> Ca
     attributes = {"activation": "silu", "reverse": 0}
     attributes.update({k: v for k, v in changes.items() if not isinstance(v, tuple)})
     return Case("CausalConv1d", says, shapes, dtypes or {}, attributes, edit)
+
+
+def dual(*says: str, edit: Any = None, dtypes: Any = None, gated: Any = 1, stateful: Any = 1, **changes: Any) -> Case:
+    series, projection = (BATCH, TIME, HEAD, DIM), (BATCH, TIME, 2, STATE)
+    shapes: dict[str, tuple[int, ...]] = {
+        "x": series,
+        "dt": series[:3],
+        "A": (HEAD,),
+        "B": projection,
+        "C": projection,
+        "D": (HEAD,),
+        "dt_bias": (HEAD,),
+        "z": series,
+        "initial_state": (BATCH, HEAD, DIM, STATE),
+        **{k: v for k, v in changes.items() if isinstance(v, tuple)},
+    }
+    attributes = {"gated": gated, "stateful": stateful, "delta_softplus": 1, "reverse": 0}
+    attributes.update({k: v for k, v in changes.items() if not isinstance(v, tuple)})
+    for name, there in (("z", gated), ("initial_state", stateful)):
+        if there == 0:
+            del shapes[name]
+    return Case("StateSpaceDual", says, shapes, dtypes or {}, attributes, edit)
 
 
 def blank(index: int) -> Callable[[onnx.NodeProto], None]:
@@ -253,6 +277,31 @@ MALFORMED: dict[str, Case] = {
     "bias missing": conv("2 inputs", "expected 3", "bias", edit=drop(1)),
     "bias empty name": conv("'bias'", "absent", "expected", edit=blank(2)),
     "conv four inputs": conv(edit=more(1)),
+    # StateSpaceDual
+    "dual x rank 3": dual("'x'", "[2, 5, 18]", "[batch, time, head, head_dim]", x=(2, 5, 18)),
+    "dual x time zero": dual("'x'", "[2, 0, 6, 3]", "at least 1", x=(2, 0, 6, 3)),
+    "dt rank 4": dual("'dt'", "[2, 5, 6, 3]", "[2, 5, 6]", "[batch, time, head]", dt=(2, 5, 6, 3)),
+    "dual A rank 2": dual("'A'", "[6, 4]", "[6]", A=(6, 4)),
+    "dual B time": dual("'B'", "[2, 4, 2, 4]", "[2, 5, group, state]", B=(2, 4, 2, 4)),
+    "dual C groups": dual("'C'", "[2, 5, 3, 4]", "[2, 5, 2, 4]", "'B'", C=(2, 5, 3, 4)),
+    "dual groups divide": dual("'B'", "4 groups", "6 heads", B=(2, 5, 4, 4), C=(2, 5, 4, 4)),
+    "dual D rank 3": dual("'D'", "[6, 3, 1]", "[6] = [head] or [6, 3] = [head, head_dim]", D=(6, 3, 1)),
+    "dual D wide": dual("'D'", "[6, 4]", "[6] = [head] or [6, 3] = [head, head_dim]", D=(6, 4)),
+    "dual D size": dual("'D'", "[3]", "[6] = [head] or [6, 3] = [head, head_dim]", D=(3,)),
+    "dual z rank": dual("'z'", "[2, 5, 18]", "[2, 5, 6, 3]", z=(2, 5, 18)),
+    "dual state swapped": dual("'initial_state'", "[2, 6, 4, 3]", "[2, 6, 3, 4]", initial_state=(2, 6, 4, 3)),
+    "dual x bfloat16": dual("'x'", "bfloat16", "float32 or float16", dtypes={"x": "bfloat16"}),
+    "dual dt float16": dual("'dt'", "float16", "float32", "'x'", dtypes={"dt": "float16"}),
+    "dual A float16": dual("'A'", "float16", "float32", dtypes={"A": "float16"}),
+    "dt_min integer": dual("'dt_min'", "an integer", "a float that is a number", edit=retype("dt_min", 1)),
+    "dt_min string": dual("'dt_min'", "a string", "a float", edit=retype("dt_min", "0")),
+    "dt_max list": dual("'dt_max'", "a list of floats", "a float", edit=retype("dt_max", [1.0])),
+    "dt_max NaN": dual("'dt_max'", "NaN", "a float that is a number", dt_max=float("nan")),
+    "dt limits": dual("'dt_min' and 'dt_max' are 1 and 0.5", "no more than dt_max", dt_min=1.0, dt_max=0.5),
+    "dual softplus float": dual("'delta_softplus'", "a float", "0 or 1", delta_softplus=1.0),
+    "dual z missing": dual("8 inputs", "expected 9", "initial_state", edit=drop(1)),
+    "dual last_state missing": dual("1 outputs", "expected 2", "last_state", edit=outputs("y")),
+    "dual D empty name": dual("'D'", "absent", "expected", edit=blank(5)),
 }
 
 
@@ -312,6 +361,11 @@ def fuzz(library: Path, seed: int, count: int) -> dict[str, int]:
 def grid(library: Path) -> dict[str, int]:
     """Every case of the table (helpers/op_cases.py) that is not long or wide must give the right numbers."""
     right = 0
+    for case in DUALS:
+        if case.time * case.channel <= 10_000:
+            arrays = dual_arrays(case)
+            assert_dual(case, arrays, session(dual_model_of(case), library, 1 + right % 2).run(None, arrays))
+            right += 1
     for case in (*SCANS, *CONVS):
         if case.time * case.channel > 10_000:
             continue

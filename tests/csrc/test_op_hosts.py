@@ -27,6 +27,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from helpers import emulated, trt_program
+from helpers.dual_cases import DUALS, DualCase, dual_arrays, dual_model_of, dual_oracle, grouped
 from helpers.op_cases import (
     CONVS,
     SCANS,
@@ -47,7 +48,7 @@ from hcmen.base.library import library_path
 from hcmen.mamba import scan
 from hcmen.mamba.functions import add_functions
 
-Case = ScanCase | ConvCase
+Case = ScanCase | ConvCase | DualCase
 Run = Callable[[Case, Arrays], list[np.ndarray]]
 
 
@@ -71,6 +72,9 @@ def by_pytorch(name: str, dtype: type | None = None) -> Run:
         with scan.implementation(name):
             if isinstance(case, ConvCase):
                 return [scan.causal_conv1d(**tensors, activation=case.activation, reverse=case.reverse).numpy()]
+            if isinstance(case, DualCase):
+                found = scan.state_space_dual(**grouped(tensors), **case.flags, return_last_state=True)
+                return [x.numpy() for x in found]
             flags = {"delta_softplus": case.softplus, "reverse": case.reverse}
             return [x.numpy() for x in scan.selective_scan(**tensors, **flags, return_last_state=True)]
 
@@ -81,7 +85,8 @@ def by_onnxruntime(library: Path | None, threads: tuple[int, ...] = (1,), body: 
     """One node, on so many threads, which all give the same bits; None: by its model-local function, of that body."""
 
     def run(case: Case, arrays: Arrays) -> list[np.ndarray]:
-        model, found = model_of(case, functions=library is None), []
+        make = dual_model_of if isinstance(case, DualCase) else model_of
+        model, found = make(case, functions=library is None), []
         data = (add_functions(model, body) if library is None else model).SerializeToString()
         for count in threads:
             options = ort.SessionOptions()
@@ -143,12 +148,16 @@ HOSTS: dict[str, Callable[[Path], Run]] = {
     "onnxruntime-cuda": lambda folder: by_onnxruntime_cuda(),
     **{name: functools.partial(by_plugin, name) for name in ("plugin", "plugin-cuda", "plugin-gpu")},
 }
+# CUDA's kernels of it have tests of their own.
+DUAL_HOSTS = ("reference", "pytorch", "onnxruntime", "functions", "blocks")
 # Run on the host, thread after thread.
 SLOW = ("cuda", "onnxruntime-cuda", "plugin-cuda")
 
 
 def takes(host: str, case: Case) -> bool:
     """Whether `case` is one for `host`: it may be too slow for it, or say nothing new."""
+    if isinstance(case, DualCase) and host not in DUAL_HOSTS:
+        return False
     if host in SLOW:
         return case.time * case.channel <= 300
     if host == "reference" and case.dtype != "float32":
@@ -196,6 +205,9 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
 @functools.lru_cache(maxsize=1)
 def truth(case: Case) -> tuple[Arrays, list[np.ndarray]]:
     """Inputs and outputs of `case`; the hosts take turns, so one is remembered."""
+    if isinstance(case, DualCase):
+        arrays = dual_arrays(case)
+        return arrays, list(dual_oracle(case, arrays))
     if isinstance(case, ConvCase):
         arrays = conv_arrays(case)
         return arrays, [conv_oracle(case, arrays)]
@@ -206,7 +218,7 @@ def truth(case: Case) -> tuple[Arrays, list[np.ndarray]]:
 def check(host: str, run: Run, case: Case) -> None:
     arrays, want = truth(case)
     got = run(case, arrays)
-    assert len(got) >= (2 if isinstance(case, ScanCase) and case.stateful else 1)
+    assert len(got) >= (2 if not isinstance(case, ConvCase) and case.stateful else 1)
     for name, g, w in zip(("y", "last_state"), got, want, strict=False):
         if host == "reference":
             np.testing.assert_allclose(g, w, rtol=1e-11, atol=1e-11, err_msg=name)
@@ -221,7 +233,7 @@ def check(host: str, run: Run, case: Case) -> None:
     ("case", "host"),
     [
         pytest.param(case, host, id=f"{host}-{case}")
-        for case in (*SCANS, *CONVS)
+        for case in (*SCANS, *CONVS, *DUALS)
         for host in HOSTS
         if takes(host, case) and missing(host) is None
     ],
@@ -265,7 +277,8 @@ def test_other_instruction_sets(isa: str) -> None:
     code = (
         "import sys; sys.path.insert(0, '.')\n"
         "import csrc.test_op_hosts as of\n"
-        "run, cases = of.by_pytorch('native'), [c for c in (*of.SCANS, *of.CONVS) if c.time * c.channel <= 10_000]\n"
+        "run, every = of.by_pytorch('native'), (*of.SCANS, *of.CONVS, *of.DUALS)\n"
+        "cases = [c for c in every if c.time * c.channel <= 10_000]\n"
         "for case in cases: of.check('pytorch', run, case)\n"
         "print(len(cases))"
     )

@@ -22,9 +22,15 @@ from onnx.reference import ReferenceEvaluator
 from hcmen.base.errors import InputError
 from hcmen.base.library import library_path
 from hcmen.base.op import SELECTIVE_SCAN
-from hcmen.base.selfcheck import CONV_MODEL, MODEL, selfcheck_inputs
+from hcmen.base.selfcheck import CONV_MODEL, DUAL_MODEL, MODEL, selfcheck_inputs
 from hcmen.mamba.functions import add_functions, strip_functions
-from hcmen.mamba.one_node import conv_model, scan_model, selfcheck_conv_model, selfcheck_model
+from hcmen.mamba.one_node import (
+    conv_model,
+    scan_model,
+    selfcheck_conv_model,
+    selfcheck_dual_model,
+    selfcheck_model,
+)
 from hcmen.mamba.scan import causal_conv1d, causal_conv1d_ref, implementation, selective_scan, selective_scan_ref
 
 
@@ -428,8 +434,9 @@ def test_an_old_opset_and_an_unknown_body_are_refused():
 
 
 def test_the_committed_models_are_those_the_script_writes():
-    written = MODEL.read_bytes(), CONV_MODEL.read_bytes()
-    made = (m.SerializeToString(deterministic=True) for m in (selfcheck_model(), selfcheck_conv_model()))
+    written = MODEL.read_bytes(), CONV_MODEL.read_bytes(), DUAL_MODEL.read_bytes()
+    models = (selfcheck_model(), selfcheck_conv_model(), selfcheck_dual_model())
+    made = (m.SerializeToString(deterministic=True) for m in models)
     assert written == tuple(made)
     feeds = selfcheck_inputs()
     assert_scan(ScanCase(), feeds, run(selfcheck_model(), feeds))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.command import run
+from helpers.dual_cases import DualCase, dual_oracle
 from helpers.small_bundle import make_bundle
 
 import hcmen.base.library as library
@@ -21,6 +22,7 @@ from hcmen.runtime.commands.doctor_rows import Row
 NAMES = [
     *("python", "hcmen", "system", "cpu", "memory", "numpy", "onnxruntime", "kernel library"),
     *("SelectiveScan, function", "SelectiveScan, kernel", "CausalConv1d, function", "CausalConv1d, kernel"),
+    *("StateSpaceDual, function", "StateSpaceDual, kernel"),
     *("cuda device", "cuda provider", "cuda kernels", "SelectiveScan, cuda"),
     *("bundle", "nvidia driver", "gpu", "tensorrt", "tensorrt plugins", "engines"),
     *("tensorrt-rtx", "tensorrt-rtx engines", "torch", "tokenizers"),
@@ -54,7 +56,7 @@ def test_text_is_a_table_with_a_count(shared_bundle):
 
 def test_the_kernel_ran_as_itself_and_the_function_as_standard_nodes():
     found = rows()
-    for op in ("SelectiveScan", "CausalConv1d"):
+    for op in ("SelectiveScan", "CausalConv1d", "StateSpaceDual"):
         assert f"ran as {op}, largest error" in found[f"{op}, kernel"].detail
         assert "standard nodes, largest error" in found[f"{op}, function"].detail
 
@@ -68,6 +70,13 @@ def test_the_numpy_convolution_is_the_definition():
             for c in range(3):
                 s = bias[c] + sum(weight[c, k] * x[b, t - 3 + k, c] for k in range(4) if t - 3 + k >= 0)
                 assert got[b, t, c] == pytest.approx(s / (1 + np.exp(-s)))
+
+
+def test_the_numpy_dual_is_the_table_of_cases():
+    inputs = selfcheck.dual_inputs()
+    case = DualCase(2, 9, 4, 3, 5, 2)
+    for got, want in zip(selfcheck.state_space_dual_numpy(**inputs), dual_oracle(case, inputs), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
 def failed(found: dict[str, Row]) -> dict[str, Row]:
@@ -126,7 +135,7 @@ def test_a_library_whose_kernels_stay_idle_is_found(monkeypatch):
 
     monkeypatch.setattr(selfcheck, "operators_run", without_library)
     bad = failed(rows())
-    assert list(bad) == ["SelectiveScan, kernel", "CausalConv1d, kernel"]
+    assert list(bad) == ["SelectiveScan, kernel", "CausalConv1d, kernel", "StateSpaceDual, kernel"]
     assert all("its kernel did not run" in r.detail for r in bad.values())
 
 
