@@ -249,8 +249,8 @@ def _complete_conv(node: NodeProto, shape_of: _ShapeOf) -> dict[str, Any]:
 
 _COMPLETE: dict[str, Callable[[NodeProto, _ShapeOf], dict[str, Any]]] = {
     SELECTIVE_SCAN.name: partial(_complete_scan, SELECTIVE_SCAN),
-    STATE_SPACE_DUAL.name: partial(_complete_scan, STATE_SPACE_DUAL),
     CAUSAL_CONV1D.name: _complete_conv,
+    STATE_SPACE_DUAL.name: partial(_complete_scan, STATE_SPACE_DUAL),
 }
 
 

@@ -1,7 +1,7 @@
 // Tests of the kernels through the C interface, meant to be built with AddressSanitizer and UBSan as well: every array
 // is a heap block of exactly its size, so that a read past an end is seen.
 //
-//   hcmen_ops_test grid            forward, backward and convolution at awkward sizes, against plain double loops; every
+//   hcmen_ops_test grid            every operator, forward and backward, at awkward sizes, against plain double loops; every
 //                                  float16; the caller's floating-point mode; scans cut in time
 //   hcmen_ops_test ulp [stride]    elementary functions at every stride-th float32 bit pattern
 //   hcmen_ops_test exhaustive [threads]  the same at every pattern, for every instruction set that this machine has
@@ -27,6 +27,7 @@
 #include "causal_conv1d.h"
 #include "kernel_table.h"
 #include "kernels.h"
+#include "kernels_test.h"
 #include "selective_scan.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -36,12 +37,7 @@ extern "C" int __sanitizer_install_malloc_and_free_hooks(void (*)(const volatile
 
 namespace {
 
-int failures = 0;
-
-void fail(const std::string& what, double got, double expected) {
-  printf("FAILED %s: got %.9g, expected %.9g\n", what.c_str(), got, expected);
-  ++failures;
-}
+using namespace hcmen::test;
 
 // --- elementary functions -------------------------------------------------------------------------------------------
 
@@ -151,77 +147,6 @@ void test_functions(const std::vector<const hcmen::KernelTable*>& tables, int64_
       if (!(all.error <= kBounds[function])) fail(name, all.error, kBounds[function]);
     }
   }
-}
-
-// --- arrays ---------------------------------------------------------------------------------------------------------
-
-// A heap block of exactly `count` elements.
-template <class T>
-struct Array {
-  std::unique_ptr<T[]> data;
-  int64_t count;
-  explicit Array(int64_t n) : data(new T[(size_t)n]()), count(n) {}
-  T& operator[](int64_t i) { return data[(size_t)i]; }
-};
-
-uint64_t seed = 1;
-double uniform() {
-  seed = seed * 6364136223846793005u + 1442695040888963407u;
-  return (double)(seed >> 40) / (double)(1 << 24);
-}
-double normal() { return sqrt(-2 * log(uniform() + 1e-9)) * cos(6.283185307179586 * uniform()); }
-
-double half_value(uint16_t bits) {
-  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-  const double value = exponent ? ldexp(1024 + mantissa, exponent - 25) : ldexp(mantissa, -24);
-  return bits & 0x8000 ? -value : value;
-}
-
-// To nearest among finite values; the inputs of these tests are far from the ends of the range.
-uint16_t half_bits(double value) {
-  const double size = fabs(value);
-  int low = 0, high = 0x7bff;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    half_value((uint16_t)middle) <= size ? low = middle : high = middle - 1;
-  }
-  if (low < 0x7bff && half_value((uint16_t)(low + 1)) - size < size - half_value((uint16_t)low)) ++low;
-  return (uint16_t)(low | (value < 0 ? 0x8000 : 0));
-}
-
-// A series in both forms: what the kernel gets, and the values in double.
-struct Input {
-  Array<float> single;
-  Array<uint16_t> half;
-  std::vector<double> value;
-  bool is_half;
-
-  Input(int64_t count, bool half_form, double mean)
-      : single(half_form ? 0 : count), half(half_form ? count : 0), value((size_t)count), is_half(half_form) {
-    for (int64_t i = 0; i < count; ++i) {
-      if (is_half) {
-        half[i] = half_bits(mean + normal());
-        value[(size_t)i] = half_value(half[i]);
-      } else {
-        single[i] = (float)(mean + normal());
-        value[(size_t)i] = single[i];
-      }
-    }
-  }
-  const void* get() { return is_half ? (const void*)half.data.get() : (const void*)single.data.get(); }
-};
-
-double softplus(double x) { return x > 20 ? x : log1p(exp(x)); }
-double sigmoid(double x) { return 1 / (1 + exp(-x)); }
-
-void compare(const std::string& name, Array<float>& got, const std::vector<double>& want, double bound) {
-  double largest = 1e-30, error = 0;
-  for (double x : want) largest = fmax(largest, fabs(x));
-  for (int64_t i = 0; i < got.count; ++i) {
-    const double difference = fabs(got[i] - want[(size_t)i]);
-    if (!(difference <= error)) error = difference;
-  }
-  if (!(error <= bound * largest)) fail(name, error / largest, bound);
 }
 
 // --- the scan -------------------------------------------------------------------------------------------------------
@@ -636,6 +561,7 @@ int main(int count, char** arguments) {
   printf("instruction set: %s\n", hcmen_ops_isa());
   if (mode == "grid") {
     test_grid();
+    test_duals();
     test_cuts();
     test_halves();
     test_environment();
