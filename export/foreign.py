@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hcmen.base.errors import BackendError, CorruptFileError, HcmenError, InputError, reason_of, shown
 from hcmen.base.files import open_regular, refused
+from hcmen.mamba.tracing import quiet
 
 __all__ = ["example", "from_factory", "from_hub", "load_weights", "parse_dynamic", "parse_input", "stand_ins"]
 
@@ -118,7 +119,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         CorruptFileError: it is damaged, or holds more than tensors.
     """
     where = str(path)
-    with refused(path), open_regular(path) as file:
+    with refused(path), open_regular(path) as file, quiet():
         try:
             if path.suffix == ".safetensors":
                 from safetensors.torch import load_file
@@ -130,13 +131,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
             raise
         except Exception as error:  # unpickling, zip and safetensors errors have no common base
             raise CorruptFileError(
-                f"no checkpoint of tensors alone: {reason_of(error, 120)}",
+                f"no checkpoint of tensors alone ({type(error).__name__})",
                 fix="save model.state_dict() with torch.save, or as .safetensors",
                 where=where,
             ) from error
     weights = _weights_in(found)
     if weights is None:
-        raise InputError(f"it holds {shown(found)} without tensors", "name -> tensor", where=where)
+        raise InputError(f"it holds a {type(found).__name__} without tensors", "name -> tensor", where=where)
     own = model.state_dict()
     missing, more = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
     other = [name for name in own if name in weights and own[name].shape != weights[name].shape]

@@ -284,7 +284,7 @@ class _Job:
             self.call.mark(proto)
             self.report.states = [name for name in self.inputs if name not in self.call.input_names]
         self.report.nodes = len(proto.graph.node)
-        self.file.write_bytes(proto.SerializeToString(deterministic=True))
+        write_file(self.file, proto.SerializeToString(deterministic=True))
         try:
             onnx.checker.check_model(str(self.file), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
