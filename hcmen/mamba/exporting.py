@@ -92,11 +92,14 @@ def export(
         run_once(model, args, kwargs)
         module, done = _rewritten(model, args, kwargs)
         report.rewrites += done
-        call = _stateful(module, args, kwargs) if states else FlatModel(module, args, kwargs)
-        job = _Job(call, folder / target.name, report, functions, note)
+        flat: Callable[..., Any] = _stateful if states else FlatModel
+        call = flat(module, args, kwargs)
+        # What a rewrite made is what is traced; the model as it came is what the file is held to.
+        own = call if module is model else flat(model, args, kwargs)
+        job = _Job(call, own, folder / target.name, report, functions, note)
         verdict = job.make(dynamic, tolerance if verify else None)
         if times:
-            report.times = _times(call, job.tensors, job.inputs, folder / target.name, functions)
+            report.times = _times(own, job.tensors, job.inputs, folder / target.name, functions)
         report.verified = verify
         report.outputs, report.trials, report.float64 = verdict.outputs, verdict.trials, verdict.float64
         _move(folder, target)
@@ -148,7 +151,7 @@ def _rewritten(
     except ModuleNotFoundError:
         return model, []
     made, done = rewrite.rewrite_modules(model, args, kwargs)
-    return made, [asdict(row) for row in done]
+    return made if any(row.kept for row in done) else model, [asdict(row) for row in done]
 
 
 def _rewritten_graph(proto: onnx.ModelProto, feeds: Mapping[str, Any]) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
@@ -203,8 +206,11 @@ def _move(folder: Path, target: Path) -> None:
 class _Job:
     """One model on its way into one file."""
 
-    def __init__(self, call: Any, file: Path, report: Report, functions: bool, note: Callable[[str], None]) -> None:
-        self.call, self.file, self.report, self.functions, self.note = call, file, report, functions, note
+    def __init__(
+        self, call: Any, own: Any, file: Path, report: Report, functions: bool, note: Callable[[str], None]
+    ) -> None:
+        self.call, self.own, self.file, self.report = call, own, file, report
+        self.functions, self.note = functions, note
         self.tensors: tuple[Tensor, ...] = call.example
         self.inputs: tuple[str, ...] = call.graph_inputs
         self.outputs: tuple[str, ...] = call.graph_outputs
@@ -318,7 +324,7 @@ class _Job:
     def _checked(self, traced: Traced, tolerance: float) -> Verdict:
         self.note("checking the file")
         return verify(
-            self.call,
+            self.own,
             self.tensors,
             self.file,
             inputs=self.inputs,

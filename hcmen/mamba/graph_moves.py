@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from onnxscript import ir
 
-from hcmen.base.op import DOMAIN, OPERATORS
+from hcmen.base.op import DOMAIN, OPERATORS, SELECTIVE_SCAN
 from hcmen.mamba.graph_axes import Flip, Merge, Move, Permute, blocks_of, flip_axis, moved
 from hcmen.mamba.graph_edit import Editor, Size, attribute, constant, is_node, shape_of
 
@@ -46,7 +46,7 @@ def cancel_moves(graph: ir.Graph) -> None:
 
 def _sink(node: ir.Node, editor: Editor) -> bool:
     if node.domain == DOMAIN:
-        return _operator(node, editor)
+        return _one_group(node) or _operator(node, editor)
     if node.domain not in ("", "ai.onnx") or not node.inputs:
         return False
     kind = node.op_type
@@ -390,6 +390,26 @@ def _operator(node: ir.Node, editor: Editor) -> bool:
         timed = "time" in tensor.sizes
         editor.replace(old, editor.flip(node, new, tensor.sizes.index("time")) if timed else new)
     editor.graph.remove(node, safe=True)
+    return True
+
+
+def _one_group(node: ir.Node) -> bool:
+    """B and C [batch, time, 1, state] are [batch, time, state], where they were that before."""
+    if node.op_type != SELECTIVE_SCAN.name:
+        return False
+    names = [tensor.name for tensor in SELECTIVE_SCAN.inputs]
+    places = [names.index(name) for name in ("B", "C")]
+    sources = []
+    for place in places:
+        shape = shape_of(node.inputs[place])
+        above = is_node(node.inputs[place], "Reshape") or is_node(node.inputs[place], "Unsqueeze")
+        if shape is None or len(shape) != 4 or shape[2] != 1 or above is None:
+            return False
+        if shape_of(above.inputs[0]) != [*shape[:2], shape[3]]:
+            return False
+        sources.append(above.inputs[0])
+    for place, source in zip(places, sources, strict=True):
+        node.replace_input_with(place, source)
     return True
 
 

@@ -77,7 +77,7 @@ class ChannelsFirstMixer(nn.Module):
         delta, B, C = self.selected(u, suffix)
         A = -torch.exp((self.A_b_log if suffix else self.A_log).float())
         D = getattr(self, "D" + suffix)
-        y = scan_channels_first(u, delta, A, B, C, D.float(), z, dt_proj.bias.float(), True)
+        y = scan_channels_first(u, delta, A, B[:, None], C[:, None], D.float(), z, dt_proj.bias.float(), True)
         if suffix or self.directions != "v1":
             return y
         flipped = [x.flip([-1]) for x in (u, delta, B, C, z)]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import math
 
+import onnx
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hcmen.base.errors import CheckFailed
+from hcmen.mamba import export, rewrite
 from hcmen.mamba.rewrite import rewrite_modules
 from hcmen.mamba.scan import state_space_dual_ref
 from tests.helpers.mamba_forks import ChannelsFirstMixer
@@ -236,3 +239,23 @@ def test_families_of_transformers(name):
         with torch.no_grad():
             expected, found = model(**one).logits, rewritten(**one).logits
         torch.testing.assert_close(found, expected, atol=3e-6 * float(expected.abs().max()), rtol=0)
+
+
+def test_export_holds_the_file_to_the_model_as_it_came(tmp_path, monkeypatch):
+    model, x = stir(TwoLayers()), torch.randn(2, 9, 12)
+    report = export(model, x, tmp_path / "m.onnx", dynamic={0: "batch", 1: "time"})
+    assert next((row["name"], row["kept"]) for row in report.rewrites) == ("channels-last Mamba-1", True)
+    assert "channels-last Mamba-1: rewritten, layers.0 and 1 more" in str(report)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
+    assert kinds.count("SelectiveScan") == 2
+    assert "Transpose" not in kinds
+
+    def careless(model, args, kwargs):
+        twin = copy.deepcopy(model)
+        twin.layers[0].D.data += 1
+        return twin, [rewrite.Rewrite("careless", "layers.0", 1, 1, 1, True, "nobody looked")]
+
+    monkeypatch.setattr(rewrite, "rewrite_modules", careless)
+    with pytest.raises(CheckFailed):
+        export(model, x, tmp_path / "other.onnx", dynamic={0: "batch", 1: "time"})
+    assert not (tmp_path / "other.onnx").exists()
