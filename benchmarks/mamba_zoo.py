@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,14 @@ def own_row(family: Family) -> dict[str, Any]:
     }
 
 
-def run(family: Family, options: argparse.Namespace) -> dict[str, Any]:
-    """The row of one family, by a process of its own."""
+def run(family: Family, options: argparse.Namespace, lock: Path) -> dict[str, Any]:
+    """The row of one family, by a process of its own. lock: a file that only one of them holds while it takes times."""
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
         command = [sys.executable, "-W", "ignore", "-m", "zoo.measure", family.name, "--out", str(out)]
         command += ["--repos", str(options.repos), "--packages", str(options.packages)]
-        command += ["--seconds", str(options.seconds)]
+        command += ["--seconds", str(options.seconds), "--lock", str(lock)]
         paths = [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
         quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         environment = {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -74,7 +76,7 @@ def run(family: Family, options: argparse.Namespace) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             return {"state": "failed", "reason": f"it did not end within {options.limit} s"}
         if out.exists():
-            return json.loads(out.read_bytes())  # type: ignore[no-any-return]
+            return json.loads(out.read_bytes()) | {"wall_s": time.perf_counter() - started}
         last = (done.stderr.strip().splitlines() or [""])[-1]
         return {"state": "failed", "reason": f"its process ended with {done.returncode}: {last}"}
 
@@ -114,6 +116,7 @@ def main() -> None:
     parser.add_argument("--only", help="names of families, with commas between")
     parser.add_argument("--seconds", type=float, default=12, help="for timing one family")
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds for one family, all in all")
+    parser.add_argument("--jobs", type=int, default=1, help="families at a time; times are taken one after the other")
     parser.add_argument("--out", type=Path, help="a JSON, written anew after each family")
     parser.add_argument("--resume", action="store_true", help="leave families that --out has as done")
     parser.add_argument("--list", action="store_true", help="where the code of each family must lie, and end")
@@ -134,17 +137,17 @@ def main() -> None:
     if options.resume and options.out and options.out.exists():
         data = json.loads(options.out.read_bytes())
     rows: dict[str, dict[str, Any]] = {row["name"]: row for row in data.get("families", [])}
-    for name in names:
-        if rows.get(name, {}).get("state") == "done" and options.resume:
-            continue
-        started = time.perf_counter()
-        rows[name] = own_row(FAMILIES[name]) | run(FAMILIES[name], options)
-        rows[name]["wall_s"] = time.perf_counter() - started
-        print(line(rows[name]), flush=True)
-        ordered = [rows[n] for n in FAMILIES if n in rows]
-        data = {"machine": describe(), "threads": 1, "summary": summary(ordered), "families": ordered}
-        if options.out:
-            options.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    wanted = [name for name in names if not (options.resume and rows.get(name, {}).get("state") == "done")]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+        started = {pool.submit(run, FAMILIES[name], options, Path(folder) / "lock"): name for name in wanted}
+        for future in as_completed(started):
+            name = started[future]
+            rows[name] = own_row(FAMILIES[name]) | future.result()
+            print(line(rows[name]), flush=True)
+            ordered = [rows[n] for n in FAMILIES if n in rows]
+            data = {"machine": describe(), "threads": 1, "summary": summary(ordered), "families": ordered}
+            if options.out:
+                options.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(data.get("summary", {}), indent=1))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import real_tables
+import zoo_table
 from real_tables import table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -519,6 +520,7 @@ def words_demo() -> str:
 PARTS = {
     "README.md": {"score": score, "figures": summary},
     "docs/text.md": {"demo": words_demo},
+    "docs/mamba.md": {"models": lambda: zoo_table.tables(result("mamba_zoo"))},
     "docs/real_data.md": {
         "texts": lambda: real_tables.tables(result("real_texts")["sets"]),
         "modalities": lambda: real_tables.tables(result("real_mosi")["sets"]),

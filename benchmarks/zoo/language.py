@@ -51,14 +51,14 @@ def _lm(layer: str) -> Example:
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
     heads = {"d_state": 64, "headdim": 64} if layer == "Mamba2" else {}
-    config = MambaConfig(d_model=128, n_layer=4, vocab_size=WORDS, ssm_cfg={"layer": layer, **heads})
+    config = MambaConfig(d_model=128, n_layer=2, vocab_size=WORDS, ssm_cfg={"layer": layer, **heads})
     return Logits(MambaLMHeadModel(config).eval()), (tokens(),)
 
 
 @family(
     "Mamba language model",
     *MAMBA,
-    "MambaLMHeadModel, 4 layers, d_model 128",
+    "MambaLMHeadModel, 2 layers, d_model 128",
     BATCH_TIME,
     folders=("mamba",),
     packages=("einops",),
@@ -70,7 +70,7 @@ def mamba_lm(_: Path) -> Example:
 @family(
     "Mamba-2 language model",
     *MAMBA,
-    "MambaLMHeadModel of Mamba2, 4 layers, d_model 128, 64 states",
+    "MambaLMHeadModel of Mamba2, 2 layers, d_model 128, 64 states",
     BATCH_TIME,
     folders=("mamba",),
     packages=("einops",),
@@ -96,17 +96,17 @@ def hugging_face(name: str, architecture: str, what: str, **config: Any) -> None
 ATTENTION: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
 MAMBA2: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 64, "mamba_chunk_size": 64}
 
-hugging_face("Mamba", "Mamba", "4 layers, hidden 128", hidden_size=128, num_hidden_layers=4)
-hugging_face("FalconMamba", "FalconMamba", "4 layers, hidden 128", hidden_size=128, num_hidden_layers=4)
+hugging_face("Mamba", "Mamba", "2 layers, hidden 128", hidden_size=128, num_hidden_layers=2)
+hugging_face("FalconMamba", "FalconMamba", "2 layers, hidden 128", hidden_size=128, num_hidden_layers=2)
 hugging_face(
     "Jamba",
     "Jamba",
-    "4 layers, hidden 128, 1 of attention, 4 experts",
+    "3 layers, hidden 128, 1 of attention, 4 experts",
     hidden_size=128,
     intermediate_size=256,
-    num_hidden_layers=4,
-    attn_layer_period=4,
-    attn_layer_offset=2,
+    num_hidden_layers=3,
+    attn_layer_period=3,
+    attn_layer_offset=1,
     num_experts=4,
     num_experts_per_tok=2,
     pad_token_id=0,
@@ -115,10 +115,10 @@ hugging_face(
 hugging_face(
     "Zamba",
     "Zamba",
-    "6 layers, hidden 128, a shared one of attention",
+    "3 layers, hidden 128, a shared one of attention",
     hidden_size=128,
     intermediate_size=256,
-    num_hidden_layers=6,
+    num_hidden_layers=3,
     attn_layer_period=3,
     attn_layer_offset=2,
     num_attention_heads=4,
@@ -129,9 +129,9 @@ hugging_face(
 hugging_face(
     "Mamba2",
     "Mamba2",
-    "4 layers, hidden 128, 128 states",
+    "2 layers, hidden 128, 128 states",
     hidden_size=128,
-    num_hidden_layers=4,
+    num_hidden_layers=2,
     num_heads=4,
     head_dim=64,
     state_size=128,
@@ -152,11 +152,11 @@ hugging_face(
 hugging_face(
     "Zamba2",
     "Zamba2",
-    "4 layers, hidden 128, a shared one of attention",
+    "2 layers, hidden 128, 1 with shared attention",
     hidden_size=128,
     intermediate_size=256,
-    num_hidden_layers=4,
-    layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+    num_hidden_layers=2,
+    layers_block_type=["mamba", "hybrid"],
     num_attention_heads=4,
     num_key_value_heads=4,
     mamba_d_state=64,
@@ -213,7 +213,7 @@ hugging_face(
     "Caduceus",
     "https://github.com/kuleshov-group/caduceus",
     "0060a6d8079b6a040fc55d505e15972a327b70a6",
-    "CaduceusMixerModel of DNA, 4 layers, d_model 64, both directions, reverse complements",
+    "CaduceusMixerModel of DNA, 2 layers, d_model 64, both directions, reverse complements",
     BATCH_TIME,
     folders=("caduceus", "mamba"),
     packages=("einops",),
@@ -227,7 +227,7 @@ def caduceus(repositories: Path) -> Example:
     letters = 16
     config = CaduceusConfig(
         d_model=64,
-        n_layer=4,
+        n_layer=2,
         vocab_size=letters,
         rcps=True,
         complement_map={i: letters - 1 - i for i in range(letters)},
@@ -249,7 +249,7 @@ def caduceus(repositories: Path) -> Example:
     "mamba.py",
     "mambapy",
     None,
-    "mambapy.lm.LM of Mamba, 4 layers, d_model 128, use_cuda",
+    "mambapy.lm.LM of Mamba, 2 layers, d_model 128, use_cuda",
     BATCH_TIME,
     packages=("mambapy",),
 )
@@ -257,5 +257,5 @@ def mamba_py(_: Path) -> Example:
     from mambapy.lm import LM
     from mambapy.mamba import MambaConfig
 
-    config = MambaConfig(d_model=128, n_layers=4, use_cuda=True)
+    config = MambaConfig(d_model=128, n_layers=2, use_cuda=True)
     return LM(config, vocab_size=WORDS).eval(), (tokens(),)

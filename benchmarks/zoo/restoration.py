@@ -27,7 +27,7 @@ def _basicsr(repositories: Path) -> None:
 @family(
     "MambaIR",
     *MAMBAIR,
-    "MambaIR light, twice the size, 4 blocks, d 48, 10 states, 48 x 48",
+    "MambaIR light, twice the size, 2 blocks, d 48, 10 states, 32 x 32",
     PICTURE,
     folders=("MambaIR", "mamba"),
     packages=TIMM,
@@ -38,21 +38,21 @@ def mambair(repositories: Path) -> Example:
     from basicsr.archs.mambair_arch import MambaIR
 
     model = MambaIR(
-        img_size=48,
+        img_size=32,
         embed_dim=48,
         d_state=10,
-        depths=(2, 2),
+        depths=(1, 1),
         mlp_ratio=1.2,
         upscale=2,
         upsampler="pixelshuffledirect",
     )
-    return model.eval(), (picture(48, 1),)
+    return model.eval(), (picture(32),)
 
 
 @family(
     "MambaIRv2",
     *MAMBAIR,
-    "MambaIRv2Light, twice the size, 4 blocks, d 48, 48 x 48",
+    "MambaIRv2Light, twice the size, 2 blocks, d 48, 32 x 32",
     BATCH,
     folders=("MambaIR", "mamba"),
     packages=TIMM,
@@ -65,14 +65,14 @@ def mambair_v2(repositories: Path) -> Example:
     from basicsr.archs.mambairv2light_arch import MambaIRv2Light
 
     model = MambaIRv2Light(
-        img_size=48,
+        img_size=32,
         embed_dim=48,
-        depths=(2, 2),
+        depths=(1, 1),
         num_heads=(4, 4),
         upscale=2,
         upsampler="pixelshuffledirect",
     )
-    return model.eval(), (picture(48, 1),)
+    return model.eval(), (picture(32),)
 
 
 def _nnunet() -> None:
@@ -121,7 +121,7 @@ def umamba_bot(_: Path) -> Example:
 @family(
     "U-Mamba Enc 3D",
     *UMAMBA,
-    "UMambaEnc, 4 stages, 16 to 128 features, 16 x 16 x 32",
+    "UMambaEnc, 4 stages, 16 to 128 features, 16 x 16 x 16",
     BATCH,
     folders=("U-Mamba/umamba/nnunetv2/nets", "mamba"),
     packages=("einops", "dynamic-network-architectures"),
@@ -132,8 +132,8 @@ def umamba_enc(_: Path) -> Example:
     _nnunet()
     from UMambaEnc_3d import UMambaEnc
 
-    size = (16, 16, 32)
-    return UMambaEnc(input_size=size, **_unet(3, 4)).eval(), (torch.randn(1, 1, *size),)
+    size = (16, 16, 16)
+    return UMambaEnc(input_size=size, **_unet(3, 4)).eval(), (torch.randn(2, 1, *size),)
 
 
 @family(
@@ -150,7 +150,7 @@ def seg_mamba(_: Path) -> Example:
     from model_segmamba.segmamba import SegMamba
 
     model = SegMamba(in_chans=1, out_chans=3, depths=[1, 1, 1, 1], feat_size=[48, 64, 96, 128], hidden_size=160)
-    return model.eval(), (torch.randn(1, 1, 32, 32, 32),)
+    return model.eval(), (torch.randn(2, 1, 32, 32, 32),)
 
 
 @family(

