@@ -29,7 +29,7 @@ _EPILOG = (
     ),
     groups={
         "The model": ("factory", "checkpoint", "hub"),
-        "Its inputs": ("inputs", "dynamic", "states"),
+        "Its inputs": ("inputs", "dynamic", "states", "last_step"),
         "The file": ("out", "force", "functions"),
         "The check": ("verify", "tolerance", "times"),
     },
@@ -61,6 +61,7 @@ _EPILOG = (
     "[default: auto, all that can be]",
 )
 @click.option("--states", is_flag=True, help="States in and out, for causal models that run step by step.")
+@click.option("--last-step", is_flag=True, help="With --states: outputs of the last step alone.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the file is put, NAME.onnx.")
 @click.option("--force", is_flag=True, help="Replace what is at --out.")
 @click.option("--functions/--no-functions", default=True, help="Whether it runs without the library.  [default: yes]")
@@ -85,6 +86,7 @@ def main(
     inputs: tuple[str, ...],
     dynamic: tuple[str, ...],
     states: bool,
+    last_step: bool,
     out: Path,
     force: bool,
     functions: bool,
@@ -121,6 +123,7 @@ def main(
             out,
             dynamic=asked,
             states=states,
+            last_step=last_step,
             functions=functions,
             verify=verify,
             tolerance=tolerance,

@@ -32,8 +32,9 @@ from hcmen.mamba.functions import add_functions, nodes_of
 from hcmen.mamba.graph import fold, tidy
 from hcmen.mamba.lowering import custom_op
 from hcmen.mamba.report import Report
+from hcmen.mamba.states import StatefulModel, stateful
 from hcmen.mamba.tracing import Size, Traced, quiet, trace, where_it_was_fixed
-from hcmen.mamba.verification import Verdict, sized, variables, verify
+from hcmen.mamba.verification import Verdict, sized, variables, verify, verify_cuts
 
 __all__ = ["Report", "check_target", "export"]
 
@@ -49,6 +50,7 @@ def export(
     *,
     dynamic: Spec = AUTO,
     states: bool = False,
+    last_step: bool = False,
     functions: bool = True,
     verify: bool = True,
     tolerance: float = 1e-5,
@@ -67,6 +69,7 @@ def export(
         dynamic: "auto" tries every size of every input; `{0: "batch", 1: "time"}` asks for these sizes of all inputs,
             and the same by input in a tuple, or in a dict by the name of the input. A name stands for one size.
         states: the states of convolutions and scans are inputs and outputs, for causal models that run step by step.
+        last_step: with states, outputs are of the last step alone: all that a language model is asked for.
         functions: carry the functions that the file needs to run without the library.
         verify: run the file beside eager PyTorch and float64, at other sizes than the example's too.
         tolerance: of the largest value of an output, or 3 times eager float32's own distance from float64 if that is
@@ -84,6 +87,10 @@ def export(
         BackendError: PyTorch cannot export the model, or the library or ONNX Runtime is missing.
         OSError: the place cannot be written.
     """
+    if last_step and not states:
+        raise InputError("last_step was asked for without states", fix="ask for states, too")
+    if states and dynamic != AUTO:
+        raise InputError("dynamic was given with states", "batch and time, which are open then", "leave it out")
     target = check_target(path, overwrite)
     args, kwargs = arguments(model, example_inputs)
     report = Report(str(target))
@@ -92,12 +99,21 @@ def export(
         run_once(model, args, kwargs)
         module, done = _rewritten(model, args, kwargs)
         report.rewrites += done
-        flat: Callable[..., Any] = _stateful if states else FlatModel
-        call = flat(module, args, kwargs)
+
+        def flat(made: nn.Module) -> FlatModel | StatefulModel:
+            if states:
+                return stateful(made, args, kwargs, last_step=last_step, tolerance=tolerance)
+            return FlatModel(made, args, kwargs)
+
+        call = flat(module)
         # What a rewrite made is what is traced; the model as it came is what the file is held to.
-        own = call if module is model else flat(model, args, kwargs)
+        own = call if module is model else flat(model)
         job = _Job(call, own, folder / target.name, report, functions, note)
         verdict = job.make(dynamic, tolerance if verify else None)
+        if verify and isinstance(call, StatefulModel):
+            note("checking the file in pieces")
+            bounds = {output.name: output.bound for output in verdict.outputs}
+            report.cuts = verify_cuts(call, folder / target.name, functions=functions, bounds=bounds)
         if times:
             report.times = _times(own, job.tensors, job.inputs, folder / target.name, functions)
         report.verified = verify
@@ -131,15 +147,6 @@ def check_target(path: str | os.PathLike[str], overwrite: bool) -> Path:
 def _beside(target: Path) -> Path:
     """Where weights lie that are too large for the file."""
     return target.with_name(f"{target.name}.data")
-
-
-def _stateful(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:
-    try:
-        states = importlib.import_module("hcmen.mamba.states")
-    except ModuleNotFoundError:
-        raise InputError("states=True is not in this version of hcmen", fix="leave it out") from None
-    made: nn.Module = states.stateful(model, args, kwargs)
-    return made
 
 
 def _rewritten(
@@ -220,7 +227,7 @@ class _Job:
 
     def make(self, dynamic: Spec, tolerance: float | None) -> Verdict:
         """Writes the file; sizes that turn out to be fixed are declared so, or refused where they were asked for."""
-        if hasattr(self.call, "dynamic_axes") and dynamic == AUTO:
+        if isinstance(self.call, StatefulModel) and dynamic == AUTO:
             dynamic = self.call.dynamic_axes()
         closed: dict[tuple[str, int], Size] = {}
         while True:
@@ -286,9 +293,9 @@ class _Job:
         proto = tidy(proto, self.file.stem)
         if self.functions:
             add_functions(proto)
-        if hasattr(self.call, "mark"):
+        if isinstance(self.call, StatefulModel):
             self.call.mark(proto)
-            self.report.states = [name for name in self.inputs if name not in self.call.input_names]
+            self.report.states = [state.name for state in self.call.states]
         self.report.nodes = len(proto.graph.node)
         write_file(self.file, proto.SerializeToString(deterministic=True))
         try:

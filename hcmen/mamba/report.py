@@ -47,6 +47,8 @@ class Report:
         float64: why the model does not run in float64; None where it does.
         times: milliseconds of one call on the example, by who ran it; None where nobody asked.
         states: inputs that are states; the output of each has the same name and more.
+        cuts: "library" and "functions" -> how far outputs and states are off when a sequence comes in pieces, as a
+            part of the largest value; 0 for the same bits.
     """
 
     path: str
@@ -64,6 +66,7 @@ class Report:
     float64: str | None = None
     times: dict[str, float] | None = None
     states: list[str] = field(default_factory=list)
+    cuts: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, as JSON has it."""
@@ -120,6 +123,9 @@ class Report:
             )
         if self.float64:
             lines.append(f"float64: {self.float64}")
+        for kind, off in self.cuts.items():
+            how = "with the library" if kind == "library" else "without the library"
+            lines.append(f"in pieces, {how}: {f'off by {off:.1e}' if off else 'the same bits as a whole'}")
         for trial in self.trials:
             sizes = ", ".join(f"{name} {n}" for name, n in trial.sizes.items()) or "the example"
             lines.append(f"checked at {sizes}: {trial.outcome}")

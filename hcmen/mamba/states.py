@@ -137,8 +137,8 @@ def stateful(
         args, kwargs: of its forward. Every tensor in them is `[batch, time, ...]`, of 2 steps or more.
         last_step: outputs are of the last step alone, `[batch, 1, ...]`, which is all that a language model is asked
             for after a prompt. One of transformers or mamba_ssm then computes no others.
-        check: run the example, at most its first 32 steps, in one piece and in several, and compare.
-        tolerance: how far an output may then be off, as a part of the largest value of that output.
+        check: run the example, at 21 to 32 steps, in one piece and in several, and compare.
+        tolerance: how far an output may then be off, as of `check_cuts`.
 
     Raises:
         InputError: no call of ours, one that is not causal or has a state of its own, or tensors that have no time.

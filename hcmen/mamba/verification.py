@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from hcmen.base.errors import BackendError, CheckFailed, reason_of
 from hcmen.base.library import library_path
 from hcmen.mamba.calls import is_memory
+from hcmen.mamba.cuts import in_pieces, off_by_cutting, told
 from hcmen.mamba.report import OutputError, Trial
+from hcmen.mamba.states import StatefulModel
 from hcmen.mamba.tracing import Size, quiet
 
-__all__ = ["Variable", "Verdict", "distance", "runner", "sized", "variables", "verify"]
+__all__ = ["Variable", "Verdict", "distance", "runner", "sized", "variables", "verify", "verify_cuts"]
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,44 @@ def runner(file: Path, kind: str, inputs: Sequence[str], tensors: Sequence[Tenso
     session = _session(file, library=kind == "library")
     feeds = {name: x.numpy() for name, x in zip(inputs, tensors, strict=True)}
     return lambda: session.run(None, feeds)
+
+
+def verify_cuts(made: StatefulModel, file: Path, *, functions: bool, bounds: Mapping[str, float]) -> dict[str, float]:
+    """Runs a file with states on whole sequences and on pieces of them.
+
+    Args:
+        made: its model. functions: whether the file runs without the library. bounds: by output, of its largest value.
+
+    Returns:
+        "library" and "functions" -> how far an output or state is off at most; 0 for the same bits throughout.
+
+    Raises:
+        CheckFailed: more than its bound.
+    """
+    inputs = in_pieces(made.example[: len(made.input_names)])
+    states = made.first_states(inputs[0].shape[0])
+    found = {}
+    for kind in ("library", *(("functions",) if functions else ())):
+        session = _session(file, library=kind == "library")
+
+        how = "with the library" if kind == "library" else "without the library"
+
+        def run(tensors: Sequence[Tensor], session: Any = session, how: str = how) -> list[Tensor]:
+            feeds = {name: x.contiguous().numpy() for name, x in zip(made.graph_inputs, tensors, strict=True)}
+            try:
+                return [torch.from_numpy(x) for x in session.run(None, feeds)]
+            except Exception as error:  # ONNX Runtime has classes of its own
+                if is_memory(error):
+                    raise
+                time = tensors[0].shape[1]
+                raise CheckFailed(f"ONNX Runtime fails {how} at {time} steps: {_status(error)}") from error
+
+        _, worst = off_by_cutting(run, inputs, states, made.graph_outputs)
+        for name, off, cut in worst:
+            if not off <= bounds[name]:
+                raise CheckFailed(f"{told(name, off, inputs, cut)} {how}", f"at most {bounds[name]:.1e}")
+        found[kind] = max(off for _, off, _ in worst)
+    return found
 
 
 def _status(error: Exception) -> str:

@@ -14,9 +14,8 @@ import torch
 from helpers.processes import loaded_after
 from helpers.scripts import loaded
 from helpers.small_lm import Mamba1, Mamba2, SmallLM
-from helpers.stateful_graph import write_graph
 
-from hcmen.mamba.states import stateful
+from hcmen.mamba import export
 from hcmen.runtime.mamba import Stepper
 
 SAMPLE = Path(__file__).resolve().parents[2] / "samples" / "generate.py"
@@ -34,8 +33,9 @@ def model() -> SmallLM:
 
 @pytest.fixture(scope="module")
 def graph(model, tmp_path_factory) -> Path:
-    made = stateful(model, (torch.tensor([PROMPT, PROMPT]),))
-    return write_graph(made, tmp_path_factory.mktemp("lm") / "lm.onnx")
+    path = tmp_path_factory.mktemp("lm") / "lm.onnx"
+    export(model, torch.tensor([PROMPT, PROMPT]), path, states=True, verify=False)
+    return path
 
 
 @pytest.fixture(scope="module")

@@ -10,15 +10,15 @@ import onnx
 import pytest
 import torch
 from helpers.small_lm import Mamba1, Mamba2, SmallLM
-from helpers.stateful_graph import write_graph
 from torch import nn
 from torch.nn import functional as F
 
 from hcmen.base.errors import CheckFailed, InputError
 from hcmen.base.state_records import STATES_KEY, StateRecord, states_from_json
-from hcmen.mamba import scan
+from hcmen.mamba import export, scan
 from hcmen.mamba.cuts import cuts_of, fed
 from hcmen.mamba.states import stateful
+from hcmen.mamba.verification import verify_cuts
 from hcmen.runtime.mamba import Stepper
 
 VOCABULARY = 29
@@ -76,12 +76,15 @@ def test_the_model_itself_is_as_it_was():
 @pytest.mark.parametrize("mixers", [(Mamba1, Mamba1), (Mamba2, Mamba1)])
 def test_one_graph_serves_a_prompt_and_each_token_bit_for_bit(mixers, tmp_path):
     model = SmallLM(*mixers, size=32)
-    made = stateful(model, (ids_of(2, 7),))
-    write_graph(made, tmp_path / "m.onnx")
-    proto = onnx.load(tmp_path / "m.onnx")
-    (entry,) = proto.metadata_props
+    report = export(model, ids_of(2, 7), tmp_path / "m.onnx", states=True)
+    states = stateful(model, (ids_of(2, 7),)).states
+    (entry,) = onnx.load(tmp_path / "m.onnx").metadata_props
     assert entry.key == STATES_KEY
-    assert states_from_json(entry.value, "m.onnx") == made.states
+    assert states_from_json(entry.value, "m.onnx") == states
+    assert report.states == [state.name for state in states]
+    assert report.cuts == {"library": 0, "functions": 0}
+    assert "in pieces, with the library: the same bits as a whole" in str(report)
+    assert {size.name for size in report.sizes} == {"batch", "time"}
     ids = ids_of(3, 21).numpy()
     with torch.no_grad():
         eager = model(torch.from_numpy(ids)).numpy()
@@ -99,6 +102,51 @@ def test_one_graph_serves_a_prompt_and_each_token_bit_for_bit(mixers, tmp_path):
             np.testing.assert_array_equal(np.concatenate(pieces, 1), whole)
             for name, values in stepper.state.items():
                 np.testing.assert_array_equal(values, last[name])
+
+
+def test_a_file_of_the_last_step(tmp_path):
+    model = SmallLM(Mamba1)
+    export(model, ids_of(2, 7), tmp_path / "m.onnx", states=True, last_step=True)
+    ids = ids_of(1, 9)
+    stepper = Stepper(tmp_path / "m.onnx")
+    got = stepper.feed(input_ids=ids.numpy())["output"]
+    with torch.no_grad():
+        np.testing.assert_allclose(got, model(ids)[:, -1:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error", "said"),
+    [
+        (lambda: Wrapped(Attention()), {}, CheckFailed, "the first module that differs is extra (Attention)"),
+        (lambda: SmallLM(Mamba1), {"states": False, "last_step": True}, InputError, "last_step was asked for without"),
+        (
+            lambda: SmallLM(Mamba1),
+            {"dynamic": {0: "batch"}},
+            InputError,
+            "dynamic was given with states, expected batch",
+        ),
+    ],
+)
+def test_what_cannot_have_states_leaves_no_file(model, options, error, said, tmp_path):
+    with pytest.raises(error) as caught:
+        export(model(), ids_of(2, 9), tmp_path / "m.onnx", **{"states": True, **options})
+    assert said in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_gives_other_numbers_in_pieces_is_refused(tmp_path):
+    """Its states are another model's: the first step is right, and what it leaves is not."""
+    made = stateful(SmallLM(Mamba1), (ids_of(2, 7),))
+    export(SmallLM(Mamba1), ids_of(2, 7), tmp_path / "m.onnx", states=True, verify=False, functions=False)
+    bounds = dict.fromkeys(made.graph_outputs, 1e-5)
+    assert verify_cuts(made, tmp_path / "m.onnx", functions=False, bounds=bounds) == {"library": 0}
+    model = onnx.load(tmp_path / "m.onnx")
+    (scan_node,) = [node for node in model.graph.node if node.op_type == "SelectiveScan"]
+    model.graph.node.append(onnx.helper.make_node("Neg", ["turned"], [scan_node.output[1]]))
+    scan_node.output[1] = "turned"
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(CheckFailed, match=r"'output' is .* off when 21 steps come in pieces of .* with the library"):
+        verify_cuts(made, tmp_path / "m.onnx", functions=False, bounds=bounds)
 
 
 class Wrapped(nn.Module):

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 from helpers.scripts import loaded
-from helpers.stateful_graph import write_graph
 
 from hcmen.base.errors import CheckFailed
-from hcmen.mamba import shim
+from hcmen.mamba import export, shim
 from hcmen.mamba.cuts import cuts_of
 from hcmen.mamba.states import stateful
 from hcmen.runtime.mamba import Stepper
@@ -42,10 +41,7 @@ def test_generates_what_transformers_generates(kind, tmp_path):
     generate = loaded(SAMPLES / "generate.py", "hcmen_sample_generate")
     with shim():
         model = model_of(kind, **KINDS[kind])
-        made = stateful(model, (), {"input_ids": torch.tensor([PROMPT, PROMPT])})
-        assert made.input_names == ("input_ids",)
-        assert made.output_names == ("logits",)
-        write_graph(made, tmp_path / "lm.onnx")
+        export(model, {"input_ids": torch.tensor([PROMPT, PROMPT])}, tmp_path / "lm.onnx", states=True, verify=False)
     options = {"max_new_tokens": 25, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     want = model.generate(torch.tensor([PROMPT]), **options)[0, len(PROMPT) :].tolist()
     assert len(set(want)) > 3
