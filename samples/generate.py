@@ -2,11 +2,11 @@
 
 python samples/generate.py mamba.onnx --tokenizer tokenizer.json --prompt "The meaning of life is" --tokens 100
 
-The model is one with states, as these write it. The second line downloads 0.5 GB, and tokenizer.json lies beside the
-weights that it brings; --tokenizer takes the folder, too:
+The model is one with states, as these write it. The first line downloads 0.5 GB; tokenizer.json lies in the model's
+repository, beside the weights. --tokenizer takes its folder, too:
 
-    hcmen-export-mamba --hf FOLDER_OF_A_MODEL --states --out mamba.onnx
-    hcmen-export-mamba --hf state-spaces/mamba-130m-hf --states --out mamba.onnx
+    hcmen-export-mamba --hf state-spaces/mamba-130m-hf --states --last-step --out mamba.onnx
+    hcmen-export-mamba --hf FOLDER_OF_A_MODEL --states --last-step --out mamba.onnx
 
 PyTorch is not needed: hcmen[cpu] runs the model, and hcmen[words] has the tokenizer. Without a tokenizer the prompt is
 token ids, and token ids are printed: --prompt "5 17 3". The same seed gives the same tokens.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hcmen.base.state_records import NEXT
 from hcmen.mamba.tracing import Size
 
 __all__ = ["OutputError", "Report", "Trial"]
@@ -102,6 +103,8 @@ class Report:
     def _size_lines(self) -> list[str]:
         lines = []
         for name in self.inputs:
+            if name in self.states:
+                continue
             own = [size for size in self.sizes if size.input == name]
             for size in own:
                 what = f"{name} axis {size.axis}"
@@ -114,7 +117,10 @@ class Report:
 
     def _check_lines(self) -> list[str]:
         lines = []
+        states = {state + NEXT for state in self.states}
         for output in self.outputs:
+            if output.name in states:
+                continue
             exact = "" if output.float64 is None else f", eager from float64 {output.float64:.1e}"
             without = "" if output.functions is None else f", {output.functions:.1e} without"
             lines.append(
@@ -123,6 +129,11 @@ class Report:
             )
         if self.float64:
             lines.append(f"float64: {self.float64}")
+        own = [output for output in self.outputs if output.name in states]
+        if own:
+            worst = max(own, key=lambda output: max(output.library, output.functions or 0.0) / output.bound)
+            off = max(worst.library, worst.functions or 0.0)
+            lines.append(f"states: off by {off:.1e} at most, {worst.bound:.1e} accepted, in {worst.name}")
         for kind, off in self.cuts.items():
             how = "with the library" if kind == "library" else "without the library"
             lines.append(f"in pieces, {how}: {f'off by {off:.1e}' if off else 'the same bits as a whole'}")

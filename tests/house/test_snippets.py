@@ -67,6 +67,8 @@ NOT_RUN: dict[str, str] = {
     "python benchmarks/real_data.py": "needs real data and hours",
     "hcmen-convert mosi_utterances.csv": "needs MOSI",
     "hcmen-eval --checkpoint build/real/features": "needs MOSI",
+    "hcmen-export-mamba --hf state-spaces/mamba-130m-hf": NETWORK,
+    "python samples/generate.py": "needs a language model; tests/mamba/test_generate.py has a small one",
 }
 SNIPPETS_NOT_RUN: dict[str, str] = {
     "docs/cuda.md": GPU,
@@ -85,6 +87,7 @@ SLOW = {
     "docs/op.md",
     "docs/precision.md",
     "docs/serving.md",
+    "docs/states.md",
     "docs/training.md",
 }
 

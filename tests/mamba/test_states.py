@@ -85,6 +85,8 @@ def test_one_graph_serves_a_prompt_and_each_token_bit_for_bit(mixers, tmp_path):
     assert report.cuts == {"library": 0, "functions": 0}
     assert "in pieces, with the library: the same bits as a whole" in str(report)
     assert {size.name for size in report.sizes} == {"batch", "time"}
+    assert "states: off by" in str(report)
+    assert f"{states[0].name} axis" not in str(report)
     ids = ids_of(3, 21).numpy()
     with torch.no_grad():
         eager = model(torch.from_numpy(ids)).numpy()
