@@ -290,18 +290,18 @@ def state_space_dual(
     if not dt_min <= dt_max:
         raise InputError(f"dt_min is {dt_min} and dt_max is {dt_max}, expected no less than dt_min")
     tensors = (x, dt, A, B, C, D, dt_bias, z, initial_state)
-    flags = {"delta_softplus": delta_softplus, "dt_min": dt_min, "dt_max": dt_max}
+    flags: dict[str, Any] = {"delta_softplus": delta_softplus, "dt_min": dt_min, "dt_max": dt_max}
 
     def limit() -> str | None:
-        return scan_limit(*dual_as_scan(*tensors, **flags), return_last_state)
+        arguments: tuple[Any, ...] = (*dual_as_scan(*tensors, **flags), return_last_state)
+        return scan_limit(*arguments)
 
     how = _choice("scan", x, limit)
     if how == "ref":
         return state_space_dual_ref(*tensors, **flags, reverse=reverse, return_last_state=return_last_state)
     if how == "mamba_ssm":
         scanned = dual_as_scan(*tensors, **flags)[:-1]
-        switches = {"delta_softplus": False, "reverse": reverse, "return_last_state": return_last_state}
-        found = mamba_scan(*scanned, **switches)
+        found = mamba_scan(*scanned, delta_softplus=False, reverse=reverse, return_last_state=return_last_state)
         if isinstance(found, tuple):
             return found[0].reshape(x.shape), found[1].reshape(batch, head, dim, state)
         return found.reshape(x.shape)
