@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from hcmen.base.errors import BackendError, CorruptFileError, HcmenError, InputE
 from hcmen.base.files import open_regular, refused
 from hcmen.mamba.tracing import quiet
 
-__all__ = ["example", "from_factory", "from_hub", "load_weights", "parse_dynamic", "parse_input", "stand_ins"]
+__all__ = ["example", "from_factory", "from_hub", "load_weights", "parse_dynamic", "parse_input"]
 
 _DTYPES = {
     "f32": torch.float32,
@@ -35,18 +34,6 @@ _INPUT = re.compile(r"(?:([A-Za-z_]\w*)=)?([a-z]+\d*)\[([\d, ]*)(?::(-?\d+)\.\.(
 _AXIS = re.compile(r"(\d{1,2})=([A-Za-z_]\w*)")
 _NESTS = ("state_dict", "model_state_dict", "model", "module", "net", "params_ema", "params", "ema")
 """Where training programs put a model's weights within what they save."""
-
-
-@contextlib.contextmanager
-def stand_ins() -> Iterator[None]:
-    """hcmen's stand-ins for kernels that need CUDA, where this version has them."""
-    try:
-        shim = importlib.import_module("hcmen.mamba").shim
-    except AttributeError:
-        yield
-        return
-    with shim():
-        yield
 
 
 def from_factory(spec: str) -> nn.Module:
@@ -99,6 +86,7 @@ def from_hub(name: str) -> nn.Module:
     except ModuleNotFoundError as error:
         raise BackendError("transformers is not installed, and --hf needs it: pip install 'hcmen[text]'") from error
     where = f"--hf {name}"
+    transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         kinds = [getattr(transformers, kind, None) for kind in getattr(config, "architectures", None) or ()]

@@ -101,19 +101,22 @@ def main(
     """
     if (factory is None) == (hub is None):
         raise InputError("the model is named " + ("twice" if factory else "nowhere"), "--factory or --hf")
+    if last_step and not states:
+        raise InputError("--last-step without --states", fix="give both")
     if checkpoint is not None and factory is None:
         raise InputError("--checkpoint with --hf", fix="name the folder that has the weights, as --hf FOLDER")
     # Threads that spin while they wait make each other wait on shared cores; read once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
-    from hcmen.export.foreign import example, from_factory, from_hub, load_weights, parse_dynamic, stand_ins
+    from hcmen.export.foreign import example, from_factory, from_hub, load_weights, parse_dynamic
     from hcmen.mamba.exporting import check_target, export
+    from hcmen.mamba.stand_ins.hook import shim
 
     check_target(out, force)
     asked = parse_dynamic(dynamic)
     torch.manual_seed(0)
-    with stand_ins():
+    with shim():
         model = from_factory(factory) if factory is not None else from_hub(str(hub))
         if checkpoint is not None:
             load_weights(model, checkpoint)

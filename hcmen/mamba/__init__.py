@@ -8,7 +8,7 @@ from typing import Any
 _PUBLIC = {
     "Report": "hcmen.mamba.report",
     "export": "hcmen.mamba.exporting",
-    "shim": "hcmen.mamba.stand_ins",
+    "shim": "hcmen.mamba.stand_ins.hook",
 }
 """What `hcmen.mamba` itself offers, and where it lies: imported when it is asked for."""
 

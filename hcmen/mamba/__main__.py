@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from hcmen.base.errors import InputError
-from hcmen.mamba.stand_ins import shim
+from hcmen.mamba.stand_ins.hook import shim
 
 __all__ = ["main", "prepared"]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import os
 import re
 import shutil
@@ -30,8 +29,11 @@ from hcmen.mamba.calls import FlatModel, arguments, run_once
 from hcmen.mamba.dynamic import AUTO, Spec, name_sizes, wanted
 from hcmen.mamba.functions import add_functions, nodes_of
 from hcmen.mamba.graph import fold, tidy
+from hcmen.mamba.graph_rewrites import rewrite_graph
 from hcmen.mamba.lowering import custom_op
 from hcmen.mamba.report import Report
+from hcmen.mamba.rewrite import rewrite_modules
+from hcmen.mamba.stand_ins.hook import hidden
 from hcmen.mamba.states import StatefulModel, stateful
 from hcmen.mamba.tracing import Size, Traced, quiet, trace, where_it_was_fixed
 from hcmen.mamba.verification import Verdict, sized, variables, verify, verify_cuts
@@ -97,18 +99,18 @@ def export(
     with _as_exported(model), _scratch(target) as folder:
         note("running the model on the example")
         run_once(model, args, kwargs)
-        module, done = _rewritten(model, args, kwargs)
-        report.rewrites += done
 
-        def flat(made: nn.Module) -> FlatModel | StatefulModel:
+        def flat(made: nn.Module, *, check: bool = True) -> FlatModel | StatefulModel:
             if states:
-                return stateful(made, args, kwargs, last_step=last_step, tolerance=tolerance)
+                return stateful(made, args, kwargs, last_step=last_step, check=check, tolerance=tolerance)
             return FlatModel(made, args, kwargs)
 
-        call = flat(module)
-        # What a rewrite made is what is traced; the model as it came is what the file is held to.
-        own = call if module is model else flat(model)
-        job = _Job(call, own, folder / target.name, report, functions, note)
+        own = flat(model)
+        faster, done = rewrite_modules(model, args, kwargs)
+        report.rewrites = [asdict(row) for row in done]
+        # That it can be cut into pieces was checked of the model as it came.
+        call = flat(faster, check=False) if any(row.kept for row in done) else own
+        job = _Job(own, call, folder / target.name, report, functions, note)
         verdict = job.make(dynamic, tolerance if verify else None)
         if verify and isinstance(call, StatefulModel):
             note("checking the file in pieces")
@@ -149,35 +151,10 @@ def _beside(target: Path) -> Path:
     return target.with_name(f"{target.name}.data")
 
 
-def _rewritten(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """The model in a form that makes a faster graph, where this version of hcmen has any, and what was done."""
-    try:
-        rewrite = importlib.import_module("hcmen.mamba.rewrite")
-    except ModuleNotFoundError:
-        return model, []
-    made, done = rewrite.rewrite_modules(model, args, kwargs)
-    return made if any(row.kept for row in done) else model, [asdict(row) for row in done]
-
-
-def _rewritten_graph(proto: onnx.ModelProto, feeds: Mapping[str, Any]) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
-    try:
-        rewrites = importlib.import_module("hcmen.mamba.graph_rewrites")
-    except ModuleNotFoundError:
-        return proto, []
-    made, done = rewrites.rewrite_graph(proto, feeds)
-    return made, [asdict(row) for row in done]
-
-
 @contextlib.contextmanager
 def _as_exported(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, and no stand-in of hcmen's in the way of PyTorch."""
     training = {module: module.training for module in model.modules()}
-    try:
-        hidden: Callable[[], Any] = importlib.import_module("hcmen.mamba.stand_ins").hidden
-    except ModuleNotFoundError:
-        hidden = contextlib.nullcontext
     model.eval()
     try:
         with hidden():
@@ -211,12 +188,15 @@ def _move(folder: Path, target: Path) -> None:
 
 
 class _Job:
-    """One model on its way into one file."""
+    """One model on its way into one file.
+
+    own: what the file is held to. call: the same, with what is rewritten of it; this is traced.
+    """
 
     def __init__(
-        self, call: Any, own: Any, file: Path, report: Report, functions: bool, note: Callable[[str], None]
+        self, own: Any, call: Any, file: Path, report: Report, functions: bool, note: Callable[[str], None]
     ) -> None:
-        self.call, self.own, self.file, self.report = call, own, file, report
+        self.own, self.call, self.file, self.report = own, call, file, report
         self.functions, self.note = functions, note
         self.tensors: tuple[Tensor, ...] = call.example
         self.inputs: tuple[str, ...] = call.graph_inputs
@@ -288,8 +268,8 @@ class _Job:
         if not _is_large(proto, self.file):
             feeds = {name: x.numpy() for name, x in zip(self.inputs, self.tensors, strict=True)}
             kept = [row for row in self.report.rewrites if not row.get("graph")]
-            proto, done = _rewritten_graph(proto, feeds)
-            self.report.rewrites = kept + [{**row, "graph": True} for row in done]
+            proto, done = rewrite_graph(proto, feeds)
+            self.report.rewrites = kept + [{**asdict(row), "graph": True} for row in done]
         proto = tidy(proto, self.file.stem)
         if self.functions:
             add_functions(proto)

@@ -69,6 +69,11 @@ class Report:
     states: list[str] = field(default_factory=list)
     cuts: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def next_states(self) -> set[str]:
+        """The outputs that are states after the last step."""
+        return {f"{name}{NEXT}" for name in self.states}
+
     def as_dict(self) -> dict[str, Any]:
         """All of it, as JSON has it."""
         found = asdict(self)
@@ -117,10 +122,9 @@ class Report:
 
     def _check_lines(self) -> list[str]:
         lines = []
-        states = {state + NEXT for state in self.states}
-        for output in self.outputs:
-            if output.name in states:
-                continue
+        rows = [output for output in self.outputs if output.name not in self.next_states]
+        states = [output for output in self.outputs if output.name in self.next_states]
+        for output in (*rows, *([_worst("next states", states)] if states else [])):
             exact = "" if output.float64 is None else f", eager from float64 {output.float64:.1e}"
             without = "" if output.functions is None else f", {output.functions:.1e} without"
             lines.append(
@@ -141,3 +145,16 @@ class Report:
             sizes = ", ".join(f"{name} {n}" for name, n in trial.sizes.items()) or "the example"
             lines.append(f"checked at {sizes}: {trial.outcome}")
         return [f"  {line}" for line in lines]
+
+
+def _worst(name: str, outputs: list[OutputError]) -> OutputError:
+    """The largest errors of several outputs."""
+    functions = [output.functions for output in outputs if output.functions is not None]
+    exact = [output.float64 for output in outputs if output.float64 is not None]
+    return OutputError(
+        name,
+        max(output.library for output in outputs),
+        max(functions) if functions else None,
+        max(exact) if exact else None,
+        max(output.bound for output in outputs),
+    )

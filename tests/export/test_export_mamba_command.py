@@ -48,15 +48,17 @@ def test_a_model_by_its_factory_with_its_weights(capsys, tmp_path):
 
 def test_a_model_of_transformers_by_its_folder(capsys, tmp_path):
     transformers = pytest.importorskip("transformers")
-    stand_ins = pytest.importorskip("hcmen.mamba.stand_ins", reason="transformers' models run on our ops by the shim")
-    assert stand_ins
     config = transformers.MambaConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4, bos_token_id=0, eos_token_id=0, pad_token_id=0
     )
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "lm")
-    code, out, err = run(capsys, "--hf", tmp_path / "lm", "--out", tmp_path / "lm.onnx")
+    capsys.readouterr()
+    code, out, err = run(capsys, "--hf", tmp_path / "lm", "--out", tmp_path / "lm.onnx", "--states", "--last-step")
     assert (code, err) == (0, "")
     assert "input_ids axis 1: open, 'time'" in out
+    assert "channels-last Mamba-1: rewritten" in out
+    assert "states: 2, from" in out
+    assert len(onnx.load(tmp_path / "lm.onnx").graph.output) == 3
 
 
 @pytest.mark.parametrize(
@@ -87,6 +89,7 @@ def test_a_model_of_transformers_by_its_folder(capsys, tmp_path):
         (["--factory", FACTORY + "Mixer", "--checkpoint", "noise.safetensors"], 5, "no checkpoint of tensors alone"),
         (["--factory", FACTORY + "Mixer", "--checkpoint", "absent.pth"], 2, "absent.pth: no such file"),
         (["--hf", "x", "--checkpoint", "other.pth"], 2, "--checkpoint with --hf"),
+        (["--hf", "x", "--last-step"], 2, "--last-step without --states"),
         (["--hf", "/no/such/folder"], 2, "transformers cannot load it"),
     ],
 )

@@ -24,7 +24,7 @@ import torch.utils._triton
 from hcmen.base.errors import InputError
 from hcmen.mamba.stand_ins import causal_conv, norms, packages, ssd, transformers, triton
 
-__all__ = ["KERNELS", "Shim", "adapted", "hidden"]
+__all__ = ["KERNELS", "Shim", "adapted", "hidden", "shim"]
 
 KERNELS: Mapping[str, Callable[..., Any]] = {
     "_layer_norm_fwd": norms.normed_with_statistics,
@@ -339,3 +339,20 @@ class Shim:
             stands_in = any(map(packages.is_stand_in, below))
             call = adapted(value, KERNELS[name], works_on_cuda=not stands_in)
             self.replace(module, name, call, for_good=stands_in and imported_now)
+
+
+_SHIM = Shim()
+
+
+def shim() -> Shim:
+    """Makes `import mamba_ssm`, `causal_conv1d`, `triton` and what lies below them succeed, on hcmen's operators.
+
+        with hcmen.mamba.shim():
+            from mamba_ssm import Mamba
+        hcmen.mamba.shim().install()                 # for good, before a repository is imported
+        python -m hcmen.mamba run train.py ARGS...   # the same for a script as it is
+
+    Models then run and train on the CPU as their authors wrote them. What is installed and works is never replaced, but
+    for its kernels on tensors of the CPU. Modules of transformers are changed too, and are as they were in the end.
+    """
+    return _SHIM
