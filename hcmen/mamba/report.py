@@ -133,11 +133,6 @@ class Report:
             )
         if self.float64:
             lines.append(f"float64: {self.float64}")
-        own = [output for output in self.outputs if output.name in states]
-        if own:
-            worst = max(own, key=lambda output: max(output.library, output.functions or 0.0) / output.bound)
-            off = max(worst.library, worst.functions or 0.0)
-            lines.append(f"states: off by {off:.1e} at most, {worst.bound:.1e} accepted, in {worst.name}")
         for kind, off in self.cuts.items():
             how = "with the library" if kind == "library" else "without the library"
             lines.append(f"in pieces, {how}: {f'off by {off:.1e}' if off else 'the same bits as a whole'}")

@@ -13,7 +13,7 @@ import importlib.util
 import inspect
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -21,10 +21,10 @@ from typing import Any
 import torch
 import torch.utils._triton
 
-from hcmen.base.errors import InputError
 from hcmen.mamba.stand_ins import causal_conv, norms, packages, ssd, transformers, triton
+from hcmen.mamba.stand_ins.adapting import MARK, adapted, on_cuda
 
-__all__ = ["KERNELS", "Shim", "adapted", "hidden", "shim"]
+__all__ = ["KERNELS", "Shim", "hidden", "shim"]
 
 KERNELS: Mapping[str, Callable[..., Any]] = {
     "_layer_norm_fwd": norms.normed_with_statistics,
@@ -47,61 +47,13 @@ KERNELS: Mapping[str, Callable[..., Any]] = {
 _KERNEL_MODULES = ("triton", "causal_conv1d_cuda")
 _BLIND = frozenset({"torch", "torchvision", "transformers"})
 """Packages that look for Triton or mamba_ssm when they are imported, and would take stand-ins for the real ones."""
-_MARK = "__hcmen_replaces__"
-
-
-def _on_cuda(values: Iterator[Any]) -> bool:
-    return any(isinstance(value, torch.Tensor) and value.is_cuda for value in values)
-
-
-def adapted(
-    original: Callable[..., Any],
-    ours: Callable[..., Any],
-    *,
-    works_on_cuda: bool,
-    renamed: Mapping[str, str] | None = None,
-    ignored: Sequence[str] = (),
-) -> Callable[..., Any]:
-    """`ours`, called by the argument order of `original`; with `works_on_cuda`, CUDA tensors still go to `original`.
-
-    So every generation of a function is served by one, however it ordered its arguments. `renamed` gives the names that
-    `original` has for arguments of `ours`; those `ignored` change nothing of the result.
-    """
-    parameters = inspect.signature(original).parameters
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [name for name, p in parameters.items() if p.kind in positional]
-    known = inspect.signature(ours).parameters
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
-    renames = dict(renamed or {})
-
-    @functools.wraps(original)
-    def call(*arguments: Any, **named: Any) -> Any:
-        if works_on_cuda and _on_cuda(iter((*arguments, *named.values()))):
-            return original(*arguments, **named)
-        given = {**dict(zip(names, arguments, strict=False)), **named}
-        if len(arguments) > len(names):
-            return ours(*arguments, **named)
-        passed = {renames.get(name, name): value for name, value in given.items() if name not in ignored}
-        for name in [] if takes_all else [name for name in passed if name not in known]:
-            value = passed.pop(name)
-            default = parameters[name].default if name in parameters else None
-            if value is not default and value is not None and value is not False:
-                raise InputError(
-                    f"{original.__name__} was called with {name}",
-                    f"no more than {', '.join(known)}",
-                    "leave it at its default, since it is not served",
-                )
-        return ours(**passed)
-
-    setattr(call, _MARK, True)
-    return call
 
 
 def _by_device(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
     """For functions of compiled modules, whose arguments have no names: `ours` unless a tensor is on CUDA."""
 
     def call(*arguments: Any, **named: Any) -> Any:
-        chosen = original if _on_cuda(iter((*arguments, *named.values()))) else ours
+        chosen = original if on_cuda(iter((*arguments, *named.values()))) else ours
         return chosen(*arguments, **named)
 
     return call
@@ -329,7 +281,7 @@ class Shim:
         names = vars(module)
         for name in KERNELS.keys() & names.keys():
             value = names[name]
-            if not isinstance(value, (FunctionType, MethodType)) or hasattr(value, _MARK):
+            if not isinstance(value, (FunctionType, MethodType)) or hasattr(value, MARK):
                 continue
             home = sys.modules.get(getattr(value, "__self__", value).__module__)
             below = [vars(home)[k] for k in _KERNEL_MODULES if k in vars(home)] if home is not None else []

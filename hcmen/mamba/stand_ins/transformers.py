@@ -11,16 +11,14 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hcmen.mamba import native_cuda
 from hcmen.mamba.stand_ins import causal_conv, selective_scan, ssd
-
-if TYPE_CHECKING:
-    from hcmen.mamba.stand_ins.hook import Shim
+from hcmen.mamba.stand_ins.adapting import Replacing, adapted
 
 __all__ = ["OLD_NAMES", "batched_experts", "serve"]
 
@@ -61,8 +59,6 @@ _RENAMED_IN_SCAN = {"hidden_states": "u", "dt": "delta"}
 
 def _served(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     """One function of a module, with hcmen's operators below it."""
-    from hcmen.mamba.stand_ins.hook import adapted
-
     ours = FUNCTIONS[name]
     renamed = _RENAMED_IN_SCAN if name == "mamba_selective_scan" else _RENAMED
     taken = {*inspect.signature(ours).parameters, *renamed}
@@ -86,7 +82,7 @@ def _served(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def serve(shim: Shim, module: ModuleType) -> None:
+def serve(shim: Replacing, module: ModuleType) -> None:
     """Replaces what a module of transformers has of Mamba, until the shim ends."""
     name, names = module.__name__, vars(module)
     if name in ("transformers.generation", "transformers.generation.utils"):
@@ -123,7 +119,7 @@ _KERNELS = {
 """What the second method calls, by its global names; a mixer's constructor fetches them from a kernel's module."""
 
 
-def _serve_mixers(shim: Shim, module: ModuleType, mixers: list[type]) -> None:
+def _serve_mixers(shim: Replacing, module: ModuleType, mixers: list[type]) -> None:
     for name, function in _KERNELS.items():
         shim.replace(module, name, function)
     if "lazy_load_kernel" in vars(module):
@@ -151,7 +147,7 @@ def _unfused(kernels_forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 # --- what goes with it ------------------------------------------------------------------------------------------------
 
 
-def _serve_old_names(shim: Shim, module: ModuleType) -> None:
+def _serve_old_names(shim: Replacing, module: ModuleType) -> None:
     """The old names, found when they are asked for: what they mean now takes seconds to import."""
     base = type(module)
 
