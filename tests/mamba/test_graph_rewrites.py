@@ -13,9 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnxscript import ir
 
-from hcmen.mamba import graph_rewrites
+from hcmen.base.op import OPERATORS
+from hcmen.mamba import graph_rewrites, one_node
 from hcmen.mamba.graph_axes import blocks_of
-from hcmen.mamba.graph_edit import sweep
+from hcmen.mamba.graph_edit import Editor, sweep
 from hcmen.mamba.graph_moves import cancel_moves
 from hcmen.mamba.graph_rewrites import rewrite_graph
 from tests.helpers.mamba_forks import ChannelsFirstMixer, CrossScan
@@ -334,3 +335,44 @@ def test_a_graph_that_does_not_run_is_left_alone():
     assert same is model
     assert not one.kept
     assert "does not run" in one.reason
+
+
+OPERATORS_TO_FLIP = {
+    "scan": lambda: one_node.scan_model(4, 3, gated=True, stateful=True, delta_softplus=True, functions=False),
+    "scan of two groups": lambda: one_node.scan_model(4, 3, group=2, functions=False),
+    "dual": lambda: one_node.dual_model(4, 2, 3, group=2, gated=True, delta_softplus=True, functions=False),
+    "convolution": lambda: one_node.conv_model(4, 3, functions=False),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS_TO_FLIP)
+def test_flips_round_an_operator_become_its_direction(name):
+    plain = OPERATORS_TO_FLIP[name]()
+    rng = np.random.default_rng(0)
+    sizes = {"batch": 2, "time": 5}
+    feeds = {}
+    for value in plain.graph.input:
+        shape = [d.dim_value or sizes[d.dim_param] for d in value.type.tensor_type.shape.dim]
+        feeds[value.name] = rng.normal(-1, 1, shape).astype(np.float32)
+    flipped = ir.from_proto(plain)
+    (node,) = flipped.graph
+    editor = Editor(flipped.graph)
+    operator = OPERATORS[node.op_type]
+    for i, value in enumerate(node.inputs):
+        if "time" in [str(size) for size in value.shape]:
+            node.replace_input_with(i, editor.flip(node, value, 1))
+    y = node.outputs[0]
+    last = editor.flip(node, y, 1)
+    flipped.graph.outputs[0] = last
+    flipped.graph.sort()
+    cancelled = ir.from_proto(ir.to_proto(flipped))
+    cancel_moves(cancelled.graph)
+    sweep(cancelled)
+    after = ir.to_proto(cancelled)
+    assert [one.op_type for one in after.graph.node] == [operator.name]
+    assert next(one.i for one in after.graph.node[0].attribute if one.name == "reverse") == 1
+    expected, found = (graph_rewrites._run(m, feeds) for m in (ir.to_proto(flipped), after))
+    for x, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, other, atol=1e-5)
+    forward = graph_rewrites._run(plain, feeds)
+    assert np.abs(forward[0] - expected[0]).max() > 0.1, "a direction makes a difference"
