@@ -13,7 +13,7 @@ from hcmen.base.errors import InputError
 __all__ = ["main"]
 
 _EPILOG = (
-    "The file runs in ONNX Runtime as it is, and with libhcmen_ops.so on fused kernels. docs/mamba.md says more. Exit "
+    "The file runs in ONNX Runtime as it is, and with libhcmen_ops.so on fused kernels. docs/op.md says more. Exit "
     "codes: 0 ok, 1 the file is not what the model is, or a size that was asked for cannot be open, 2 usage or bad "
     "input, 3 a library or package is missing, or PyTorch cannot export the model, 5 an unsafe checkpoint. Nothing is "
     "written but with 0."
