@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from hcmen.base.errors import BackendError, InputError
-from hcmen.base.library import ConvArguments, ConvGradients, ScanArguments, ScanGradients, library_folders
+from hcmen.base.library import (
+    ConvArguments,
+    ConvGradients,
+    DualArguments,
+    DualGradients,
+    ScanArguments,
+    ScanGradients,
+    library_folders,
+)
 from hcmen.base.trust import library_from_environment
 
 __all__ = [
@@ -31,7 +39,7 @@ __all__ = [
 ]
 
 LIBRARY_NAME = "libhcmen_ops_cuda.so"
-LIBRARY_VERSION = 3
+LIBRARY_VERSION = 4
 """HCMEN_CUDA_OPS_VERSION of runtime/csrc/cuda_ops.h."""
 FORWARD_STATES, BACKWARD_STATES = 512, 256
 """The most states of a channel, forward and backward."""
@@ -71,6 +79,7 @@ class CudaPlan(ctypes.Structure):
 
 _scan, _conv, _launch = (ctypes.POINTER(s) for s in (ScanArguments, ConvArguments, CudaLaunch))
 _scan_grad, _conv_grad = (ctypes.POINTER(s) for s in (ScanGradients, ConvGradients))
+_dual, _dual_grad = (ctypes.POINTER(s) for s in (DualArguments, DualGradients))
 _bytes = ctypes.POINTER(_i64)
 _FUNCTIONS: dict[str, tuple[Sequence[Any], Any]] = {
     "hcmen_cuda_selective_scan_workspace": ((_scan, _launch, ctypes.c_int, _bytes), ctypes.c_int),
@@ -80,6 +89,10 @@ _FUNCTIONS: dict[str, tuple[Sequence[Any], Any]] = {
     "hcmen_cuda_causal_conv1d_workspace": ((_conv, ctypes.c_int, _bytes), ctypes.c_int),
     "hcmen_cuda_causal_conv1d_forward": ((_conv, _launch), ctypes.c_int),
     "hcmen_cuda_causal_conv1d_backward": ((_conv, _conv_grad, _launch), ctypes.c_int),
+    "hcmen_cuda_state_space_dual_workspace": ((_dual, _launch, ctypes.c_int, _bytes), ctypes.c_int),
+    "hcmen_cuda_state_space_dual_forward": ((_dual, _launch), ctypes.c_int),
+    "hcmen_cuda_state_space_dual_backward": ((_dual, _dual_grad, _launch), ctypes.c_int),
+    "hcmen_cuda_state_space_dual_plan": ((_dual, _launch, ctypes.POINTER(CudaPlan)), ctypes.c_int),
     "hcmen_cuda_ops_version": ((), ctypes.c_int),
     "hcmen_cuda_warm": ((), ctypes.c_int),
     "hcmen_cuda_problem": ((), ctypes.c_char_p),
@@ -165,7 +178,7 @@ def call(library: ctypes.CDLL, name: str, *structures: ctypes.Structure) -> None
     _raise(library, name, *structures)
 
 
-_SIZES = ("batch", "time", "channel", "state", "width", "group")
+_SIZES = ("batch", "time", "channel", "head", "head_dim", "state", "width", "group")
 
 
 def _raise(library: ctypes.CDLL, name: str, *arguments: Any) -> None:
@@ -183,7 +196,7 @@ def _raise(library: ctypes.CDLL, name: str, *arguments: Any) -> None:
     raise InputError(
         f"hcmen_cuda_{name} refused {sizes} (status {status})",
         "sizes of at least 1 that fit each other and what is wished, "
-        f"at most {FORWARD_STATES} states forward and {BACKWARD_STATES} backward, 2^28 channels and 2^31 - 1 steps",
+        f"at most {FORWARD_STATES} states forward and {BACKWARD_STATES} backward, 2^28 channels (of all heads less than 2^25) and 2^31 - 1 steps",
     )
 
 

@@ -159,7 +159,8 @@ HCMEN_API int hcmen_cuda_ops_version(void) { return HCMEN_CUDA_OPS_VERSION; }
 HCMEN_API int hcmen_cuda_warm(void) {
   using namespace hcmen::cuda;
   const Relaxed relaxed;
-  for (const auto load : {load_forward_kernels, load_backward_kernels, load_convolution_kernels}) {
+  for (const auto load : {load_forward_kernels, load_backward_kernels, load_convolution_kernels, load_dual_forward_kernels,
+                          load_dual_backward_kernels}) {
     if (const int status = load()) return status;
   }
   return load_kernels(sum_parts_kernel, nothing_kernel);

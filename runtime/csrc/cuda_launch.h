@@ -88,6 +88,8 @@ int load_kernels(void (*kernel)(Arguments), Others... others) {
 int load_forward_kernels();
 int load_backward_kernels();
 int load_convolution_kernels();
+int load_dual_forward_kernels();
+int load_dual_backward_kernels();
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

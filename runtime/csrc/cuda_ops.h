@@ -1,6 +1,7 @@
 // The kernels of this library on a CUDA device, as C functions: libhcmen_ops_cuda.so.
 //
-// Structures and meaning are those of selective_scan.h and causal_conv1d.h, with device pointers in them. Everything is
+// Structures and meaning are those of selective_scan.h, causal_conv1d.h and state_space_dual.h, with device pointers in
+// them. Everything is
 // queued on the caller's stream and nothing waits for the device; memory that a kernel needs besides is handed in, so
 // that the calls may be captured into a CUDA graph. Arrays are dense and need the alignment of their elements alone.
 //
@@ -13,6 +14,7 @@
 
 #include "causal_conv1d.h"
 #include "selective_scan.h"
+#include "state_space_dual.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -65,8 +67,18 @@ HCMEN_API int hcmen_cuda_causal_conv1d_forward(const hcmen_conv* conv, const hcm
 HCMEN_API int hcmen_cuda_causal_conv1d_backward(const hcmen_conv* conv, const hcmen_conv_grad* grad,
                                                 const hcmen_cuda_launch* launch);
 
+// As those of the selective scan. A row of a head counts as a channel; a forward pass has no warps one after the other in
+// time.
+HCMEN_API int hcmen_cuda_state_space_dual_workspace(const hcmen_dual* dual, const hcmen_cuda_launch* launch,
+                                                    int backward, int64_t* bytes);
+HCMEN_API int hcmen_cuda_state_space_dual_forward(const hcmen_dual* dual, const hcmen_cuda_launch* launch);
+HCMEN_API int hcmen_cuda_state_space_dual_backward(const hcmen_dual* dual, const hcmen_dual_grad* grad,
+                                                   const hcmen_cuda_launch* launch);
+HCMEN_API int hcmen_cuda_state_space_dual_plan(const hcmen_dual* dual, const hcmen_cuda_launch* launch,
+                                               hcmen_cuda_plan* plan);
+
 // The version of this C interface.
-#define HCMEN_CUDA_OPS_VERSION 3
+#define HCMEN_CUDA_OPS_VERSION 4
 HCMEN_API int hcmen_cuda_ops_version(void);
 
 // Loads every kernel of this library onto the current device, which else the first launch of each does. It may be called

@@ -113,11 +113,28 @@ HCMEN_HD float step_size(float delta, float bias, bool through_softplus) {
   return through_softplus ? softplus(x) : x;
 }
 
+// `size` cut to [least, most]; NaN stays NaN.
+HCMEN_HD float limited(float size, float least, float most) {
+  const float enough = size < least ? least : size;
+  return enough > most ? most : enough;
+}
+
 // --- forward --------------------------------------------------------------------------------------------------------
 
 // One state over one step. `input` is d * u.
 HCMEN_HD float advance(float state, float d, float rate, float input, float B) {
   return fmaf(power_of_two(d * rate), state, input * B);
+}
+
+// exp(d * A), to two units in the last place and what 2^x is off by: for a decay that many states share, and that is worth
+// more than `advance` spends on each of its own. The roundings of d * A and of its way to base two are made good, which
+// at d * A = -10 would cost ten units. Where it is next to nothing, or too large, they do not matter.
+HCMEN_HD float decay(float d, float A) {
+  const float product = d * A, power = product * kLog2e;
+  const float value = power_of_two(power);
+  if (fabsf(product) > 87.0f) return value;
+  const float rest = fmaf(product, kLog2e, -power) + fmaf(product, kLog2eRest, fmaf(d, A, -product) * kLog2e);
+  return fmaf(value, rest * kLn2, value);
 }
 
 // The output of a step from the sum over states of C * h. z only if gated.

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from hcmen.base.cuda_library import CudaLaunch, declare, workspace_bytes
+from helpers import dual_cases as duals
 from helpers import op_cases as cases
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +29,9 @@ KERNELS = [
         "selective_scan_plan.cu",
         "selective_scan_backward.cu",
         "causal_conv1d.cu",
+        "state_space_dual.cu",
+        "state_space_dual_plan.cu",
+        "state_space_dual_backward.cu",
         "cuda_launch.cu",
     )
 ]
@@ -152,5 +156,28 @@ class Kernels:
         launch = CudaLaunch()
         memory = self._workspace(workspace_bytes(self.library, "causal_conv1d", conv, 1), launch)
         assert self.library.hcmen_cuda_causal_conv1d_backward(*cases.by_reference(conv, grad, launch)) == 0
+        del memory
+        return got
+
+    def dual(self, case: duals.DualCase, arrays: cases.Arrays, **wish: int) -> tuple[np.ndarray, np.ndarray]:
+        y = np.full(case.series, np.nan, arrays["x"].dtype)
+        last = np.full(case.states, np.nan, np.float32)
+        dual = duals.dual_structure(case, {**arrays, "y": y, "last_state": last}, cases.address)
+        launch = CudaLaunch(**wish)
+        memory = self._workspace(workspace_bytes(self.library, "state_space_dual", dual, launch, 0), launch)
+        assert self.library.hcmen_cuda_state_space_dual_forward(*cases.by_reference(dual, launch)) == 0
+        del memory
+        return y, last
+
+    def dual_gradients(
+        self, case: duals.DualCase, arrays: cases.Arrays, dy: np.ndarray, dlast: np.ndarray | None, **wish: int
+    ) -> cases.Arrays:
+        got = cases.gradient_arrays(arrays)
+        inputs: dict[str, Any] = {"dy": dy, **({} if dlast is None else {"dlast_state": dlast})}
+        dual = duals.dual_structure(case, arrays, cases.address)
+        grad = duals.dual_gradients_structure({**got, **inputs}, cases.address)
+        launch = CudaLaunch(**wish)
+        memory = self._workspace(workspace_bytes(self.library, "state_space_dual", dual, launch, 1), launch)
+        assert self.library.hcmen_cuda_state_space_dual_backward(*cases.by_reference(dual, grad, launch)) == 0
         del memory
         return got

@@ -1,0 +1,167 @@
+// How a forward state space dual is shared out over a CUDA device, and the C functions that tell.
+#include <algorithm>
+
+#include "state_space_dual_cuda.h"
+
+namespace hcmen {
+namespace cuda {
+
+// Of a tile.
+constexpr int kMostSteps = 64;
+
+int check_sizes(const hcmen_dual& s, int64_t most_states) {
+  if (!all_positive({s.batch, s.time, s.head, s.head_dim, s.state, s.group})) return HCMEN_BAD_ARGUMENT;
+  // Elements of a tile lie within 32 bits of each other, and a tile has at most kMostSteps steps.
+  constexpr int64_t kMost = INT32_MAX / kMostSteps;
+  if (s.head % s.group != 0 || s.state > most_states || s.time > INT32_MAX || s.head > kMost || s.head_dim > kMost ||
+      s.head * ceil_div(s.head_dim, kDualRows) * kDualRows > kMost || s.group * s.state > kMost) {
+    return HCMEN_BAD_ARGUMENT;
+  }
+  if (s.dtype != HCMEN_FLOAT32 && s.dtype != HCMEN_FLOAT16) return HCMEN_BAD_ARGUMENT;
+  if (!(s.dt_min <= s.dt_max)) return HCMEN_BAD_ARGUMENT;
+  // Every array, and every part of a workspace, holds fewer elements than one of these.
+  if (!addressable({s.batch, s.time, s.head, s.head_dim, s.state, 2}) ||
+      !addressable({s.batch, s.time, s.head, s.head_dim + 31, s.state + 15, 2})) {
+    return HCMEN_BAD_ARGUMENT;
+  }
+  return HCMEN_OK;
+}
+
+namespace {
+
+// The rule, by sizes alone, so that results are the same on every device. It follows that of the selective scan
+// (selective_scan_plan.cu), which was measured; this one was not. Eight states of a lane, of four rows each, are 96
+// multiplications and additions a step. Four take nearly as many other instructions, and are more warps. Sixteen need so
+// many registers that a multiprocessor holds eight warps: they are for more than 256 states alone.
+//
+//   enough warps                eight states of a lane, the whole sequence in one block
+//   fewer, enough with four     four
+//   a short sequence            likewise: one launch
+//   a long one                  eight, time cut into chunks over blocks: three launches
+constexpr int64_t kEnoughWarps = 1024;
+constexpr int64_t kShort = 64;
+constexpr int64_t kWarpsOfChunks = 2048;
+constexpr int64_t kLeastChunk = 32, kMostChunk = 256;
+
+// The least number of states that kernels exist for and that `lanes` lanes hold `state` with; 0 where none does.
+int states_of_lane(int64_t state, int lanes) {
+  for (int states : {4, 8, 16}) {
+    if (states * lanes >= state) return states;
+  }
+  return 0;
+}
+
+int check_wish(const hcmen_cuda_launch& w) {
+  const auto power = [](int64_t x, int64_t most) { return x >= 0 && x <= most && (x & (x - 1)) == 0; };
+  const bool fine = power(w.lanes_per_channel, kWarp) && power(w.channel_warps, kMostDualWarps) && w.time_warps >= 0 &&
+                    w.time_warps <= 1 && w.steps_per_chunk >= -1 && w.steps_per_warp >= 0 && w.steps_per_warp <= kMostSteps &&
+                    w.steps_per_warp % kRound == 0;
+  return fine ? HCMEN_OK : HCMEN_BAD_ARGUMENT;
+}
+
+}  // namespace
+
+int plan_forward(const hcmen_dual& s, const hcmen_cuda_launch* wish, DualLayout* plan) {
+  const hcmen_cuda_launch none{};
+  const hcmen_cuda_launch& wished = wish ? *wish : none;
+  if (const int status = check_wish(wished)) return status;
+  DualLayout p{};
+  p.head_groups = (int)ceil_div(s.head_dim, kDualRows);
+  const int64_t groups = s.head / s.group * p.head_groups;  // row groups of a group of heads
+
+  const auto warps_with = [&](int lanes) { return s.batch * s.group * ceil_div(groups, kWarp / lanes); };
+  const auto few = [&](int lanes) { return warps_with(lanes) < kEnoughWarps; };
+  // Twice as many lanes where that leaves fewer states of each, else 0.
+  const auto next = [&](int lanes) {
+    return lanes < kWarp && states_of_lane(s.state, 2 * lanes) < states_of_lane(s.state, lanes) ? 2 * lanes : 0;
+  };
+  int lanes = 1;
+  while (lanes < kWarp && (states_of_lane(s.state, lanes) == 0 || states_of_lane(s.state, lanes) > 8)) lanes *= 2;
+  if (wished.lanes_per_channel) {
+    lanes = wished.lanes_per_channel;
+  } else if (few(lanes)) {
+    const bool whole = s.time <= kShort || wished.steps_per_chunk < 0;
+    const int more = next(lanes) ? next(lanes) : lanes;
+    if (whole || !few(more)) lanes = more;
+  }
+  p.states = states_of_lane(s.state, lanes);
+  if (p.states == 0) return HCMEN_BAD_ARGUMENT;
+  p.lanes_shift = log2_of(lanes);
+
+  int warps = wished.channel_warps ? wished.channel_warps : kMostDualWarps;
+  while (warps > 1 && (int64_t)warps / 2 * (kWarp / lanes) >= groups) warps /= 2;
+  p.warps_shift = log2_of(warps);
+  p.row_blocks = ceil_div(groups, p.block_groups());
+  const int64_t spread = (p.block_groups() - 2 + p.head_groups) / p.head_groups + 1;
+  p.block_heads = (int)std::min(spread, s.head / s.group);
+
+  // As many steps as every thread has two vectors of B and C of, or fewer.
+  p.steps = wished.steps_per_warp ? wished.steps_per_warp : 64 / p.states;
+  while (p.shared_bytes() > kMostSharedBytes && p.steps > kRound) p.steps -= kRound;
+  if (p.shared_bytes() > kMostSharedBytes) return HCMEN_BAD_ARGUMENT;
+
+  p.chunk = s.time;
+  if (wished.steps_per_chunk > 0) {
+    p.chunk = std::min(wished.steps_per_chunk, s.time);
+  } else if (wished.steps_per_chunk == 0 && s.time > kShort && few(lanes)) {
+    const int64_t chunks = ceil_div(kWarpsOfChunks, warps_with(lanes));
+    // The states between chunks take no more than twice the memory of x.
+    const int64_t least = std::max(kLeastChunk, s.state / 2), most = std::max(kMostChunk, least);
+    p.chunk = ceil_div(std::clamp(ceil_div(s.time, chunks), least, most), kLeastChunk) * kLeastChunk;
+  }
+  p.chunks = ceil_div(s.time, p.chunk);
+  const double blocks = (double)s.batch * (double)s.group * (double)p.row_blocks * (double)p.chunks;
+  if (const int status = check_blocks(blocks)) return status;
+  *plan = p;
+  return HCMEN_OK;
+}
+
+int64_t forward_floats(const hcmen_dual& s, const DualLayout& plan) {
+  const int64_t starts = s.batch * (plan.chunks - 1) * s.head;
+  return rounded(starts * s.head_dim * s.state) + rounded(starts);
+}
+
+}  // namespace cuda
+}  // namespace hcmen
+
+extern "C" {
+
+HCMEN_API int hcmen_cuda_state_space_dual_workspace(const hcmen_dual* dual, const hcmen_cuda_launch* launch,
+                                                    int backward, int64_t* bytes) {
+  using namespace hcmen::cuda;
+  if (!dual || !bytes) return HCMEN_BAD_ARGUMENT;
+  if (const int status = check_sizes(*dual, backward ? HCMEN_CUDA_BACKWARD_STATES : HCMEN_CUDA_FORWARD_STATES)) {
+    return status;
+  }
+  int64_t floats = 0;
+  if (backward) {
+    if (const int status = backward_workspace(*dual, launch, &floats)) return status;
+  } else {
+    DualLayout plan;
+    if (const int status = plan_forward(*dual, launch, &plan)) return status;
+    floats = forward_floats(*dual, plan);
+  }
+  *bytes = floats * (int64_t)sizeof(float);
+  return HCMEN_OK;
+}
+
+HCMEN_API int hcmen_cuda_state_space_dual_plan(const hcmen_dual* dual, const hcmen_cuda_launch* launch,
+                                               hcmen_cuda_plan* plan) {
+  using namespace hcmen::cuda;
+  if (!dual || !plan) return HCMEN_BAD_ARGUMENT;
+  if (const int status = check_sizes(*dual, HCMEN_CUDA_FORWARD_STATES)) return status;
+  DualLayout p;
+  if (const int status = plan_forward(*dual, launch, &p)) return status;
+  *plan = {p.chunk,
+           p.chunks,
+           dual->batch * dual->group * p.row_blocks * p.chunks,
+           p.lanes(),
+           p.states,
+           1,
+           1 << p.warps_shift,
+           p.steps,
+           (int32_t)p.shared_bytes()};
+  return HCMEN_OK;
+}
+
+}  // extern "C"
