@@ -86,7 +86,7 @@ int plan_backward(const hcmen_dual& s, const hcmen_cuda_launch* wish, BackwardPl
 struct Arguments {
   hcmen_dual s;       // of a portion
   hcmen_dual_grad g;  // of a portion
-  int row_warps, state_warps, row_blocks, columns, tiles, chunk_tiles, chunks;
+  int row_warps_shift, row_warps, state_warps, row_blocks, columns, tiles, chunk_tiles, chunks;
   float* starts;  // [batch, tiles, columns, kCells]
   // With several chunks.
   float* before;  // [batch, tiles, head]: sums of step sizes of a chunk before each of its tiles
@@ -109,33 +109,37 @@ struct Arguments {
 // Rows of a tile: x, the gradient of the output before the gate, the gradient of z but for the output.
 enum { kX, kS, kGate, kSeries };
 
-// Where the arrays of a block lie, in floats.
+// Where the arrays of a block lie, in floats. What a warp reads and writes lies at known distances.
 struct Memory {
-  int projections;           // behind [kSeries][kTile][rows()]: [kTile][state_warps][B, C][kStates]
-  int outputs, through;      // [kSub][state_warps][rows()]: parts of y, of g B
-  int projection_gradients;  // [kSub][row_warps][state_warps][B, C][kStates]
-  int steps;                 // [2][kTile][4]: step size, decay and slope, by turns of tiles
-  int kept, dots;            // [kTile][warps()], [kTile][row_warps]: parts of the gradient of the step size
-  int parameters;            // [2][kSub]: gradients of A and dt_bias so far
+  static constexpr int kSeriesSize = kSeries * kTile * kWarp, kProjectionSize = kTile * kWarp, kPartSize = kSub * kWarp;
+  // Of a warp: parts of y, of g B, both as [kSub][row]; of dB and dC, as [kSub][B, C][kStates]; of the gradient of the
+  // step size, [kTile]; its rows' gradient of D.
+  enum { kOutputs, kThrough = kPartSize, kProjections = 2 * kPartSize, kKept = 3 * kPartSize, kD = kKept + kTile, kPartsSize = kD + kWarp };
+  int projections;  // behind [row_warps][kSeries][kTile][kWarp]: [state_warps][kTile][B, C][kStates]
+  int parts;        // [warps()][kPartsSize]
+  int steps;        // [2][kTile][4]: step size, decay and slope, by turns of tiles
+  int dots;         // [row_warps][kTile]: parts of the gradient of the step size, over rows
+  int parameters;   // [2][kSub]: gradients of A and dt_bias so far
+  int spot;         // eight integers: see Spot
   int end;
 
   HCMEN_HD explicit Memory(const Arguments& a) {
-    projections = kSeries * kTile * a.rows();
-    outputs = projections + kTile * a.state_warps * kWarp;
-    through = outputs + kSub * a.state_warps * a.rows();
-    projection_gradients = through + kSub * a.state_warps * a.rows();
-    steps = projection_gradients + kSub * a.warps() * kWarp;
-    kept = steps + 2 * kTile * 4;
-    dots = kept + kTile * a.warps();
-    parameters = dots + kTile * a.row_warps;
-    end = parameters + 2 * kSub;
+    projections = a.row_warps * kSeriesSize;
+    parts = projections + a.state_warps * kProjectionSize;
+    steps = parts + a.warps() * kPartsSize;
+    dots = steps + 2 * kTile * 4;
+    parameters = dots + a.row_warps * kTile;
+    spot = parameters + 2 * kSub;
+    end = spot + 8;
   }
 };
 
 // --- places ---------------------------------------------------------------------------------------------------------
 
+// The place of a warp in the arrays, and of its lane. What is a block's alone lies in shared memory.
 struct Spot {
-  int batch, chunk, head, row_block;
+  int batch, chunk, head, row_block, group;
+  int part;  // number of the block's parts of dB and dC
   int lane, warp, row_warp, state_warp, slice, quad;
   int first_row, first_state;  // of the warp; of the lane
   int64_t column;              // number of the warp, among those that a sequence takes
@@ -158,24 +162,43 @@ struct Spot {
   }
 };
 
+// Puts what a block's spots share into shared memory.
+__device__ __forceinline__ void begin_spots(const Arguments& a) {
+  if (threadIdx.x == 0) {
+    int* const to = reinterpret_cast<int*>(shared_memory() + Memory(a).spot);
+    unsigned index = blockIdx.x;
+    const unsigned row_block = index % (unsigned)a.row_blocks;
+    index /= (unsigned)a.row_blocks;
+    const unsigned head = index % (unsigned)a.s.head, heads = (unsigned)a.s.head / (unsigned)a.s.group;
+    index /= (unsigned)a.s.head;
+    to[0] = index / (unsigned)a.chunks;
+    to[1] = index % (unsigned)a.chunks;
+    to[2] = head;
+    to[3] = row_block;
+    to[4] = head / heads;
+    to[5] = head % heads * a.row_blocks + row_block;
+  }
+  __syncthreads();
+}
+
 // Computed anew by every call, so that no part of it takes a register from here to there.
 __device__ __forceinline__ Spot find_spot(const Arguments& a) {
   Spot p;
   const int thread = anew((int)threadIdx.x);
+  const int* const from = reinterpret_cast<const int*>(shared_memory() + Memory(a).spot);
+  p.batch = from[0];
+  p.chunk = from[1];
+  p.head = from[2];
+  p.row_block = from[3];
+  p.group = from[4];
+  p.part = from[5];
   p.lane = thread % kWarp;
   p.warp = thread / kWarp;
-  p.row_warp = p.warp & (a.row_warps - 1);
-  p.state_warp = (unsigned)p.warp / (unsigned)a.row_warps;
+  p.state_warp = p.warp >> a.row_warps_shift;
+  p.row_warp = p.warp - (p.state_warp << a.row_warps_shift);
   p.slice = p.lane % kSide;
   p.quad = p.lane / kSide;
-  unsigned index = anew((int)blockIdx.x);
-  p.row_block = index % (unsigned)a.row_blocks;
-  index /= (unsigned)a.row_blocks;
-  p.head = index % (unsigned)a.s.head;
-  index /= (unsigned)a.s.head;
-  p.chunk = index % (unsigned)a.chunks;
-  p.batch = index / (unsigned)a.chunks;
-  p.first_row = (p.row_block * a.row_warps + p.row_warp) * kRows;
+  p.first_row = ((p.row_block << a.row_warps_shift) + p.row_warp) * kRows;
   p.first_state = p.state_warp * kStates + p.slice * kSide;
   p.column = ((int64_t)p.head * a.row_blocks + p.row_block) * a.warps() + p.warp;
   return p;
@@ -186,9 +209,8 @@ __device__ __forceinline__ int64_t row_of(const hcmen_dual& s, const Spot& at, i
   return at.batch * s.time + step::place(index, s.time, s.reverse);
 }
 // The group's first state in B and C, at such a row.
-__device__ __forceinline__ int64_t projection_of(const hcmen_dual& s, int head, int64_t row) {
-  const unsigned group = (unsigned)head / ((unsigned)s.head / (unsigned)s.group);
-  return (row * s.group + group) * s.state;
+__device__ __forceinline__ int64_t projection_of(const hcmen_dual& s, const Spot& at, int64_t row) {
+  return (row * s.group + at.group) * s.state;
 }
 
 using Cells = float[kSide][kSide];
@@ -209,6 +231,14 @@ __device__ __forceinline__ void load_cells(const float* from, Cells& to) {
 __device__ __forceinline__ void store_cells(const Cells& from, float* to) {
 #pragma unroll
   for (int j = 0; j < kSide; ++j) store(from[j], to + j * kWarp * kSide);
+}
+
+__device__ __forceinline__ void copy_cells(const Cells& from, Cells& to) {
+#pragma unroll
+  for (int j = 0; j < kSide; ++j) {
+#pragma unroll
+    for (int i = 0; i < kSide; ++i) to[j][i] = from[j][i];
+  }
 }
 
 // States, or gradients of them, as the caller has them: [batch, head, head_dim, state], or null for zeros.
@@ -234,22 +264,22 @@ __device__ __forceinline__ void stage_tile(const Arguments& a, int tile, int ste
   for (int k = at.state_warp; k < kTile; k += a.state_warps) {
     const bool live = k < steps && row < s.head_dim;
     const int64_t element = ((first + way * k) * s.head + at.head) * s.head_dim + row;
-    float* const to = memory + k * a.rows() + at.row_warp * kRows + at.lane;
-    to[kX * kTile * a.rows()] = live ? static_cast<const float*>(s.x)[element] : 0.0f;
+    float* const to = memory + at.row_warp * Memory::kSeriesSize + k * kWarp + at.lane;
+    to[kX * kTile * kWarp] = live ? static_cast<const float*>(s.x)[element] : 0.0f;
     if (!kAll) continue;
     const float dy = live ? a.g.dy[element] : 0.0f;
     step::Gate gate{1.0f, 0.0f};
     if (s.z && live) gate = step::gate(static_cast<const float*>(s.z)[element]);
-    to[kS * kTile * a.rows()] = dy * gate.value;
-    to[kGate * kTile * a.rows()] = dy * gate.slope;
+    to[kS * kTile * kWarp] = dy * gate.value;
+    to[kGate * kTile * kWarp] = dy * gate.slope;
   }
   const bool second = at.lane >= kStates;
   const int n = at.state_warp * kStates + at.lane % kStates;
 #pragma unroll 1
   for (int k = at.row_warp; k < kTile; k += a.row_warps) {
     const bool live = k < steps && n < s.state && (kAll || !second);
-    const float* const from = static_cast<const float*>(second ? s.C : s.B) + projection_of(s, at.head, first + way * k) + n;
-    memory[where.projections + (k * a.state_warps + at.state_warp) * kWarp + at.lane] = live ? *from : 0.0f;
+    const float* const from = static_cast<const float*>(second ? s.C : s.B) + projection_of(s, at, first + way * k) + n;
+    memory[where.projections + at.state_warp * Memory::kProjectionSize + k * kWarp + at.lane] = live ? *from : 0.0f;
   }
   if (threadIdx.x < kTile) {
     const int k = threadIdx.x;
@@ -267,23 +297,31 @@ __device__ __forceinline__ void stage_tile(const Arguments& a, int tile, int ste
 // What a lane reads of a tile in shared memory.
 struct Tile {
   const float *series, *projection, *step;
-  int rows, projection_step;
 
   __device__ __forceinline__ Tile(const Arguments& a, int turn) {
     const Memory where(a);
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    rows = a.rows();
-    series = shared_memory() + (warp & (a.row_warps - 1)) * kRows + lane / kSide * kSide;
-    projection_step = a.state_warps * kWarp;
-    projection = shared_memory() + where.projections + (unsigned)warp / (unsigned)a.row_warps * kWarp + lane % kSide * kSide;
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, state_warp = warp >> a.row_warps_shift;
+    series = shared_memory() + (warp - (state_warp << a.row_warps_shift)) * Memory::kSeriesSize + lane / kSide * kSide;
+    projection = shared_memory() + where.projections + state_warp * Memory::kProjectionSize + lane % kSide * kSide;
     step = shared_memory() + where.steps + turn * kTile * 4;
   }
   __device__ __forceinline__ void values(int which, int k, float (&to)[kSide]) const {
-    load(series + (which * kTile + k) * rows, to);
+    load(series + (which * kTile + k) * kWarp, to);
   }
-  __device__ __forceinline__ void B(int k, float (&to)[kSide]) const { load(projection + k * projection_step, to); }
-  __device__ __forceinline__ void C(int k, float (&to)[kSide]) const { load(projection + k * projection_step + kStates, to); }
+  __device__ __forceinline__ void B(int k, float (&to)[kSide]) const { load(projection + k * kWarp, to); }
+  __device__ __forceinline__ void C(int k, float (&to)[kSide]) const { load(projection + k * kWarp + kStates, to); }
 };
+
+// `x`, of which the compiler knows nothing until `value` is computed: what depends on it is not read before, where it
+// would take registers.
+__device__ __forceinline__ int anew_after(float value, int x) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(x) : "f"(value));
+#else
+  (void)value;
+#endif
+  return x;
+}
 
 // The states after step k of a tile from those before it. Returns the decay.
 __device__ __forceinline__ float advance_cells(const Tile& tile, int k, Cells& h) {
@@ -328,8 +366,9 @@ __device__ __forceinline__ float sum_of_warp(float value) {
 // --- ends of chunks -------------------------------------------------------------------------------------------------
 
 template <bool kCut>
-__global__ void __launch_bounds__(kMostWarps* kWarp) dual_backward_ends_kernel(const Arguments a) {
+__global__ void __launch_bounds__(kMostWarps* kWarp, 1) dual_backward_ends_kernel(const Arguments a) {
   const hcmen_dual& s = a.s;
+  begin_spots(a);
   const Spot at = find_spot(a);
   Cells h, slope;
   load_states(s, at, kCut ? nullptr : s.initial_state, h);
@@ -397,7 +436,7 @@ __global__ void __launch_bounds__(kCarryThreads) dual_backward_carries_kernel(co
   at.head = (unsigned)block / (unsigned)a.row_blocks;
   at.quad = lane / kSide;
   at.first_row = (row_block * a.row_warps + (warp & (a.row_warps - 1))) * kRows;
-  at.first_state = (int)((unsigned)warp / (unsigned)a.row_warps) * kStates + lane % kSide * kSide;
+  at.first_state = (warp >> a.row_warps_shift) * kStates + lane % kSide * kSide;
   const int j = cell / (kSide * kWarp), i = cell % kSide;
 
   const float A = s.A[at.head];
@@ -447,19 +486,65 @@ __device__ __forceinline__ void find_states(const Arguments& a, const Tile& here
   for (int k = 0; k < upto; ++k) advance_cells(here, k, h);
 }
 
+// Back over step k of a tile, from the states before and after it: `gradient` comes in as that of the states after it and
+// goes out as that of those before. Writes parts of the gradients and of y; returns the lane's part of
+// decay <gradient, before>.
+__device__ __forceinline__ float go_back(const Tile& here, int k, const Cells& after, const Cells& before,
+                                         Cells& gradient, float* of_rows, float* of_states) {
+  const int lane = threadIdx.x % kWarp, slice = lane % kSide, quad = lane / kSide;
+  float out[kSide], C[kSide], y[kSide], dC[kSide];
+  here.values(kS, k, out);
+  here.C(k, C);
+#pragma unroll
+  for (int j = 0; j < kSide; ++j) y[j] = dC[j] = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kSide; ++j) {
+#pragma unroll
+    for (int i = 0; i < kSide; ++i) {
+      y[j] = fmaf(C[i], after[j][i], y[j]);
+      dC[i] = fmaf(out[j], after[j][i], dC[i]);
+      gradient[j][i] = fmaf(C[i], out[j], gradient[j][i]);
+    }
+  }
+  of_rows[Memory::kOutputs] = sum_of_quad(y, slice);
+  const float my_dC = sum_over_quads(dC, quad);
+  if (quad & 1) of_states[kStates] = my_dC;
+
+  float input[kSide], B[kSide], step[4], through[kSide], dB[kSide], kept[kSide];
+  here.values(kX, k, input);
+  here.B(k, B);
+  load(here.step + k * 4, step);
+#pragma unroll
+  for (int j = 0; j < kSide; ++j) through[j] = dB[j] = kept[j] = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kSide; ++j) {
+    input[j] *= step[0];
+#pragma unroll
+    for (int i = 0; i < kSide; ++i) {
+      float& mine = gradient[j][i];
+      dB[i] = fmaf(mine, input[j], dB[i]);
+      through[j] = fmaf(mine, B[i], through[j]);
+      mine *= step[1];
+      kept[i] = fmaf(mine, before[j][i], kept[i]);
+    }
+  }
+  of_rows[Memory::kThrough] = sum_of_quad(through, slice);
+  const float my_dB = sum_over_quads(dB, quad);
+  if (!(quad & 1)) of_states[0] = my_dB;
+  return (kept[0] + kept[1]) + (kept[2] + kept[3]);
+}
+
 __global__ void __launch_bounds__(kMostWarps* kWarp, 1) dual_backward_kernel(const Arguments a) {
   const hcmen_dual& s = a.s;
   const hcmen_dual_grad& g = a.g;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, slice = lane % kSide, quad = lane / kSide;
-  const int row_warp = warp & (a.row_warps - 1), state_warp = (unsigned)warp / (unsigned)a.row_warps;
   float* const memory = shared_memory();
 
+  begin_spots(a);
   Cells gradient;
-  int begin, tile;
+  int tile;
   {
     const Spot at = find_spot(a);
-    begin = at.chunk * a.chunk_tiles;
-    tile = begin + a.chunk_tiles < a.tiles ? begin + a.chunk_tiles : a.tiles;
+    tile = (at.chunk + 1) * a.chunk_tiles < a.tiles ? (at.chunk + 1) * a.chunk_tiles : a.tiles;
     if (a.chunks > 1) {
       load_cells(a.slopes + at.chunk_number(a) * kCells + at.cell(), gradient);
     } else {
@@ -467,9 +552,9 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) dual_backward_kernel(con
     }
   }
   if (threadIdx.x < 2 * kSub) memory[Memory(a).parameters + threadIdx.x] = 0.0f;
-  float dD = 0.0f;
+  memory[Memory(a).parts + threadIdx.x / kWarp * Memory::kPartsSize + Memory::kD + threadIdx.x % kWarp] = 0.0f;
 
-  while (--tile >= begin) {
+  while (--tile >= find_spot(a).chunk * a.chunk_tiles) {
     const int64_t first = (int64_t)tile * kTile;
     const int steps = (int)(s.time - first < kTile ? s.time - first : kTile), turn = tile & 1;
     stage_tile<true>(a, tile, steps, turn);
@@ -477,83 +562,35 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) dual_backward_kernel(con
     const Tile here(a, turn);
 
     for (int sub = (steps - 1) / kSub; sub >= 0; --sub) {
-      Cells h, before[kSub - 1];  // before steps but the first
-      find_states(a, here, tile, sub * kSub, h);
-      {
-        const Memory where(a);
-        float* const outputs = memory + where.outputs + state_warp * a.rows() + row_warp * kRows + lane;
-        float* const dC_parts = memory + where.projection_gradients + (row_warp * a.state_warps + state_warp) * kWarp;
-#pragma unroll
-        for (int q = 0; q < kSub; ++q) {
-          const int k = sub * kSub + q;
-          if (q > 0) {
-#pragma unroll
-            for (int j = 0; j < kSide; ++j) {
-#pragma unroll
-              for (int i = 0; i < kSide; ++i) before[q - 1][j][i] = h[j][i];
-            }
-          }
-          advance_cells(here, k, h);
-          float out[kSide], C[kSide], y[kSide], dC[kSide];
-          here.values(kS, k, out);
-          here.C(k, C);
-#pragma unroll
-          for (int j = 0; j < kSide; ++j) y[j] = dC[j] = 0.0f;
-#pragma unroll
-          for (int j = 0; j < kSide; ++j) {
-#pragma unroll
-            for (int i = 0; i < kSide; ++i) {
-              y[j] = fmaf(C[i], h[j][i], y[j]);
-              dC[i] = fmaf(out[j], h[j][i], dC[i]);
-            }
-          }
-          outputs[q * a.state_warps * a.rows()] = sum_of_quad(y, slice);
-          const float my_dC = sum_over_quads(dC, quad);
-          if (quad & 1) dC_parts[q * a.warps() * kWarp + kStates + slice * kSide + quad / 2] = my_dC;
-        }
-      }
-      float kept[kSub];
-      {
-        const Memory where(a);
-        float* const throughs = memory + where.through + state_warp * a.rows() + row_warp * kRows + lane;
-        float* const dB_parts = memory + where.projection_gradients + (row_warp * a.state_warps + state_warp) * kWarp;
-#pragma unroll
-        for (int q = kSub - 1; q >= 0; --q) {
-          const int k = sub * kSub + q;
-          if (q == 0) find_states(a, here, tile, sub * kSub, h);
-          float input[kSide], out[kSide], B[kSide], C[kSide], step[4], through[kSide], dB[kSide], parts[kSide];
-          here.values(kX, k, input);
-          here.values(kS, k, out);
-          here.B(k, B);
-          here.C(k, C);
-          load(here.step + k * 4, step);
-#pragma unroll
-          for (int j = 0; j < kSide; ++j) through[j] = dB[j] = parts[j] = 0.0f;
-#pragma unroll
-          for (int j = 0; j < kSide; ++j) {
-            input[j] *= step[0];
-#pragma unroll
-            for (int i = 0; i < kSide; ++i) {
-              float& mine = gradient[j][i];
-              mine = fmaf(C[i], out[j], mine);
-              dB[i] = fmaf(mine, input[j], dB[i]);
-              through[j] = fmaf(mine, B[i], through[j]);
-              mine *= step[1];
-              parts[i] = fmaf(mine, q > 0 ? before[q > 0 ? q - 1 : 0][j][i] : h[j][i], parts[i]);
-            }
-          }
-          throughs[q * a.state_warps * a.rows()] = sum_of_quad(through, slice);
-          const float my_dB = sum_over_quads(dB, quad);
-          if (!(quad & 1)) dB_parts[q * a.warps() * kWarp + slice * kSide + quad / 2] = my_dB;
-          kept[q] = (parts[0] + parts[1]) + (parts[2] + parts[3]);
-        }
-      }
+      // The states after the four steps, before the third and before the fourth. Those before the second are found once
+      // more when they are needed, in the registers of these.
+      Cells last, third, fourth;
+      find_states(a, here, tile, sub * kSub, last);
+      advance_cells(here, sub * kSub, last);
+      advance_cells(here, anew_after(last[3][3], sub * kSub + 1), last);
+      copy_cells(last, third);
+      advance_cells(here, anew_after(last[3][3], sub * kSub + 2), last);
+      copy_cells(last, fourth);
+      advance_cells(here, anew_after(last[3][3], sub * kSub + 3), last);
       const Memory where(a);
+      const int thread = anew((int)threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+      const int slice = lane % kSide, quad = lane / kSide;
+      float* const parts = memory + where.parts + warp * Memory::kPartsSize + lane;
+      float* const of_states = parts - lane + Memory::kProjections + slice * kSide + quad / 2;
+      float kept[kSub];
+      kept[3] = go_back(here, anew_after(last[3][3], sub * kSub + 3), last, fourth, gradient, parts + 3 * kWarp, of_states + 3 * kWarp);
+      kept[2] = go_back(here, anew_after(kept[3], sub * kSub + 2), fourth, third, gradient, parts + 2 * kWarp, of_states + 2 * kWarp);
+      Cells start, second;
+      find_states(a, here, tile, anew_after(kept[2], sub * kSub), start);
+      copy_cells(start, second);
+      advance_cells(here, sub * kSub, second);
+      kept[1] = go_back(here, anew_after(second[3][3], sub * kSub + 1), third, second, gradient, parts + kWarp, of_states + kWarp);
+      kept[0] = go_back(here, anew_after(kept[1], sub * kSub), second, start, gradient, parts, of_states);
       {
         float total = sum_of_quad(kept, slice);
 #pragma unroll
         for (int apart = kSide; apart < kWarp; apart *= 2) total += __shfl_xor_sync(kAllLanes, total, apart);
-        if (lane < kSub) memory[where.kept + (sub * kSub + lane) * a.warps() + warp] = total;
+        if (lane < kSub) parts[Memory::kKept + sub * kSub] = total;
       }
       __syncthreads();
 
@@ -561,50 +598,51 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) dual_backward_kernel(con
       const Spot at = find_spot(a);
       const int64_t way = s.reverse ? -1 : 1, first_row = row_of(s, at, first) + way * sub * kSub;
       {
-        const int row = at.first_row + lane, place = row_warp * kRows + lane;
+        const int row = at.first_row + at.lane;
 #pragma unroll 1
-        for (int q = state_warp; q < kSub; q += a.state_warps) {
+        for (int q = at.state_warp; q < kSub; q += a.state_warps) {
           const int k = sub * kSub + q;
           float y = 0.0f, through = 0.0f;
           for (int w = 0; w < a.state_warps; ++w) {
-            y += memory[where.outputs + (q * a.state_warps + w) * a.rows() + place];
-            through += memory[where.through + (q * a.state_warps + w) * a.rows() + place];
+            const int place = where.parts + (w * a.row_warps + at.row_warp) * Memory::kPartsSize + q * kWarp + at.lane;
+            y += memory[place + Memory::kOutputs];
+            through += memory[place + Memory::kThrough];
           }
-          const float* const mine = memory + k * a.rows() + place;
-          const float x = mine[kX * kTile * a.rows()], out = mine[kS * kTile * a.rows()];
+          const float* const mine = memory + at.row_warp * Memory::kSeriesSize + k * kWarp + at.lane;
+          const float x = mine[kX * kTile * kWarp], out = mine[kS * kTile * kWarp];
           if (k < steps && row < s.head_dim) {
             const float D = s.D[s.wide_D ? at.head * s.head_dim + row : at.head];
             const int64_t element = ((first_row + way * q) * s.head + at.head) * s.head_dim + row;
             g.dx[element] = fmaf(D, out, memory[where.steps + (turn * kTile + k) * 4] * through);
-            if (g.dz) g.dz[element] = mine[kGate * kTile * a.rows()] * fmaf(D, x, y);
-            dD = fmaf(out, x, dD);
+            if (g.dz) g.dz[element] = mine[kGate * kTile * kWarp] * fmaf(D, x, y);
+            memory[where.parts + at.warp * Memory::kPartsSize + Memory::kD + at.lane] += out * x;
           }
           const float dot = sum_of_warp(x * through);
-          if (lane == 0) memory[where.dots + k * a.row_warps + row_warp] = dot;
+          if (at.lane == 0) memory[where.dots + at.row_warp * kTile + k] = dot;
         }
-        const int n = state_warp * kStates + lane % kStates;
-        const int64_t part = (at.head % (int)((unsigned)s.head / (unsigned)s.group)) * a.row_blocks + at.row_block;
-        float* const to = (lane < kStates ? a.parts_B : a.parts_C) + part * (s.batch * s.time * s.group * s.state) + n;
+        const int n = at.state_warp * kStates + at.lane % kStates;
+        float* const to = (at.lane < kStates ? a.parts_B : a.parts_C) + at.part * (s.batch * s.time * s.group * s.state) + n;
 #pragma unroll 1
-        for (int q = row_warp; q < kSub; q += a.row_warps) {
+        for (int q = at.row_warp; q < kSub; q += a.row_warps) {
           if (sub * kSub + q >= steps || n >= s.state) break;
           float sum = 0.0f;
           for (int w = 0; w < a.row_warps; ++w) {
-            sum += memory[where.projection_gradients + ((q * a.row_warps + w) * a.state_warps + state_warp) * kWarp + lane];
+            const int of_warp = where.parts + (at.state_warp * a.row_warps + w) * Memory::kPartsSize;
+            sum += memory[of_warp + Memory::kProjections + q * kWarp + at.lane];
           }
-          to[projection_of(s, at.head, first_row + way * q)] = sum;
+          to[projection_of(s, at, first_row + way * q)] = sum;
         }
       }
       __syncthreads();
-      if (warp == 0 && lane < kSub && sub * kSub + lane < steps) {
-        const int k = sub * kSub + lane;
+      if (at.warp == 0 && at.lane < kSub && sub * kSub + at.lane < steps) {
+        const int k = sub * kSub + at.lane;
         float total = 0.0f, dot = 0.0f;
-        for (int w = 0; w < a.warps(); ++w) total += memory[where.kept + k * a.warps() + w];
-        for (int w = 0; w < a.row_warps; ++w) dot += memory[where.dots + k * a.row_warps + w];
+        for (int w = 0; w < a.warps(); ++w) total += memory[where.parts + w * Memory::kPartsSize + Memory::kKept + k];
+        for (int w = 0; w < a.row_warps; ++w) dot += memory[where.dots + w * kTile + k];
         const float* const step = memory + where.steps + (turn * kTile + k) * 4;
         const float ddt = step[2] * fmaf(s.A[at.head], total, dot);
-        a.parts_dt[(at.row_block * s.batch * s.time + first_row + way * lane) * s.head + at.head] = ddt;
-        float* const sums = memory + where.parameters + lane;
+        a.parts_dt[(at.row_block * s.batch * s.time + first_row + way * at.lane) * s.head + at.head] = ddt;
+        float* const sums = memory + where.parameters + at.lane;
         sums[0] = fmaf(step[0], total, sums[0]);
         sums[kSub] += ddt;
       }
@@ -615,17 +653,18 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) dual_backward_kernel(con
   const Memory where(a);
   const int64_t block = (((int64_t)at.batch * a.chunks + at.chunk) * s.head + at.head) * a.row_blocks + at.row_block;
   float* const parameters = a.parts_parameters + block * a.parameters();
-  if (state_warp < kSub) memory[where.outputs + state_warp * a.rows() + row_warp * kRows + lane] = dD;
   __syncthreads();
   if (threadIdx.x < 2) {
     const float* const sums = memory + where.parameters + threadIdx.x * kSub;
     parameters[threadIdx.x] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
-  if (state_warp == 0) {
-    dD = 0.0f;
-    for (int w = 0; w < a.state_warps && w < kSub; ++w) dD += memory[where.outputs + w * a.rows() + row_warp * kRows + lane];
+  if (at.state_warp == 0) {
+    float dD = 0.0f;
+    for (int w = 0; w < a.state_warps && w < kSub; ++w) {
+      dD += memory[where.parts + (w * a.row_warps + at.row_warp) * Memory::kPartsSize + Memory::kD + at.lane];
+    }
     if (!s.wide_D) dD = sum_of_warp(dD);
-    parameters[2 + row_warp * kRows + lane] = dD;
+    parameters[2 + at.row_warp * kRows + at.lane] = dD;
   }
   if (g.dinitial_state && at.chunk == 0) {
 #pragma unroll
@@ -777,6 +816,7 @@ int backward(const hcmen_dual& s, const hcmen_dual_grad& g, const BackwardPlan& 
   const Workspace w = share_out(s, plan);
   const bool cut = plan.chunks > 1;
   Arguments a{};
+  a.row_warps_shift = log2_of(plan.row_warps);
   a.row_warps = plan.row_warps;
   a.state_warps = plan.state_warps;
   a.row_blocks = (int)plan.row_blocks;
