@@ -61,8 +61,36 @@ int plan_forward(const hcmen_dual& s, const hcmen_cuda_launch* wish, DualLayout*
 // Floats of workspace that a forward plan of several chunks needs; 0 for a plan of one.
 int64_t forward_floats(const hcmen_dual& s, const DualLayout& plan);
 
-// Floats of workspace that the backward pass takes; `wish` may be null.
-int backward_workspace(const hcmen_dual& s, const hcmen_cuda_launch* wish, int64_t* floats);
+// --- the backward pass ----------------------------------------------------------------------------------------------
+
+constexpr int kDualWarpRows = 32, kDualWarpStates = 16;  // of a warp
+constexpr int kDualTile = 8;                             // steps of a tile, before which the states are kept
+
+struct DualBackwardPlan {
+  int row_warps, state_warps;   // of a block
+  int64_t row_blocks, columns;  // of a head; warps that a sequence takes
+  int64_t tiles, chunk_tiles, chunks;
+  int64_t portion;  // sequences that are under way together
+};
+
+// `wish` may be null.
+int plan_backward(const hcmen_dual& s, const hcmen_cuda_launch* wish, DualBackwardPlan* plan);
+
+// Where the arrays of the workspace begin, in floats, and where it ends.
+struct DualWorkspace {
+  int64_t parameters, starts, before, sums, ends, slopes, B, C, dt, end;
+};
+
+DualWorkspace share_out(const hcmen_dual& s, const DualBackwardPlan& p);
+
+// How many parts of dB and dC there are: of the heads of a group, and of the blocks of a head.
+inline int64_t projection_parts(const hcmen_dual& s, const DualBackwardPlan& p) { return s.head / s.group * p.row_blocks; }
+
+// `s` and `g` from sequence number `first` on, `count` of them.
+hcmen_dual portion_of(const hcmen_dual& s, int64_t first, int64_t count);
+hcmen_dual_grad portion_of(const hcmen_dual& s, const hcmen_dual_grad& g, int64_t first);
+
+// --- both -----------------------------------------------------------------------------------------------------------
 
 inline int check_inputs(const hcmen_dual& s) {
   return s.x && s.dt && s.A && s.B && s.C && s.D && s.dt_bias ? HCMEN_OK : HCMEN_BAD_ARGUMENT;

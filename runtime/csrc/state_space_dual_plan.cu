@@ -1,4 +1,4 @@
-// How a forward state space dual is shared out over a CUDA device, and the C functions that tell.
+// How the state space dual is shared out over a CUDA device, and the C functions that tell.
 #include <algorithm>
 
 #include "state_space_dual_cuda.h"
@@ -121,6 +121,113 @@ int64_t forward_floats(const hcmen_dual& s, const DualLayout& plan) {
   return rounded(starts * s.head_dim * s.state) + rounded(starts);
 }
 
+// --- the backward pass ----------------------------------------------------------------------------------------------
+
+namespace {
+
+// Warps that a device shall have to do, where a sequence must be cut for it: two blocks of eight on each of 132
+// multiprocessors. How many times the states of a warp are kept at once, unless a single sequence needs more: 4 GiB.
+constexpr int64_t kEnoughBackwardWarps = 132 * 16;
+constexpr double kMostStarts = 1 << 21;
+
+// Warps of a block, where the states are not too many for it.
+constexpr int kWarps = 8;
+constexpr int64_t kCells = kDualWarpRows * kDualWarpStates;  // of a warp
+
+}  // namespace
+
+int plan_backward(const hcmen_dual& s, const hcmen_cuda_launch* wish, DualBackwardPlan* plan) {
+  const int64_t wished = wish ? wish->steps_per_chunk : 0, at_once = wish ? wish->sequences_at_once : 0;
+  if (wished < -1 || at_once < 0) return HCMEN_BAD_ARGUMENT;
+  DualBackwardPlan p{};
+  p.state_warps = (int)ceil_div(s.state, kDualWarpStates);
+  p.row_warps = 1;
+  while (2 * p.row_warps * p.state_warps <= kWarps && p.row_warps * kDualWarpRows < s.head_dim) p.row_warps *= 2;
+  p.row_blocks = ceil_div(s.head_dim, p.row_warps * kDualWarpRows);
+  p.columns = s.head * p.row_blocks * p.row_warps * p.state_warps;
+  p.tiles = ceil_div(s.time, kDualTile);
+  const double warps = (double)s.batch * (double)p.columns, starts = (double)p.tiles * (double)p.columns;
+
+  p.chunk_tiles = p.tiles;
+  if (wished > 0) {
+    p.chunk_tiles = wished < s.time ? ceil_div(wished, kDualTile) : p.tiles;
+  } else if (wished == 0 && warps < (double)kEnoughBackwardWarps && p.tiles > 1) {
+    // At once if a few chunks do, else in two turns, which waste less of the last.
+    const int64_t have = (int64_t)warps;
+    p.chunk_tiles = ceil_div(p.tiles, (4 * have <= kEnoughBackwardWarps ? 1 : 2) * kEnoughBackwardWarps / have);
+  }
+  p.chunks = ceil_div(p.tiles, p.chunk_tiles);
+
+  // What a warp keeps is numbered in 32 bits, as blocks are; past these no device has the memory.
+  if (const int status = check_blocks(starts > warps * (double)p.chunks ? starts : warps * (double)p.chunks)) return status;
+  const double most = kMostStarts / starts;
+  p.portion = most < 1.0 ? 1 : most > (double)s.batch ? s.batch : (int64_t)most;
+  if (at_once > 0 && p.portion > at_once) p.portion = at_once;
+  // Portions of equal size.
+  p.portion = ceil_div(s.batch, ceil_div(s.batch, p.portion));
+  *plan = p;
+  return HCMEN_OK;
+}
+
+DualWorkspace share_out(const hcmen_dual& s, const DualBackwardPlan& p) {
+  DualWorkspace w{};
+  int64_t next = 0;
+  const auto take = [&](int64_t floats) {
+    const int64_t at = next;
+    next += rounded(floats);
+    return at;
+  };
+  const int64_t warps = p.portion * p.columns, projections = p.portion * s.time * s.group * s.state;
+  w.parameters = take(s.batch * p.chunks * s.head * p.row_blocks * (2 + kDualWarpRows * p.row_warps));
+  w.starts = take(warps * p.tiles * kCells);
+  if (p.chunks > 1) {
+    w.before = take(p.portion * p.tiles * s.head);
+    w.sums = take(p.portion * p.chunks * s.head);
+    w.ends = take(warps * p.chunks * kCells);
+    w.slopes = take(warps * p.chunks * kCells);
+  }
+  if (projection_parts(s, p) > 1) {
+    w.B = take(projection_parts(s, p) * projections);
+    w.C = take(projection_parts(s, p) * projections);
+  }
+  if (p.row_blocks > 1) w.dt = take(p.row_blocks * p.portion * s.time * s.head);
+  w.end = next;
+  return w;
+}
+
+hcmen_dual portion_of(const hcmen_dual& s, int64_t first, int64_t count) {
+  hcmen_dual out = s;
+  const auto ahead = [&](const void* from, int64_t of_one) -> const float* {
+    return from ? static_cast<const float*>(from) + first * of_one : nullptr;
+  };
+  const int64_t series = s.time * s.head * s.head_dim, projections = s.time * s.group * s.state;
+  out.batch = count;
+  out.x = ahead(s.x, series);
+  out.dt = ahead(s.dt, s.time * s.head);
+  out.z = ahead(s.z, series);
+  out.B = ahead(s.B, projections);
+  out.C = ahead(s.C, projections);
+  out.initial_state = ahead(s.initial_state, s.head * s.head_dim * s.state);
+  out.y = nullptr;
+  out.last_state = nullptr;
+  return out;
+}
+
+hcmen_dual_grad portion_of(const hcmen_dual& s, const hcmen_dual_grad& g, int64_t first) {
+  hcmen_dual_grad out = g;
+  const int64_t series = first * s.time * s.head * s.head_dim, projections = first * s.time * s.group * s.state;
+  const int64_t states = first * s.head * s.head_dim * s.state;
+  out.dy = g.dy + series;
+  out.dx = g.dx + series;
+  out.ddt = g.ddt + first * s.time * s.head;
+  out.dB = g.dB + projections;
+  out.dC = g.dC + projections;
+  if (g.dz) out.dz = g.dz + series;
+  if (g.dlast_state) out.dlast_state = g.dlast_state + states;
+  if (g.dinitial_state) out.dinitial_state = g.dinitial_state + states;
+  return out;
+}
+
 }  // namespace cuda
 }  // namespace hcmen
 
@@ -135,7 +242,9 @@ HCMEN_API int hcmen_cuda_state_space_dual_workspace(const hcmen_dual* dual, cons
   }
   int64_t floats = 0;
   if (backward) {
-    if (const int status = backward_workspace(*dual, launch, &floats)) return status;
+    DualBackwardPlan plan;
+    if (const int status = plan_backward(*dual, launch, &plan)) return status;
+    floats = share_out(*dual, plan).end;
   } else {
     DualLayout plan;
     if (const int status = plan_forward(*dual, launch, &plan)) return status;
