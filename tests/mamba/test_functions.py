@@ -15,13 +15,14 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from helpers.dual_cases import DualCase, dual_arrays, dual_model_of, dual_oracle
 from helpers.op_cases import ScanCase, assert_close, assert_scan, model_of, scan_arrays, scan_oracle
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from hcmen.base.errors import InputError
 from hcmen.base.library import library_path
-from hcmen.base.op import SELECTIVE_SCAN
+from hcmen.base.op import OPERATORS, SELECTIVE_SCAN
 from hcmen.base.selfcheck import CONV_MODEL, DUAL_MODEL, MODEL, selfcheck_inputs
 from hcmen.mamba.functions import add_functions, strip_functions
 from hcmen.mamba.one_node import (
@@ -182,7 +183,7 @@ def kernels_of(model, feeds, tmp_path):
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     session.run(None, feeds)
     ran = [event.get("args", {}).get("op_name") for event in json.loads(Path(session.end_profiling()).read_text())]
-    return ran.count("SelectiveScan") + ran.count("CausalConv1d")
+    return sum(ran.count(op) for op in OPERATORS)
 
 
 @pytest.mark.parametrize("cases", [*([PLAIN, case] for case in SIGNATURES[1:4]), SIGNATURES[4:6], SIGNATURES], ids=len)
@@ -198,6 +199,26 @@ def test_nodes_of_several_signatures_share_one_function_and_each_has_its_kernel(
     assert kernels_of(model, feeds, tmp_path) == len(cases)
     assert add_functions(model).SerializeToString(deterministic=True) == once
     assert_all_close(run(add_functions(model, "blocks"), feeds), want)
+
+
+def test_nodes_of_the_dual_may_differ_too(tmp_path):
+    """In what is taken out of a node, in the limits of its steps, and in the rank of D and the groups of B."""
+    plain = DualCase(2, 7, 6, 5, 4, 1, gated=False, stateful=False, softplus=False)
+    cases = [
+        plain,
+        replace(plain, gated=True, softplus=True, group=3, dt_min=0.01, dt_max=0.05),
+        replace(plain, stateful=True, wide=True, reverse=True),
+        replace(plain, gated=True, stateful=True, softplus=True, wide=True, dt_max=0.02),
+    ]
+    feeds, want = {}, []
+    for i, case in enumerate(cases):
+        own = dual_arrays(case)
+        feeds.update({f"{name}{i}": x for name, x in own.items()})
+        want += dual_oracle(case, own)[: 1 + case.stateful]
+    model = add_functions(join(*(dual_model_of(case, functions=False) for case in cases)))
+    for library in (False, True):
+        assert_all_close(run(model, feeds, library=library), want)
+    assert kernels_of(model, feeds, tmp_path) == len(cases)
 
 
 def test_activations_may_differ(tmp_path):
