@@ -41,11 +41,11 @@ from hcmen.runtime.backends.limits import check_time_limit
 from hcmen.runtime.backends.options import Ort
 from hcmen.runtime.backends.ort import OrtBackend
 
-__all__ = ["Snapshot", "Stepper"]
+__all__ = ["EXTERNAL", "Snapshot", "Stepper", "read_model"]
 
 _MOST_BYTES = (2 << 30) - 1
 """Of a model in protobuf's format."""
-_EXTERNAL = ".data"
+EXTERNAL = ".data"
 """What the name of the file beside a model has behind that of the model, where its weights lie outside."""
 _ZIP_ERRORS = (
     *(OSError, zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, struct.error, EOFError),
@@ -98,8 +98,8 @@ class Stepper:
         self.path = os.fspath(path)
         backend = OrtBackend(Ort(threads=threads, prepack=True), library=library)
         backend.time_limit = check_time_limit(time_limit)
-        content, weights = _read(self.path)
-        self._session = backend.session(content, weights, Path(self.path).name + _EXTERNAL, self.path)
+        content, weights = read_model(self.path)
+        self._session = backend.session(content, weights, Path(self.path).name + EXTERNAL, self.path)
         self.kernels = self._session.kernels
         inputs, outputs, metadata = self._session.described()
         if STATES_KEY not in metadata:
@@ -330,15 +330,19 @@ def _arrays(archive: zipfile.ZipFile, size: int) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _read(path: str) -> tuple[bytes, NDArray[np.uint8]]:
-    """The content of a model, and that of the file beside it that its weights may lie in."""
+def read_model(path: str) -> tuple[bytes, NDArray[np.uint8]]:
+    """The content of a model, and that of the file beside it that its weights may lie in.
+
+    Raises:
+        InputError: a file that cannot be read, or a model of more than 2 GiB.
+    """
     with refused(path, "an .onnx file of at most 2 GiB"):
         content = read_small(path, _MOST_BYTES)
     try:
-        with open_regular(path + _EXTERNAL) as file:
+        with open_regular(path + EXTERNAL) as file:
             weights: NDArray[np.uint8] = np.fromfile(file, np.uint8)
     except FileNotFoundError:
         weights = np.zeros(0, np.uint8)
     except OSError as error:
-        raise InputError(reason_of(error), "a file of weights", where=path + _EXTERNAL) from error
+        raise InputError(reason_of(error), "a file of weights", where=path + EXTERNAL) from error
     return content, weights

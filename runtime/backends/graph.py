@@ -68,12 +68,13 @@ class ExternalTensor:
 @dataclass
 class Graph:
     """What `read_graph` found: the external initializers, the domains of the main graph's nodes, the file as written
-    again.
+    again. tables: input -> rows of the smallest table in the file that it looks up rows of (Gather).
     """
 
     external: list[ExternalTensor] = field(default_factory=list)
     domains: set[str] = field(default_factory=set)
     model: bytes = b""
+    tables: dict[str, int] = field(default_factory=dict)
 
 
 def read_graph(
@@ -99,6 +100,7 @@ def read_graph(
             if _is_external(tensor):
                 graph.external.append(_located(tensor, weights_file, weights_bytes, where))
         graph.domains = {_text(domain, where) for node in main.get(1, []) for domain in node.get(7, [])}
+        graph.tables = {_text(name, where): rows for name, rows in _tables(main).items()}
     for place in _places(message):
         nested = () if place.is_main else place.tensors
         if any(map(_is_external, [*nested, *place.sparse_tensors, *place.tensors_of_nodes])):
@@ -156,6 +158,23 @@ def _places(message: Message) -> Iterator[_Place]:
 
 def _halves(sparse: Message) -> list[Message]:
     return [*sparse.get(1, []), *sparse.get(2, [])]
+
+
+def _tables(main: Message) -> dict[bytes, int]:
+    """Input of the graph -> the fewest rows of a table that it, as it is or cast, looks up rows of."""
+    sources = {value.get(1, [b""])[0]: value.get(1, [b""])[0] for value in main.get(11, [])}
+    rows = {t.get(8, [b""])[0]: _signed(t.get(1, []))[0] for t in main.get(5, []) if t.get(1)}
+    found: dict[bytes, int] = {}
+    for node in main.get(1, []):
+        op, given = node.get(4, [b""])[0], node.get(1, [])
+        if op in (b"Cast", b"Identity") and given and given[0] in sources:
+            sources.update(dict.fromkeys(node.get(2, []), sources[given[0]]))
+        if op == b"Gather" and len(given) == 2 and given[0] in rows and given[1] in sources:
+            axis = [a for a in node.get(5, []) if a.get(1) == [b"axis"] and _signed(a.get(3, [])) != [0]]
+            if not axis:
+                name = sources[given[1]]
+                found[name] = min(rows[given[0]], found.get(name, rows[given[0]]))
+    return found
 
 
 # --- external data --------------------------------------------------------------------------------------------------

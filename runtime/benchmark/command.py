@@ -23,6 +23,7 @@ from hcmen.runtime.backends.options import BACKENDS, runs_engines
 from hcmen.runtime.commands.model import time_limit_option, trust_engines_option
 
 if TYPE_CHECKING:
+    from hcmen.runtime.benchmark.foreign import ForeignPlan
     from hcmen.runtime.benchmark.judge import Verdict
     from hcmen.runtime.benchmark.plan import Plan
 
@@ -31,7 +32,8 @@ __all__ = ["main"]
 AGAINST = ("eager", "eager-reference", "compile", "compile-reference", "functions")
 
 _EPILOG = (
-    "Every row is checked against the eager model's golden outputs before it is timed. Rows take turns in random "
+    "Every row is checked against the eager model's golden outputs before it is timed; of --onnx the library's outputs "
+    "against the functions'. Rows take turns in random "
     "order, round by round. A percentile with fewer than 10 calls beyond it is marked '?'. docs/bench.md says how to "
     "read the rest. Exit codes: 0 ok, 1 a row has wrong numbers or --fail-slower found one, 2 bad input, 3 a backend "
     "is missing, 5 a corrupt file, 130 interrupted (what was measured is printed and written)."
@@ -45,12 +47,14 @@ _EPILOG = (
         "hcmen-bench",
         "hcmen-bench --bundle build/bundle --bundle build/bundle-int8 --batch 1 --batch 8",
         "hcmen-bench --compare before.json --fail-slower 5",
+        "hcmen-bench --onnx model.onnx --size time=256 --against functions",
     ),
     groups={
         "What is measured": (
             *("named", "variants", "backends", "precisions", "threads", "batches", "clip", "golden"),
             *("against", "checkpoint", "cold"),
         ),
+        "A foreign graph": ("files", "sizes", "ranges", "tolerance"),
         "How": ("rounds", "calls", "warm_up", "loads", "seed", "cold_rounds"),
         "Reports": ("show", "compare", "fail_slower", "compare_anyway", "out", "html"),
     },
@@ -93,6 +97,31 @@ _EPILOG = (
     help="What a user would run instead; repeatable: eager PyTorch on our kernels or on the reference scan, "
     "torch.compile of either (compiles for minutes), or functions: plain ONNX Runtime without our library.",
 )
+@click.option(
+    "--onnx",
+    "files",
+    multiple=True,
+    metavar="FILE.onnx",
+    help="A file such as hcmen-export-mamba writes, in the place of bundles; repeatable. Its inputs are random, its "
+    "states zero. It takes --threads, --against functions, --time-limit and what stands under How and Reports.",
+)
+@click.option(
+    "--size", "sizes", multiple=True, metavar="NAME=N", help="Of an open size of --onnx; repeatable. A batch is 1."
+)
+@click.option(
+    "--range",
+    "ranges",
+    multiple=True,
+    metavar="INPUT=A..B",
+    help="Of the whole numbers that an input of --onnx is given. Default: the rows of the table it looks up, or 0..1.",
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SHARE",
+    help="How far apart the library's and the functions' outputs of --onnx may be, by the largest number of each. "
+    "Default: 1e-5.",
+)
 @time_limit_option
 @click.option(
     "--checkpoint", help="The eager model for --against.  [default: the bundle's own, in build/train or of the demo]"
@@ -131,6 +160,10 @@ def main(
     clip: str | None,
     golden: bool,
     against: tuple[str, ...],
+    files: tuple[str, ...],
+    sizes: tuple[str, ...],
+    ranges: tuple[str, ...],
+    tolerance: float | None,
     time_limit: float | None,
     checkpoint: str | None,
     rounds: int,
@@ -149,6 +182,17 @@ def main(
 ) -> None:
     """Measures bundles: latency, throughput, loading, cold start, memory; side by side, with the noise."""
     bundles = (*named, *bundles)
+    if files:
+        _refuse(
+            "is of bundles, and --onnx names a file of its own: leave it out",
+            {"--bundle": bundles, "--variant": variants, "--backend": backends, "--precision": precisions}
+            | {"--trust-engines": trust_engines, "--batch": batches, "--clip": clip, "--golden": golden}
+            | {"--checkpoint": checkpoint, "--cold": cold, "--show": show}
+            | {f"--against {a}": a != "functions" for a in against},
+        )
+    else:
+        given = {"--size": sizes, "--range": ranges, "--tolerance": tolerance}
+        _refuse("is of a foreign graph: name it with --onnx, or leave it out", given)
     _check_counts("threads", threads, 1024)
     _check_counts("batch", batches, 1 << 20)
     if golden and (clip is not None or batches):
@@ -185,32 +229,41 @@ def main(
         _emit(console, data, verdicts, unmatched, targets, doubts)
         _finish(data, 0, verdicts, fail_slower)
         return
-    paths = bundles or (os.fspath(chosen_bundle(None, console.note)),)
-    opened = dict(zip(labels(paths), (read_bundle(os.path.abspath(path)) for path in paths), strict=True))
-    eager = Path(checkpoint or "")
-    if set(against) - {"functions"}:
-        wanted = next(iter(opened.values())).manifest.source.get("checkpoint_sha256")
-        eager = chosen_checkpoint(checkpoint, console.note, sha256=wanted)
+    settings = Settings(rounds, calls, warm_up, loads, seed)
+    plan: Plan | ForeignPlan
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hcmen-bench-")))
-        plan = Plan(
-            bundles=opened,
-            variants=variants,
-            backends=backends or ("ort",),
-            precisions=precisions,
-            trust_engines=trust_engines,
-            threads=threads,
-            batches=(0,) if golden else batches or (1,),
-            clip=clip,
-            against=against,
-            checkpoint=os.fspath(eager),
-            settings=Settings(rounds, calls, warm_up, loads, seed),
-            cold_rounds=cold_rounds if cold else 0,
-            folder=folder,
-            time_limit=time_limit,
-        )
+        if files:
+            from hcmen.runtime.benchmark.foreign import ForeignPlan
+            from hcmen.runtime.foreign import parse_ranges, parse_sizes
+
+            numbers, spans = parse_sizes(sizes), parse_ranges(ranges)
+            plan = ForeignPlan(files, numbers, spans, threads, against, settings, tolerance or 1e-5, time_limit)
+            described = plan.described()
+        else:
+            paths = bundles or (os.fspath(chosen_bundle(None, console.note)),)
+            opened = dict(zip(labels(paths), (read_bundle(os.path.abspath(path)) for path in paths), strict=True))
+            eager = Path(checkpoint or "")
+            if set(against) - {"functions"}:
+                wanted = next(iter(opened.values())).manifest.source.get("checkpoint_sha256")
+                eager = chosen_checkpoint(checkpoint, console.note, sha256=wanted)
+            plan = Plan(
+                bundles=opened,
+                variants=variants,
+                backends=backends or ("ort",),
+                precisions=precisions,
+                trust_engines=trust_engines,
+                threads=threads,
+                batches=(0,) if golden else batches or (1,),
+                clip=clip,
+                against=against,
+                checkpoint=os.fspath(eager),
+                settings=settings,
+                cold_rounds=cold_rounds if cold else 0,
+                folder=Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hcmen-bench-"))),
+                time_limit=time_limit,
+            )
+            described = [describe_bundle(label, bundle) for label, bundle in opened.items()]
         here = machine(plan.packages)
-        described = [describe_bundle(label, bundle) for label, bundle in opened.items()]
         doubts = machine_warnings(here, plan.most_threads)
         if old is not None:
             doubts += _comparable(here, described, old, str(compare), compare_anyway)
@@ -222,6 +275,13 @@ def main(
     if stop is not None:
         raise stop
     _finish(data, plan.exit_code, verdicts, fail_slower)
+
+
+def _refuse(why: str, given: Mapping[str, object]) -> None:
+    """Raises InputError for the first option that is given."""
+    for option, value in given.items():
+        if value not in ((), None, False):
+            raise InputError(f"{option} {why}")
 
 
 def _check_counts(what: str, values: Sequence[int], most: int) -> None:
@@ -248,7 +308,7 @@ def _comparable(
 
 def _measured(
     console: Console,
-    plan: Plan,
+    plan: Plan | ForeignPlan,
     here: Mapping[str, Any],
     described: Sequence[Mapping[str, Any]],
     doubts: Sequence[str],

@@ -79,7 +79,8 @@ def refusals(
     for bundle in new_bundles:
         match = old["bundles"][0] if len(new_bundles) == len(old["bundles"]) == 1 else before.get(bundle["label"])
         if match is not None and match["manifest_sha256"] != bundle["manifest_sha256"]:
-            besides.append(f"bundle {bundle['label']} has another content than then")
+            what = "graph" if bundle.get("kind") == "onnx" else "bundle"
+            besides.append(f"{what} {bundle['label']} has another content than then")
     if not old["complete"]:
         besides.append("the old run was interrupted")
     return other, besides

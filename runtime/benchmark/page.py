@@ -372,7 +372,7 @@ def _table(data: Mapping[str, Any]) -> str:
     note = (
         "Times in milliseconds. run: the graph alone; call: end to end, the clip's file read. ratio: to the first row "
         "of the same variant and batch, paired round by round. waited: the share of its time without a free core. "
-        "largest error: against eager PyTorch, before timing."
+        "largest error: against eager PyTorch, of a foreign graph the library against its functions, before timing."
     )
     return _section("All figures", body, note)
 
@@ -384,7 +384,9 @@ def _about(data: Mapping[str, Any]) -> str:
     pairs += [("environment", ", ".join(f"{k}={v}" for k, v in (m.get("environment") or {}).items()) or "nothing set")]
     for b in data["bundles"]:
         size = f", weights {b['weights_bytes'] / (1 << 20):.1f} MiB" if "weights_bytes" in b else ""
-        pairs.append((f"bundle {b['label']}", f"{b.get('path')}, manifest sha256 {b['manifest_sha256'][:16]}{size}"))
+        kind, digest = ("graph", "") if b.get("kind") == "onnx" else ("bundle", "manifest ")
+        told = f"{b.get('path')}, {digest}sha256 {b['manifest_sha256'][:16]}{size}"
+        pairs.append((f"{kind} {b['label']}", told))
     pairs += [
         (k.replace("_", " "), "until steady" if k == "warm_up" and v is None else v)
         for k, v in data["settings"].items()

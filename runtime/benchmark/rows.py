@@ -110,6 +110,7 @@ class Measured:
     run_ns, call_ns: per round, the calls of its turn, in nanoseconds. load_ms: creating the session with nothing of the
     bundle loaded. first_ms: the first run of a new session. warm_up: calls before timing, and whether they settled.
     turns_ns: all its turns. waited_ns: of those, how long the thread that waited longest had no core; None: not known.
+    truth: what its numbers are compared with.
     """
 
     row: Row
@@ -126,6 +127,7 @@ class Measured:
     turns_ns: int = 0
     waited_ns: int | None = 0
     exit_code: int = 0
+    truth: str = "eager"
 
 
 class Runner(Protocol):
@@ -135,7 +137,7 @@ class Runner(Protocol):
     pid: int | None
 
     def check(self) -> dict[str, Comparison]:
-        """Comparisons with the eager model, by what was compared."""
+        """Comparisons with the truth of `measured`, by what was compared."""
         ...
 
     def load(self) -> tuple[float, float] | None:
@@ -380,4 +382,4 @@ def judged(measured: Measured, checks: dict[str, Comparison]) -> None:
     if wrong is not None:
         name, comparison = wrong
         measured.status, measured.exit_code = "wrong", 1
-        measured.reason = f"{name} differs from eager: {comparison.line()}"
+        measured.reason = f"{name} differs from {measured.truth}: {comparison.line()}"
