@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 __all__ = [
     "CAUSAL_CONV1D",
+    "DERIVED_SIZES",
     "DOMAIN",
     "IR_VERSION",
+    "LATER_ATTRIBUTES",
     "OPERATORS",
     "OPSET",
     "PARSER_ATTRIBUTES",
@@ -35,6 +37,8 @@ IR_VERSION = 9
 """The newest version of the file format that ONNX Runtime 1.17 reads."""
 PARSER_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
 """Attributes that every node has for TensorRT's parser, with their values."""
+DERIVED_SIZES = {"width - 1": ("width", -1)}
+"""Sizes that follow from another one: name -> (that one, what is added to it)."""
 
 
 class Attribute(NamedTuple):
@@ -113,8 +117,9 @@ class Operator(NamedTuple):
 
     @property
     def sizes(self) -> tuple[str, ...]:
-        """The names of all sizes, in the order of the inputs."""
-        return tuple(dict.fromkeys(size for tensor in self.inputs for size in tensor.sizes))
+        """The names of all sizes, in the order of the inputs, but of those that follow from others."""
+        sizes = (size for tensor in self.inputs for size in tensor.sizes if size not in DERIVED_SIZES)
+        return tuple(dict.fromkeys(sizes))
 
     def inputs_with(self, attributes: Mapping[str, object]) -> tuple[Tensor, ...]:
         """The inputs of a node with these attributes, in order; absent ones are 0."""
@@ -125,9 +130,13 @@ class Operator(NamedTuple):
         return tuple(t for t in self.outputs if t.only_with is None or attributes.get(t.only_with))
 
 
+LATER_ATTRIBUTES = frozenset({("CausalConv1d", "stateful")})
+"""(operator, attribute) that came after graphs were written: nodes have it only where it is not its default."""
+
 _SERIES = ("batch", "time", "channel")
 _PROJECTION = ("batch", "time", "group", "state")
 _STATES = ("batch", "channel", "state")
+_PAST = ("batch", "width - 1", "channel")
 
 SELECTIVE_SCAN = Operator(
     "SelectiveScan",
@@ -152,14 +161,18 @@ SELECTIVE_SCAN = Operator(
 
 CAUSAL_CONV1D = Operator(
     "CausalConv1d",
-    attributes=(Attribute("activation", ("none", "silu")), Attribute("reverse")),
+    attributes=(Attribute("activation", ("none", "silu")), Attribute("reverse"), Attribute("stateful")),
     others=("group", "pads"),
     inputs=(
         Tensor("x", _SERIES, shared=True),
         Tensor("weight", ("channel", "width")),
         Tensor("bias", ("channel",)),
+        Tensor("initial_state", _PAST, only_with="stateful"),
     ),
-    outputs=(Tensor("y", _SERIES, shared=True),),
+    outputs=(
+        Tensor("y", _SERIES, shared=True),
+        Tensor("last_state", _PAST, only_with="stateful"),
+    ),
 )
 
 _HEADS = ("batch", "time", "head", "head_dim")

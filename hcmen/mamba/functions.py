@@ -21,6 +21,7 @@ from hcmen.base.errors import InputError, shown, unknown_name
 from hcmen.base.op import (
     CAUSAL_CONV1D,
     DOMAIN,
+    LATER_ATTRIBUTES,
     PARSER_ATTRIBUTES,
     SELECTIVE_SCAN,
     STATE_SPACE_DUAL,
@@ -63,7 +64,7 @@ def add_functions(model: ModelProto, scan_body: str = "scan") -> ModelProto:
     opset = _opset(model)
     signatures: dict[str, dict[str, Any]] = {}
     differ = False
-    width = 1
+    width, narrow = 1, ""
     for node, shape_of in _nodes(model):
         if node.domain != DOMAIN:
             continue
@@ -72,11 +73,16 @@ def add_functions(model: ModelProto, scan_body: str = "scan") -> ModelProto:
                 f"{_label(node)}: unknown operator, expected {' or '.join(_COMPLETE)} in domain '{DOMAIN}'"
             )
         signature = _COMPLETE[node.op_type](node, shape_of)
-        width = max(width, 1 + sum(n for a in node.attribute if a.name == "pads" for n in a.ints))
+        own = 1 + sum(n for a in node.attribute if a.name == "pads" for n in a.ints)
+        width = max(width, own)
+        if node.op_type == CAUSAL_CONV1D.name and own == 1:
+            narrow = _label(node)
         common = signatures.setdefault(node.op_type, signature)
         apart = {name: COMMON[name] for name, value in signature.items() if value != common[name]}
         signatures[node.op_type] = common | apart
         differ = differ or bool(apart)
+    if narrow and signatures[CAUSAL_CONV1D.name]["stateful"]:
+        raise InputError(f"{narrow} has width 1, expected at least 2 in a model with stateful convolutions")
     strip_functions(model)
     if differ:
         unify(model, signatures, opset)
@@ -191,8 +197,9 @@ def _expect(node: NodeProto, values: dict[str, Any], name: str, allowed: tuple[A
 
 
 def _kernel_attributes(node: NodeProto, op: Operator) -> dict[str, Any]:
-    """The attributes that kernels read, checked, and written into the node where they are missing."""
-    values = _attributes(node, {**op.defaults, **PARSER_ATTRIBUTES})
+    """The attributes that kernels read, checked, and most of them written into the node where they are missing."""
+    written = {name: value for name, value in op.defaults.items() if (op.name, name) not in LATER_ATTRIBUTES}
+    values = {**op.defaults, **_attributes(node, {**written, **PARSER_ATTRIBUTES})}
     for attribute in op.attributes:
         if attribute.number is None:
             _expect(node, values, attribute.name, attribute.choices)
@@ -231,6 +238,7 @@ def _complete_scan(op: Operator, node: NodeProto, shape_of: _ShapeOf) -> dict[st
 def _complete_conv(node: NodeProto, shape_of: _ShapeOf) -> dict[str, Any]:
     values = _kernel_attributes(node, CAUSAL_CONV1D)
     _expect_names(node, CAUSAL_CONV1D, values)
+    stateful = values["stateful"]
     weight = shape_of(node.input[1])
     if weight is not None and len(weight) == 2 and None not in weight:
         channel, width = weight
@@ -244,7 +252,7 @@ def _complete_conv(node: NodeProto, shape_of: _ShapeOf) -> dict[str, Any]:
                 f"{_label(node)}: attribute '{name}' is missing and the shape of its weight is unknown: "
                 "run shape inference first, or set group to the channel count and pads as docs/op.md says"
             )
-    return {"activation": values["activation"]}
+    return {"activation": values["activation"], "stateful": stateful}
 
 
 _COMPLETE: dict[str, Callable[[NodeProto, _ShapeOf], dict[str, Any]]] = {
@@ -322,12 +330,15 @@ def _dual_function(opset: int, scan_body: str, **signature: int) -> FunctionProt
     )
 
 
-def _conv_function(opset: int, scan_body: str, width: int, *, activation: str) -> FunctionProto:
+def _conv_function(opset: int, scan_body: str, width: int, *, activation: str, stateful: int) -> FunctionProto:
     """All arithmetic in float32. width: the most that any node has."""
     body = Body()
     x, weight, bias = (body.float32(name) for name in ("x", "weight", "bias"))
     reverse = body.attribute("reverse")
-    if scan_body == "blocks" and width <= MOST_TAPS:
+    by_taps = scan_body == "blocks" and width <= MOST_TAPS
+    if stateful:
+        y = _continued(body, x, weight, bias, reverse, width if by_taps else None)
+    elif by_taps:
         y = _taps(body, x, weight, bias, reverse, width)
     else:
         y = _convolved(body, x, weight, bias, reverse)
@@ -338,8 +349,9 @@ def _conv_function(opset: int, scan_body: str, width: int, *, activation: str) -
         CAUSAL_CONV1D,
         opset,
         body,
-        {},
-        f"Depthwise causal convolution in standard operators; activation = {activation} in every node of this model.",
+        {"stateful": stateful},
+        f"Depthwise causal convolution in standard operators; activation = {activation}"
+        f"{', stateful = 1' * stateful} in every node of this model.",
     )
 
 
@@ -360,16 +372,18 @@ def _convolved(body: Body, x: str, weight: str, bias: str, reverse: str) -> str:
     return body.op("Transpose", series, perm=[0, 2, 1], name="channels_last")
 
 
-def _taps(body: Body, x: str, weight: str, bias: str, reverse: str, width: int) -> str:
-    """The sum of docs/op.md as it stands there, channels last: a compiler makes one kernel of it.
-
-    The taps of a node that has fewer than `width` begin with zeros.
-    """
-    zero, axis, time = body.ints(0), body.ints(1), body.sizes("x", 1, 2)
+def _all_taps(body: Body, weight: str, width: int) -> tuple[str, str]:
+    """The taps of a node, which begin with zeros if it has fewer than `width`; and how many it lacks."""
     lacking = body.op("Sub", body.ints(width), body.sizes("weight", 1, 2), name="lacking")
     channel = body.sizes("weight", 0, 1)
     zeros = body.op("ConstantOfShape", body.op("Concat", channel, lacking, axis=0, name="zeros_shape"), name="zeros")
-    weight = body.op("Concat", zeros, weight, axis=1, name="all_taps")
+    return body.op("Concat", zeros, weight, axis=1, name="all_taps"), lacking
+
+
+def _taps(body: Body, x: str, weight: str, bias: str, reverse: str, width: int) -> str:
+    """The sum of docs/op.md as it stands there, channels last: a compiler makes one kernel of it."""
+    zero, axis, time = body.ints(0), body.ints(1), body.sizes("x", 1, 2)
+    weight, _ = _all_taps(body, weight, width)
     behind = body.op("Mul", reverse, body.ints(width - 1), name="behind")
     before = body.op("Sub", body.ints(width - 1), behind, name="before")
     pads = body.op("Concat", zero, before, zero, zero, behind, zero, axis=0, name="pads")
@@ -382,3 +396,29 @@ def _taps(body: Body, x: str, weight: str, bias: str, reverse: str, width: int) 
         tap = body.op("Gather", weight, body.integer(k), axis=1, name="tap")
         y = body.op("Add", y, body.op("Mul", seen, tap, name="part"), name="sum")
     return y
+
+
+def _continued(body: Body, x: str, weight: str, bias: str, reverse: str, width: int | None) -> str:
+    """The convolution of what the initial state and x are together, in scanning order; it writes `last_state`.
+
+    width: None for a Conv; the number of taps to write out, for a compiler, see `_taps`.
+    """
+    directed, axis, time = body.directed(reverse), body.ints(1), body.sizes("x", 1, 2)
+    series = body.op("Concat", "initial_state", directed(x), axis=1, name="series")
+    last = body.op("Slice", series, time, body.ints(2**31 - 1), axis, name="last")
+    if width is None:
+        kernel = body.op("Unsqueeze", weight, axis, name="kernel")
+        y = body.op("Conv", body.op("Transpose", series, perm=[0, 2, 1]), kernel, bias, name="convolved")
+        body.bind("group", AttributeProto.INT)
+        y = body.op("Transpose", y, perm=[0, 2, 1], name="channels_last")
+    else:
+        zero, (weight, lacking) = body.ints(0), _all_taps(body, weight, width)
+        pads = body.op("Concat", zero, lacking, *[zero] * 4, axis=0, name="pads")
+        filled, y = body.op("Pad", series, pads, name="filled"), bias
+        for k in range(width):
+            start = body.ints(k)
+            seen = body.op("Slice", filled, start, body.op("Add", start, time, name="end"), axis, name="seen")
+            tap = body.op("Gather", weight, body.integer(k), axis=1, name="tap")
+            y = body.op("Add", y, body.op("Mul", seen, tap, name="part"), name="sum")
+    body.rename(last, "last_state")
+    return directed(y)

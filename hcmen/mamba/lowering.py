@@ -18,6 +18,7 @@ from torch._decomp import decomposition_table, meta_table
 from hcmen.base.op import (
     CAUSAL_CONV1D,
     DOMAIN,
+    LATER_ATTRIBUTES,
     OPERATORS,
     PARSER_ATTRIBUTES,
     SELECTIVE_SCAN,
@@ -83,6 +84,8 @@ def _attributes(op: Operator, tensors: tuple[Any, ...], switches: tuple[Any, ...
     }
     for attribute in op.attributes:
         value = there[attribute.name] if attribute.name in there else by_flag[attribute.flag]
+        if not value and (op.name, attribute.name) in LATER_ATTRIBUTES:
+            continue
         if attribute.words:
             value = attribute.words[int(value)]
         attributes[attribute.name] = int(value) if isinstance(value, bool) else value

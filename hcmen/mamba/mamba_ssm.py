@@ -146,8 +146,11 @@ def dual_as_scan(
     )
 
 
-def conv_limit(weight: Tensor) -> str | None:
+def conv_limit(weight: Tensor, stateful: bool) -> str | None:
     """As `scan_limit`, for a convolution."""
+    if stateful:
+        # Its newer versions do, of multiples of 8 channels in a layout of their own.
+        return "causal_conv1d takes no state in all of its versions and layouts"
     taps = weight.shape[1]
     return None if taps in _MAMBA_TAPS else f"causal_conv1d takes 2 to 4 taps, got {taps}"
 

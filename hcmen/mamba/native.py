@@ -193,8 +193,10 @@ def _scan_backward(ctx: Any, dy: Tensor, dlast_state: Tensor) -> tuple[Any, ...]
 selective_scan_op.register_autograd(_scan_backward, setup_context=_scan_setup)
 
 
-def _conv_arguments(tensors: Sequence[Any], switches: Sequence[bool], y: Tensor | None) -> ConvArguments:
-    x, weight, _ = tensors
+def _conv_arguments(
+    tensors: Sequence[Any], switches: Sequence[bool], y: Tensor | None, last_state: Tensor | None
+) -> ConvArguments:
+    x, weight, *_ = tensors
     return ConvArguments(
         batch=x.shape[0],
         time=x.shape[1],
@@ -202,61 +204,79 @@ def _conv_arguments(tensors: Sequence[Any], switches: Sequence[bool], y: Tensor 
         width=weight.shape[1],
         dtype=int(x.dtype == torch.float16),
         y=pointer(y),
+        last_state=pointer(last_state),
         **_named(CAUSAL_CONV1D, tensors, switches),
     )
 
 
-def conv_by(run: Callable[..., None], inputs: Sequence[Any]) -> Tensor:
-    """y, computed by `run(conv)`."""
+def conv_by(run: Callable[..., None], inputs: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """y and last_state, computed by `run(conv)`."""
     tensors, switches = _split(CAUSAL_CONV1D, inputs)
     dense: list[Any] = _dense(*tensors)
-    y = torch.empty_like(dense[0])
-    run(_conv_arguments(dense, switches, y))
-    return y
+    x, weight, *_ = dense
+    y = torch.empty_like(x)
+    # The address of one without elements, of a width of 1, is null.
+    last_state = weight.new_empty(x.shape[0], weight.shape[1] - 1, x.shape[2])
+    run(_conv_arguments(dense, switches, y, last_state))
+    return y, last_state
 
 
-def conv_gradients_by(run: Callable[..., None], dy: Tensor, inputs: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias, computed by `run(conv, gradients)`."""
-    (x, weight, bias), switches = _split(CAUSAL_CONV1D, inputs)
-    wide, dy = x.float().contiguous(), dy.float().contiguous()
-    weight, bias = weight.contiguous(), bias.contiguous()
-    dx, dweight, dbias = torch.empty_like(wide), torch.empty_like(weight), torch.empty_like(bias)
+def conv_gradients_by(
+    run: Callable[..., None], dy: Tensor, dlast_state: Tensor | None, inputs: Sequence[Any]
+) -> tuple[Tensor, ...]:
+    """As `scan_gradients_by`, of a convolution."""
+    tensors, switches = _split(CAUSAL_CONV1D, inputs)
+    wide = [None if x is None else x.float().contiguous() for x in tensors]
+    dy, dlast_state = dy.float().contiguous(), None if dlast_state is None else dlast_state.float().contiguous()
+    grads = [None if x is None else torch.empty_like(x) for x in wide]
+    pointers = {f"d{t.name}": pointer(g) for t, g in zip(CAUSAL_CONV1D.inputs, grads, strict=True)}
     run(
-        _conv_arguments((wide, weight, bias), switches, None),
-        ConvGradients(dy=pointer(dy), dx=pointer(dx), dweight=pointer(dweight), dbias=pointer(dbias)),
+        _conv_arguments(wide, switches, None, None),
+        ConvGradients(dy=pointer(dy), dlast_state=pointer(dlast_state), **pointers),
     )
-    return dx.to(x.dtype), dweight, dbias
+    return tuple(dy.new_empty(0) if g is None else g.to(x.dtype) for g, x in zip(grads, tensors, strict=True))
 
 
-@_cpu_op("hcmen::causal_conv1d", schema=f"({_CONV}) -> Tensor")
-def causal_conv1d_op(*inputs: Any) -> Tensor:
+@_cpu_op("hcmen::causal_conv1d", schema=f"({_CONV}) -> (Tensor, Tensor)")
+def causal_conv1d_op(*inputs: Any) -> tuple[Tensor, Tensor]:
     return conv_by(partial(_call, "hcmen_causal_conv1d_forward"), inputs)
 
 
 @causal_conv1d_op.register_fake
-def _(x, *others):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _(x, weight, *others):  # type: ignore[no-untyped-def]
+    last_state = weight.new_empty(x.shape[0], weight.shape[1] - 1, x.shape[2])
+    return torch.empty_like(x, memory_format=torch.contiguous_format), last_state
 
 
-@_cpu_op("hcmen::causal_conv1d_backward", schema=f"(Tensor dy, {_CONV}) -> (Tensor, Tensor, Tensor)")
-def causal_conv1d_backward_op(dy: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return conv_gradients_by(partial(_call, "hcmen_causal_conv1d_backward"), dy, inputs)
+@_cpu_op(
+    "hcmen::causal_conv1d_backward",
+    schema=f"(Tensor dy, Tensor? dlast_state, {_CONV}) -> ({', '.join(['Tensor'] * len(CAUSAL_CONV1D.inputs))})",
+)
+def causal_conv1d_backward_op(dy: Tensor, dlast_state: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+    """Gradients in the order of the tensor arguments; that of an absent initial_state is an empty tensor."""
+    return conv_gradients_by(partial(_call, "hcmen_causal_conv1d_backward"), dy, dlast_state, inputs)
 
 
 @causal_conv1d_backward_op.register_fake
-def _(dy, *inputs):  # type: ignore[no-untyped-def]
+def _(dy, dlast_state, *inputs):  # type: ignore[no-untyped-def]
     tensors, _ = _split(CAUSAL_CONV1D, inputs)
-    return tuple(torch.empty_like(a, memory_format=torch.contiguous_format) for a in tensors)
+    return tuple(
+        dy.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors
+    )
 
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     tensors, ctx.switches = _split(CAUSAL_CONV1D, inputs)
     ctx.save_for_backward(*tensors)
+    # Mostly nobody uses the last state: zeros for its gradient would cost a small backward pass a tenth of its time.
+    ctx.set_materialize_grads(False)
 
 
-def _conv_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    grads = torch.ops.hcmen.causal_conv1d_backward(dy, *ctx.saved_tensors, *ctx.switches)
-    return (*grads, *(None for _ in ctx.switches))
+def _conv_backward(ctx: Any, dy: Tensor | None, dlast_state: Tensor | None) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    dy = torch.zeros_like(tensors[0]) if dy is None else dy
+    grads = torch.ops.hcmen.causal_conv1d_backward(dy, dlast_state, *tensors, *ctx.switches)
+    return (*(None if x is None else g for g, x in zip(grads, tensors, strict=True)), *(None for _ in ctx.switches))
 
 
 causal_conv1d_op.register_autograd(_conv_backward, setup_context=_conv_setup)

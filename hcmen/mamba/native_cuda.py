@@ -142,15 +142,15 @@ def _scan_backward(dy: Tensor, dlast_state: Tensor, *inputs: Any) -> list[Tensor
 
 
 @causal_conv1d_op.register_kernel("cuda")
-def _conv_forward(*inputs: Any) -> Tensor:
+def _conv_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     device = _one_device(CAUSAL_CONV1D, inputs)
     return conv_by(partial(_run, "causal_conv1d_forward", device, 0), inputs)
 
 
 @causal_conv1d_backward_op.register_kernel("cuda")
-def _conv_backward(dy: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _conv_backward(dy: Tensor, dlast_state: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
     def run(conv: ctypes.Structure, gradients: ctypes.Structure) -> None:
         size = workspace_bytes(load_cuda_library(), "causal_conv1d", conv, 1)
         _run("causal_conv1d_backward", inputs[0].device, size, conv, gradients)
 
-    return conv_gradients_by(run, dy, inputs)
+    return conv_gradients_by(run, dy, dlast_state, inputs)

@@ -15,6 +15,7 @@ from onnx import ModelProto, TensorProto, helper
 from hcmen.base.files import write_file
 from hcmen.base.op import (
     CAUSAL_CONV1D,
+    DERIVED_SIZES,
     DOMAIN,
     IR_VERSION,
     OPSET,
@@ -106,14 +107,16 @@ def conv_model(
     dtype: str = "float32",
     activation: str = "silu",
     reverse: bool = False,
+    stateful: bool = False,
     batch: Size = "batch",
     time: Size = "time",
     functions: bool = True,
 ) -> ModelProto:
     """One CausalConv1d node; arguments as in `scan_model`."""
-    attributes = {
+    attributes: dict[str, Any] = {
         "activation": activation,
         "reverse": int(reverse),
+        **({"stateful": 1} if stateful else {}),
         "group": channel,
         "pads": [0, width - 1] if reverse else [width - 1, 0],
     }
@@ -131,9 +134,15 @@ def _model(
 ) -> ModelProto:
     """One node of `op`; a size that `sizes` lacks is left out of the shapes, and the last one of tensors `spread`."""
 
+    known = dict(sizes)
+    for name, (of, plus) in DERIVED_SIZES.items():
+        size = sizes.get(of)
+        if isinstance(size, int):
+            known[name] = size + plus
+
     def shape(tensor: Tensor) -> list[Size]:
         names = tensor.sizes[:-1] if tensor.name in spread else tensor.sizes
-        return [sizes[name] for name in names if name in sizes]
+        return [known[name] for name in names if name in known]
 
     inputs, outputs = (
         {t.name: (dtype if t.shared else "float32", shape(t)) for t in tensors}
@@ -178,8 +187,8 @@ def selfcheck_model() -> ModelProto:
 
 
 def selfcheck_conv_model() -> ModelProto:
-    """The model of base/selfcheck_conv.onnx: width 4, silu, dynamic batch and time, with its function."""
-    return conv_model(8, 4)
+    """The model of base/selfcheck_conv.onnx: width 4, silu and state on, dynamic batch and time, with its function."""
+    return conv_model(8, 4, stateful=True)
 
 
 def selfcheck_dual_model() -> ModelProto:

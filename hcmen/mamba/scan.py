@@ -208,8 +208,10 @@ def causal_conv1d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The causal convolution, by the best implementation at hand; arguments and result as in `causal_conv1d_ref`.
 
+    Gradients flow to every tensor argument.
+
     Raises:
-        InputError: shapes or dtypes disagree, or the activation is unknown.
+        InputError: shapes or dtypes disagree, the activation is unknown, or a state is asked of a weight of width 1.
         BackendError: the implementation that was named cannot be had, or does not take such arguments.
     """
     if activation not in ("silu", "none"):
@@ -224,21 +226,28 @@ def causal_conv1d(
     if initial_state is not None:
         _check("initial_state", initial_state, (batch, past, channel))
     _expect_real({"x": x, "weight": weight, "bias": bias, "initial_state": initial_state})
-    if initial_state is not None or return_last_state:
-        before = x.new_zeros(batch, past, channel) if initial_state is None else initial_state.to(x.dtype)
-        series = torch.cat((before, x.flip(1) if reverse else x), dim=1)
-        whole = causal_conv1d(series, weight, bias, activation=activation)
-        assert isinstance(whole, Tensor)
-        found = whole[:, past:].flip(1) if reverse else whole[:, past:]
-        return (found, series[:, series.shape[1] - past :].float()) if return_last_state else found
-    how = _choice("convolution", x, lambda: conv_limit(weight))
+    stateful = initial_state is not None or return_last_state
+    if stateful and past < 1:
+        raise InputError(f"weight has width {past + 1}, expected at least 2 where there is a state of width - 1 inputs")
+    flags: dict[str, Any] = {"activation": activation, "reverse": reverse}
+    how = _choice("convolution", x, lambda: conv_limit(weight, stateful))
     if how == "ref":
-        return causal_conv1d_ref(x, weight, bias, activation=activation, reverse=reverse)
+        return causal_conv1d_ref(x, weight, bias, initial_state, return_last_state=return_last_state, **flags)
     if how == "mamba_ssm":
-        return mamba_conv(x, weight, bias, activation=activation, reverse=reverse)
-    wide = x.float() if x.dtype == torch.bfloat16 else x
-    y: Tensor = torch.ops.hcmen.causal_conv1d(wide, weight.float(), bias.float(), activation == "silu", reverse)
-    return y.to(x.dtype)
+        return mamba_conv(x, weight, bias, **flags)
+    if return_last_state and initial_state is None and torch.compiler.is_exporting():
+        # A node has a last state exactly if it has an initial one.
+        initial_state = x.new_zeros(batch, past, channel, dtype=torch.float32)
+    y, last_state = torch.ops.hcmen.causal_conv1d(
+        x.float() if x.dtype == torch.bfloat16 else x,
+        weight.float(),
+        bias.float(),
+        None if initial_state is None else initial_state.float(),
+        activation == "silu",
+        reverse,
+    )
+    y = y.to(x.dtype)
+    return (y, last_state) if return_last_state else y
 
 
 @_collected("dual")

@@ -8,7 +8,7 @@
 //   HCMEN_REVERSE   0 or 1
 //   HCMEN_CHANNEL   and, for a scan, HCMEN_STATE, HCMEN_GROUP, HCMEN_DELTA_SOFTPLUS, HCMEN_GATED, HCMEN_STATEFUL,
 //                   HCMEN_LANES (a power of two up to 32: threads that share the states of a channel);
-//                   for a convolution HCMEN_WIDTH, HCMEN_SILU, HCMEN_STEPS (outputs of a thread)
+//                   for a convolution HCMEN_WIDTH, HCMEN_SILU, HCMEN_STATEFUL, HCMEN_STEPS (outputs of a thread)
 //
 // Parameters in TensorRT's order: inputs, integers, outputs. Blocks are of HCMEN_THREADS threads, in one dimension.
 #if defined(HCMEN_EMULATE)
@@ -151,7 +151,16 @@ HCMEN_ENTRY void __launch_bounds__(HCMEN_THREADS)
 
 // Thread i has channel i % HCMEN_CHANNEL, and of its outputs HCMEN_STEPS in a row.
 HCMEN_ENTRY void __launch_bounds__(HCMEN_THREADS)
-    HCMEN_KERNEL(const Element* x, const float* weight, const float* bias, int batch, int time, Element* y) {
+    HCMEN_KERNEL(const Element* x, const float* weight, const float* bias,
+#if HCMEN_STATEFUL
+                 const float* initial_state,
+#endif
+                 int batch, int time, Element* y
+#if HCMEN_STATEFUL
+                 ,
+                 float* last_state
+#endif
+    ) {
   const int64_t thread = (int64_t)blockIdx.x * HCMEN_THREADS + threadIdx.x;
   const int64_t runs = ((int64_t)time + HCMEN_STEPS - 1) / HCMEN_STEPS;
   if (thread >= batch * runs * HCMEN_CHANNEL) return;
@@ -168,6 +177,11 @@ HCMEN_ENTRY void __launch_bounds__(HCMEN_THREADS)
     const bool there = k > 0 && index >= 0;
     window[k] = there ? widened(x[(element * time + step::place(index, time, HCMEN_REVERSE)) * HCMEN_CHANNEL + channel])
                       : 0.0f;
+#if HCMEN_STATEFUL
+    if (k > 0 && index < 0) {
+      window[k] = initial_state[((element + 1) * (HCMEN_WIDTH - 1) + index) * HCMEN_CHANNEL + channel];
+    }
+#endif
   }
   for (int64_t index = begin; index < begin + HCMEN_STEPS && index < time; ++index) {
 #pragma unroll
@@ -176,6 +190,13 @@ HCMEN_ENTRY void __launch_bounds__(HCMEN_THREADS)
     window[HCMEN_WIDTH - 1] = widened(x[at]);
     y[at] = narrow(step::activated(step::convolve(window, taps, bias[channel]), HCMEN_SILU));
   }
+#if HCMEN_STATEFUL
+  if (begin + HCMEN_STEPS < time) return;
+#pragma unroll
+  for (int k = 0; k + 1 < HCMEN_WIDTH; ++k) {
+    last_state[(element * (HCMEN_WIDTH - 1) + k) * HCMEN_CHANNEL + channel] = window[k + 1];
+  }
+#endif
 }
 
 #endif

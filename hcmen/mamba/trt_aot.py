@@ -72,6 +72,7 @@ class ConvSwitches:
 
     silu: bool
     reverse: bool
+    stateful: bool
 
 
 def _name(stem: str, switches: ScanSwitches | ConvSwitches) -> str:
@@ -85,7 +86,7 @@ SCAN_NAMES = {
 }
 CONV_NAMES = {
     switches: _name("CausalConv1dAot", switches)
-    for switches in (ConvSwitches(*each) for each in itertools.product(_ON_OFF, repeat=2))
+    for switches in (ConvSwitches(*each) for each in itertools.product(_ON_OFF, repeat=3))
 }
 
 
@@ -114,10 +115,12 @@ def conv_kernel(switches: ConvSwitches, *, channel: int, width: int, half: bool)
     """The kernel of a CausalConv1d node.
 
     Raises:
-        InputError: a wider kernel than it serves.
+        InputError: a wider kernel than it serves, or a state of a width of 1.
     """
     if not 1 <= width <= _MOST_WIDTH:
         raise InputError(f"an AOT convolution has width {width}, expected 1 to {_MOST_WIDTH}: use --plugin library")
+    if switches.stateful and width == 1:
+        raise InputError("an AOT convolution with a state has width 1, expected at least 2")
     return _kernel("conv", switches, {"HALF": half, "CHANNEL": channel, "WIDTH": width, "STEPS": STEPS}, channel)
 
 
@@ -277,7 +280,8 @@ def _register_scan(trt: Any, trtp: Any, ptx: Callable[[Kernel], str], switches: 
 
 def _register_conv(trt: Any, trtp: Any, ptx: Callable[[Kernel], str], switches: ConvSwitches) -> None:
     def describe(inputs: dict[str, Any]) -> tuple[Any, ...]:
-        return (inputs["x"].like(),)
+        states = [inputs["initial_state"].like()] if switches.stateful else []
+        return inputs["x"].like(), *states
 
     def kernel(inputs: dict[str, Any]) -> Kernel:
         return conv_kernel(
@@ -290,7 +294,8 @@ def _register_conv(trt: Any, trtp: Any, ptx: Callable[[Kernel], str], switches: 
     def blocks(kernel: Kernel, batch: Any, time: Any) -> Any:
         return trtp.cdiv(batch * trtp.cdiv(time, STEPS) * kernel.rows, THREADS)
 
-    tensors = CAUSAL_CONV1D.inputs, CAUSAL_CONV1D.outputs
+    given = asdict(switches)
+    tensors = CAUSAL_CONV1D.inputs_with(given), CAUSAL_CONV1D.outputs_with(given)
     _define(trtp, ptx, _Plugin(CONV_NAMES[switches], *tensors, describe, kernel, blocks))
 
 

@@ -321,9 +321,9 @@ def _check_conv(library: Path | None) -> str:
     from hcmen.base.selfcheck import CONV_MODEL
 
     rng = np.random.default_rng(0)
-    sizes = {"x": (2, 9, 8), "weight": (8, 4), "bias": (8,)}
+    sizes = {"x": (2, 9, 8), "weight": (8, 4), "bias": (8,), "initial_state": (2, 3, 8)}
     inputs = {key: rng.normal(size=shape).astype(np.float32) for key, shape in sizes.items()}
-    return _compared("CausalConv1d", CONV_MODEL, inputs, [causal_conv1d_numpy(**inputs)], library)
+    return _compared("CausalConv1d", CONV_MODEL, inputs, causal_conv1d_numpy(**inputs), library)
 
 
 def _check_dual(library: Path | None) -> str:
@@ -354,18 +354,18 @@ def _compared(op: str, model: Path, inputs: dict[str, Any], expected: Sequence[A
     return f"ran as {_ran(tuple(operators))}, largest error {off:.1e} of the largest output"
 
 
-def causal_conv1d_numpy(x: Any, weight: Any, bias: Any) -> Any:
+def causal_conv1d_numpy(x: Any, weight: Any, bias: Any, initial_state: Any) -> Any:
     """The causal convolution with silu in float64: y[t] = silu(bias + sum_k weight[k] x[t - width + 1 + k]).
 
-    x [batch, time, channel], weight [channel, width], bias [channel]; what lies before the first step counts as zero.
+    x [batch, time, channel], weight [channel, width], bias [channel]; initial_state [batch, width - 1, channel] is what
+    lies before the first step. Gives y and the last state.
     """
     import numpy as np
 
     x, weight = np.asarray(x, np.float64), np.asarray(weight, np.float64)
-    width = weight.shape[1]
-    padded = np.concatenate([np.zeros_like(x[:, :1]).repeat(width - 1, axis=1), x], axis=1)
-    y = bias + sum(padded[:, k : k + x.shape[1]] * weight[:, k] for k in range(width))
-    return y / (1.0 + np.exp(-y))
+    series = np.concatenate([initial_state, x], axis=1)
+    y = bias + sum(series[:, k : k + x.shape[1]] * weight[:, k] for k in range(weight.shape[1]))
+    return y / (1.0 + np.exp(-y)), series[:, x.shape[1] :]
 
 
 _OPS: dict[str, Callable[[Path | None], str]] = {

@@ -21,7 +21,7 @@ int check_sizes(const hcmen_conv& c) {
       !addressable({kBlockChannels, c.channel, c.width}) || !addressable({c.time, c.width})) {
     return HCMEN_BAD_ARGUMENT;
   }
-  if (!c.x || !c.weight || !c.bias) return HCMEN_BAD_ARGUMENT;
+  if (!c.x || !c.weight || !c.bias || (c.width == 1 && (c.initial_state || c.last_state))) return HCMEN_BAD_ARGUMENT;
   return kernels() ? HCMEN_OK : HCMEN_BAD_ISA;
 }
 
@@ -125,6 +125,7 @@ HCMEN_API int hcmen_causal_conv1d_backward(const hcmen_conv* conv, const hcmen_c
   if (!conv || !grad || threads < 1) return HCMEN_BAD_ARGUMENT;
   if (const int status = hcmen::check_sizes(*conv)) return status;
   if (conv->dtype != HCMEN_FLOAT32 || !grad->dy || !grad->dx || !grad->dweight || !grad->dbias ||
+      (conv->width == 1 && (grad->dlast_state || grad->dinitial_state)) ||
       !hcmen::addressable({conv->batch, conv->channel, conv->width + 1})) {
     return HCMEN_BAD_ARGUMENT;
   }

@@ -53,6 +53,18 @@ __device__ __forceinline__ float input_at(const hcmen_conv& c, const Run& r, int
   return widened(static_cast<const T*>(c.x)[offset_of(c, r, index)]);
 }
 
+// Row `number` of a state, which lies in scanning order whatever the direction.
+__device__ __forceinline__ int64_t state_offset(const hcmen_conv& c, const Run& r, int64_t number) {
+  return (r.batch * (c.width - 1) + number) * c.channel + r.channel;
+}
+
+// As `input_at`; what was before the first step is the initial state.
+template <class T>
+__device__ __forceinline__ float input_or_state_at(const hcmen_conv& c, const Run& r, int64_t index) {
+  if (index >= 0) return input_at<T>(c, r, index);
+  return c.initial_state ? c.initial_state[state_offset(c, r, c.width - 1 + index)] : 0.0f;
+}
+
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads) conv_forward_kernel(const ConvArguments a) {
   const hcmen_conv& c = a.c;
@@ -63,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) conv_forward_kernel(const ConvArgume
   for (int k = 0; k < kWidth; ++k) weight[k] = c.weight[r.channel * kWidth + k];
   const float bias = c.bias[r.channel];
 #pragma unroll
-  for (int k = 0; k < kWidth - 1; ++k) window[k + 1] = input_at<T>(c, r, r.begin - (kWidth - 1) + k);
+  for (int k = 0; k < kWidth - 1; ++k) window[k + 1] = input_or_state_at<T>(c, r, r.begin - (kWidth - 1) + k);
   T* const y = static_cast<T*>(c.y);
   for (int64_t first = r.begin; first < r.end; first += kLoadsAtOnce) {
     float x[kLoadsAtOnce];
@@ -78,6 +90,9 @@ __global__ void __launch_bounds__(kThreads) conv_forward_kernel(const ConvArgume
       narrow(step::activated(step::convolve(window, weight, bias), c.silu), y + offset_of(c, r, first + q));
     }
   }
+  if (!c.last_state || r.end < c.time) return;
+#pragma unroll
+  for (int k = 0; k < kWidth - 1; ++k) c.last_state[state_offset(c, r, k)] = window[k + 1];
 }
 
 // The convolution before the activation, at any width.
@@ -85,7 +100,7 @@ template <class T>
 __device__ __forceinline__ float convolved(const hcmen_conv& c, const Run& r, int64_t index) {
   float sum = c.bias[r.channel];
   for (int64_t k = 0; k < c.width; ++k) {
-    sum = fmaf(c.weight[r.channel * c.width + k], input_at<T>(c, r, index - (c.width - 1) + k), sum);
+    sum = fmaf(c.weight[r.channel * c.width + k], input_or_state_at<T>(c, r, index - (c.width - 1) + k), sum);
   }
   return sum;
 }
@@ -97,6 +112,22 @@ __global__ void __launch_bounds__(kThreads) conv_forward_any_kernel(const ConvAr
   for (int64_t i = r.begin; i < r.end; ++i) {
     narrow(step::activated(convolved<T>(a.c, r, i), a.c.silu), static_cast<T*>(a.c.y) + offset_of(a.c, r, i));
   }
+  if (!a.c.last_state || r.end < a.c.time) return;
+  const int64_t past = a.c.width - 1;
+  for (int64_t k = 0; k < past; ++k) {
+    a.c.last_state[state_offset(a.c, r, k)] = input_or_state_at<T>(a.c, r, a.c.time - past + k);
+  }
+}
+
+// Where the gradient of the input of step `index` goes, which is before the first one for the initial state; null where
+// nobody wants it. And what the last state adds to it.
+__device__ __forceinline__ float* input_gradient(const ConvArguments& a, const Run& r, int64_t index) {
+  if (index >= 0) return a.g.dx + offset_of(a.c, r, index);
+  return a.g.dinitial_state ? a.g.dinitial_state + state_offset(a.c, r, a.c.width - 1 + index) : nullptr;
+}
+__device__ __forceinline__ float from_last_state(const ConvArguments& a, const Run& r, int64_t index) {
+  const int64_t number = index - (a.c.time - (a.c.width - 1));
+  return a.g.dlast_state && number >= 0 ? a.g.dlast_state[state_offset(a.c, r, number)] : 0.0f;
 }
 
 template <int kWidth>
@@ -112,7 +143,7 @@ __global__ void __launch_bounds__(kThreads) conv_backward_kernel(const ConvArgum
   }
   const float bias = c.bias[r.channel];
 #pragma unroll
-  for (int k = 0; k < kWidth - 1; ++k) window[k + 1] = input_at<float>(c, r, r.begin - (kWidth - 1) + k);
+  for (int k = 0; k < kWidth - 1; ++k) window[k + 1] = input_or_state_at<float>(c, r, r.begin - (kWidth - 1) + k);
   // A step's input reaches kWidth - 1 steps further than the step itself.
   const int64_t end = r.end + kWidth - 1;
   for (int64_t first = r.begin; first < end; first += kLoadsAtOnce) {
@@ -139,11 +170,14 @@ __global__ void __launch_bounds__(kThreads) conv_backward_kernel(const ConvArgum
         for (int k = 0; k < kWidth; ++k) dweight[k] = fmaf(slopes[kWidth - 1], window[k], dweight[k]);
         dbias += slopes[kWidth - 1];
       }
-      if (j >= r.begin && j < r.end) {
-        float dx = 0.0f;
+      // The first run has the initial state too.
+      if ((j >= r.begin || r.begin == 0) && j < r.end) {
+        float* const to = input_gradient(a, r, j);
+        if (!to) continue;
+        float dx = from_last_state(a, r, j);
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) dx = fmaf(weight[k], slopes[kWidth - 1 - k], dx);
-        a.g.dx[offset_of(c, r, j)] = dx;
+        *to = dx;
       }
     }
   }
@@ -166,19 +200,21 @@ __global__ void __launch_bounds__(kThreads) conv_backward_any_kernel(const ConvA
   const hcmen_conv& c = a.c;
   const Run r = my_run(a);
   if (!r.there) return;
-  for (int64_t i = r.begin; i < r.end; ++i) {
-    float dx = 0.0f;
+  // The first run has the initial state too.
+  const int64_t first = r.begin == 0 && a.g.dinitial_state ? -(c.width - 1) : r.begin;
+  for (int64_t i = first; i < r.end; ++i) {
+    float dx = from_last_state(a, r, i);
     for (int64_t k = 0; k < c.width && i + c.width - 1 - k >= 0; ++k) {
       const int64_t later = i + c.width - 1 - k;
       if (later < c.time) dx = fmaf(c.weight[r.channel * c.width + k], a.slopes[offset_of(c, r, later)], dx);
     }
-    a.g.dx[offset_of(c, r, i)] = dx;
+    *input_gradient(a, r, i) = dx;
   }
   float* const part = a.parts + (r.batch * a.runs + r.number) * (c.width + 1) * c.channel + r.channel;
   for (int64_t k = 0; k < c.width; ++k) {
     float sum = 0.0f;
     for (int64_t i = r.begin; i < r.end; ++i) {
-      sum = fmaf(a.slopes[offset_of(c, r, i)], input_at<float>(c, r, i - (c.width - 1) + k), sum);
+      sum = fmaf(a.slopes[offset_of(c, r, i)], input_or_state_at<float>(c, r, i - (c.width - 1) + k), sum);
     }
     part[k * c.channel] = sum;
   }
@@ -192,6 +228,7 @@ __global__ void __launch_bounds__(kThreads) conv_backward_any_kernel(const ConvA
 int check_sizes(const hcmen_conv& c) {
   if (!all_positive({c.batch, c.time, c.channel, c.width})) return HCMEN_BAD_ARGUMENT;
   if (c.dtype != HCMEN_FLOAT32 && c.dtype != HCMEN_FLOAT16) return HCMEN_BAD_ARGUMENT;
+  if (c.width == 1 && (c.initial_state || c.last_state)) return HCMEN_BAD_ARGUMENT;
   if (!addressable({c.batch, c.time, c.channel}) || !addressable({c.channel, c.width + 1}) ||
       !addressable({c.batch, c.channel, c.width + 1, 513}) || !addressable({c.time, c.width})) {
     return HCMEN_BAD_ARGUMENT;
@@ -297,6 +334,7 @@ HCMEN_API int hcmen_cuda_causal_conv1d_backward(const hcmen_conv* conv, const hc
   if (const int status = check_sizes(*conv)) return status;
   if (!conv->x || !conv->weight || !conv->bias || conv->dtype != HCMEN_FLOAT32) return HCMEN_BAD_ARGUMENT;
   if (!grad->dy || !grad->dx || !grad->dweight || !grad->dbias) return HCMEN_BAD_ARGUMENT;
+  if (conv->width == 1 && (grad->dlast_state || grad->dinitial_state)) return HCMEN_BAD_ARGUMENT;
   ConvArguments a{};
   a.c = *conv;
   a.g = *grad;

@@ -293,47 +293,65 @@ void test_scan(const Case& c) {
 
 // --- the convolution ------------------------------------------------------------------------------------------------
 
-void test_conv(int64_t batch, int64_t time, int64_t channel, int64_t width, bool half, bool silu, bool reverse) {
+void test_conv(int64_t batch, int64_t time, int64_t channel, int64_t width, bool half, bool silu, bool reverse,
+               bool stateful) {
   char name[120];
-  snprintf(name, sizeof name, "conv b%d t%d c%d w%d%s%s%s", (int)batch, (int)time, (int)channel, (int)width,
-           half ? " half" : "", silu ? " silu" : "", reverse ? " reverse" : "");
-  const int64_t series = batch * time * channel;
+  snprintf(name, sizeof name, "conv b%d t%d c%d w%d%s%s%s%s", (int)batch, (int)time, (int)channel, (int)width,
+           half ? " half" : "", silu ? " silu" : "", reverse ? " reverse" : "", stateful ? " stateful" : "");
+  const int64_t series = batch * time * channel, past = width - 1, states = stateful ? batch * past * channel : 0;
   Input x(series, half, 0);
   Array<float> weight(channel * width), bias(channel), y(half ? 0 : series), dy_in(series);
   Array<uint16_t> y_half(half ? series : 0);
   for (int64_t i = 0; i < weight.count; ++i) weight[i] = (float)normal();
   for (int64_t i = 0; i < channel; ++i) bias[i] = (float)normal();
   for (int64_t i = 0; i < series; ++i) dy_in[i] = (float)normal();
+  Array<float> initial(states), last(states), dlast_in(states);
+  for (int64_t i = 0; i < states; ++i) initial[i] = (float)normal(), dlast_in[i] = (float)normal();
   hcmen_conv conv = {};
   conv.batch = batch, conv.time = time, conv.channel = channel, conv.width = width;
   conv.dtype = half ? HCMEN_FLOAT16 : HCMEN_FLOAT32, conv.silu = silu, conv.reverse = reverse;
   conv.x = x.get(), conv.weight = weight.data.get(), conv.bias = bias.data.get();
   conv.y = half ? (void*)y_half.data.get() : (void*)y.data.get();
+  if (stateful) conv.initial_state = initial.data.get(), conv.last_state = last.data.get();
   if (hcmen_causal_conv1d_forward(&conv, 3) != HCMEN_OK) return fail(std::string(name) + " forward", 1, 0);
 
-  std::vector<double> want(series), dx(series), dweight(channel * width), dbias(channel);
+  // Of a row of the state and then of the series, in scanning order: value, and where its gradient goes.
+  std::vector<double> want(series), want_last(states), dx(series), dweight(channel * width), dbias(channel);
+  std::vector<double> dinitial(states);
+  const auto place = [&](int64_t b, int64_t row, int64_t i) {
+    const int64_t t = reverse ? time - 1 - (row - past) : row - past;
+    return row < past ? (b * past + row) * channel + i : (b * time + t) * channel + i;
+  };
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t t = 0; t < time; ++t) {
       for (int64_t i = 0; i < channel; ++i) {
-        const auto source = [&](int64_t k) {
-          const int64_t from = reverse ? t + (width - 1) - k : t - (width - 1) + k;
-          return from < 0 || from >= time ? (int64_t)-1 : (b * time + from) * channel + i;
+        const int64_t at = place(b, t + past, i);
+        const auto value = [&](int64_t k) {
+          const int64_t from = place(b, t + k, i);
+          return t + k >= past ? x.value[from] : stateful ? (double)initial[from] : 0.0;
         };
-        const int64_t at = (b * time + t) * channel + i;
         double p = bias[i];
-        for (int64_t k = 0; k < width; ++k) {
-          if (source(k) >= 0) p += weight[i * width + k] * x.value[source(k)];
-        }
+        for (int64_t k = 0; k < width; ++k) p += weight[i * width + k] * value(k);
         want[at] = silu ? p * sigmoid(p) : p;
         const double dp = dy_in[at] * (silu ? sigmoid(p) * (1 + p * (1 - sigmoid(p))) : 1);
         dbias[i] += dp;
         for (int64_t k = 0; k < width; ++k) {
-          if (source(k) < 0) continue;
-          dweight[i * width + k] += dp * x.value[source(k)];
-          dx[source(k)] += dp * weight[i * width + k];
+          dweight[i * width + k] += dp * value(k);
+          if (t + k < past && !stateful) continue;
+          (t + k < past ? dinitial : dx)[place(b, t + k, i)] += dp * weight[i * width + k];
         }
       }
     }
+    for (int64_t j = 0; j < (stateful ? past : 0); ++j) {
+      for (int64_t i = 0; i < channel; ++i) {
+        const int64_t row = time + j, from = place(b, row, i), to = (b * past + j) * channel + i;
+        want_last[to] = row < past ? (double)initial[from] : x.value[from];
+        (row < past ? dinitial : dx)[from] += dlast_in[to];
+      }
+    }
+  }
+  for (int64_t i = 0; i < states; ++i) {
+    if (last[i] != (float)want_last[i]) return fail(std::string(name) + " last_state", last[i], want_last[i]);
   }
   if (half) {
     for (int64_t i = 0; i < series; ++i) {
@@ -343,9 +361,12 @@ void test_conv(int64_t batch, int64_t time, int64_t channel, int64_t width, bool
     return;
   }
   compare(std::string(name) + " y", y, want, 2e-6);
-  conv.y = nullptr;
-  Array<float> got_x(series), got_weight(channel * width), got_bias(channel);
-  const hcmen_conv_grad grad = {dy_in.data.get(), got_x.data.get(), got_weight.data.get(), got_bias.data.get()};
+  conv.y = nullptr, conv.last_state = nullptr;
+  Array<float> got_x(series), got_weight(channel * width), got_bias(channel), got_initial(states);
+  hcmen_conv_grad grad = {};
+  grad.dy = dy_in.data.get(), grad.dx = got_x.data.get(), grad.dweight = got_weight.data.get();
+  grad.dbias = got_bias.data.get();
+  if (stateful) grad.dlast_state = dlast_in.data.get(), grad.dinitial_state = got_initial.data.get();
   for (int threads : {1, 3}) {
     if (hcmen_causal_conv1d_backward(&conv, &grad, threads) != HCMEN_OK) {
       return fail(std::string(name) + " backward", 1, 0);
@@ -353,6 +374,7 @@ void test_conv(int64_t batch, int64_t time, int64_t channel, int64_t width, bool
     compare(std::string(name) + " dx", got_x, dx, 2e-6);
     compare(std::string(name) + " dweight", got_weight, dweight, 2e-6);
     compare(std::string(name) + " dbias", got_bias, dbias, 2e-6);
+    compare(std::string(name) + " dinitial_state", got_initial, dinitial, 2e-6);
   }
 }
 
@@ -417,6 +439,7 @@ void test_allocations() {
   if (allocations == before) fail("allocations seen by the hook", 0, 1);
   const int64_t time = 130, channel = 200, most = 256;
   Array<float> series(time * channel), projection(time * most), A(channel * most), row(channel), y(time * channel);
+  Array<float> last(3 * channel);
   for (int threads : {1, 3}) {
     for (int64_t state : {1, 12, 16, 256}) {
       for (int32_t dtype : {HCMEN_FLOAT32, HCMEN_FLOAT16}) {
@@ -428,6 +451,7 @@ void test_allocations() {
         hcmen_conv conv = {};
         conv.batch = 1, conv.time = time, conv.channel = channel, conv.width = 4, conv.dtype = dtype;
         conv.x = series.data.get(), conv.weight = A.data.get(), conv.bias = row.data.get(), conv.y = y.data.get();
+        if (state > 1) conv.initial_state = projection.data.get(), conv.last_state = last.data.get();
         int64_t start = 0;
         for (int call = 0; call < 20; ++call) {
           if (call == 2) start = allocations;  // workers may start in the first ones
@@ -541,10 +565,10 @@ void test_grid() {
     ++variety;
   }
   for (int64_t width : {1, 2, 3, 4, 7}) {
-    for (int flags = 0; flags < 8; ++flags) {
+    for (int flags = 0; flags < (width > 1 ? 16 : 8); ++flags) {
       for (const auto& [batch, time, channel] :
            std::vector<std::tuple<int64_t, int64_t, int64_t>>{{1, 1, 1}, {3, 2, 15}, {1, 7, 16}, {2, 50, 17}, {1, 40, 131}}) {
-        test_conv(batch, time, channel, width, flags & 1, flags & 2, flags & 4);
+        test_conv(batch, time, channel, width, flags & 1, flags & 2, flags & 4, flags & 8);
       }
     }
   }

@@ -132,14 +132,19 @@ inline bool fit(const char* kind, const Tensor& tensor, int rank, const int64_t*
     if (!before.grouped) sizes.grouped = &tensor, sizes.with_group = with_group;
     if (!with_group) sizes.value[kGroup] = 1;
   }
+  const auto none = [](int64_t size) { return size != kUnknown && size < 1; };
   bool empty = false;
   for (int i = 0; i < rank; ++i) {
-    if (shape[i] == kUnknown) continue;
-    empty = empty || shape[i] < 1;
+    empty = empty || none(shape[i]);
     if (!good) continue;
     int64_t& known = sizes.value[size_at(tensor, rank, i)];
     if (known == kUnknown) known = shape[i];
-    good = shape[i] == known && shape[i] >= 1;
+    empty = empty || none(known);  // a size that follows from another
+    good = (shape[i] == known || shape[i] == kUnknown) && !none(known);
+  }
+  for (const DerivedSize& one : kDerivedSizes) {
+    const int64_t from = sizes.value[one.of];
+    if (sizes.value[one.size] == kUnknown && from != kUnknown) sizes.value[one.size] = from + one.plus;
   }
   if (good) return true;
   add_shape(error.add("%s '%s' has shape ", kind, tensor.name), rank, shape).add(", expected ");
@@ -298,7 +303,10 @@ inline hcmen_conv conv_of(const Call& call) {
   conv.dtype = call.dtype, conv.silu = call.attributes[kConvActivation], conv.reverse = call.attributes[kConvReverse];
   if (!call.inputs) return conv;
   conv.x = call.inputs[0], conv.weight = (const float*)call.inputs[1], conv.bias = (const float*)call.inputs[2];
+  const bool stateful = call.attributes[kConvStateful];
+  conv.initial_state = stateful ? (const float*)call.inputs[3] : nullptr;
   conv.y = call.outputs[0];
+  conv.last_state = stateful ? (float*)call.outputs[1] : nullptr;
   return conv;
 }
 

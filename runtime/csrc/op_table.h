@@ -9,9 +9,16 @@ constexpr const char* kDomain = "hcmen";
 constexpr const char* kVersion = "1";
 
 // What the sizes of a shape are called.
-enum Size { kNone, kBatch, kTime, kChannel, kState, kGroup, kWidth, kHead, kHeadDim, kSizes };
-constexpr const char* kSizeNames[kSizes] = {"",      "batch", "time", "channel", "state",
-                                            "group", "width", "head", "head_dim"};
+enum Size { kNone, kBatch, kTime, kChannel, kState, kGroup, kWidth, kHead, kHeadDim, kPast, kSizes };
+constexpr const char* kSizeNames[kSizes] = {"",      "batch", "time", "channel",  "state",
+                                            "group", "width", "head", "head_dim", "width - 1"};
+
+// Sizes that follow from another one: that one, and what is added to it.
+struct DerivedSize {
+  Size size, of;
+  int plus;
+};
+constexpr DerivedSize kDerivedSizes[] = {{kPast, kWidth, -1}};
 
 // kShared: float32 or float16, the same for all tensors of a node that are marked so.
 enum Type { kFloat32, kShared };
@@ -81,13 +88,17 @@ constexpr Operator kSelectiveScan = {
      {"last_state", kFloat32, {kBatch, kChannel, kState}, kScanStateful}},
 };
 
-enum { kConvActivation, kConvReverse };
+enum { kConvActivation, kConvReverse, kConvStateful };
 constexpr Operator kCausalConv1d = {
     "CausalConv1d",
-    {{"activation", {"none", "silu"}}, {"reverse", {}}},
+    {{"activation", {"none", "silu"}}, {"reverse", {}}, {"stateful", {}}},
     {"group", "pads"},
-    {{"x", kShared, {kBatch, kTime, kChannel}}, {"weight", kFloat32, {kChannel, kWidth}}, {"bias", kFloat32, {kChannel}}},
-    {{"y", kShared, {kBatch, kTime, kChannel}}},
+    {{"x", kShared, {kBatch, kTime, kChannel}},
+     {"weight", kFloat32, {kChannel, kWidth}},
+     {"bias", kFloat32, {kChannel}},
+     {"initial_state", kFloat32, {kBatch, kPast, kChannel}, kConvStateful}},
+    {{"y", kShared, {kBatch, kTime, kChannel}},
+     {"last_state", kFloat32, {kBatch, kPast, kChannel}, kConvStateful}},
 };
 
 enum { kDualSoftplus, kDualReverse, kDualGated, kDualStateful, kDualDtMin, kDualDtMax };

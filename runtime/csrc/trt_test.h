@@ -257,11 +257,20 @@ inline std::vector<Tensor> scan_tensors(const ScanSizes& s, const Switches& swit
   return all;
 }
 
-inline std::vector<Tensor> conv_tensors(int64_t batch, int64_t time, int64_t channel, int64_t width) {
-  return {{"x", true, {batch, time, channel}},
-          {"weight", false, {channel, width}},
-          {"bias", false, {channel}},
-          {"y", true, {batch, time, channel}}};
+inline std::vector<Tensor> conv_tensors(int64_t batch, int64_t time, int64_t channel, int64_t width,
+                                        bool stateful = false) {
+  std::vector<Tensor> all = {
+      {"x", true, {batch, time, channel}}, {"weight", false, {channel, width}}, {"bias", false, {channel}}};
+  if (stateful) all.push_back({"initial_state", false, {batch, width - 1, channel}});
+  all.push_back({"y", true, {batch, time, channel}});
+  if (stateful) all.push_back({"last_state", false, {batch, width - 1, channel}});
+  return all;
+}
+
+inline Plugin create_conv(bool stateful) {
+  Fields fields;
+  fields.flag("stateful", stateful);
+  return create("CausalConv1d", fields);
 }
 
 inline trt::Dims dims_of(const std::vector<int64_t>& shape) {
@@ -326,9 +335,10 @@ inline std::vector<Spoiled> spoil(const std::vector<Tensor>& tensors, size_t cou
       // The first tensor sets the sizes, A the state, B the groups, a weight its width: then another one is wrong.
       const bool sets = i == 0 || (scan && tensors[i].name == "A" && k == 1) || tensors[i].name == "weight" ||
                         (tensors[i].name == "B" && shape.size() == 4 && k == 2);
-      const bool width = tensors[i].name == "weight" && k == 1;
-      // Of a convolution's inputs, only the first knows of batch and time.
-      const bool alone = !scan && i == 0 && k < 2 && count == 3;
+      // Nor does another know the width, then.
+      const bool width = tensors[i].name == "weight" && k == 1 && tensors.size() == 4;
+      // Of a convolution's inputs, only the first knows of time, and of the batch unless there is a state.
+      const bool alone = !scan && i == 0 && (k == 1 || (k == 0 && count == 3)) && count < tensors.size();
       if (!width && !alone) add(i, wrong, sets ? "has " : own + shown(wrong) + ", expected ");
       wrong[k] = 0;
       add(i, wrong, own + shown(wrong) + ", expected ");

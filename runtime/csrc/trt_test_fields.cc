@@ -38,25 +38,27 @@ void test_good_fields() {
   Plugin from_null(creators["SelectiveScan"]->createPlugin(nullptr, nullptr, TensorRTPhase::kBUILD));
   accepted((bool)from_null, "SelectiveScan from null, without a name");
 
-  for (int reverse = 0; reverse < 2; ++reverse) {
+  for (int flags = 0; flags < 4; ++flags) {
+    const int reverse = flags % 2, stateful = flags / 2;
     for (const char* activation : {"none", "silu"}) {
       std::set<std::string> same;
       for (size_t zeros : {0, 1, 3}) {
         Fields fields;
         const int32_t pads[2] = {3, 0};
         fields.text("activation", activation + std::string(zeros, '\0')).flag("reverse", reverse).flag("group", 6);
+        if (stateful) fields.flag("stateful", 1);
         fields.bytes("pads", pads, sizeof pads, PluginFieldType::kINT32, 2);
         Plugin conv = create("CausalConv1d", fields);
         accepted((bool)conv, std::string("CausalConv1d with activation ") + activation);
         if (!conv) continue;
         same.insert(conv.id());
-        check(conv.build->getNbOutputs() == 1, "CausalConv1d has one output");
+        check(conv.build->getNbOutputs() == 1 + stateful, "number of outputs of a CausalConv1d");
       }
       check(same.size() == 1, "closing zeros of a string mean nothing");
       ids.insert(same.begin(), same.end());
     }
   }
-  check(ids.size() == 20, "each convolution has a timing-cache id of its own");
+  check(ids.size() == 24, "each convolution has a timing-cache id of its own");
 
   Fields unknown;
   unknown.flag("gated", 1).flag("fla\nvour", 3);
@@ -91,6 +93,7 @@ void test_bad_fields() {
     bad("SelectiveScan", Fields().flag(name, 1).flag(name, 1), "is given twice");
   }
   bad("CausalConv1d", Fields().flag("reverse", 7), "CausalConv1d: attribute 'reverse' is 7");
+  bad("CausalConv1d", Fields().flag("stateful", 2), "CausalConv1d: attribute 'stateful' is 2, expected 0 or 1");
   bad("CausalConv1d", Fields().text("activation", "relu"), R"(is "relu", expected "none" or "silu")");
   bad("CausalConv1d", Fields().text("activation", ""), R"(is "", expected)");
   bad("CausalConv1d", Fields().text("activation", "sil"), R"(is "sil", expected)");
@@ -131,7 +134,7 @@ void test_bad_fields() {
 void test_creators() {
   const std::map<std::string, std::set<std::string>> expected = {
       {"SelectiveScan", {"delta_softplus", "reverse", "gated", "stateful"}},
-      {"CausalConv1d", {"activation", "reverse"}}};
+      {"CausalConv1d", {"activation", "reverse", "stateful"}}};
   for (const auto& [name, attributes] : expected) {
     check(creators.count(name) == 1, "there is a creator of " + name);
     if (!creators.count(name)) exit(100);

@@ -126,8 +126,9 @@ void test_formats() {
     ask(plugin, scan_tensors(ScanSizes(), s), s.inputs(), "switches " + std::to_string(bits));
   }
   Fields nothing;
-  Plugin conv = create("CausalConv1d", nothing);
+  Plugin conv = create("CausalConv1d", nothing), continued = create_conv(true);
   ask(conv, conv_tensors(2, 5, 6, 4), 3, "CausalConv1d");
+  ask(continued, conv_tensors(2, 5, 6, 4, true), 4, "CausalConv1d with a state");
 }
 
 // --- shapes ---------------------------------------------------------------------------------------------------------
@@ -202,15 +203,26 @@ void test_output_shapes() {
           what, "no array of shapes");
     }
   }
-  Fields nothing;
-  Plugin conv = create("CausalConv1d", nothing);
-  const std::vector<Tensor> tensors = conv_tensors(2, 9, 6, 4);
-  Symbolic shapes(tensors, 3, true);
-  accepted(shapes.run(conv) == 0 && shapes.evaluate(0) == tensors[3].shape, "CausalConv1d output shapes");
-  for (const Spoiled& one : spoil(tensors, 3, false)) {
-    Symbolic wrong(one.tensors, 3, false);
-    refused(wrong.run(conv) != 0, "CausalConv1d output shapes", one.error);
+  for (bool stateful : {false, true}) {
+    Plugin conv = create_conv(stateful);
+    const std::vector<Tensor> tensors = conv_tensors(2, 9, 6, 4, stateful);
+    const int inputs = 3 + stateful;
+    for (bool dynamic : {false, true}) {
+      Symbolic shapes(tensors, inputs, dynamic);
+      accepted(shapes.run(conv) == 0, "CausalConv1d output shapes");
+      for (size_t i = 0; i < shapes.out.size(); ++i) {
+        check(shapes.evaluate(i) == tensors[(size_t)inputs + i].shape, "CausalConv1d: shape of an output");
+      }
+    }
+    for (const Spoiled& one : spoil(tensors, (size_t)inputs, false)) {
+      Symbolic wrong(one.tensors, inputs, false);
+      refused(wrong.run(conv) != 0, "CausalConv1d output shapes", one.error);
+    }
   }
+  Plugin conv = create_conv(true);
+  Symbolic none(conv_tensors(2, 9, 6, 1, true), 4, false);
+  refused(none.run(conv) != 0, "a state of width 1",
+          "input 'initial_state' has shape [2, 0, 6], expected [2, 0, 6] = [batch, width - 1, channel], every size");
 }
 
 void test_configuration(Plugin& plugin, const std::vector<Tensor>& tensors, int inputs, bool scan,
@@ -275,6 +287,12 @@ void test_configurations() {
   Fields nothing;
   Plugin conv = create("CausalConv1d", nothing);
   test_configuration(conv, conv_tensors(3, 7, 6, 4), 3, false, "CausalConv1d");
+  Plugin continued = create_conv(true);
+  test_configuration(continued, conv_tensors(3, 7, 6, 4, true), 4, false, "CausalConv1d with a state");
+  auto dynamic = dynamic_of(conv_tensors(3, 7, 6, 1, true), DataType::kFLOAT);
+  for (size_t i : {3, 5}) dynamic[i].desc.dims.d[1] = -1;
+  refused(continued.build->configurePlugin(dynamic.data(), 4, dynamic.data() + 4, 2) != 0, "a state of width 1",
+          "input 'initial_state' has shape [?, ?, 6], expected [batch, 0, 6] = [batch, width - 1, channel], every size");
 }
 
 void test_workspace() {
@@ -314,8 +332,9 @@ void test_workspace() {
     refused(plugin.build->getWorkspaceSize(wrong.data(), s.inputs(), nullptr, s.outputs()) == 0, "workspace", "'A'");
   }
   Fields nothing;
-  Plugin conv = create("CausalConv1d", nothing);
+  Plugin conv = create("CausalConv1d", nothing), continued = create_conv(true);
   check(bytes(conv, conv_tensors(16, 4096, 2048, 4), 3) == 0, "a convolution needs no workspace");
+  check(bytes(continued, conv_tensors(16, 4096, 2048, 4, true), 4) == 0, "a convolution with a state needs none either");
 }
 
 // --- copies ---------------------------------------------------------------------------------------------------------
@@ -365,7 +384,7 @@ void test_copies() {
     each(
         [&] {
           Fields fields;
-          fields.text("activation", activation).flag("reverse", 1);
+          fields.text("activation", activation).flag("reverse", 1).flag("stateful", activation[0] == 's');
           return create("CausalConv1d", fields);
         },
         "CausalConv1d");

@@ -82,9 +82,10 @@ def judge(folder: Path, index: int, made: dict[str, Any]) -> dict[str, float]:
         if given:
             want |= kernels.scan_gradients_oracle(case, feeds, given["dy"], given.get("dlast_state"))
     else:
-        want = {"y": kernels.conv_oracle(case, feeds)}
+        y, last = kernels.conv_oracle(case, feeds)
+        want = {"y": y} | ({"last_state": last} if case.stateful else {})
         if given:
-            want |= kernels.conv_gradients_oracle(case, feeds, given["dy"])
+            want |= kernels.conv_gradients_oracle(case, feeds, given["dy"], given.get("dlast_state"))
     assert got.keys() == want.keys(), f"{case}: {sorted(got)}, expected {sorted(want)}"
     worst = {"forward": 0.0, "backward": 0.0}
     for name, w in want.items():

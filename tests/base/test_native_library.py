@@ -52,8 +52,11 @@ class Call:
             arguments, gradients, flags = ScanArguments, ScanGradients, {"dtype": 0, "delta_softplus": 1, "reverse": 0}
         else:
             sizes = {"batch": BATCH, "time": TIME, "channel": CHANNEL, "width": WIDTH}
+            state = (BATCH, WIDTH - 1, CHANNEL)
             shapes = {"x": series, "weight": (CHANNEL, WIDTH), "bias": (CHANNEL,), "y": series}
+            shapes |= dict.fromkeys(("initial_state", "last_state"), state)
             grads = {"dy": series, "dx": series, "dweight": (CHANNEL, WIDTH), "dbias": (CHANNEL,)}
+            grads |= dict.fromkeys(("dlast_state", "dinitial_state"), state)
             arguments, gradients, flags = ConvArguments, ConvGradients, {"dtype": 0, "silu": 1, "reverse": 0}
         self.arrays = {k: generator.standard_normal(s).astype(np.float32) for k, s in {**shapes, **grads}.items()}
         self.arguments = arguments(**sizes, **flags, **{name: self.arrays[name].ctypes.data for name in shapes})
@@ -102,6 +105,30 @@ def test_null_gradients_are_refused(kind: str, field: str) -> None:
     call = Call(kind)
     setattr(call.gradients, field, None)
     assert call.backward() == BAD_ARGUMENT
+
+
+def test_a_convolution_may_have_a_state_and_must_not_have_one_of_a_width_of_1() -> None:
+    call = Call("conv")
+    call.arguments.initial_state = call.arguments.last_state = None
+    assert call.forward() == OK
+    call.arguments.y = None
+    assert call.forward() == BAD_ARGUMENT
+    call.gradients.dlast_state = call.gradients.dinitial_state = None
+    assert call.backward() == OK
+    for of, field in (
+        ("arguments", "initial_state"),
+        ("arguments", "last_state"),
+        ("gradients", "dlast_state"),
+        ("gradients", "dinitial_state"),
+    ):
+        call = Call("conv")
+        call.arguments.width = 1
+        call.arguments.initial_state = call.arguments.last_state = None
+        call.gradients.dlast_state = call.gradients.dinitial_state = None
+        assert call.forward() == call.backward() == OK
+        setattr(getattr(call, of), field, call.arrays[field].ctypes.data)
+        assert call.backward() == BAD_ARGUMENT
+        assert call.forward() == (BAD_ARGUMENT if of == "arguments" else OK)
 
 
 def test_optional_arrays_may_be_null() -> None:

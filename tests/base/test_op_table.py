@@ -77,6 +77,10 @@ int main() {
     list("outputs", of->outputs, of->outputs + of->output_count(), tensor);
     printf("}");
   });
+  const DerivedSize* const derived = kDerivedSizes;
+  list("derived", derived, derived + sizeof kDerivedSizes / sizeof *derived, [](const DerivedSize& one) {
+    printf("[\"%s\", [\"%s\", %d]]", kSizeNames[one.size], kSizeNames[one.of], one.plus);
+  });
   printf(", \"structures\": {");
 #define STRUCTURE(name, before) printf("%s\"%s\": {\"\": %zu", before, #name, sizeof(name))
 #define FIELD(structure, name) printf(", \"%s\": %zu", #name, offsetof(structure, name))
@@ -128,6 +132,16 @@ def test_python_and_cpp_have_the_same_operators(native: Any) -> None:
         for attribute in theirs["attributes"]:
             attribute["words"] = [word for word in attribute["words"] if word]
     assert native["operators"] == ours
+    assert native["derived"] == json.loads(json.dumps([*op.DERIVED_SIZES.items()]))
+
+
+def test_a_derived_size_comes_after_what_it_follows_from() -> None:
+    """So that whoever reads shapes in order knows it."""
+    for operator in OPERATORS.values():
+        sizes = [size for tensor in operator.inputs for size in tensor.sizes]
+        for size, (of, _) in op.DERIVED_SIZES.items():
+            assert size not in sizes or sizes.index(of) < sizes.index(size)
+            assert size not in operator.sizes
 
 
 def test_python_and_cpp_have_the_same_structures(native: Any) -> None:
@@ -293,8 +307,8 @@ def test_functions_have_the_parameters_of_the_table() -> None:
     for function in (scan.causal_conv1d, scan.causal_conv1d_ref):
         parameters = list(inspect.signature(function).parameters)
         assert parameters[: len(expected)] == expected
-        others = set(parameters[len(expected) :]) - {"initial_state", "return_last_state"}
-        assert others == {a.name for a in CAUSAL_CONV1D.attributes}
+        others = set(parameters[len(expected) :]) - {"return_last_state"}
+        assert others == {a.name for a in CAUSAL_CONV1D.attributes} - {"stateful"}
 
 
 def test_schemas_of_custom_ops() -> None:
@@ -305,7 +319,8 @@ def test_schemas_of_custom_ops() -> None:
         "state_space_dual": "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias, "
         "Tensor? z, Tensor? initial_state, bool delta_softplus, bool reverse, float dt_min, float dt_max) "
         "-> (Tensor, Tensor)",
-        "causal_conv1d": "(Tensor x, Tensor weight, Tensor bias, bool silu, bool reverse) -> Tensor",
+        "causal_conv1d": "(Tensor x, Tensor weight, Tensor bias, Tensor? initial_state, bool silu, bool reverse)"
+        " -> (Tensor, Tensor)",
     }
     for name, schema in shown.items():
         assert str(getattr(torch.ops.hcmen, name).default._schema) == f"hcmen::{name}{schema}"

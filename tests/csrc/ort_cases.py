@@ -67,7 +67,12 @@ def scan_shapes(
 
 
 def conv_shapes() -> dict[str, tuple[int, ...]]:
-    return {"x": (BATCH, TIME, CHANNEL), "weight": (CHANNEL, 4), "bias": (CHANNEL,)}
+    return {
+        "x": (BATCH, TIME, CHANNEL),
+        "weight": (CHANNEL, 4),
+        "bias": (CHANNEL,),
+        "initial_state": (BATCH, 3, CHANNEL),
+    }
 
 
 @dataclass(frozen=True)
@@ -118,10 +123,12 @@ def scan(*says: str, edit: Any = None, dtypes: Any = None, gated: Any = 1, state
     return Case("SelectiveScan", says, shapes, dtypes or {}, attributes, edit)
 
 
-def conv(*says: str, edit: Any = None, dtypes: Any = None, **changes: Any) -> Case:
+def conv(*says: str, edit: Any = None, dtypes: Any = None, stateful: Any = 0, **changes: Any) -> Case:
     shapes = {**conv_shapes(), **{k: v for k, v in changes.items() if isinstance(v, tuple)}}
-    attributes = {"activation": "silu", "reverse": 0}
+    attributes = {"activation": "silu", "reverse": 0, "stateful": stateful}
     attributes.update({k: v for k, v in changes.items() if not isinstance(v, tuple)})
+    if stateful == 0:
+        del shapes["initial_state"]
     return Case("CausalConv1d", says, shapes, dtypes or {}, attributes, edit)
 
 
@@ -276,7 +283,30 @@ MALFORMED: dict[str, Case] = {
     "conv reverse 3": conv("'reverse'", "3", "0 or 1", reverse=3),
     "bias missing": conv("2 inputs", "expected 3", "bias", edit=drop(1)),
     "bias empty name": conv("'bias'", "absent", "expected", edit=blank(2)),
-    "conv four inputs": conv(edit=more(1)),
+    "conv four inputs": conv("4 inputs", "expected 3 with stateful = 0", edit=more(1)),
+    "conv state missing": conv("3 inputs", "expected 4", "initial_state", stateful=1, edit=drop(1)),
+    "conv state empty name": conv("'initial_state'", "absent", stateful=1, edit=blank(3)),
+    "conv state rank 2": conv("'initial_state'", "[3, 12]", "[2, 3, 12]", stateful=1, initial_state=(3, 12)),
+    "conv state batch": conv("'initial_state'", "[1, 3, 12]", "[2, 3, 12]", stateful=1, initial_state=(1, 3, 12)),
+    "conv state of the width": conv(
+        "'initial_state'", "[2, 3, 12] = [batch, width - 1, channel]", stateful=1, initial_state=(2, 4, 12)
+    ),
+    "conv state swapped": conv("'initial_state'", "[2, 12, 3]", "[2, 3, 12]", stateful=1, initial_state=(2, 12, 3)),
+    "conv state of width 1": conv(
+        "'initial_state'", "[2, 0, 12]", "at least 1", stateful=1, weight=(12, 1), initial_state=(2, 0, 12)
+    ),
+    "conv state beside width 1": conv(
+        "'initial_state'", "[2, 0, 12]", "at least 1", stateful=1, weight=(12, 1), initial_state=(2, 1, 12)
+    ),
+    "conv state float16": conv(
+        "'initial_state'", "float16", "float32", stateful=1, dtypes={"x": "float16", "initial_state": "float16"}
+    ),
+    "conv stateful 2": conv("'stateful'", "2", "0 or 1", stateful=2),
+    "conv stateful string": conv("'stateful'", "a string", "0 or 1", stateful=1, edit=retype("stateful", "1")),
+    "conv last_state missing": conv("1 outputs", "expected 2", "last_state", stateful=1, edit=outputs("y")),
+    "conv last_state not announced": conv("2 outputs", "expected 1", edit=outputs("y", "extra")),
+    "conv last_state empty name": conv("'last_state'", "left out", stateful=1, edit=outputs("y", "")),
+    "conv five inputs": conv(stateful=1, edit=more(1)),
     # StateSpaceDual
     "dual x rank 3": dual("'x'", "[2, 5, 18]", "[batch, time, head, head_dim]", x=(2, 5, 18)),
     "dual x time zero": dual("'x'", "[2, 0, 6, 3]", "at least 1", x=(2, 0, 6, 3)),

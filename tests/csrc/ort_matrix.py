@@ -59,11 +59,12 @@ def build_cases(folder: Path) -> None:
             on = "-".join(f"{key}{value}" if key == "group" else key for key, value in switches.items() if value)
             outputs = {"y": y, "last_state": last} if stateful else {"y": y}
             write(f"scan-{dtype}" + (f"-{on}" if on else ""), scan, feeds, outputs)
-        for reverse, activation in ((False, "silu"), (True, "none")):
-            conv = ConvCase(batch, time, channel, 4, dtype, activation == "silu", reverse)
+        for reverse, stateful, activation in ((False, False, "silu"), (True, False, "none"), (True, True, "silu")):
+            conv = ConvCase(batch, time, channel, 4, dtype, activation == "silu", reverse, stateful)
             feeds = conv_arrays(conv)
-            name = f"conv-{dtype}-{activation}" + ("-reverse" if reverse else "")
-            write(name, conv, feeds, {"y": conv_oracle(conv, feeds)})
+            name = f"conv-{dtype}-{activation}" + "-reverse" * reverse + "-stateful" * stateful
+            y, last = conv_oracle(conv, feeds)
+            write(name, conv, feeds, {"y": y, "last_state": last} if stateful else {"y": y})
 
     bad = folder / "malformed"
     bad.mkdir()

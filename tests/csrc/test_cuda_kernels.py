@@ -27,7 +27,9 @@ from helpers.op_cases import (
     by_reference,
     conv_arrays,
     conv_gradients_oracle,
+    conv_gradients_structure,
     conv_oracle,
+    conv_state_shape,
     conv_structure,
     gradient_arrays,
     scan_arrays,
@@ -391,26 +393,57 @@ def test_gradients_take_little_memory(library: ctypes.CDLL, batch: int, time: in
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 7, 16])
 @pytest.mark.parametrize("time", [1, 2, 3, 8, 9, 64, 130])
 def test_convolution(kernels: Kernels, width: int, time: int) -> None:
-    for channel, reverse, silu in itertools.product((5, 130), (False, True), (False, True)):
-        case = ConvCase(2, time, channel, width, "float32", silu, reverse)
+    for channel, reverse, silu, stateful in itertools.product((5, 130), *[(False, True)] * 3):
+        if stateful and width == 1:
+            continue
+        case = ConvCase(2, time, channel, width, "float32", silu, reverse, stateful)
         arrays = conv_arrays(case)
-        dy = np.random.default_rng(1).normal(size=arrays["x"].shape).astype(np.float32)
-        want = conv_gradients_oracle(case, arrays, dy)
-        assert_near(f"y of {case}", kernels.conv(case, arrays), conv_oracle(case, arrays), kernels.bound)
-        for name, got in kernels.conv_gradients(case, arrays, dy).items():
+        rng = np.random.default_rng(1)
+        dy = rng.normal(size=arrays["x"].shape).astype(np.float32)
+        dlast = rng.normal(size=conv_state_shape(case)).astype(np.float32) if stateful else None
+        want = conv_gradients_oracle(case, arrays, dy, dlast)
+        for one in (case, replace(case, dtype="float16")):
+            of = conv_arrays(one)
+            for name, g, w in zip(("y", "last_state"), kernels.conv(one, of), conv_oracle(one, of), strict=True):
+                if w.size:
+                    assert_near(f"{name} of {one}", g, w, kernels.bound)
+        gradients = kernels.conv_gradients(case, arrays, dy, dlast)
+        assert set(gradients) == set(want)
+        for name, got in gradients.items():
             assert_near(f"{name} of {case}", got, want[name], kernels.gradient_bound)
-        half = replace(case, dtype="float16")
-        arrays = conv_arrays(half)
-        assert_near(f"y of {half}", kernels.conv(half, arrays), conv_oracle(half, arrays), kernels.bound)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("width", [2, 3, 4, 6])
+def test_a_convolution_in_pieces_is_the_whole(kernels: Kernels, width: int, reverse: bool) -> None:
+    """Bit for bit, cut anywhere: pieces shorter than the state, and runs of steps at other places."""
+    case = ConvCase(2, 75, 5, width, reverse=reverse, stateful=True)
+    arrays = conv_arrays(case)
+    whole, last = kernels.conv(case, arrays)
+    scanned = arrays["x"][:, ::-1] if reverse else arrays["x"]
+    state, pieces, start = arrays["initial_state"], [], 0
+    for steps in (1, 1, 2, 8, 30, 3, 1, 29):
+        x = scanned[:, start : start + steps]
+        x = np.ascontiguousarray(x[:, ::-1] if reverse else x)
+        piece = replace(case, time=steps)
+        y, state = kernels.conv(piece, {**arrays, "x": x, "initial_state": state})
+        pieces.append(y[:, ::-1] if reverse else y)
+        start += steps
+    assert start == case.time
+    joined = np.concatenate(pieces, 1)
+    np.testing.assert_array_equal(joined[:, ::-1] if reverse else joined, whole)
+    np.testing.assert_array_equal(state, last)
 
 
 def test_convolution_with_many_sequences(kernels: Kernels) -> None:
     """More sequences than the backward pass keeps partial sums for, and runs longer than 64 steps."""
-    for case in (ConvCase(600, 3, 2, 4), ConvCase(40, 900, 4, 3)):
+    for case in (ConvCase(600, 3, 2, 4, stateful=True), ConvCase(40, 900, 4, 3)):
         arrays = conv_arrays(case)
-        dy = np.random.default_rng(1).normal(size=arrays["x"].shape).astype(np.float32)
-        want = conv_gradients_oracle(case, arrays, dy)
-        for name, got in kernels.conv_gradients(case, arrays, dy).items():
+        dy, dlast = np.random.default_rng(1).normal(size=arrays["x"].shape).astype(np.float32), None
+        if case.stateful:
+            dlast = np.ones(conv_state_shape(case), np.float32)
+        want = conv_gradients_oracle(case, arrays, dy, dlast)
+        for name, got in kernels.conv_gradients(case, arrays, dy, dlast).items():
             assert_near(f"{name} of {case}", got, want[name], kernels.gradient_bound)
 
 
@@ -434,6 +467,18 @@ def test_impossible_sizes_are_refused(library: ctypes.CDLL) -> None:
             setattr(conv, field, value)
             arguments = [ctypes.byref(conv), 1, ctypes.byref(size)]
             assert library.hcmen_cuda_causal_conv1d_workspace(*arguments) == BAD_ARGUMENT
+    # A width of 1 has no state.
+    case, memory = ConvCase(width=1), np.zeros(1000, np.float32)
+    arrays = {**conv_arrays(case), "y": memory[:90]}
+    launch = CudaLaunch(workspace=memory.ctypes.data, workspace_bytes=memory.nbytes)
+    grads = dict.fromkeys(("dy", "dx", "dweight", "dbias"), memory)
+    forward, backward = (getattr(library, f"hcmen_cuda_causal_conv1d_{way}") for way in ("forward", "backward"))
+    for name in ("initial_state", "last_state"):
+        given = by_reference(conv_structure(case, {**arrays, name: memory}, address), launch)
+        assert forward(*given) == BAD_ARGUMENT
+    for name in ("dlast_state", "dinitial_state"):
+        grad = conv_gradients_structure({**grads, name: memory}, address)
+        assert backward(*by_reference(conv_structure(case, arrays, address), grad, launch)) == BAD_ARGUMENT
 
 
 def test_null_pointers_and_odd_wishes_are_refused(library: ctypes.CDLL) -> None:

@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -71,7 +72,10 @@ def by_pytorch(name: str, dtype: type | None = None) -> Run:
         tensors = {key: torch.from_numpy(x if dtype is None else x.astype(dtype)) for key, x in arrays.items()}
         with scan.implementation(name):
             if isinstance(case, ConvCase):
-                return [scan.causal_conv1d(**tensors, activation=case.activation, reverse=case.reverse).numpy()]
+                flags: dict[str, Any] = {"activation": case.activation, "reverse": case.reverse}
+                if not case.stateful:
+                    return [scan.causal_conv1d(**tensors, **flags).numpy()]
+                return [x.numpy() for x in scan.causal_conv1d(**tensors, **flags, return_last_state=True)]
             if isinstance(case, DualCase):
                 found = scan.state_space_dual(**grouped(tensors), **case.flags, return_last_state=True)
                 return [x.numpy() for x in found]
@@ -108,7 +112,7 @@ def by_cuda() -> Run:
     kernels = emulated.Kernels(emulated.kernels_library())
 
     def run(case: Case, arrays: Arrays) -> list[np.ndarray]:
-        return [kernels.conv(case, arrays)] if isinstance(case, ConvCase) else list(kernels.scan(case, arrays))
+        return list(kernels.conv(case, arrays) if isinstance(case, ConvCase) else kernels.scan(case, arrays))
 
     return run
 
@@ -210,7 +214,7 @@ def truth(case: Case) -> tuple[Arrays, list[np.ndarray]]:
         return arrays, list(dual_oracle(case, arrays))
     if isinstance(case, ConvCase):
         arrays = conv_arrays(case)
-        return arrays, [conv_oracle(case, arrays)]
+        return arrays, list(conv_oracle(case, arrays))
     arrays = scan_arrays(case)
     return arrays, list(scan_oracle(case, arrays))
 
@@ -218,8 +222,10 @@ def truth(case: Case) -> tuple[Arrays, list[np.ndarray]]:
 def check(host: str, run: Run, case: Case) -> None:
     arrays, want = truth(case)
     got = run(case, arrays)
-    assert len(got) >= (2 if not isinstance(case, ConvCase) and case.stateful else 1)
+    assert len(got) >= (2 if case.stateful else 1)
     for name, g, w in zip(("y", "last_state"), got, want, strict=False):
+        if w.size == 0:
+            continue
         if host == "reference":
             np.testing.assert_allclose(g, w, rtol=1e-11, atol=1e-11, err_msg=name)
         else:

@@ -107,7 +107,9 @@ def test_under_sanitizers(tmp_path: Path) -> None:
         pytest.skip(f"{compiler} has no sanitizer runtime here")
     # One set of kernels is enough: theirs is another test.
     sanitized = build(INCLUDES[-1], "trt-sanitize", "-DHCMEN_SANITIZE=ON", "-DHCMEN_X86=OFF")
-    convs = [ConvCase(width=width, reverse=reverse) for width in (1, 4, 6) for reverse in (False, True)]
+    convs = [
+        ConvCase(width=width, reverse=reverse, stateful=width > 1) for width in (1, 4, 6) for reverse in (False, True)
+    ]
     cases = [*SWITCHES, *((case, case) for case in convs)]
     enqueue(sanitized, sanitized.host, "enqueue-host", cases, tmp_path, UBSAN_OPTIONS="print_stacktrace=1")
     for mode in ("contract", "foreign-logger"):
@@ -154,6 +156,7 @@ print([
     create("SelectiveScan", RUNTIME, *all_fields), create("SelectiveScan", RUNTIME, *all_fields[1:]),
     create("SelectiveScan", BUILD, number("gated", 2)),
     create("CausalConv1d", BUILD, text("activation", b"silu\\0"), number("reverse", 1)),
+    create("CausalConv1d", BUILD, number("stateful", 1)),
     create("CausalConv1d", BUILD, text("activation", b"gelu")),
 ])
 assert registry.get_creator("SelectiveScan", "1", "") is None
@@ -188,13 +191,14 @@ def test_the_registry_of_tensorrt_makes_the_plugins(libraries: list[Path], lean:
             [
                 ["CausalConv1d", "SelectiveScan"],
                 ["delta_softplus", "gated", "reverse", "stateful"],
-                ["activation", "reverse"],
+                ["activation", "reverse", "stateful"],
                 (*scan, 1, flags.format(0, 0, 0, 0)),
                 full,
                 full,
                 "refused",
                 "refused",
-                (*conv, 1, "activation=1,reverse=1"),
+                (*conv, 1, "activation=1,reverse=1,stateful=0"),
+                (*conv, 2, "activation=0,reverse=0,stateful=1"),
                 "refused",
             ]
         )

@@ -117,19 +117,25 @@ void conv(int64_t batch, int64_t time, int64_t channel, int64_t width, bool reve
   const int64_t series = batch * time * channel;
   Array<T> x(series, -1, 1), y(series, kNan, kNan);
   Array<float> weight(channel * width, -1, 1), bias(channel, -1, 1);
+  const bool stateful = width > 1;
+  const int64_t states = batch * (width - 1) * channel;
+  Array<float> initial(states, -1, 1), last(states, kNan, kNan), dlast(states, -1, 1), dinitial(states, kNan, kNan);
   hcmen_conv c{};
   c.batch = batch, c.time = time, c.channel = channel, c.width = width;
   c.dtype = sizeof(T) == 2, c.silu = 1, c.reverse = reverse;
   c.x = x.get(), c.weight = weight.get(), c.bias = bias.get(), c.y = y.get();
+  c.initial_state = stateful ? initial.get() : nullptr, c.last_state = stateful ? last.get() : nullptr;
   hcmen_cuda_launch launch{};
   const std::string name = "conv " + std::to_string(batch) + "x" + std::to_string(time) + "x" +
                            std::to_string(channel) + " w" + std::to_string(width) + (sizeof(T) == 2 ? " half" : "") +
                            (reverse ? " reverse" : "");
   expect_ok(name, hcmen_cuda_causal_conv1d_forward(&c, &launch));
   report(name + ": y", y);
+  report(name + ": last_state", last);
   if (sizeof(T) != 4) return;
   Array<float> dy(series, -1, 1), dx(series, kNan, kNan), dweight(weight.count, kNan, kNan), dbias(channel, kNan, kNan);
-  const hcmen_conv_grad g = {dy.get(), dx.get(), dweight.get(), dbias.get()};
+  const hcmen_conv_grad g = {dy.get(),      stateful ? dlast.get() : nullptr, dx.get(), dweight.get(),
+                             dbias.get(), stateful ? dinitial.get() : nullptr};
   int64_t bytes = 0;
   expect_ok(name, hcmen_cuda_causal_conv1d_workspace(&c, 1, &bytes));
   Array<float> workspace(bytes / 4, kNan, kNan);
@@ -138,6 +144,7 @@ void conv(int64_t batch, int64_t time, int64_t channel, int64_t width, bool reve
   report(name + ": dx", dx);
   report(name + ": dweight", dweight);
   report(name + ": dbias", dbias);
+  report(name + ": dinitial_state", dinitial);
 }
 
 }  // namespace

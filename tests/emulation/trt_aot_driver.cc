@@ -40,7 +40,24 @@ extern "C" void launch_aot(unsigned blocks, void* const* tensors, int batch, int
 #else
   Element* const x = elements();
   float *const weight = floats(), *const bias = floats();
+#if HCMEN_STATEFUL
+  float* const initial_state = floats();
+#endif
   Element* const y = elements();
-  emulation::launch(blocks, HCMEN_THREADS, 0, [&] { HCMEN_KERNEL(x, weight, bias, batch, time, y); });
+#if HCMEN_STATEFUL
+  float* const last_state = floats();
+#endif
+  emulation::launch(blocks, HCMEN_THREADS, 0, [&] {
+    HCMEN_KERNEL(x, weight, bias,
+#if HCMEN_STATEFUL
+                 initial_state,
+#endif
+                 batch, time, y
+#if HCMEN_STATEFUL
+                 ,
+                 last_state
+#endif
+    );
+  });
 #endif
 }

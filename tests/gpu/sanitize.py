@@ -53,12 +53,13 @@ def main(result: str | None = None) -> None:
         ended(case)
     for width in (1, 2, 3, 4, 7):
         for dtype in ("float32", "float16"):
-            conv = ConvCase(2, 30, 130, width, dtype, reverse=width == 3)
+            conv = ConvCase(2, 30, 130, width, dtype, reverse=width == 3, stateful=width > 1)
             inputs = conv_arrays(conv)
-            assert np.isfinite(kernels.conv(conv, inputs)).all()
+            assert all(np.isfinite(x).all() for x in kernels.conv(conv, inputs))
             if dtype == "float32":
                 dy = rng.normal(size=inputs["x"].shape).astype(np.float32)
-                assert all(np.isfinite(x).all() for x in kernels.conv_gradients(conv, inputs, dy).values())
+                dlast = inputs.get("initial_state")
+                assert all(np.isfinite(x).all() for x in kernels.conv_gradients(conv, inputs, dy, dlast).values())
             ended(conv)
     print(f"{len(done)} scans and convolutions")
 

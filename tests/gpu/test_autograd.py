@@ -97,12 +97,14 @@ def test_convolution(width):
         torch.randn(8, 375, 512, device="cuda"),
         torch.randn(512, width, device="cuda"),
         torch.randn(512, device="cuda"),
+        torch.randn(8, width - 1, 512, device="cuda"),
     ]
     ours = [x.clone().requires_grad_() for x in inputs]
     exact = [x.double().requires_grad_() for x in inputs]
     weight = torch.randn_like(inputs[0])
     for arguments, function in ((ours, causal_conv1d), (exact, causal_conv1d_ref)):
-        (function(*arguments) * weight).sum().backward()
+        y, last = function(*arguments, return_last_state=True)
+        ((y * weight).sum() + last.square().sum()).backward()
     for x, e in zip(ours, exact, strict=True):
         assert float((x.grad - e.grad).abs().max()) <= 1e-5 * float(e.grad.abs().max())
 

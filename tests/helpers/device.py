@@ -127,18 +127,22 @@ class DeviceKernels:
         there.finish()
         return got
 
-    def conv(self, case: cases.ConvCase, arrays: cases.Arrays) -> np.ndarray:
-        y = np.full(arrays["x"].shape, np.nan, arrays["x"].dtype)
-        there = _OnDevice(self._driver, arrays, {"y": y})
+    def conv(self, case: cases.ConvCase, arrays: cases.Arrays) -> tuple[np.ndarray, np.ndarray]:
+        outputs = cases.conv_outputs(case, arrays)
+        there = _OnDevice(self._driver, arrays, outputs)
         call(self.library, "causal_conv1d_forward", cases.conv_structure(case, there.places, int), CudaLaunch())
         there.finish()
-        return y
+        return outputs["y"], outputs.get("last_state", np.empty(cases.conv_state_shape(case)))
 
-    def conv_gradients(self, case: cases.ConvCase, arrays: cases.Arrays, dy: np.ndarray) -> cases.Arrays:
-        got = {f"d{name}": np.full(x.shape, np.nan, np.float32) for name, x in arrays.items()}
-        there = _OnDevice(self._driver, {**arrays, "dy": dy}, got)
+    def conv_gradients(
+        self, case: cases.ConvCase, arrays: cases.Arrays, dy: np.ndarray, dlast: np.ndarray | None = None
+    ) -> cases.Arrays:
+        got = cases.gradient_arrays(arrays)
+        inputs = {**arrays, "dy": dy, **({} if dlast is None else {"dlast_state": dlast})}
+        there = _OnDevice(self._driver, inputs, got)
         conv = cases.conv_structure(case, {n: there.places[n] for n in arrays}, int)
-        grad = cases.conv_gradients_structure({n: there.places[n] for n in ("dy", *got)}, int)
+        names = [n for n in there.places if n not in arrays]
+        grad = cases.conv_gradients_structure({n: there.places[n] for n in names}, int)
         launch = CudaLaunch()
         there.workspace(workspace_bytes(self.library, "causal_conv1d", conv, 1), launch)
         call(self.library, "causal_conv1d_backward", conv, grad, launch)

@@ -142,17 +142,20 @@ class Kernels:
         del memory
         return got
 
-    def conv(self, case: cases.ConvCase, arrays: cases.Arrays) -> np.ndarray:
-        y = np.full(arrays["x"].shape, np.nan, arrays["x"].dtype)
-        conv = cases.conv_structure(case, {**arrays, "y": y}, cases.address)
+    def conv(self, case: cases.ConvCase, arrays: cases.Arrays) -> tuple[np.ndarray, np.ndarray]:
+        outputs = cases.conv_outputs(case, arrays)
+        conv = cases.conv_structure(case, {**arrays, **outputs}, cases.address)
         assert workspace_bytes(self.library, "causal_conv1d", conv, 0) == 0
         assert self.library.hcmen_cuda_causal_conv1d_forward(*cases.by_reference(conv, CudaLaunch())) == 0
-        return y
+        return outputs["y"], outputs.get("last_state", np.empty(cases.conv_state_shape(case)))
 
-    def conv_gradients(self, case: cases.ConvCase, arrays: cases.Arrays, dy: np.ndarray) -> cases.Arrays:
+    def conv_gradients(
+        self, case: cases.ConvCase, arrays: cases.Arrays, dy: np.ndarray, dlast: np.ndarray | None = None
+    ) -> cases.Arrays:
         got = cases.gradient_arrays(arrays)
+        inputs: dict[str, Any] = {"dy": dy, **({} if dlast is None else {"dlast_state": dlast})}
         conv = cases.conv_structure(case, arrays, cases.address)
-        grad = cases.conv_gradients_structure({**got, "dy": dy}, cases.address)
+        grad = cases.conv_gradients_structure({**got, **inputs}, cases.address)
         launch = CudaLaunch()
         memory = self._workspace(workspace_bytes(self.library, "causal_conv1d", conv, 1), launch)
         assert self.library.hcmen_cuda_causal_conv1d_backward(*cases.by_reference(conv, grad, launch)) == 0

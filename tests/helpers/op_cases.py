@@ -70,10 +70,11 @@ class ConvCase:
     dtype: str = "float32"
     silu: bool = True
     reverse: bool = False
+    stateful: bool = False
     seed: int = 0
 
     def __str__(self) -> str:
-        flags = [n for n in ("silu", "reverse") if getattr(self, n)]
+        flags = [n for n in ("silu", "reverse", "stateful") if getattr(self, n)]
         return " ".join([f"{self.batch}x{self.time}x{self.channel} w{self.width} {self.dtype}", *flags])
 
     @property
@@ -83,7 +84,7 @@ class ConvCase:
     @property
     def attributes(self) -> dict[str, Any]:
         """Those of a node."""
-        return {"activation": self.activation, "reverse": int(self.reverse)}
+        return {"activation": self.activation, "reverse": int(self.reverse), "stateful": int(self.stateful)}
 
 
 def _scans() -> list[ScanCase]:
@@ -113,6 +114,12 @@ def _convs() -> list[ConvCase]:
     drawn = np.random.default_rng(0).integers(len(switches), size=len(sizes))
     for index, (width, channel, (time, batch)) in enumerate(sizes):
         cases.append(ConvCase(batch, time, channel, width, *switches[drawn[index]], seed=index))
+    # With a state, above all where the steps are fewer than it has: every set of switches, then sizes as above.
+    for index, (width, time) in enumerate(itertools.product((2, 3, 4, 5, 7), (1, 2, 3, 9))):
+        cases += [ConvCase(2, time, 5, width, *on, stateful=True, seed=index) for on in switches]
+    for index, (width, channel, (time, batch)) in enumerate(case for case in sizes if case[0] > 1):
+        on = switches[drawn[-1 - index]]
+        cases.append(ConvCase(batch, time, channel, width, *on, stateful=True, seed=index))
     return cases
 
 
@@ -126,7 +133,7 @@ def model_of(case: ScanCase | ConvCase, *, functions: bool = False) -> Any:
 
     given: dict[str, Any] = {"dtype": case.dtype, "reverse": case.reverse, "functions": functions}
     if isinstance(case, ConvCase):
-        return conv_model(case.channel, case.width, activation=case.activation, **given)
+        return conv_model(case.channel, case.width, activation=case.activation, stateful=case.stateful, **given)
     given |= {"group": case.group, "gated": case.gated, "stateful": case.stateful, "delta_softplus": case.softplus}
     return scan_model(case.channel, case.state, **given)
 
@@ -170,11 +177,26 @@ def scan_arrays(case: ScanCase) -> Arrays:
 def conv_arrays(case: ConvCase) -> Arrays:
     """Inputs of `case`."""
     rng = np.random.default_rng(case.seed)
-    return {
+    arrays = {
         "x": rng.normal(size=(case.batch, case.time, case.channel)).astype(case.dtype),
         "weight": rng.normal(size=(case.channel, case.width)).astype(np.float32),
         "bias": rng.normal(size=case.channel).astype(np.float32),
     }
+    if case.stateful:
+        arrays["initial_state"] = rng.normal(size=conv_state_shape(case)).astype(np.float32)
+    return arrays
+
+
+def conv_state_shape(case: ConvCase) -> tuple[int, int, int]:
+    return case.batch, case.width - 1, case.channel
+
+
+def conv_outputs(case: ConvCase, arrays: Arrays) -> Arrays:
+    """Arrays full of NaN for the outputs of a kernel, which gives the last state of any width but 1."""
+    outputs = {"y": np.full(arrays["x"].shape, np.nan, arrays["x"].dtype)}
+    if case.width > 1:
+        outputs["last_state"] = np.full(conv_state_shape(case), np.nan, np.float32)
+    return outputs
 
 
 # --- the oracle -------------------------------------------------------------------------------------------------------
@@ -201,15 +223,22 @@ def scan_oracle(case: ScanCase, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]
     return (y * _silu(a["z"]) if "z" in a else y), h
 
 
-def conv_oracle(case: ConvCase, arrays: Arrays) -> np.ndarray:
-    """y in float64: the sum of docs/op.md, tap by tap."""
+def conv_oracle(case: ConvCase, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    """y and the last state in float64: the sum of docs/op.md, tap by tap."""
     x, weight, bias = (np.asarray(arrays[name], np.float64) for name in ("x", "weight", "bias"))
     (_, time, _), width = x.shape, weight.shape[1]
     y = np.broadcast_to(bias, x.shape).copy()
     for k in range(min(width, time)):  # the tap that looks k steps back, or ahead
         seen, sees = (x[:, k:], y[:, : time - k]) if case.reverse else (x[:, : time - k], y[:, k:])
         sees += weight[:, width - 1 - k] * seen
-    return _silu(y) if case.silu else y
+    # What was before is seen by the first steps scanned, all taps of them that look that far.
+    state = np.asarray(arrays.get("initial_state", np.zeros(conv_state_shape(case))), np.float64)
+    steps = list(range(time))[:: -1 if case.reverse else 1]
+    for number, t in enumerate(steps[: width - 1]):
+        for k in range(width - 1 - number):
+            y[:, t] += weight[:, k] * state[:, number + k]
+    scanned = np.concatenate([state, x[:, steps]], axis=1)
+    return _silu(y) if case.silu else y, scanned[:, time:]
 
 
 def _leaves(arrays: Arrays) -> Arrays:
@@ -234,13 +263,14 @@ def scan_gradients_oracle(case: ScanCase, arrays: Arrays, dy: np.ndarray, dlast:
     return _gradients([(y, dy)] if dlast is None else [(y, dy), (last, dlast)], leaves)
 
 
-def conv_gradients_oracle(case: ConvCase, arrays: Arrays, dy: np.ndarray) -> Arrays:
-    """Gradients of sum(y * dy) in float64, under the names of `hcmen_conv_grad`."""
+def conv_gradients_oracle(case: ConvCase, arrays: Arrays, dy: np.ndarray, dlast: np.ndarray | None = None) -> Arrays:
+    """Gradients of sum(y * dy) + sum(last_state * dlast) in float64, under the names of `hcmen_conv_grad`."""
     from hcmen.mamba.scan import causal_conv1d_ref
 
     leaves = _leaves(arrays)
-    y = causal_conv1d_ref(**leaves, activation=case.activation, reverse=case.reverse)
-    return _gradients([(y, dy)], leaves)
+    flags: dict[str, Any] = {"activation": case.activation, "reverse": case.reverse}
+    y, last = causal_conv1d_ref(**leaves, **flags, return_last_state=True)
+    return _gradients([(y, dy)] if dlast is None else [(y, dy), (last, dlast)], leaves)
 
 
 def assert_near(name: str, got: np.ndarray, want: np.ndarray, bound: float, least: float = 0.0) -> None:
@@ -270,8 +300,8 @@ def assert_scan(case: ScanCase, arrays: Arrays, got: Any, bound: float = 1e-6) -
 
 
 def assert_conv(case: ConvCase, arrays: Arrays, got: Any, bound: float = 1e-6) -> None:
-    """`got`, of y alone, against float64."""
-    assert_close(got, [conv_oracle(case, arrays)], bound)
+    """`got`, y and where there is one the last state, against float64."""
+    assert_close(got, conv_oracle(case, arrays), bound)
 
 
 # --- the C structures -------------------------------------------------------------------------------------------------
@@ -300,7 +330,7 @@ def gradient_arrays(arrays: Arrays) -> Arrays:
 
 
 def conv_structure(case: ConvCase, arrays: Mapping[str, Any], pointer: Pointer) -> ConvArguments:
-    """`hcmen_conv` over `arrays`, which may hold y."""
+    """`hcmen_conv` over `arrays`, which may hold y and last_state."""
     return ConvArguments(
         batch=case.batch,
         time=case.time,

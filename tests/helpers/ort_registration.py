@@ -102,7 +102,7 @@ def check_registration(path: Path) -> None:
     assert {d["provider"] for d in described} == {"CUDAExecutionProvider"}
     # Nothing is asked for in host memory.
     assert all(d["memory"] == {0} for d in described)
-    for name, inputs, outputs in (("SelectiveScan", 9, 2), ("CausalConv1d", 3, 1)):
+    for name, inputs, outputs in (("SelectiveScan", 9, 2), ("CausalConv1d", 4, 2)):
         mine = [d for d in described if d["name"] == name]
         assert {(d["inputs"], d["outputs"]) for d in mine} == {(inputs, outputs)}
         assert {1, 10} <= {d["first"] for d in mine}, "float32 and float16"

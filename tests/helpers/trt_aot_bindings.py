@@ -71,11 +71,12 @@ CHANNEL, STATE, GROUP, WIDTH = 66, 17, 2, 4
 def shapes(names: tuple[str, ...], grouped: bool) -> list[list[str | int]]:
     series: list[str | int] = ["batch", "time", CHANNEL]
     projection: list[str | int] = ["batch", "time", GROUP, STATE] if grouped else ["batch", "time", STATE]
+    states: list[str | int] = ["batch", WIDTH - 1, CHANNEL] if "weight" in names else ["batch", CHANNEL, STATE]
     known: dict[str, list[str | int]] = {
         **dict.fromkeys(("u", "delta", "z", "x", "y"), series),
         **dict.fromkeys(("B", "C"), projection),
         **{name: [CHANNEL] for name in ("D", "delta_bias", "bias")},
-        **{name: ["batch", CHANNEL, STATE] for name in ("initial_state", "last_state")},
+        **dict.fromkeys(("initial_state", "last_state"), states),
         "A": [CHANNEL, STATE],
         "weight": [CHANNEL, WIDTH],
     }
@@ -143,8 +144,9 @@ def main() -> None:
         inputs = ("u", "delta", "A", "B", "C", "D", "delta_bias")
         inputs += ("z",) * scan.gated + ("initial_state",) * scan.stateful
         walked[name] = walk(name, inputs, ("y",) + ("last_state",) * scan.stateful, number % 2 == 0, number % 3 == 0)
-    for number, name in enumerate(trt_aot.CONV_NAMES.values()):
-        walked[name] = walk(name, ("x", "weight", "bias"), ("y",), number % 2 == 0, False)
+    for number, (conv, name) in enumerate(trt_aot.CONV_NAMES.items()):
+        inputs = ("x", "weight", "bias") + ("initial_state",) * conv.stateful
+        walked[name] = walk(name, inputs, ("y",) + ("last_state",) * conv.stateful, number % 2 == 0, False)
     print(json.dumps({"version": trt.__version__, "numpy": np.__version__, "plugins": walked}))
 
 

@@ -21,7 +21,7 @@ import pytest
 
 from hcmen.base.op import CAUSAL_CONV1D, SELECTIVE_SCAN
 from helpers import emulated
-from helpers.op_cases import Arrays, ConvCase, ScanCase, conv_arrays, scan_arrays
+from helpers.op_cases import Arrays, ConvCase, ScanCase, conv_arrays, conv_state_shape, scan_arrays
 from helpers.trt_wheels import include_folders
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,8 +188,9 @@ def _tensors(case: Case) -> tuple[list[tuple[str, str, tuple[int, ...]]], list[t
     """Inputs and outputs: name, dtype, shape."""
     inputs = [(name, str(x.dtype), x.shape) for name, x in _arrays(case).items()]
     outputs: list[tuple[str, str, tuple[int, ...]]] = [("y", case.dtype, inputs[0][2])]
-    if isinstance(case, ScanCase) and case.stateful:
-        outputs.append(("last_state", "float32", (case.batch, case.channel, case.state)))
+    if case.stateful:
+        shape = (case.batch, case.channel, case.state) if isinstance(case, ScanCase) else conv_state_shape(case)
+        outputs.append(("last_state", "float32", shape))
     return inputs, outputs
 
 

@@ -68,22 +68,30 @@ def test_B_and_C_have_each_a_form_of_its_own(of_B: str, of_C: str) -> None:
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["ref", "native"])
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("width", [2, 3, 4, 6])
-def test_a_convolution_in_pieces_is_the_whole(how: str, reverse: bool, width: int) -> None:
+@pytest.mark.parametrize("how", ["auto", "native", "ref"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_the_dtype_of_a_convolutions_state(dtype: torch.dtype, how: str) -> None:
+    """float32, but that of the reference in float64, which loses nothing."""
+    if (how, dtype) == ("native", torch.float64):
+        return
     torch.manual_seed(1)
-    x, weight = torch.randn(2, 11, 5), torch.randn(5, width)
+    x, weight, state = torch.randn(2, 2, 5).to(dtype), torch.randn(5, 4), torch.randn(2, 3, 5).double() / 3
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
     with implementation(how):
-        whole = causal_conv1d(x, weight, reverse=reverse)
-        state, pieces = None, []
-        for piece in x.flip(1).split([1, 2, 5, 3], 1) if reverse else x.split([1, 2, 5, 3], 1):
-            piece = piece.flip(1) if reverse else piece
-            y, state = causal_conv1d(piece, weight, None, state, reverse=reverse, return_last_state=True)
-            pieces.append(y)
-        torch.testing.assert_close(torch.cat(pieces[::-1] if reverse else pieces, 1), whole)
-        before = x.flip(1) if reverse else x
-        assert torch.equal(state, before[:, 11 - (width - 1) :])
+        y, last = causal_conv1d(x, weight, None, state, return_last_state=True)
+        assert (y.dtype, last.dtype) == (dtype, kept)
+        assert torch.equal(last, torch.cat((state.to(kept), x.to(kept)), 1)[:, 2:])
+        assert torch.equal(causal_conv1d(x, weight, None, state), y)
+
+
+@pytest.mark.parametrize("how", ["native", "ref"])
+@pytest.mark.parametrize("state", [None, torch.zeros(2, 0, 5)])
+def test_a_convolution_of_width_1_has_no_state(state: Tensor | None, how: str) -> None:
+    with (
+        implementation(how),
+        pytest.raises(InputError, match=r"^weight has width 1, expected at least 2 where there is a state"),
+    ):
+        causal_conv1d(torch.zeros(2, 3, 5), torch.zeros(5, 1), None, state, return_last_state=True)
 
 
 def test_a_convolution_without_a_bias() -> None:

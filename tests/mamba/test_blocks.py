@@ -155,7 +155,7 @@ def test_one_body_serves_nodes_of_every_direction_and_size() -> None:
         scan = isinstance(case, ScanCase)
         arrays = scan_arrays(case) if scan else conv_arrays(case)
         feeds.update({f"{i}/{name}": x for name, x in arrays.items()})
-        wanted.append(scan_oracle(case, arrays)[0] if scan else conv_oracle(case, arrays))
+        wanted.append(scan_oracle(case, arrays)[0] if scan else conv_oracle(case, arrays)[0])
     add_functions(merged, "blocks")
     assert sorted(f.name for f in merged.functions) == ["CausalConv1d", "SelectiveScan"]
     for model in (merged, inliner.inline_local_functions(merged)):

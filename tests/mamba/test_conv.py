@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -76,6 +77,72 @@ def test_forward_and_gradients(size: tuple[int, int, int], width: int) -> None:
                     assert largest_error(got, expected) <= 3 * bound
 
 
+@pytest.mark.parametrize("width", [2, 3, 4, 5, 7])
+@pytest.mark.parametrize("time", [1, 2, 3, 5, 20])
+def test_gradients_through_states(time: int, width: int) -> None:
+    """Of every argument, from the output and from the last state, together and apart."""
+    size = (2, time, 19)
+    generator = torch.Generator().manual_seed(2)
+    data = conv_data(*size, width)
+    state_size = (2, width - 1, 19)
+    data["initial_state"] = torch.randn(state_size, generator=generator)
+    of_y, of_last = torch.randn(size, generator=generator), torch.randn(state_size, generator=generator)
+    for activation, reverse, (with_y, with_last) in itertools.product(
+        ("silu", "none"), (False, True), ((1, 1), (1, 0), (0, 1))
+    ):
+        found = []
+        for convert, name in ((torch.Tensor.double, "ref"), (torch.Tensor.clone, "native")):
+            leaves = {key: convert(x).requires_grad_() for key, x in data.items()}
+            with implementation(name):
+                y, last = causal_conv1d(**leaves, activation=activation, reverse=reverse, return_last_state=True)
+            loss = (y * of_y).sum() * with_y + (last * of_last).sum() * with_last
+            found.append([y, last, *torch.autograd.grad(loss, list(leaves.values()))])
+        for want, got in zip(*found, strict=True):
+            assert got.dtype == torch.float32
+            assert largest_error(got, want) <= 3e-6
+
+
+def in_pieces(data: dict[str, Tensor], cuts: list[int], **flags: Any) -> list[Tensor]:
+    """The output and the last state of pieces that begin at `cuts`, in the order they are scanned."""
+    x, state, found = data["x"], data.get("initial_state"), []
+    x = x.flip(1) if flags["reverse"] else x
+    for start, end in itertools.pairwise([0, *cuts, x.shape[1]]):
+        piece = x[:, start:end].flip(1) if flags["reverse"] else x[:, start:end]
+        given = {**data, "x": piece, "initial_state": state}
+        y, state = causal_conv1d(**given, **flags, return_last_state=True)
+        found.append(y.flip(1) if flags["reverse"] else y)
+    whole = torch.cat(found, 1)
+    return [whole.flip(1) if flags["reverse"] else whole, state]
+
+
+@pytest.mark.parametrize("width", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_series_in_pieces_is_the_whole(dtype: torch.dtype, width: int) -> None:
+    """Bit for bit, wherever it is cut, from a state and from none, with zeros of both signs among the inputs."""
+    generator = torch.Generator().manual_seed(3)
+    for batch, time, channel in ((1, 1, 1), (3, 2, 15), (1, 7, 16), (2, 11, 33), (1, 19, 131), (3, 67, 17)):
+        data = conv_data(batch, time, channel, width)
+        data["x"] = torch.where(torch.rand(batch, time, channel, generator=generator) < 0.3, -0.0, data["x"]).to(dtype)
+        data["bias"][::2] = -0.0
+        with_state = {**data, "initial_state": torch.randn(batch, width - 1, channel, generator=generator)}
+        every = [list(range(1, time)), *([cut] for cut in range(1, time))]
+        drawn = [sorted(torch.randperm(time - 1, generator=generator)[:5].add(1).tolist()) for _ in range(3)]
+        for activation, reverse in itertools.product(("silu", "none"), (False, True)):
+            flags: Any = {"activation": activation, "reverse": reverse}
+            with implementation("native"):
+                for given in (data, with_state):
+                    whole = causal_conv1d(**given, **flags, return_last_state=True)
+                    assert torch.equal(whole[0], causal_conv1d(**given, **flags))
+                    for cuts in (every if time < 20 else every[::9]) + drawn:
+                        for a, b in zip(in_pieces(given, cuts, **flags), whole, strict=True):
+                            assert torch.equal(bits(a), bits(b)), (batch, time, channel, flags, cuts)
+
+
+def bits(x: Tensor) -> Tensor:
+    """Zeros of two signs are two things."""
+    return x.view(torch.int16 if x.dtype == torch.float16 else torch.int32)
+
+
 def test_reference_in_float64_is_torchs_convolution() -> None:
     data = {name: x.double() for name, x in conv_data(2, 30, 5, 4).items()}
     for activation in ("silu", "none"):
@@ -116,15 +183,16 @@ def test_a_step_sees_its_past_alone() -> None:
 
 
 def test_results_do_not_depend_on_the_thread_count() -> None:
-    data = conv_data(3, 300, 130, 4)
+    data = conv_data(3, 300, 130, 4) | {"initial_state": torch.ones(3, 3, 130)}
     before, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             leaves = {name: x.clone().requires_grad_() for name, x in data.items()}
             with implementation("native"):
-                y = causal_conv1d(**leaves)
-            results.append([y, *torch.autograd.grad(y.square().sum(), list(leaves.values()))])
+                y, last = causal_conv1d(**leaves, return_last_state=True)
+            loss = y.square().sum() + last.square().sum()
+            results.append([y, last, *torch.autograd.grad(loss, list(leaves.values()))])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -154,6 +222,9 @@ def test_what_no_cache_holds(width: int, reverse: bool) -> None:
                 parts.append(y[:, start - low :][:, : min(step, time - start)])
         assert torch.equal(wholes[0], wholes[1])
         assert torch.equal(wholes[0], torch.cat(parts, dim=1))
+        if channel == 64:
+            with implementation("native"):
+                assert torch.equal(wholes[0], in_pieces(data, [1, 3, 30_000, 66_000], **flags)[0])
         assert largest_error(wholes[0], by_torch(**data, **flags)) <= 1e-6
 
 
@@ -166,6 +237,7 @@ def test_other_instruction_sets(isa: str) -> None:
         assert "cannot run" in found.stderr or "expected one of" in found.stderr
         pytest.skip(f"{isa} is not of this processor; `make arm` emulates one with neon")
     tests = "(forward_and and not 3-2-15 and not 2-500-64) or half_precision or past_alone or no_cache_holds"
+    tests += " or in_pieces or through_states"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests, str(Path(__file__))]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-3000:]
@@ -175,19 +247,24 @@ def test_other_instruction_sets(isa: str) -> None:
 def test_opcheck() -> None:
     data = conv_data(2, 9, 6, 4)
     arguments = [x.requires_grad_() for x in data.values()]
-    torch.library.opcheck(torch.ops.hcmen.causal_conv1d.default, (*arguments, True, False))
-    torch.library.opcheck(torch.ops.hcmen.causal_conv1d.default, (*arguments, False, True))
+    torch.library.opcheck(torch.ops.hcmen.causal_conv1d.default, (*arguments, None, True, False))
+    state = torch.randn(2, 3, 6, requires_grad=True)
+    torch.library.opcheck(torch.ops.hcmen.causal_conv1d.default, (*arguments, state, False, True))
 
 
 def test_not_contiguous_arguments() -> None:
-    data = conv_data(2, 21, 18, 4)
+    data = conv_data(2, 21, 18, 4) | {"initial_state": torch.randn(2, 3, 18)}
     strided = {name: torch.stack([x, x], -1)[..., 0] for name, x in data.items()}
     with implementation("native"):
         assert torch.equal(causal_conv1d(**strided), causal_conv1d(**data))
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("x", (2, 9)), ("weight", (5, 4)), ("weight", (6, 1, 4)), ("bias", (5,)), ("bias", (6, 1))]
+    ("name", "shape"),
+    [
+        *(("x", (2, 9)), ("weight", (5, 4)), ("weight", (6, 1, 4)), ("bias", (5,)), ("bias", (6, 1))),
+        *(("initial_state", shape) for shape in ((2, 4, 6), (2, 6, 3), (1, 3, 6), (2, 3))),
+    ],
 )
 def test_wrong_shapes_are_named(name: str, shape: tuple[int, ...]) -> None:
     data = conv_data(2, 9, 6, 4)

@@ -16,7 +16,17 @@ import onnxruntime as ort
 import pytest
 import torch
 from helpers.dual_cases import DualCase, dual_arrays, dual_model_of, dual_oracle
-from helpers.op_cases import ScanCase, assert_close, assert_scan, model_of, scan_arrays, scan_oracle
+from helpers.op_cases import (
+    ConvCase,
+    ScanCase,
+    assert_close,
+    assert_scan,
+    conv_arrays,
+    conv_oracle,
+    model_of,
+    scan_arrays,
+    scan_oracle,
+)
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -269,6 +279,69 @@ def test_signatures_meet_inside_subgraphs_and_functions():
         assert_close(got, [(y + 2 * y * z * torch.sigmoid(z)).numpy()])
 
 
+@pytest.mark.parametrize("body", ["scan", "blocks"])
+def test_one_body_serves_convolutions_with_states(body):
+    """Of other widths, directions and types, over fewer steps than the widest one remembers."""
+    kinds = [(6, 4, False, "float32"), (3, 2, True, "float16"), (5, 7, True, "float32")]
+    models = [
+        conv_model(channel, width, reverse=reverse, dtype=dtype, stateful=True, functions=False)
+        for channel, width, reverse, dtype in kinds
+    ]
+    model = add_functions(join(*models), body)
+    (function,) = model.functions
+    assert (list(function.input)[3:], list(function.output)) == (["initial_state"], ["y", "last_state"])
+    for time in (1, 2, 9):
+        feeds, want = {}, []
+        for i, (channel, width, reverse, dtype) in enumerate(kinds):
+            case = ConvCase(2, time, channel, width, dtype, True, reverse, stateful=True)
+            own = conv_arrays(case)
+            feeds.update({f"{name}{i}": x for name, x in own.items()})
+            want += conv_oracle(case, own)
+        for library in (False, True):
+            got = run(model, feeds, library=library)
+            for g, w in zip(got, want, strict=True):
+                assert_close([g], [w])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("width", [2, 4, 6])
+def test_a_convolution_in_pieces_is_the_whole(width, reverse):
+    """With the library bit for bit."""
+    case = ConvCase(2, 11, 19, width, reverse=reverse, stateful=True)
+    feeds, model = conv_arrays(case), conv_model(19, width, reverse=reverse, stateful=True)
+    scanned = feeds["x"][:, ::-1] if reverse else feeds["x"]
+    for library in (True, False):
+        whole, last = run(model, feeds, library=library)
+        state, pieces = feeds["initial_state"], []
+        for start, end in itertools.pairwise((0, 1, 2, 7, 11)):
+            x = np.ascontiguousarray(scanned[:, start:end][:, :: -1 if reverse else 1])
+            y, state = run(model, {**feeds, "x": x, "initial_state": state}, library=library)
+            pieces.append(y[:, :: -1 if reverse else 1])
+        joined = np.concatenate(pieces, 1)[:, :: -1 if reverse else 1]
+        np.testing.assert_array_equal(state, last)
+        if library:
+            np.testing.assert_array_equal(joined, whole)
+        assert_close([joined], [whole])
+
+
+@pytest.mark.parametrize("body", ["scan", "blocks"])
+def test_convolutions_with_states_and_without_share_one_function(body):
+    """The ones without get zeros; of a width of 1 there are none to give."""
+    cases = [ConvCase(2, 5, 6, 4, stateful=True), ConvCase(2, 5, 3, 2, silu=False, reverse=True), ConvCase(2, 5, 4, 7)]
+    model, feeds, want = join(*(model_of(case, functions=False) for case in cases)), {}, []
+    for i, case in enumerate(cases):
+        own = conv_arrays(case)
+        feeds.update({f"{name}{i}": x for name, x in own.items()})
+        want += conv_oracle(case, own)[: 1 + case.stateful]
+    add_functions(model, body)
+    assert len(model.functions) == 1
+    for library in (False, True):
+        assert_all_close(run(model, feeds, library=library), want)
+    narrow = join(*(model_of(case, functions=False) for case in (cases[0], ConvCase(2, 5, 4, 1))))
+    with pytest.raises(InputError, match=r"node 'node1' has width 1, expected at least 2 in a model"):
+        add_functions(narrow)
+
+
 def test_functions_are_made_anew_and_stripped():
     model = scan_model(4, 2)
     other = helper.make_function(
@@ -433,6 +506,9 @@ def by_reference(node):
         (conv_model, put("group", 3), r"attribute 'group' is 3, expected 4"),
         (conv_model, put("pads", [0, 1]), r"attribute 'pads' is \[0, 1\], expected \[1, 0\]"),
         (conv_model, lambda n: n.input.pop(), r"has 2 inputs, expected 3: x, weight, bias"),
+        (conv_model, put("stateful", 1), r"has 3 inputs, expected 4: x, weight, bias, initial_state"),
+        (conv_model, put("stateful", 2), r"attribute 'stateful' is 2, expected 0 or 1"),
+        (conv_model, lambda n: n.output.append("last"), r"has 2 outputs, expected 1: y"),
     ],
 )
 def test_a_node_that_is_not_as_specified_is_refused(op, edit, message):
@@ -440,6 +516,25 @@ def test_a_node_that_is_not_as_specified_is_refused(op, edit, message):
         add_functions(edited(op(4, 2, functions=False), edit))
     assert "node 'node'" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_convolution_of_width_1_has_no_state():
+    with pytest.raises(InputError, match=r"node 'node' has width 1, expected at least 2 in a model"):
+        conv_model(4, 1, stateful=True)
+
+
+def test_the_shipped_graphs_keep_their_bytes():
+    """What add_functions makes of their nodes today is what they carry."""
+    graphs = sorted((Path(CONV_MODEL).parents[1] / "demo" / "bundle").glob("*.onnx"))
+    assert len(graphs) == 7
+    for path in graphs:
+        model = onnx.load(path)
+        assert len(model.functions) == 2
+        given = {f.name: f.SerializeToString(deterministic=True) for f in model.functions}
+        nodes = [n.SerializeToString(deterministic=True) for n in model.graph.node]
+        add_functions(model)
+        assert {f.name: f.SerializeToString(deterministic=True) for f in model.functions} == given
+        assert [n.SerializeToString(deterministic=True) for n in model.graph.node] == nodes
 
 
 def test_an_old_opset_and_an_unknown_body_are_refused():
@@ -511,6 +606,43 @@ def test_a_traced_model_runs_with_and_without_the_library():
         model.float()
         for library in (False, True):
             assert_close(run(exported, {exported.graph.input[0].name: x.numpy()}, library=library), [want], 2e-6)
+
+
+class Continued(torch.nn.Module):
+    """A convolution forward from a state, and one backward whose state nobody gives."""
+
+    def __init__(self, channel=6):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weights = torch.nn.Parameter(torch.randn(2, channel, 4, generator=generator))
+
+    def forward(self, x, state):
+        y, last = causal_conv1d(x, self.weights[0], None, state, return_last_state=True)
+        z, first = causal_conv1d(x, self.weights[1], reverse=True, return_last_state=True)
+        return y, last, z, first, causal_conv1d(x, self.weights[1], None, state)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_model_with_states():
+    model, batch = Continued().eval(), torch.export.Dim("batch")
+    dynamic = ({0: batch, 1: torch.export.Dim("time")}, {0: batch})
+    example = (torch.zeros(2, 5, 6), torch.zeros(2, 3, 6))
+    program = torch.onnx.export(model, example, dynamo=True, opset_version=19, dynamic_shapes=dynamic, verbose=False)
+    exported = program.model_proto
+    exported.ir_version = 9
+    add_functions(exported)
+    assert [len(n.output) for n in exported.graph.node if n.domain == "hcmen"] == [2, 2, 2]
+    names = [value.name for value in exported.graph.input]
+    for size, time in ((2, 5), (1, 1), (3, 20)):
+        generator = torch.Generator().manual_seed(1)
+        feeds = [torch.randn(shape, generator=generator) for shape in ((size, time, 6), (size, 3, 6))]
+        with implementation("ref"), torch.no_grad():
+            want = [x.numpy() for x in model.double()(*(x.double() for x in feeds))]
+        model.float()
+        for library in (False, True):
+            got = run(exported, dict(zip(names, (x.numpy() for x in feeds), strict=True)), library=library)
+            for g, w in zip(got, want, strict=True):
+                assert_close([g], [w])
 
 
 def test_the_examples_of_the_specification_run(tmp_path):

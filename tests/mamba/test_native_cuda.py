@@ -54,13 +54,15 @@ class Scan(torch.autograd.Function):
 
 class Conv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         native._conv_setup(ctx, inputs, None)
         return native_cuda._conv_forward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return (*native_cuda._conv_backward(dy, *ctx.saved_tensors, *ctx.switches), None, None)
+    def backward(ctx: Any, dy: Tensor, dlast: Tensor | None) -> tuple[Any, ...]:
+        tensors = ctx.saved_tensors
+        grads = native_cuda._conv_backward(dy, dlast, *tensors, *ctx.switches)
+        return (*(None if x is None else g for g, x in zip(grads, tensors, strict=True)), None, None)
 
 
 def scan_inputs(dtype: torch.dtype, gated: bool, stateful: bool) -> list[Tensor | None]:
@@ -108,20 +110,27 @@ def test_scan_of_views(library, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("width", "silu", "reverse"), [(4, True, False), (3, False, True), (6, True, True)])
-def test_convolution_and_its_gradients(library, monkeypatch, dtype, width, silu, reverse):
+@pytest.mark.parametrize(("width", "silu", "reverse"), [(4, True, False), (3, False, True), (6, True, True), (1, 1, 0)])
+@pytest.mark.parametrize("stateful", [False, True])
+def test_convolution_and_its_gradients(library, monkeypatch, dtype, width, silu, reverse, stateful):
     monkeypatch.setattr(native_cuda, "load_cuda_library", lambda: library)
     torch.manual_seed(0)
-    inputs = [torch.randn(2, 13, 6).to(dtype), torch.randn(6, width), torch.randn(6)]
-    exact = [x.double().requires_grad_() for x in inputs]
-    inputs = [x.requires_grad_() for x in inputs]
-    y = Conv.apply(*inputs, silu, reverse)
-    want = causal_conv1d_ref(*exact, activation="silu" if silu else "none", reverse=reverse)
+    inputs = [torch.randn(2, 13, 6).to(dtype), torch.randn(6, width), torch.randn(6), None]
+    if stateful and width > 1:
+        inputs[3] = torch.randn(2, width - 1, 6)
+    exact = [None if x is None else x.double().requires_grad_() for x in inputs]
+    inputs = [None if x is None else x.requires_grad_() for x in inputs]
+    y, last = Conv.apply(*inputs, silu, reverse)
+    flags = {"activation": "silu" if silu else "none", "reverse": reverse, "return_last_state": True}
+    want, want_last = causal_conv1d_ref(*exact, **flags)
     half = dtype == torch.float16
     torch.testing.assert_close(y.double(), want, rtol=1e-3 if half else 1e-5, atol=1e-4 if half else 1e-5)
-    y.float().square().sum().backward()
-    want.square().sum().backward()
+    torch.testing.assert_close(last.double(), want_last, rtol=0, atol=0)
+    (y.float().square().sum() + last.square().sum()).backward()
+    (want.square().sum() + want_last.square().sum()).backward()
     for x, e in zip(inputs, exact, strict=True):
+        if x is None:
+            continue
         bound = (5e-3 if half else 1e-5) * float(e.grad.abs().max())
         torch.testing.assert_close(x.grad.double(), e.grad, rtol=0, atol=bound)
 

@@ -258,6 +258,10 @@ def limits() -> dict[str, tuple[Any, str]]:
             "mamba_ssm gives the last state no gradient",
         ),
         "taps": (lambda: causal_conv1d(*taps), "causal_conv1d takes 2 to 4 taps, got 5"),
+        "past": (
+            lambda: causal_conv1d(data["u"], torch.randn(6, 4), return_last_state=True),
+            "causal_conv1d takes no state in all of its versions and layouts",
+        ),
     }
 
 

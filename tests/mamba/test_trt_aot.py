@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
 from helpers import emulated
-from helpers.op_cases import ScanCase, assert_close, assert_scan, scan_arrays
+from helpers.op_cases import ConvCase, ScanCase, assert_conv, assert_scan, conv_arrays, conv_outputs, scan_arrays
 from helpers.trt_wheels import NO_LEAN, lean_folders
 
 from hcmen.base.errors import BackendError, InputError
@@ -30,7 +29,6 @@ from hcmen.mamba import ptx, trt_aot
 from hcmen.mamba.functions import strip_functions
 from hcmen.mamba.one_node import conv_model, one_node_model, scan_model
 from hcmen.mamba.ptx import Kernel
-from hcmen.mamba.scan import causal_conv1d_ref
 from hcmen.mamba.trt_aot import ConvSwitches, ScanSwitches, conv_kernel, prepare, scan_kernel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,12 +43,15 @@ SCANS = [
     ((0, 1, 1, 0), 1, 3, 130, 4, None, True),
     ((1, 0, 0, 1), 2, 6, 9, 140, 1, False),
 ]
-# switches as in ConvSwitches: silu, reverse; then batch, time, channel, width, half
+# switches as in ConvSwitches: silu, reverse, stateful; then batch, time, channel, width, half
 CONVS = [
-    ((1, 0), 2, 17, 66, 4, False),
-    ((0, 1), 3, 8, 5, 3, False),
-    ((1, 1), 1, 1, 130, 6, True),
-    ((0, 0), 2, 9, 3, 1, True),
+    ((1, 0, 0), 2, 17, 66, 4, False),
+    ((0, 1, 0), 3, 8, 5, 3, False),
+    ((1, 1, 0), 1, 1, 130, 6, True),
+    ((0, 0, 0), 2, 9, 3, 1, True),
+    ((1, 0, 1), 2, 17, 66, 4, False),
+    ((0, 1, 1), 3, 2, 5, 12, True),
+    ((1, 1, 1), 2, 16, 7, 2, False),
 ]
 
 
@@ -84,7 +85,7 @@ def test_ptx_is_made_without_a_gpu_and_assembles(
     cases = [scan_of(SCANS[0]), conv_of(CONVS[2])]
     if isinstance(compiler, ptx.Nvrtc):  # the quick one
         largest = scan_kernel(ScanSwitches(1, 0, 1, 1), channel=64, state=trt_aot.MOST_STATES, group=1, half=False)
-        wide = conv_kernel(ConvSwitches(1, 0), channel=64, width=32, half=False)
+        wide = conv_kernel(ConvSwitches(1, 0, 1), channel=64, width=32, half=False)
         cases = [*map(scan_of, SCANS), *map(conv_of, CONVS), largest, wide]
     for kernel in cases:
         text = compiler.ptx(kernel, architecture)
@@ -93,8 +94,8 @@ def test_ptx_is_made_without_a_gpu_and_assembles(
         assert [name for name, _ in entries] == [kernel.name]
         types = re.findall(r"\.param \.(\w+)", entries[0][1])
         macros = dict(kernel.macros)
-        inputs = 3 if "HCMEN_WIDTH" in macros else 7 + macros["HCMEN_GATED"] + macros["HCMEN_STATEFUL"]
-        outputs = 1 + macros.get("HCMEN_STATEFUL", 0)
+        inputs = (3 if "HCMEN_WIDTH" in macros else 7 + macros["HCMEN_GATED"]) + macros["HCMEN_STATEFUL"]
+        outputs = 1 + macros["HCMEN_STATEFUL"]
         assert types == ["u64"] * inputs + ["u32"] * 2 + ["u64"] * outputs
         assemble(text, architecture, tmp_path)
 
@@ -117,9 +118,9 @@ def test_kernels_have_names_of_their_own() -> None:
     conv_sizes = [{"channel": 8, "width": width, "half": half} for width in (3, 4) for half in (False, True)]
     names = [scan_kernel(switches, **sizes).name for sizes in scan_sizes for switches in trt_aot.SCAN_NAMES]
     names += [conv_kernel(switches, **sizes).name for sizes in conv_sizes for switches in trt_aot.CONV_NAMES]
-    assert len(set(names)) == len(names) == 5 * 16 + 4 * 4
+    assert len(set(names)) == len(names) == 5 * 16 + 4 * 8
     assert all(re.fullmatch(r"[a-z_][a-z_0-9]*", name) for name in names)
-    assert len(set(trt_aot.SCAN_NAMES.values()) | set(trt_aot.CONV_NAMES.values())) == 20
+    assert len(set(trt_aot.SCAN_NAMES.values()) | set(trt_aot.CONV_NAMES.values())) == 24
 
 
 def test_what_no_kernel_serves_is_refused() -> None:
@@ -129,7 +130,9 @@ def test_what_no_kernel_serves_is_refused() -> None:
     with pytest.raises(InputError, match="8 channels in 3 groups"):
         scan_kernel(switches, channel=8, state=4, group=3, half=False)
     with pytest.raises(InputError, match="width 33, expected 1 to 32"):
-        conv_kernel(ConvSwitches(True, False), channel=8, width=33, half=False)
+        conv_kernel(ConvSwitches(True, False, False), channel=8, width=33, half=False)
+    with pytest.raises(InputError, match="with a state has width 1, expected at least 2"):
+        conv_kernel(ConvSwitches(True, False, True), channel=8, width=1, half=False)
 
 
 # --- the kernels, run -----------------------------------------------------------------------------------------------
@@ -167,17 +170,14 @@ def test_scan_kernels_give_the_reference_numbers(case: tuple[Any, ...], tmp_path
 
 @pytest.mark.parametrize("case", CONVS, ids=lambda case: conv_of(case).name.removeprefix("hcmen_aot_conv_"))
 def test_convolution_kernels_give_the_reference_numbers(case: tuple[Any, ...], tmp_path: Path) -> None:
-    (silu, reverse), batch, time, channel, width, half = case
-    rng = np.random.default_rng(8)
-    x = rng.normal(size=(batch, time, channel)).astype("float16" if half else "float32")
-    weight, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((channel, width), (channel,)))
-    wide = (torch.from_numpy(a.astype(np.float64)) for a in (x, weight, bias))
-    want = causal_conv1d_ref(*wide, activation="silu" if silu else "none", reverse=bool(reverse)).numpy()
-    y = np.full_like(x, np.nan)
+    switches, batch, time, channel, width, half = case
+    of = ConvCase(batch, time, channel, width, "float16" if half else "float32", *map(bool, switches))
+    feeds = conv_arrays(of)
+    outputs = list(conv_outputs(of, feeds).values())[: 1 + of.stateful]
     kernel = conv_of(case)
     threads = batch * -(-time // trt_aot.STEPS) * kernel.rows
-    emulate(kernel, -(-threads // trt_aot.THREADS), [x, weight, bias, y], batch, time, tmp_path)
-    assert_close([y], [want], 1e-6)
+    emulate(kernel, -(-threads // trt_aot.THREADS), [*feeds.values(), *outputs], batch, time, tmp_path)
+    assert_conv(of, feeds, outputs)
 
 
 # --- compilers and GPUs that do not fit -----------------------------------------------------------------------------
@@ -241,8 +241,8 @@ def test_nodes_are_renamed_by_their_switches(switches: ScanSwitches | ConvSwitch
     if isinstance(switches, ScanSwitches):
         model = scan_model(8, 4, functions=False, **vars(switches))
     else:
-        activation = "silu" if switches.silu else "none"
-        model = conv_model(8, 4, activation=activation, reverse=switches.reverse, functions=False)
+        flags = {"reverse": switches.reverse, "stateful": switches.stateful}
+        model = conv_model(8, 4, activation="silu" if switches.silu else "none", functions=False, **flags)
     node = model.graph.node[0]
     before = list(node.input), list(node.output), node.name, node.domain
     assert prepare(model) is model
@@ -260,7 +260,7 @@ def test_defaults_subgraphs_and_other_nodes() -> None:
     model = onnx.helper.make_model(onnx.helper.make_graph([branch, relu], "g", [], []))
     prepare(model)
     branches = [attribute.g.node[0].op_type for attribute in model.graph.node[0].attribute]
-    assert branches == [trt_aot.CONV_NAMES[ConvSwitches(False, False)]] * 2
+    assert branches == [trt_aot.CONV_NAMES[ConvSwitches(False, False, False)]] * 2
     assert model.graph.node[1] == relu
 
 
@@ -325,7 +325,7 @@ bool initLibNvInferPlugins() { return false; }
 @pytest.mark.skipif(not LEANS, reason=NO_LEAN)
 @pytest.mark.parametrize("folder", LEANS.values(), ids=LEANS)
 def test_tensorrt_takes_the_plugins(folder: Path, tmp_path: Path) -> None:
-    """All twenty, with the real bindings and the real registry: signatures, shapes, types, launch and kernel."""
+    """All of them, with the real bindings and the real registry: signatures, shapes, types, launch and kernel."""
     compiler_or_skip(ptx.ptx_compiler)
     if emulated.compiler() is None or sys.platform != "linux":
         pytest.skip("there is no C++ compiler, or this is not Linux")
@@ -360,9 +360,11 @@ def test_tensorrt_takes_the_plugins(folder: Path, tmp_path: Path) -> None:
         assert got["combinations"] == [["FLOAT"] * len(shared), ["HALF" if s else "FLOAT" for s in shared]]
     for number, (conv, name) in enumerate(trt_aot.CONV_NAMES.items()):
         got = plugins[name]
-        check_plugin(got, conv_kernel(conv, channel=channel, width=4, half=number % 2 == 0), [[batch, time, channel]])
+        kernel = conv_kernel(conv, channel=channel, width=4, half=number % 2 == 0)
+        check_plugin(got, kernel, [[batch, time, channel], [batch, 3, channel]][: 1 + conv.stateful])
         assert got["launch"]["grid_x"] == -(-3 * 7 * 66 // 128)
-        assert got["combinations"] == [["FLOAT"] * 4, ["HALF", "FLOAT", "FLOAT", "HALF"]]
+        shared = [True, False, False, *[False] * conv.stateful, True, *[False] * conv.stateful]
+        assert got["combinations"] == [["FLOAT"] * len(shared), ["HALF" if s else "FLOAT" for s in shared]]
 
 
 def check_plugin(got: dict[str, Any], kernel: Kernel, output_shapes: list[list[int]]) -> None:

@@ -64,11 +64,16 @@ def test_the_kernel_ran_as_itself_and_the_function_as_standard_nodes():
 def test_the_numpy_convolution_is_the_definition():
     rng = np.random.default_rng(0)
     x, weight, bias = rng.normal(size=(2, 7, 3)), rng.normal(size=(3, 4)), rng.normal(size=3)
-    got = doctor.causal_conv1d_numpy(x, weight, bias)
+    state = rng.normal(size=(2, 3, 3))
+    got, last = doctor.causal_conv1d_numpy(x, weight, bias, state)
+    np.testing.assert_array_equal(last, x[:, 4:])
+    short = doctor.causal_conv1d_numpy(x[:, :1], weight, bias, state)[1]
+    np.testing.assert_array_equal(short, [[state[b, 1], state[b, 2], x[b, 0]] for b in range(2)])
     for b in range(2):
         for t in range(7):
             for c in range(3):
-                s = bias[c] + sum(weight[c, k] * x[b, t - 3 + k, c] for k in range(4) if t - 3 + k >= 0)
+                seen = [x[b, i, c] if i >= 0 else state[b, i + 3, c] for i in range(t - 3, t + 1)]
+                s = bias[c] + sum(weight[c, k] * seen[k] for k in range(4))
                 assert got[b, t, c] == pytest.approx(s / (1 + np.exp(-s)))
 
 
