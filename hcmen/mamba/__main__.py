@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from hcmen.base.errors import InputError
-from hcmen.mamba.stand_ins.hook import shim
 
 __all__ = ["main", "prepared"]
 
@@ -35,15 +34,22 @@ def prepared(words: Sequence[str]) -> Callable[[], object]:
             raise InputError(f"there is no file '{script}'", "the path of a Python script")
         sys.argv = rest
         sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
-        shim().install()
+        _install()
         return partial(runpy.run_path, script, run_name="__main__")
     module = rest[1]
     sys.path.insert(0, os.getcwd())
-    shim().install()
+    if importlib.util.find_spec(module.partition(".")[0]) is not None:
+        _install()
     if not _there(module):
         raise InputError(f"there is no module '{module}'", "one that Python finds", "see PYTHONPATH")
     sys.argv = rest[1:]
     return partial(runpy.run_module, module, run_name="__main__", alter_sys=True)
+
+
+def _install() -> None:
+    from hcmen.mamba.stand_ins.hook import shim  # it imports torch, which takes seconds
+
+    shim().install()
 
 
 def _there(name: str) -> bool:

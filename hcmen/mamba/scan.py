@@ -191,7 +191,8 @@ def selective_scan(
         delta_softplus,
         reverse,
     )
-    y = y.to(dtype)
+    if y.dtype != dtype:
+        y = y.to(dtype)
     return (y, last_state) if return_last_state else y
 
 
@@ -246,7 +247,7 @@ def causal_conv1d(
         activation == "silu",
         reverse,
     )
-    y = y.to(x.dtype)
+    y = y if y.dtype == x.dtype else y.to(x.dtype)
     return (y, last_state) if return_last_state else y
 
 

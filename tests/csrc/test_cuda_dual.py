@@ -116,7 +116,18 @@ def test_dual_with_every_length(kernels: Kernels, time: int) -> None:
 
 @pytest.mark.parametrize(
     ("head", "head_dim", "group"),
-    [(1, 1, 1), (3, 2, 3), (4, 4, 1), (5, 7, 1), (8, 33, 2), (2, 64, 1), (1, 130, 1), (40, 1, 1), (6, 20, 3), (70, 3, 2)],
+    [
+        (1, 1, 1),
+        (3, 2, 3),
+        (4, 4, 1),
+        (5, 7, 1),
+        (8, 33, 2),
+        (2, 64, 1),
+        (1, 130, 1),
+        (40, 1, 1),
+        (6, 20, 3),
+        (70, 3, 2),
+    ],
 )
 def test_dual_with_every_head(kernels: Kernels, head: int, head_dim: int, group: int) -> None:
     """Heads of less than a row group and of several blocks; blocks of several heads, cut in the middle of one."""
@@ -256,7 +267,11 @@ def test_nan_of_a_dual_stays_where_it_can_reach(kernels: Kernels) -> None:
 
 def test_duals_do_not_depend_on_the_order_of_threads_and_blocks(kernels: Kernels) -> None:
     """Bit for bit; an access that no barrier orders would come out differently."""
-    cases = [(DualCase(2, 12, 3, 12, 16), 0), (DualCase(1, 20, 3, 3, 20, 3, wide=True), 9), (DualCase(1, 9, 1, 70, 5), -1)]
+    cases = [
+        (DualCase(2, 12, 3, 12, 16), 0),
+        (DualCase(1, 20, 3, 3, 20, 3, wide=True), 9),
+        (DualCase(1, 9, 1, 70, 5), -1),
+    ]
     found = []
     for order in (0, 1, 2):
         kernels.library.emulation_set_order(order)
@@ -367,7 +382,11 @@ def test_impossible_sizes_of_duals_are_refused(library: ctypes.CDLL) -> None:
 
 def test_null_pointers_and_odd_wishes_of_duals_are_refused(library: ctypes.CDLL) -> None:
     case = DualCase()
-    arrays = {**dual_arrays(case), "y": np.empty(case.series, np.float32), "last_state": np.empty(case.states, np.float32)}
+    arrays = {
+        **dual_arrays(case),
+        "y": np.empty(case.series, np.float32),
+        "last_state": np.empty(case.states, np.float32),
+    }
     forward = library.hcmen_cuda_state_space_dual_forward
     assert forward(*by_reference(dual_structure(case, arrays, address), CudaLaunch())) == OK
     for name in ("x", "dt", "A", "B", "C", "D", "dt_bias", "y"):

@@ -17,22 +17,11 @@ from torch import Tensor
 
 from hcmen.base.errors import InputError, shown
 from hcmen.mamba.scan import causal_conv1d
+from hcmen.mamba.stand_ins.arguments import PACKED, cast, not_served
 
 __all__ = ["CUDA", "causal_conv1d_bwd_function", "causal_conv1d_fn", "causal_conv1d_fwd_function"]
 __all__ += ["causal_conv1d_ref", "causal_conv1d_update", "causal_conv1d_update_function", "causal_conv1d_update_ref"]
-__all__ += ["causal_conv1d_varlen_states", "not_served"]
-
-_PACKED = "pass each sequence in a call of its own, or pad them"
-
-
-def not_served(what: str, value: Any, fix: str = _PACKED) -> None:
-    """Refuses an argument that came.
-
-    Raises:
-        InputError: `value` is anything but None, False or 0.
-    """
-    if value is not None and value is not False and not (isinstance(value, int) and value == 0):
-        raise InputError(f"{what} came", "none, since it is not served", fix)
+__all__ += ["causal_conv1d_varlen_states"]
 
 
 def _activation(name: Any) -> str:
@@ -54,7 +43,7 @@ def _convolved(
         return_last_state=last,
     )
     y, state = found if isinstance(found, tuple) else (found, None)
-    return y.transpose(1, 2), None if state is None else state.transpose(1, 2).to(x.dtype)
+    return y.transpose(1, 2), None if state is None else cast(state.transpose(1, 2), x.dtype)
 
 
 def causal_conv1d_fn(
@@ -122,7 +111,7 @@ def causal_conv1d_update(
         raise InputError(f"conv_state has shape {list(conv_state.shape)}", want)
     series = x[..., None] if x.dim() == 2 else x
     y, _ = _convolved(series, weight, bias, conv_state[..., kept - past :], activation, False)
-    conv_state.copy_(torch.cat((conv_state, series.to(conv_state.dtype)), dim=-1)[..., -kept:])
+    conv_state.copy_(torch.cat((conv_state, cast(series, conv_state.dtype)), dim=-1)[..., -kept:])
     return y[..., 0] if x.dim() == 2 else y
 
 
@@ -135,7 +124,7 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
     Raises:
         InputError: always.
     """
-    raise InputError("cu_seqlens came", "none, since packed sequences are not served", _PACKED)
+    raise InputError("cu_seqlens came", "none, since packed sequences are not served", PACKED)
 
 
 # --- the compiled module, and cpp_functions of 1.5 and later ----------------------------------------------------------

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from hcmen.base.errors import InputError
 from hcmen.mamba.scan import causal_conv1d, selective_scan
-from hcmen.mamba.stand_ins.causal_conv import causal_conv1d_update, not_served
+from hcmen.mamba.stand_ins.arguments import not_served
+from hcmen.mamba.stand_ins.causal_conv import causal_conv1d_update
 from hcmen.mamba.stand_ins.norms import RMSNormGated
 from hcmen.mamba.stand_ins.ssd import (
     mamba_chunk_scan_combined,

@@ -13,17 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hcmen.mamba.stand_ins.arguments import cast
+
 __all__ = ["LayerNormGated", "RMSNorm", "RMSNormGated", "layer_norm_fn", "layer_norm_linear_fn", "layernorm_fn"]
 __all__ += ["normed_with_statistics", "rms_norm_fn", "rmsnorm_fn"]
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _normed(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, is_rms_norm: bool) -> Tensor:
     """x, already wide, over its last dimension."""
-    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    weight, bias = cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype)
     if not is_rms_norm:
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     y = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
@@ -49,7 +51,7 @@ def _summed(
     if x1 is not None:
         other, second = _dropped(_wide(x1), dropout_p)
         whole = whole + other
-    return (whole if residual is None else whole + residual.to(whole.dtype)), first, second
+    return (whole if residual is None else whole + cast(residual, whole.dtype)), first, second
 
 
 def layer_norm_fn(
@@ -74,22 +76,36 @@ def layer_norm_fn(
     none and `residual_in_fp32`; with `return_dropout_mask` the two masks follow.
     """
     whole, *masks = _summed(x, residual, x1, dropout_p, rowscale)
-    found: list[Tensor | None] = [_normed(whole, weight, bias, eps, is_rms_norm).to(x.dtype)]
+    found: list[Tensor | None] = [cast(_normed(whole, weight, bias, eps, is_rms_norm), x.dtype)]
     if weight1 is not None:
-        found.append(_normed(whole, weight1, bias1, eps, is_rms_norm).to(x.dtype))
+        found.append(cast(_normed(whole, weight1, bias1, eps, is_rms_norm), x.dtype))
     if prenorm:
         alone = torch.float32 if residual_in_fp32 else x.dtype
-        found.append(whole.to(alone if residual is None else residual.dtype))
+        found.append(cast(whole, alone if residual is None else residual.dtype))
     if return_dropout_mask:
         found += masks
     return found[0] if len(found) == 1 else tuple(found)
 
 
-def rms_norm_fn(x: Tensor, weight: Tensor, bias: Tensor | None = None, *others: Any, **named: Any) -> Any:
-    """As `layer_norm_fn`, without a mean. Further arguments are those of `layer_norm_fn` without is_rms_norm."""
-    if len(others) > 9:  # return_dropout_mask stands where layer_norm_fn has is_rms_norm
-        *others, named["return_dropout_mask"] = others  # type: ignore[assignment]
-    return layer_norm_fn(x, weight, bias, *others, **{**named, "is_rms_norm": True})
+def rms_norm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    x1: Tensor | None = None,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+    eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    return_dropout_mask: bool = False,
+    is_rms_norm: bool = True,
+) -> Any:
+    """As `layer_norm_fn`, without a mean; is_rms_norm, which mamba_ssm 1.0 passes, changes nothing."""
+    first = (x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale)
+    return layer_norm_fn(*first, prenorm, residual_in_fp32, True, return_dropout_mask)
 
 
 def layer_norm_linear_fn(
@@ -115,7 +131,7 @@ def layer_norm_linear_fn(
         residual_in_fp32=residual_in_fp32,
         is_rms_norm=is_rms_norm,
     )
-    out = F.linear(y.to(linear_weight.dtype), linear_weight, linear_bias)
+    out = F.linear(cast(y, linear_weight.dtype), linear_weight, linear_bias)
     return (out, whole) if prenorm else out
 
 
@@ -166,7 +182,7 @@ def layernorm_fn(
     group_size: how many elements are normed together, which divides the width; all of them if absent.
     """
     whole = _wide(x)
-    gate = None if z is None else F.silu(z.to(whole.dtype))
+    gate = None if z is None else F.silu(cast(z, whole.dtype))
     if gate is not None and not norm_before_gate:
         whole = whole * gate
     if group_size is None or group_size == x.shape[-1]:
@@ -174,9 +190,9 @@ def layernorm_fn(
     else:
         groups = torch.unflatten(whole, -1, (-1, group_size))
         ones = weight.new_ones(group_size)
-        y = _normed(groups, ones, None, eps, is_rms_norm).flatten(-2) * weight.to(whole.dtype)
-        y = y if bias is None else y + bias.to(y.dtype)
-    return (y * gate if gate is not None and norm_before_gate else y).to(x.dtype)
+        y = _normed(groups, ones, None, eps, is_rms_norm).flatten(-2) * cast(weight, whole.dtype)
+        y = y if bias is None else y + cast(bias, y.dtype)
+    return cast(y * gate if gate is not None and norm_before_gate else y, x.dtype)
 
 
 def rmsnorm_fn(

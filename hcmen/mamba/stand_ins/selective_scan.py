@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hcmen.base.errors import InputError
 from hcmen.mamba.scan import one_call, selective_scan
+from hcmen.mamba.stand_ins.arguments import cast, real, widest
 from hcmen.mamba.stand_ins.causal_conv import causal_conv1d_fn
 from hcmen.mamba.stand_ins.norms import rms_norm_fn
 
@@ -33,26 +33,9 @@ def tracing() -> bool:
     return torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting()
 
 
-def real(**tensors: Tensor | None) -> None:
-    """Refuses complex tensors.
-
-    Raises:
-        InputError: one is complex; of what came it names the first.
-    """
-    for name, x in tensors.items():
-        if x is not None and x.is_complex():
-            fix = "build the model with real states, which is Mamba's default"
-            raise InputError(f"{name} is {x.dtype}", "a real tensor, since complex state spaces are not served", fix)
-
-
-def widest(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype that holds all of them: callers mix float32 with half precision, above all under autocast."""
-    return functools.reduce(torch.promote_types, (x.dtype for x in tensors if x is not None))
-
-
 def _time_first(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[b, n, t] -> [b, t, n] and [b, g, n, t] -> [b, t, g, n]; what is the same at every step stays [c, n]."""
-    return x if x.dim() == 2 else x.movedim(-1, 1).to(dtype)
+    return x if x.dim() == 2 else cast(x.movedim(-1, 1), dtype)
 
 
 def selective_scan_fn(
@@ -90,7 +73,7 @@ def selective_scan_fn(
         return_last_state=return_last_state,
     )
     y, state = found if isinstance(found, tuple) else (found, None)
-    y = y.movedim(1, -1).to(u.dtype)
+    y = cast(y.movedim(1, -1), u.dtype)
     return (y, state) if return_last_state else y
 
 
@@ -113,11 +96,12 @@ def _forward(
     out_float: bool = False,
 ) -> list[Tensor]:
     """[out, x], and out_z with a gate. The last state is x[:, :, -1, 1::2], where the kernels have it too."""
-    wide = torch.promote_types(widest(u, delta), torch.float32)
+    wide = widest(u, delta)
+    wide = torch.float32 if wide in (torch.float16, torch.bfloat16) else wide
     out_dtype = wide if out_float else u.dtype
     # Half precision is rounded once, after the gate, as in the kernels.
     scan = functools.partial(
-        selective_scan_fn, u.to(wide), delta, A, B, C, D, delta_bias=delta_bias, delta_softplus=delta_softplus
+        selective_scan_fn, cast(u, wide), delta, A, B, C, D, delta_bias=delta_bias, delta_softplus=delta_softplus
     )
     if tracing():
         # Three calls: of their nodes only those are left whose outputs somebody reads.
@@ -126,10 +110,10 @@ def _forward(
             gated = None if z is None else scan(z=z)
     else:
         out, state = scan(return_last_state=True)
-        gated = None if z is None else out * F.silu(z.to(wide))
+        gated = None if z is None else out * F.silu(cast(z, wide))
     x = torch.stack((torch.zeros_like(state), state), dim=-1).flatten(2)[:, :, None]
-    found = [out.to(out_dtype), x]
-    return found if gated is None else [*found, gated.to(out_dtype)]
+    found = [cast(out, out_dtype), x]
+    return found if gated is None else [*found, cast(gated, out_dtype)]
 
 
 def _into(given: Tensor | None, found: Tensor) -> Tensor:
@@ -231,7 +215,7 @@ def _inner(
         if given is not None:
             made.append(given)
             continue
-        found = own if bias is None else own + bias.to(own.dtype)
+        found = own if bias is None else own + cast(bias, own.dtype)
         made.append((found if norm is None else rms_norm_fn(found, norm, None, eps=eps)).transpose(1, 2))
     if norms[2] is not None:
         delta = rms_norm_fn(delta, norms[2], None, eps=eps)
@@ -337,7 +321,7 @@ def bimamba_inner_fn(
         assert isinstance(y, Tensor)
         return y
 
-    return F.linear((scanned(A, False) + scanned(A_b, True)).to(xz.dtype), out_proj_weight, out_proj_bias)
+    return F.linear(cast(scanned(A, False) + scanned(A_b, True), xz.dtype), out_proj_weight, out_proj_bias)
 
 
 mamba_inner_ref, bimamba_inner_ref = mamba_inner_fn, bimamba_inner_fn

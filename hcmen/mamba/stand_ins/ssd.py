@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from hcmen.base.errors import InputError
 from hcmen.mamba.scan import selective_scan, state_space_dual
-from hcmen.mamba.stand_ins.causal_conv import causal_conv1d_fn, not_served
+from hcmen.mamba.stand_ins.arguments import cast, not_served, real, widest
+from hcmen.mamba.stand_ins.causal_conv import causal_conv1d_fn
 from hcmen.mamba.stand_ins.norms import rmsnorm_fn
-from hcmen.mamba.stand_ins.selective_scan import real, widest
 
 __all__ = ["mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined", "selective_state_update", "swiglu"]
 
@@ -54,21 +54,21 @@ def mamba_chunk_scan_combined(
         not_served(name, value)
     dtype = widest(x, dt, B, C, z)
     found = state_space_dual(
-        x.to(dtype),
-        dt.to(dtype),
+        cast(x, dtype),
+        cast(dt, dtype),
         A,
-        B.to(dtype),
-        C.to(dtype),
+        cast(B, dtype),
+        cast(C, dtype),
         D,
         dt_bias,
-        None if z is None else z.to(dtype),
+        None if z is None else cast(z, dtype),
         initial_states,
         delta_softplus=dt_softplus,
         dt_min=float(dt_limit[0]),
         dt_max=float(dt_limit[1]),
         return_last_state=return_final_states,
     )
-    return (found[0].to(x.dtype), found[1]) if isinstance(found, tuple) else found.to(x.dtype)
+    return (cast(found[0], x.dtype), found[1]) if isinstance(found, tuple) else cast(found, x.dtype)
 
 
 def swiglu(xy: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def mamba_split_conv1d_scan_combined(
     if extra:
         y = torch.cat((swiglu(beside), y), dim=-1)
     if outproj_weight is not None:
-        y = F.linear(y.to(outproj_weight.dtype), outproj_weight, outproj_bias)
+        y = F.linear(cast(y, outproj_weight.dtype), outproj_weight, outproj_bias)
     return (y, last) if return_final_states else y
 
 
@@ -184,7 +184,7 @@ def selective_state_update(
     dtype = widest(x, dt, B, C, z)
     if B.dim() == 2:
         B, C = B[:, None], C[:, None]
-    steps = [None if v is None else v.to(dtype)[:, None] for v in (x, dt, B, C, z)]
+    steps = [None if v is None else cast(v, dtype)[:, None] for v in (x, dt, B, C, z)]
     series, step, inputs, outputs, gate = steps
     assert series is not None
     assert step is not None
@@ -220,4 +220,4 @@ def selective_state_update(
         )
     y, last = found
     state.copy_(last.reshape(state.shape))
-    return y.reshape(x.shape).to(x.dtype)
+    return cast(y.reshape(x.shape), x.dtype)

@@ -19,6 +19,7 @@ from torch import Tensor
 from hcmen.mamba import native_cuda
 from hcmen.mamba.stand_ins import causal_conv, selective_scan, ssd
 from hcmen.mamba.stand_ins.adapting import Replacing, adapted
+from hcmen.mamba.stand_ins.arguments import not_served
 
 __all__ = ["OLD_NAMES", "batched_experts", "serve"]
 
@@ -74,8 +75,8 @@ def _served(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         if named.get("activation") not in (None, "silu", "swish"):
             return original(*arguments, **named)
         for packed in ("seq_idx", "cu_seqlens"):
-            causal_conv.not_served(packed, named.get(packed))
-        # Layers pass on what others of the model take.
+            not_served(packed, named.get(packed))
+        # Layers pass on what other layers of the model take.
         known = {k: v for k, v in named.items() if k in taken}
         return run(*arguments, **known)
 
@@ -169,7 +170,8 @@ def batched_experts(model: Any) -> Iterator[None]:
 
     A model without experts, or a version of transformers without this choice, stays as it is.
     """
-    if not getattr(model, "_can_set_experts_implementation", lambda: False)():
+    known = hasattr(model, "get_experts_implementation")
+    if not known or not model._can_set_experts_implementation():
         yield
         return
     before = model.get_experts_implementation()
