@@ -196,7 +196,8 @@ def _raise(library: ctypes.CDLL, name: str, *arguments: Any) -> None:
     raise InputError(
         f"hcmen_cuda_{name} refused {sizes} (status {status})",
         "sizes of at least 1 that fit each other and what is wished, "
-        f"at most {FORWARD_STATES} states forward and {BACKWARD_STATES} backward, 2^28 channels (of all heads less than 2^25) and 2^31 - 1 steps",
+        f"at most {FORWARD_STATES} states forward and {BACKWARD_STATES} backward, 2^28 channels (of all heads less "
+        "than 2^25) and 2^31 - 1 steps",
     )
 
 

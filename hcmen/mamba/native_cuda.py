@@ -23,18 +23,21 @@ from torch import Tensor
 
 from hcmen.base.cuda_library import VARIABLE, CudaLaunch, call, cuda_library_path, load_cuda_library, workspace_bytes
 from hcmen.base.errors import BackendError, InputError
-from hcmen.base.library import ScanArguments
-from hcmen.base.op import CAUSAL_CONV1D, SELECTIVE_SCAN, Operator
+from hcmen.base.op import CAUSAL_CONV1D, SELECTIVE_SCAN, STATE_SPACE_DUAL, Operator
 from hcmen.mamba.native import (
     causal_conv1d_backward_op,
     causal_conv1d_op,
     conv_by,
     conv_gradients_by,
+    dual_by,
+    dual_gradients_by,
     pointer,
     scan_by,
     scan_gradients_by,
     selective_scan_backward_op,
     selective_scan_op,
+    state_space_dual_backward_op,
+    state_space_dual_op,
 )
 
 __all__ = ["demand", "works"]
@@ -108,37 +111,46 @@ def _one_device(op: Operator, inputs: Sequence[Any]) -> torch.device:
     return device
 
 
+def _forward(name: str, device: torch.device, arguments: ctypes.Structure) -> None:
+    """Of a recurrence, `name`."""
+    size = workspace_bytes(load_cuda_library(), name, arguments, None, 0)
+    _run(f"{name}_forward", device, size, arguments)
+
+
+def _backward(name: str, device: torch.device, arguments: Any, gradients: ctypes.Structure) -> None:
+    # The rule lets a workspace have 4 GiB. Where that is not there, fewer sequences at once give the same numbers.
+    at_once = arguments.batch
+    while True:
+        launch = CudaLaunch(sequences_at_once=at_once)
+        size = workspace_bytes(load_cuda_library(), name, arguments, launch, 1)
+        try:
+            workspace = _workspace(f"{name}_backward", device, size)
+        except BackendError:
+            if at_once == 1:
+                raise
+            at_once = -(-at_once // 2)
+            continue
+        return _launch(f"{name}_backward", device, launch, workspace, arguments, gradients)
+
+
 @selective_scan_op.register_kernel("cuda")
 def _scan_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-    device = _one_device(SELECTIVE_SCAN, inputs)
-
-    def run(scan: ctypes.Structure) -> None:
-        size = workspace_bytes(load_cuda_library(), "selective_scan", scan, None, 0)
-        _run("selective_scan_forward", device, size, scan)
-
-    return scan_by(run, inputs)
+    return scan_by(partial(_forward, "selective_scan", _one_device(SELECTIVE_SCAN, inputs)), inputs)
 
 
 @selective_scan_backward_op.register_kernel("cuda")
 def _scan_backward(dy: Tensor, dlast_state: Tensor, *inputs: Any) -> list[Tensor]:
-    device: torch.device = inputs[0].device
+    return scan_gradients_by(partial(_backward, "selective_scan", inputs[0].device), dy, dlast_state, inputs)
 
-    def run(scan: ScanArguments, gradients: ctypes.Structure) -> None:
-        # The rule lets a workspace have 4 GiB. Where that is not there, fewer sequences at once give the same numbers.
-        at_once = scan.batch
-        while True:
-            launch = CudaLaunch(sequences_at_once=at_once)
-            size = workspace_bytes(load_cuda_library(), "selective_scan", scan, launch, 1)
-            try:
-                workspace = _workspace("selective_scan_backward", device, size)
-            except BackendError:
-                if at_once == 1:
-                    raise
-                at_once = -(-at_once // 2)
-                continue
-            return _launch("selective_scan_backward", device, launch, workspace, scan, gradients)
 
-    return scan_gradients_by(run, dy, dlast_state, inputs)
+@state_space_dual_op.register_kernel("cuda")
+def _dual_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    return dual_by(partial(_forward, "state_space_dual", _one_device(STATE_SPACE_DUAL, inputs)), inputs)
+
+
+@state_space_dual_backward_op.register_kernel("cuda")
+def _dual_backward(dy: Tensor, dlast_state: Tensor, *inputs: Any) -> list[Tensor]:
+    return dual_gradients_by(partial(_backward, "state_space_dual", inputs[0].device), dy, dlast_state, inputs)
 
 
 @causal_conv1d_op.register_kernel("cuda")

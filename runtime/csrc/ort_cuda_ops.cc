@@ -31,31 +31,17 @@ class Cuda {
   }
 
   int run(const Functions& ort, KernelContext* context, const hcmen_scan& scan) {
-    hcmen_cuda_launch launch{};
-    check(ort.KernelContext_GetGPUComputeStream(context, &launch.stream));
-    if (const int status = hcmen_cuda_selective_scan_workspace(&scan, &launch, 0, &launch.workspace_bytes)) {
-      return status;
-    }
-    if (launch.workspace_bytes == 0) return hcmen_cuda_selective_scan_forward(&scan, &launch);
-    // Held until all launches of this run are queued, so that those of another run on the same stream come after them.
-    const std::lock_guard<std::mutex> lock(mutex_);
-    launch.workspace = workspace(launch.stream, launch.workspace_bytes);
-    if (launch.workspace == nullptr) {
-      // One block for a whole sequence needs none, and takes longer.
-      launch.steps_per_chunk = -1;
-      launch.workspace_bytes = 0;
-    }
-    return hcmen_cuda_selective_scan_forward(&scan, &launch);
+    return run(ort, context, scan, hcmen_cuda_selective_scan_workspace, hcmen_cuda_selective_scan_forward);
+  }
+
+  int run(const Functions& ort, KernelContext* context, const hcmen_dual& dual) {
+    return run(ort, context, dual, hcmen_cuda_state_space_dual_workspace, hcmen_cuda_state_space_dual_forward);
   }
 
   int run(const Functions& ort, KernelContext* context, const hcmen_conv& conv) {
     hcmen_cuda_launch launch{};
     check(ort.KernelContext_GetGPUComputeStream(context, &launch.stream));
     return hcmen_cuda_causal_conv1d_forward(&conv, &launch);
-  }
-
-  int run(const Functions&, KernelContext*, const hcmen_dual&) {
-    throw Failure{kInvalidArgument, Line().add("there is no CUDA kernel: run the node on the CPU provider")};
   }
 
   static std::string problem(int status) {
@@ -66,6 +52,26 @@ class Cuda {
   }
 
  private:
+  // A recurrence, which may be cut into chunks.
+  template <class Arguments>
+  int run(const Functions& ort, KernelContext* context, const Arguments& arguments,
+          int (*need)(const Arguments*, const hcmen_cuda_launch*, int, int64_t*),
+          int (*forward)(const Arguments*, const hcmen_cuda_launch*)) {
+    hcmen_cuda_launch launch{};
+    check(ort.KernelContext_GetGPUComputeStream(context, &launch.stream));
+    if (const int status = need(&arguments, &launch, 0, &launch.workspace_bytes)) return status;
+    if (launch.workspace_bytes == 0) return forward(&arguments, &launch);
+    // Held until all launches of this run are queued, so that those of another run on the same stream come after them.
+    const std::lock_guard<std::mutex> lock(mutex_);
+    launch.workspace = workspace(launch.stream, launch.workspace_bytes);
+    if (launch.workspace == nullptr) {
+      // One block for a whole sequence needs none, and takes longer.
+      launch.steps_per_chunk = -1;
+      launch.workspace_bytes = 0;
+    }
+    return forward(&arguments, &launch);
+  }
+
   // Memory of one stream. A piece that became too small is kept: work that was queued, or recorded in a graph, uses it.
   struct Memory {
     std::vector<void*> pieces;

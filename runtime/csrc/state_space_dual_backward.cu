@@ -152,10 +152,10 @@ __device__ __forceinline__ void find_states(const Arguments& a, const Tile& here
   for (int k = 0; k < upto; ++k) advance_cells(here, k, h);
 }
 
-// Back over step k of a tile, from the states before and after it: `gradient` comes in as that of the states after it and
-// goes out as that of those before. Writes parts of the gradients and of y; returns the lane's part of
-// decay <gradient, before>.
-__device__ __forceinline__ float go_back(const Tile& here, int k, const Cells& after, const Cells& before,
+// Back over step k of a tile, number q of kSub, from the states before and after it: `gradient` comes in as that of the
+// states after it and goes out as that of those before. Writes parts of the gradients and of y; returns the lane's part
+// of decay <gradient, before>.
+__device__ __forceinline__ float go_back(const Tile& here, int k, int q, const Cells& after, const Cells& before,
                                          Cells& gradient, float* of_rows, float* of_states) {
   const int lane = threadIdx.x % kWarp, slice = lane % kSide, quad = lane / kSide;
   float out[kSide], C[kSide], y[kSide], dC[kSide];
@@ -172,9 +172,9 @@ __device__ __forceinline__ float go_back(const Tile& here, int k, const Cells& a
       gradient[j][i] = fmaf(C[i], out[j], gradient[j][i]);
     }
   }
-  of_rows[Memory::kOutputs] = sum_of_quad(y, slice);
+  of_rows[Memory::kOutputs + q * kWarp] = sum_of_quad(y, slice);
   const float my_dC = sum_over_quads(dC, quad);
-  if (quad & 1) of_states[kStates] = my_dC;
+  if (quad & 1) of_states[q * kWarp + kStates] = my_dC;
 
   float input[kSide], B[kSide], step[4], through[kSide], dB[kSide], kept[kSide];
   here.values(kX, k, input);
@@ -194,9 +194,9 @@ __device__ __forceinline__ float go_back(const Tile& here, int k, const Cells& a
       kept[i] = fmaf(mine, before[j][i], kept[i]);
     }
   }
-  of_rows[Memory::kThrough] = sum_of_quad(through, slice);
+  of_rows[Memory::kThrough + q * kWarp] = sum_of_quad(through, slice);
   const float my_dB = sum_over_quads(dB, quad);
-  if (!(quad & 1)) of_states[0] = my_dB;
+  if (!(quad & 1)) of_states[q * kWarp] = my_dB;
   return (kept[0] + kept[1]) + (kept[2] + kept[3]);
 }
 
@@ -244,14 +244,14 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) dual_backward_kernel(con
       float* const parts = memory + where.parts + warp * Memory::kPartsSize + lane;
       float* const of_states = parts - lane + Memory::kProjections + slice * kSide + quad / 2;
       float kept[kSub];
-      kept[3] = go_back(here, anew_after(last[3][3], sub * kSub + 3), last, fourth, gradient, parts + 3 * kWarp, of_states + 3 * kWarp);
-      kept[2] = go_back(here, anew_after(kept[3], sub * kSub + 2), fourth, third, gradient, parts + 2 * kWarp, of_states + 2 * kWarp);
+      kept[3] = go_back(here, anew_after(last[3][3], sub * kSub + 3), 3, last, fourth, gradient, parts, of_states);
+      kept[2] = go_back(here, anew_after(kept[3], sub * kSub + 2), 2, fourth, third, gradient, parts, of_states);
       Cells start, second;
       find_states(a, here, tile, anew_after(kept[2], sub * kSub), start);
       copy_cells(start, second);
       advance_cells(here, sub * kSub, second);
-      kept[1] = go_back(here, anew_after(second[3][3], sub * kSub + 1), third, second, gradient, parts + kWarp, of_states + kWarp);
-      kept[0] = go_back(here, anew_after(kept[1], sub * kSub), second, start, gradient, parts, of_states);
+      kept[1] = go_back(here, anew_after(second[3][3], sub * kSub + 1), 1, third, second, gradient, parts, of_states);
+      kept[0] = go_back(here, anew_after(kept[1], sub * kSub), 0, second, start, gradient, parts, of_states);
       {
         float total = sum_of_quad(kept, slice);
 #pragma unroll

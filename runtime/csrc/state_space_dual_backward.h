@@ -48,7 +48,8 @@ struct Memory {
   static constexpr int kSeriesSize = kSeries * kTile * kWarp, kProjectionSize = kTile * kWarp, kPartSize = kSub * kWarp;
   // Of a warp: parts of y, of g B, both as [kSub][row]; of dB and dC, as [kSub][B, C][kStates]; of the gradient of the
   // step size, [kTile]; its rows' gradient of D.
-  enum { kOutputs, kThrough = kPartSize, kProjections = 2 * kPartSize, kKept = 3 * kPartSize, kD = kKept + kTile, kPartsSize = kD + kWarp };
+  enum { kOutputs, kThrough = kPartSize, kProjections = 2 * kPartSize, kKept = 3 * kPartSize, kD = kKept + kTile };
+  static constexpr int kPartsSize = kD + kWarp;
   int projections;  // behind [row_warps][kSeries][kTile][kWarp]: [state_warps][kTile][B, C][kStates]
   int parts;        // [warps()][kPartsSize]
   int steps;        // [2][kTile][4]: step size, decay and slope, by turns of tiles

@@ -45,8 +45,9 @@ struct DualLayout {
   HCMEN_HD int projections() const { return lane_stride() << lanes_shift; }
   HCMEN_HD int inputs() const { return kDualRowStride << block_groups_shift(); }
   HCMEN_HD int decays() const { return 2 * kRound * block_heads; }
-  // Before the first tile: the group of the block, its first head, and of each row group where it lies and how many rows it has.
-  HCMEN_HD int table() const { return 4 + 2 * block_groups(); }
+  // Before the first tile: the group of the block, its first head, and of each row group where it lies and how many rows
+  // it has. A multiple of four, as all of these, so that what follows can be read four at a time.
+  HCMEN_HD int table() const { return 4 + (2 * block_groups() + 3) / 4 * 4; }
   HCMEN_HD int rounds() const { return steps / kRound; }
   HCMEN_HD int buffer() const { return rounds() * (projections() + inputs() + decays()); }
   int64_t shared_bytes() const { return (int64_t)sizeof(float) * (table() + 2 * buffer()); }

@@ -31,6 +31,16 @@ bool read_field(const op::Attribute& attribute, const trt::PluginField& field, i
     add_choice(add_shown(error.add("is \""), bytes, size).add("\", expected "), attribute);
     return false;
   }
+  if (attribute.is_number) {
+    if (field.type != trt::PluginFieldType::kFLOAT32 || field.length != 1) {
+      return error.add("is a field of type %d and length %d, expected one float, type %d (kFLOAT32)", (int)field.type,
+                       (int)field.length, (int)trt::PluginFieldType::kFLOAT32),
+             false;
+    }
+    memcpy(&value, field.data, sizeof value);
+    if (op::number_of(value) == op::number_of(value)) return true;
+    return add_choice(error.add("is NaN, expected "), attribute), false;
+  }
   int64_t number = 0;
   // Serialised data lies where it lies: no alignment is promised.
   if (field.length == 1 && field.type == trt::PluginFieldType::kINT32) {
@@ -62,6 +72,7 @@ bool is_for_others(const op::Operator& of, const char* name) {
 }  // namespace
 
 trt::PluginField field_of(const op::Attribute& attribute, const int32_t* value) {
+  if (attribute.is_number) return {attribute.name, value, trt::PluginFieldType::kFLOAT32, 1};
   if (!attribute.words[0]) return {attribute.name, value, trt::PluginFieldType::kINT32, 1};
   if (!value) return {attribute.name, nullptr, trt::PluginFieldType::kCHAR, 1};
   const char* const word = attribute.words[*value];
@@ -78,6 +89,7 @@ bool read_fields(const op::Operator& of, const trt::PluginFieldCollection* colle
   }
   bool given[op::kMostAttributes] = {};
   const int attributes = of.attribute_count();
+  for (int at = 0; at < attributes; ++at) values[at] = default_of(of.attributes[at]);
   for (int i = 0; i < count; ++i) {
     const trt::PluginField& field = collection->fields[i];
     if (!field.name) return error.add("plugin field %d has no name", i), false;

@@ -9,7 +9,7 @@
 
 namespace hcmen {
 
-// A field that announces, or holds, `attribute`: a word by itself, an integer where it lies.
+// A field that announces, or holds, `attribute`: a word by itself, an integer or a float where it lies.
 nvinfer1::PluginField field_of(const op::Attribute& attribute, const int32_t* value);
 
 // Reads the attributes of a node, or says what is wrong and returns false. In the build phase attributes have defaults,

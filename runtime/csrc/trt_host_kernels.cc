@@ -16,6 +16,15 @@ int count_launch(void* stream) {
   return HCMEN_OK;
 }
 
+// As a kernel would, counting the launch: a workspace that is too small, or that is something else as well, shows.
+int use_workspace(int64_t bytes, const hcmen_cuda_launch* launch) {
+  if (launch->workspace_bytes < bytes) return HCMEN_SMALL_WORKSPACE;
+  if (bytes > 0 && !launch->workspace) return HCMEN_BAD_ARGUMENT;
+  if (const int status = count_launch(launch->stream)) return status;
+  if (bytes > 0) memset(launch->workspace, 0xa5, (size_t)bytes);
+  return HCMEN_OK;
+}
+
 }  // namespace
 
 extern "C" {
@@ -33,12 +42,22 @@ int hcmen_cuda_selective_scan_workspace(const hcmen_scan* scan, const hcmen_cuda
 int hcmen_cuda_selective_scan_forward(const hcmen_scan* scan, const hcmen_cuda_launch* launch) {
   int64_t bytes = 0;
   if (const int status = hcmen_cuda_selective_scan_workspace(scan, launch, 0, &bytes)) return status;
-  if (launch->workspace_bytes < bytes) return HCMEN_SMALL_WORKSPACE;
-  if (bytes > 0 && !launch->workspace) return HCMEN_BAD_ARGUMENT;
-  if (const int status = count_launch(launch->stream)) return status;
-  // As a kernel would: a workspace that is too small, or that is something else as well, shows.
-  if (bytes > 0) memset(launch->workspace, 0xa5, (size_t)bytes);
+  if (const int status = use_workspace(bytes, launch)) return status;
   return hcmen_selective_scan_forward(scan, 1);
+}
+
+int hcmen_cuda_state_space_dual_workspace(const hcmen_dual* dual, const hcmen_cuda_launch* launch, int backward,
+                                          int64_t* bytes) {
+  hcmen_scan like = {};
+  like.batch = dual->batch, like.time = dual->time, like.channel = dual->head * dual->head_dim, like.state = dual->state;
+  return hcmen_cuda_selective_scan_workspace(&like, launch, backward, bytes);
+}
+
+int hcmen_cuda_state_space_dual_forward(const hcmen_dual* dual, const hcmen_cuda_launch* launch) {
+  int64_t bytes = 0;
+  if (const int status = hcmen_cuda_state_space_dual_workspace(dual, launch, 0, &bytes)) return status;
+  if (const int status = use_workspace(bytes, launch)) return status;
+  return hcmen_state_space_dual_forward(dual, 1);
 }
 
 int hcmen_cuda_causal_conv1d_forward(const hcmen_conv* conv, const hcmen_cuda_launch* launch) {

@@ -49,18 +49,28 @@ const char* type_name(DataType type) {
 
 // --- the kernels ----------------------------------------------------------------------------------------------------
 
-// Bytes set aside for scans of sequences cut into chunks. TensorRT asks once, for the largest sizes of a profile, and
+// Bytes set aside for sequences cut into chunks. TensorRT asks once, for the largest sizes of a profile, and
 // then runs any smaller ones in that much, while it is the small ones that are cut most; and at run time nobody says
 // how much there is. So it depends on nothing that changes from call to call. The kernel's own plan has less than
-// 2^17 channels of chunks at once, each with its states and one sum.
-int64_t scan_budget(const hcmen_scan& scan) { return (scan.state + 1) << 19; }
+// 2^17 channels of chunks at once, each with its states and one sum. Of the dual it has less than 2^16 times 32 lanes,
+// each with four rows of eight states, or sixteen where there are more than 256; and no more sums than 2^16.
+int64_t budget_of(const hcmen_scan& scan) { return (scan.state + 1) << 19; }
+int64_t budget_of(const hcmen_dual& dual) { return (int64_t)(dual.state > 256 ? 17 : 9) << 20; }
+
+int workspace_of(const hcmen_scan& scan, int64_t* bytes) {
+  return hcmen_cuda_selective_scan_workspace(&scan, nullptr, 0, bytes);
+}
+int workspace_of(const hcmen_dual& dual, int64_t* bytes) {
+  return hcmen_cuda_state_space_dual_workspace(&dual, nullptr, 0, bytes);
+}
 
 // How the kernel shall run: as it likes where that fits the budget, else with each sequence in one piece, which needs
 // no workspace.
-int plan_scan(const hcmen_scan& scan, void* workspace, hcmen_cuda_launch* launch) {
+template <class Arguments>
+int plan(const Arguments& arguments, void* workspace, hcmen_cuda_launch* launch) {
   int64_t bytes = 0;
-  if (const int status = hcmen_cuda_selective_scan_workspace(&scan, nullptr, 0, &bytes)) return status;
-  if (bytes > scan_budget(scan)) {
+  if (const int status = workspace_of(arguments, &bytes)) return status;
+  if (bytes > budget_of(arguments)) {
     launch->steps_per_chunk = -1;
   } else if (bytes > 0) {
     launch->workspace = workspace, launch->workspace_bytes = bytes;
@@ -68,25 +78,36 @@ int plan_scan(const hcmen_scan& scan, void* workspace, hcmen_cuda_launch* launch
   return HCMEN_OK;
 }
 
-int workspace_of(const Operator& of, const Call& call, size_t* bytes) {
-  *bytes = 0;
-  if (&of != &op::kSelectiveScan) return HCMEN_OK;
-  const hcmen_scan scan = scan_of(call);
+// Bytes for any call; and whether the kernel takes these sizes at all.
+template <class Arguments>
+int budget_for(const Arguments& arguments, size_t* bytes) {
   hcmen_cuda_launch launch = {};
-  *bytes = (size_t)scan_budget(scan);
-  return plan_scan(scan, nullptr, &launch);  // whether the kernel takes these sizes at all
+  *bytes = (size_t)budget_of(arguments);
+  return plan(arguments, nullptr, &launch);
+}
+
+int budget_for(const Operator& of, const Call& call, size_t* bytes) {
+  *bytes = 0;
+  if (&of == &op::kSelectiveScan) return budget_for(scan_of(call), bytes);
+  if (&of == &op::kStateSpaceDual) return budget_for(dual_of(call), bytes);
+  return HCMEN_OK;
 }
 
 int launch_on(cudaStream_t stream, const Operator& of, const Call& call, void* workspace) {
   hcmen_cuda_launch launch = {};
   launch.stream = stream;
-  if (&of != &op::kSelectiveScan) {
-    const hcmen_conv conv = conv_of(call);
-    return hcmen_cuda_causal_conv1d_forward(&conv, &launch);
+  if (&of == &op::kSelectiveScan) {
+    const hcmen_scan scan = scan_of(call);
+    const int status = plan(scan, workspace, &launch);
+    return status ? status : hcmen_cuda_selective_scan_forward(&scan, &launch);
   }
-  const hcmen_scan scan = scan_of(call);
-  if (const int status = plan_scan(scan, workspace, &launch)) return status;
-  return hcmen_cuda_selective_scan_forward(&scan, &launch);
+  if (&of == &op::kStateSpaceDual) {
+    const hcmen_dual dual = dual_of(call);
+    const int status = plan(dual, workspace, &launch);
+    return status ? status : hcmen_cuda_state_space_dual_forward(&dual, &launch);
+  }
+  const hcmen_conv conv = conv_of(call);
+  return hcmen_cuda_causal_conv1d_forward(&conv, &launch);
 }
 
 // --- shapes ---------------------------------------------------------------------------------------------------------
@@ -120,7 +141,9 @@ class Plugin final : public trt::IPluginV3,
     snprintf(layer_, sizeof layer_, "%s", layer ? layer : "");
     // Everything that decides what is computed, and nothing else: names of layers differ between like nodes.
     for (int i = 0; i < node_.op.attribute_count(); ++i) {
-      id_.add("%s%s=%d", i ? "," : "", node_.op.attributes[i].name, (int)node_.attributes[i]);
+      const op::Attribute& attribute = node_.op.attributes[i];
+      id_.add("%s%s=", i ? "," : "", attribute.name);
+      attribute.is_number ? id_.add("%.9g", op::number_of(node_.attributes[i])) : id_.add("%d", (int)node_.attributes[i]);
     }
   }
 
@@ -236,7 +259,7 @@ class Plugin final : public trt::IPluginV3,
     for (int i = 0; i < node_.inputs; ++i) {
       const op::Tensor& tensor = *node_.tensors[i];
       const Shape shape(in[i].max);
-      if (shape.rank != tensor.rank() && !(has_group(tensor) && shape.rank == tensor.rank() - 1)) {
+      if (shape.rank != tensor.rank() && !((has_group(tensor) || tensor.spread) && shape.rank == tensor.rank() - 1)) {
         return fail(Line().add("input '%s' has %d dimensions in its upper bound", tensor.name, shape.rank)), 0;
       }
       for (int k = 0; k < shape.rank; ++k) {
@@ -246,7 +269,7 @@ class Plugin final : public trt::IPluginV3,
     }
     const Call call = {node_.attributes, largest, kernel_dtype(in[0].desc.type)};
     size_t bytes = 0;
-    if (const int status = workspace_of(node_.op, call, &bytes)) return kernel_failed(status), 0;
+    if (const int status = budget_for(node_.op, call, &bytes)) return kernel_failed(status), 0;
     return bytes;
   }
 
@@ -276,7 +299,7 @@ class Plugin final : public trt::IPluginV3,
         return fail(Line().add("%s '%s' has no memory", node_.kind(i), node_.tensors[i]->name));
       }
     }
-    const Call call = {node_.attributes, sizes.value, kernel_dtype(in[0].type), inputs, outputs};
+    const Call call = {node_.attributes, sizes.value, kernel_dtype(in[0].type), inputs, outputs, sizes.wide};
     if (const int status = launch_on(stream, node_.op, call, workspace)) return kernel_failed(status);
     return 0;
   }
@@ -348,7 +371,8 @@ class Plugin final : public trt::IPluginV3,
   bool expect_servable(const Sizes& sizes) const {
     Line error;
     if (sizes.value[op::kState] > HCMEN_CUDA_FORWARD_STATES) {
-      return fail(error.add("input 'A' has %" PRId64 " states, expected at most %d", sizes.value[op::kState],
+      return fail(error.add("input '%s' has %" PRId64 " states, expected at most %d",
+                            sizes.value[op::kHead] == kUnknown ? "A" : "B", sizes.value[op::kState],
                             (int)HCMEN_CUDA_FORWARD_STATES)),
              false;
     }
@@ -393,8 +417,11 @@ class Creator final : public trt::IPluginCreatorV3One {
     error.add("%s: ", of_.name);
     int32_t attributes[op::kMostAttributes] = {};
     if (read_fields(of_, fields, phase, attributes, error)) {
-      if (Plugin* const plugin = new (std::nothrow) Plugin(op::Node(of_, attributes), layer)) return plugin;
-      error.add("no memory for a plugin");
+      const op::Node node(of_, attributes);
+      if (node.expect_attributes(error)) {
+        if (Plugin* const plugin = new (std::nothrow) Plugin(node, layer)) return plugin;
+        error.add("no memory for a plugin");
+      }
     }
     if (layer && layer[0]) add_shown(error.add(" (layer '"), layer).add("')");
     report(Severity::kERROR, error);
@@ -428,8 +455,9 @@ class Lasting {
 }  // namespace hcmen
 
 extern "C" HCMEN_TRT_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
-  static hcmen::Lasting<hcmen::Creator> scan(hcmen::op::kSelectiveScan), conv(hcmen::op::kCausalConv1d);
-  static nvinfer1::IPluginCreatorInterface* const all[] = {scan.get(), conv.get()};
-  count = 2;
+  static hcmen::Lasting<hcmen::Creator> scan(hcmen::op::kSelectiveScan), conv(hcmen::op::kCausalConv1d),
+      dual(hcmen::op::kStateSpaceDual);
+  static nvinfer1::IPluginCreatorInterface* const all[] = {scan.get(), conv.get(), dual.get()};
+  count = 3;
   return all;
 }

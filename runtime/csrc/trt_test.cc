@@ -86,6 +86,7 @@ int main(int count, char** arguments) {
   } else if (mode == "contract") {
     test_fields();
     test_sides();
+    test_dual();
   } else if (mode == "no-gpu") {
     test_no_gpu();
   } else if (mode == "foreign-logger") {

@@ -131,7 +131,7 @@ inline void load(const char* path) {
   if (!get_creators || !set_finder) exit(100);
   int32_t count = -1, again = -1;
   trt::IPluginCreatorInterface* const* all = get_creators(count);
-  check(count == 2, "getCreators gives two creators");
+  check(count == 3, "getCreators gives three creators");
   check(get_creators(again) == all && again == count, "getCreators gives the same creators again");
   for (int i = 0; i < count; ++i) {
     const trt::InterfaceInfo info = all[i]->getInterfaceInfo();
@@ -188,7 +188,7 @@ class Fields {
     Fields copy;
     for (int i = 0; i < collection->nbFields; ++i) {
       const trt::PluginField& field = collection->fields[i];
-      const size_t size = field.type == PluginFieldType::kINT32 ? 4 : 1;
+      const size_t size = field.type == PluginFieldType::kCHAR ? 1 : 4;
       copy.bytes(field.name, field.data, size * (size_t)field.length, field.type, field.length);
     }
     return copy;
@@ -373,6 +373,8 @@ void test_creators();
 void test_fields();
 // trt_test_sides.cc
 void test_sides();
+// trt_test_dual.cc
+void test_dual();
 // trt_test_enqueue.cc
 enum class Kernels { kHost, kEmulated, kGpu };
 void test_enqueue(Kernels kernels, const char* cases, const char* results);

@@ -193,15 +193,20 @@ class File {
   FILE* file_;
 };
 
-// One case: an operator, its attributes (words, or numbers where the word is empty), its tensors with their largest
+// One case: an operator, its attributes (words; where the word is empty, integers, or floats by their bits), its tensors with their largest
 // shapes, and the bytes of its inputs. The outputs' bytes go to `results`.
 void run_case(File& cases, File& results, const std::string& what) {
   const std::string name = cases.text();
   Fields fields;
   for (int64_t left = cases.number(); left > 0; --left) {
     const std::string attribute = cases.text(), word = cases.text();
-    const int64_t value = cases.number();
-    word.empty() ? fields.flag(attribute.c_str(), (int32_t)value) : fields.text(attribute.c_str(), word);
+    const bool real = cases.number();
+    const int32_t value = (int32_t)cases.number();
+    if (real) {
+      fields.bytes(attribute.c_str(), &value, sizeof value, PluginFieldType::kFLOAT32, 1);
+    } else {
+      word.empty() ? fields.flag(attribute.c_str(), value) : fields.text(attribute.c_str(), word);
+    }
   }
   const bool half = cases.number();
   const int inputs = (int)cases.number();

@@ -134,7 +134,8 @@ void test_bad_fields() {
 void test_creators() {
   const std::map<std::string, std::set<std::string>> expected = {
       {"SelectiveScan", {"delta_softplus", "reverse", "gated", "stateful"}},
-      {"CausalConv1d", {"activation", "reverse", "stateful"}}};
+      {"CausalConv1d", {"activation", "reverse", "stateful"}},
+      {"StateSpaceDual", {"delta_softplus", "reverse", "gated", "stateful", "dt_min", "dt_max"}}};
   for (const auto& [name, attributes] : expected) {
     check(creators.count(name) == 1, "there is a creator of " + name);
     if (!creators.count(name)) exit(100);
@@ -145,8 +146,10 @@ void test_creators() {
     const trt::PluginFieldCollection* fields = creator->getFieldNames();
     for (int i = 0; i < fields->nbFields; ++i) {
       names.insert(fields->fields[i].name);
-      const bool text = !strcmp(fields->fields[i].name, "activation");
-      check(fields->fields[i].type == (text ? PluginFieldType::kCHAR : PluginFieldType::kINT32),
+      const bool text = !strcmp(fields->fields[i].name, "activation"), real = !strncmp(fields->fields[i].name, "dt_", 3);
+      check(fields->fields[i].type == (text   ? PluginFieldType::kCHAR
+                                       : real ? PluginFieldType::kFLOAT32
+                                              : PluginFieldType::kINT32),
             name + " announces the type of " + fields->fields[i].name);
     }
     check(names == attributes, name + " announces its attributes");

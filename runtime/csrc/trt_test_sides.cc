@@ -8,7 +8,7 @@ namespace {
 // --- the sides of a plugin ------------------------------------------------------------------------------------------
 
 void test_identity() {
-  for (const char* name : {"SelectiveScan", "CausalConv1d"}) {
+  for (const char* name : {"SelectiveScan", "CausalConv1d", "StateSpaceDual"}) {
     Fields nothing;
     Plugin plugin = create(name, nothing);
     const std::string what = name;

@@ -46,7 +46,13 @@ def test_no_kernel_spills(built):
                 kernel = kernels[f"scan_forward_kernel<{dtype}, {states}, 1, {mode}>"]
                 # Three blocks of 128 threads fit a multiprocessor, and four of most kernels.
                 assert kernel.registers <= (168 if states == 12 else 128)
-    assert len(kernels) == len(built[1]) == 63
+        for states in (4, 8, 16):
+            for mode in (0, 1):
+                # Three blocks of 128 threads, or two where a lane has 64 states.
+                kernel = kernels[f"dual_forward_kernel<{dtype}, {states}, {mode}>"]
+                assert kernel.registers <= (255 if states == 16 else 168)
+    assert kernels["dual_backward_kernel"].registers <= 128  # for up to 16 warps of a block
+    assert len(kernels) == len(built[1]) == 81
     assert {k.architecture for k in kernels.values()} == {ARCHITECTURE}
     assert [k.name for k in kernels.values() if k.spill_bytes or k.stack_bytes] == []
 

@@ -1,5 +1,5 @@
-"""The CUDA kernels of the state space dual, run on the host as test_cuda_kernels.py runs the others: the sources as they
-stand, over tests/emulation/cuda_emulation.h, against float64.
+"""The CUDA kernels of the state space dual, run on the host as test_cuda_kernels.py runs the others: the sources as
+they stand, over tests/emulation/cuda_emulation.h, against float64.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ def test_dual_with_every_plan(kernels: Kernels, lanes: int, warps: int) -> None:
 @pytest.mark.parametrize("chunk", [1, 8, 9, 24, 1000])
 @pytest.mark.parametrize("time", [1, 8, 9, 17, 90])
 def test_dual_gradients_in_chunks(kernels: Kernels, time: int, chunk: int) -> None:
-    """Lengths around those of a tile (8 steps) and of a chunk, a whole number of tiles; more than eight chunks, which is
-    how many are carried at once; several warps of rows and of states."""
+    """Lengths around those of a tile (8 steps) and of a chunk, a whole number of tiles; more than eight chunks, which
+    is how many are carried at once; several warps of rows and of states."""
     check_backward(kernels, DualCase(1, time, 2, 3, 5, masked=time // 3), steps_per_chunk=chunk)
     check_backward(kernels, DualCase(1, time, 2, 34, 17, 2, reverse=True, gated=False), steps_per_chunk=chunk)
 
@@ -372,8 +372,8 @@ def test_impossible_sizes_of_duals_are_refused(library: ctypes.CDLL) -> None:
         dual = dual_structure(wrong, {}, address)
         assert library.hcmen_cuda_state_space_dual_plan(*by_reference(dual, CudaLaunch(), CudaPlan())) == BAD_ARGUMENT
     for state, backward, words in ((513, 0, "at most 512 states forward"), (257, 1, "and 256 backward")):
+        dual = dual_structure(DualCase(state=state), {}, address)
         with pytest.raises(InputError, match=rf"head 2, head_dim 5, state {state}, .*{words}"):
-            dual = dual_structure(DualCase(state=state), {}, address)
             workspace_bytes(library, "state_space_dual", dual, None, backward)
     for many in (DualCase(head=1 << 25, head_dim=1), DualCase(head=1, head_dim=1 << 26)):
         with pytest.raises(InputError, match="2\\^25"):

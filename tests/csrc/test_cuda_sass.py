@@ -223,6 +223,23 @@ def test_kernels_stay_short(gpu: SimpleNamespace, built: tuple[Path, list[Any]])
     assert [k.name for k in kernels if k.name.startswith("conv_") and k.registers > 72] == []
 
 
+def test_a_dual_takes_one_decay_for_all_states(gpu: SimpleNamespace, built: tuple[Path, list[Any]]) -> None:
+    """However many states a lane has, its kernel has as many exponentials: those of step sizes, which a block computes
+    once. What it does to states grows with them: three operations each, two where no outputs are asked for."""
+    code = {gpu.build.readable_name(name): lines for name, lines in gpu.sass.functions(built[0], ARCHITECTURE).items()}
+    for mode, operations in ((0, 3), (1, 2)):
+        counted = {}
+        for states in (4, 8, 16):
+            texts = [text for _, text in code[f"dual_forward_kernel<float, {states}, {mode}>"]]
+            arithmetic = sum(gpu.sass._kind(text) in ("FFMA", "FMUL") for text in texts)
+            counted[states] = sum("MUFU.EX2" in text for text in texts), arithmetic
+        assert len({exponentials for exponentials, _ in counted.values()}) == 1, counted
+        for fewer, more in ((4, 8), (8, 16)):
+            # Four rows, four steps; the main loop may be there twice, with a gate and without.
+            added = (counted[more][1] - counted[fewer][1]) / (16 * (more - fewer) * operations)
+            assert 0.9 < added < 2.1, counted
+
+
 def test_the_document_is_of_these_kernels(gpu: SimpleNamespace, built: tuple[Path, list[Any]]) -> None:
     document = json.loads((RESULTS / "cuda_sass.json").read_text())
     library, kernels = built

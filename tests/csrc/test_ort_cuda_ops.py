@@ -16,6 +16,7 @@ from typing import Any
 import onnxruntime as ort
 import pytest
 from helpers import emulated
+from helpers.dual_cases import DualCase, assert_dual, dual_arrays, dual_model_of
 from helpers.op_cases import ScanCase, assert_scan, scan_arrays
 from helpers.ort_registration import check_registration
 
@@ -62,6 +63,14 @@ def test_a_long_sequence_takes_memory_once_and_keeps_it(library):
         got = run.run(None, feeds)
         assert control.emulation_launches() - before == launches
         assert_scan(case, feeds, got)
+    run = session(dual_model_of(DualCase(1, 4, 1, 3, 4, None, gated=False)), library)
+    for time, launches in ((50, 1), (150, 3), (200, 3), (130, 3)):
+        dual = DualCase(1, time, 1, 3, 4, None, gated=False)
+        feeds = dual_arrays(dual)
+        before = control.emulation_launches()
+        got = run.run(None, feeds)
+        assert control.emulation_launches() - before == launches
+        assert_dual(dual, feeds, got)
 
 
 def test_malformed_nodes_get_the_errors_that_the_cpu_operators_give(library):
@@ -91,6 +100,9 @@ def test_more_states_than_the_kernels_serve_are_refused(library):
     feeds = scan_arrays(ScanCase(1, 2, 1, 513, None, gated=False, stateful=False, softplus=False))
     with pytest.raises(Exception, match="SelectiveScan: the kernel refuses these sizes"):
         session(scan_model(1, 513, functions=False), library).run(None, feeds)
+    dual = DualCase(1, 2, 1, 1, 513, None)
+    with pytest.raises(Exception, match="StateSpaceDual: the kernel refuses these sizes"):
+        session(dual_model_of(dual), library).run(None, dual_arrays(dual))
 
 
 def test_options_hold_one_of_the_two_libraries(cuda_library):

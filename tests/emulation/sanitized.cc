@@ -112,6 +112,61 @@ void scan(const Sizes& z, bool gated, bool reverse, int64_t shift) {
   report(name + ": dinitial_state", dinitial);
 }
 
+struct DualSizes {
+  int64_t batch, time, head, rows, state, group;
+  int lanes, warps;
+  int64_t chunk;
+};
+
+template <class T>
+void dual(const DualSizes& z, bool gated, bool reverse, bool wide, int64_t shift) {
+  const int64_t steps = z.batch * z.time * z.head, series = steps * z.rows, states = z.batch * z.head * z.rows * z.state;
+  const int64_t projection = z.batch * z.time * z.group * z.state, skips = wide ? z.head * z.rows : z.head;
+  Array<T> x(series, -1, 1, shift), dt(steps, -5, 0, shift), gate(series, -2, 2, shift), y(series, kNan, kNan, shift);
+  Array<T> B(projection, -1, 1, shift), C(projection, -1, 1, shift);
+  Array<float> A(z.head, -4, 0), D(skips, -1, 1), bias(z.head, -1, 1);
+  Array<float> initial(states, -1, 1), last(states, kNan, kNan);
+  hcmen_dual s{};
+  s.batch = z.batch, s.time = z.time, s.head = z.head, s.head_dim = z.rows, s.state = z.state, s.group = z.group;
+  s.dtype = sizeof(T) == 2, s.delta_softplus = 1, s.reverse = reverse, s.wide_D = wide, s.dt_min = 0.01f, s.dt_max = 0.9f;
+  s.x = x.get(), s.dt = dt.get(), s.A = A.get(), s.B = B.get(), s.C = C.get();
+  s.D = D.get(), s.dt_bias = bias.get(), s.z = gated ? gate.get() : nullptr;
+  s.initial_state = initial.get(), s.y = y.get(), s.last_state = last.get();
+  hcmen_cuda_launch launch{};
+  launch.steps_per_chunk = z.chunk, launch.lanes_per_channel = z.lanes, launch.channel_warps = z.warps;
+  int64_t bytes = 0;
+  const std::string name = "dual " + std::to_string(z.batch) + "x" + std::to_string(z.time) + "x" +
+                           std::to_string(z.head) + "x" + std::to_string(z.rows) + " n" + std::to_string(z.state) +
+                           " g" + std::to_string(z.group) + (sizeof(T) == 2 ? " half" : "") + (gated ? " gated" : "") +
+                           (reverse ? " reverse" : "") + (wide ? " wide" : "") + (shift ? " shifted" : "");
+  expect_ok(name, hcmen_cuda_state_space_dual_workspace(&s, &launch, 0, &bytes));
+  Array<float> workspace(bytes / 4, kNan, kNan);
+  launch.workspace = workspace.get(), launch.workspace_bytes = bytes;
+  expect_ok(name, hcmen_cuda_state_space_dual_forward(&s, &launch));
+  report(name + ": y", y);
+  report(name + ": last_state", last);
+
+  if (sizeof(T) != 4 || z.state > HCMEN_CUDA_BACKWARD_STATES) return;
+  Array<float> dy(series, -1, 1, shift), dlast(states, -1, 1), dx(series, kNan, kNan), ddt(steps, kNan, kNan);
+  Array<float> dA(z.head, kNan, kNan), dB(projection, kNan, kNan), dC(projection, kNan, kNan), dD(skips, kNan, kNan);
+  Array<float> dbias(z.head, kNan, kNan), dz(series, kNan, kNan), dinitial(states, kNan, kNan);
+  const hcmen_dual_grad g = {dy.get(), dlast.get(), dx.get(),    ddt.get(),                   dA.get(),      dB.get(),
+                             dC.get(), dD.get(),    dbias.get(), gated ? dz.get() : nullptr, dinitial.get()};
+  expect_ok(name, hcmen_cuda_state_space_dual_workspace(&s, &launch, 1, &bytes));
+  Array<float> backward_workspace(bytes / 4, kNan, kNan);
+  launch.workspace = backward_workspace.get(), launch.workspace_bytes = bytes;
+  expect_ok(name, hcmen_cuda_state_space_dual_backward(&s, &g, &launch));
+  report(name + ": dx", dx);
+  report(name + ": ddt", ddt);
+  report(name + ": dA", dA);
+  report(name + ": dB", dB);
+  report(name + ": dC", dC);
+  report(name + ": dD", dD);
+  report(name + ": ddt_bias", dbias);
+  if (gated) report(name + ": dz", dz);
+  report(name + ": dinitial_state", dinitial);
+}
+
 template <class T>
 void conv(int64_t batch, int64_t time, int64_t channel, int64_t width, bool reverse) {
   const int64_t series = batch * time * channel;
@@ -169,6 +224,16 @@ int main(int argc, char** argv) {
     scan<float>(z, flag, !flag, 0);
   }
   conv<float>(1, 20, 9, 4, false);
+  // batch, time, head, rows, state, group; lanes, warps, chunk
+  const DualSizes few_duals[] = {{1, 9, 3, 6, 5, 1, 0, 0, 0}, {1, 17, 2, 34, 20, 2, 8, 2, 8}};
+  const DualSizes more_duals[] = {{1, 1, 1, 1, 1, 1, 0, 0, 0},   {2, 20, 5, 7, 33, 1, 0, 4, 9},
+                                  {1, 10, 2, 64, 16, 1, 2, 4, 0}, {1, 18, 40, 1, 3, 4, 1, 4, 0},
+                                  {1, 9, 1, 4, 257, 1, 0, 0, 0},  {1, 12, 1, 130, 20, 1, 0, 1, 0},
+                                  {1, 9, 1, 3, 200, 1, 0, 0, 8},  {1, 70, 2, 5, 9, 1, 0, 0, 0}};
+  for (const DualSizes& z : few_duals) {
+    flag = !flag;
+    dual<float>(z, flag, !flag, flag, 0);
+  }
   const auto run = [&](const Sizes& z) {
     flag = !flag;
     scan<float>(z, !flag, flag, 1);
@@ -177,6 +242,11 @@ int main(int argc, char** argv) {
   if (all) {
     for (const Sizes& z : few) run(z);
     for (const Sizes& z : more) run(z);
+    for (const DualSizes& z : more_duals) {
+      flag = !flag;
+      dual<float>(z, !flag, flag, flag, flag ? 0 : 1);
+      dual<_Float16>(z, flag, flag, !flag, flag ? 1 : 0);
+    }
     for (int64_t width : {1, 2, 3, 4, 5, 16}) {
       for (int64_t time : {1, 8, 70}) {
         conv<float>(2, time, 130, width, time % 2 != 0);

@@ -55,6 +55,9 @@ CUDA_SOURCES = (
     "selective_scan_plan.cu",
     "selective_scan_backward.cu",
     "causal_conv1d.cu",
+    "state_space_dual.cu",
+    "state_space_dual_plan.cu",
+    "state_space_dual_backward.cu",
     "cuda_launch.cu",
 )
 CUDA_FLAGS = [

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from helpers.device import DeviceKernels
+from helpers.dual_cases import DualCase, dual_arrays
 from helpers.op_cases import ConvCase, ScanCase, conv_arrays, scan_arrays
 
 SCANS: list[tuple[ScanCase, dict[str, int]]] = [
@@ -29,11 +30,22 @@ SCANS: list[tuple[ScanCase, dict[str, int]]] = [
 ]
 
 
+DUALS: list[tuple[DualCase, dict[str, int]]] = [
+    (DualCase(1, 1, 1, 1, 1), {}),
+    (DualCase(2, 20, 5, 7, 33), {"steps_per_chunk": 9}),
+    (DualCase(2, 30, 4, 64, 128, reverse=True), {}),
+    (DualCase(1, 30, 4, 64, 64, 2, dtype="float16", wide=True), {"steps_per_chunk": -1}),
+    (DualCase(1, 18, 40, 1, 3, 4, gated=False), {"lanes_per_channel": 1}),
+    (DualCase(1, 12, 2, 130, 200, stateful=False), {}),
+    (DualCase(1, 9, 1, 4, 256), {}),
+]
+
+
 def main(result: str | None = None) -> None:
     kernels = DeviceKernels()
     done: list[str] = []
 
-    def ended(case: ScanCase | ConvCase) -> None:
+    def ended(case: ScanCase | ConvCase | DualCase) -> None:
         done.append(str(case))
         if result is not None:
             part = Path(f"{result}.part")
@@ -51,6 +63,17 @@ def main(result: str | None = None) -> None:
             for name, x in kernels.scan_gradients(case, arrays, dy, None).items():
                 assert np.isfinite(x).all(), name
         ended(case)
+    for dual, wish in DUALS:
+        arrays = dual_arrays(dual)
+        y, last = kernels.dual(dual, arrays, **wish)
+        assert np.isfinite(y).all()
+        assert np.isfinite(last).all()
+        if dual.dtype == "float32":
+            dy = rng.normal(size=y.shape).astype(np.float32)
+            chunk = {"steps_per_chunk": wish.get("steps_per_chunk", 0)}
+            for name, x in kernels.dual_gradients(dual, arrays, dy, None, **chunk).items():
+                assert np.isfinite(x).all(), name
+        ended(dual)
     for width in (1, 2, 3, 4, 7):
         for dtype in ("float32", "float16"):
             conv = ConvCase(2, 30, 130, width, dtype, reverse=width == 3, stateful=width > 1)
@@ -61,7 +84,7 @@ def main(result: str | None = None) -> None:
                 dlast = inputs.get("initial_state")
                 assert all(np.isfinite(x).all() for x in kernels.conv_gradients(conv, inputs, dy, dlast).values())
             ended(conv)
-    print(f"{len(done)} scans and convolutions")
+    print(f"{len(done)} scans, duals and convolutions")
 
 
 if __name__ == "__main__":

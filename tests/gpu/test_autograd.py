@@ -10,11 +10,20 @@ import sys
 import pytest
 import torch
 from helpers.device import NEEDS_GPU
+from helpers.dual_cases import DualCase, dual_arrays
 from torch import Tensor
 
 from hcmen.base.cuda_library import cuda_library_path
 from hcmen.base.errors import BackendError
-from hcmen.mamba.scan import causal_conv1d, causal_conv1d_ref, implementation, selective_scan, selective_scan_ref
+from hcmen.mamba.scan import (
+    causal_conv1d,
+    causal_conv1d_ref,
+    implementation,
+    selective_scan,
+    selective_scan_ref,
+    state_space_dual,
+    state_space_dual_ref,
+)
 
 
 def _problem() -> str | None:
@@ -86,6 +95,29 @@ def test_gradients_of_the_scan(sizes, group):
     for inputs, function in ((ours, selective_scan), (exact, selective_scan_ref)):
         y, last = function(**inputs, **flags)
         ((y * weight).sum() + last.square().sum()).backward()
+    for name, x in exact.items():
+        worst = float((ours[name].grad - x.grad).abs().max()) / float(x.grad.abs().max())
+        assert worst <= 1e-5, f"{name}: {worst:.1e}"
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "time", "head", "head_dim", "state", "group"),
+    [(2, 375, 24, 64, 128, 1), (1, 1000, 8, 64, 64, 8), (4, 60, 6, 33, 256, 2), (16, 50, 24, 64, 16, 1)],
+)
+def test_the_dual_and_its_gradients(batch, time, head, head_dim, state, group, reverse):
+    case = DualCase(batch, time, head, head_dim, state, group, reverse=reverse, wide=reverse, dt_max=0.1)
+    data = {name: torch.from_numpy(x).cuda() for name, x in dual_arrays(case).items()}
+    ours = {k: x.clone().requires_grad_() for k, x in data.items()}
+    exact = {k: x.double().requires_grad_() for k, x in data.items()}
+    weight = torch.randn_like(data["x"])
+    for inputs, function in ((ours, state_space_dual), (exact, state_space_dual_ref)):
+        y, last = function(**inputs, **case.flags, return_last_state=True)
+        inputs["y"], inputs["last"] = y.detach(), last.detach()
+        ((y * weight).sum() + last.square().sum()).backward()
+    for name in ("y", "last"):
+        got, want = ours.pop(name), exact.pop(name)
+        assert float((got - want).abs().max()) <= 3e-6 * float(want.abs().max()), name
     for name, x in exact.items():
         worst = float((ours[name].grad - x.grad).abs().max()) / float(x.grad.abs().max())
         assert worst <= 1e-5, f"{name}: {worst:.1e}"

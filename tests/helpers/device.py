@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hcmen.base.cuda_library import CudaLaunch, call, load_cuda_library, workspace_bytes
+from helpers import dual_cases as duals
 from helpers import op_cases as cases
 
 __all__ = ["NEEDS_GPU", "DeviceKernels"]
@@ -146,5 +147,31 @@ class DeviceKernels:
         launch = CudaLaunch()
         there.workspace(workspace_bytes(self.library, "causal_conv1d", conv, 1), launch)
         call(self.library, "causal_conv1d_backward", conv, grad, launch)
+        there.finish()
+        return got
+
+    def dual(self, case: duals.DualCase, arrays: cases.Arrays, **wish: int) -> tuple[np.ndarray, np.ndarray]:
+        y = np.full(case.series, np.nan, arrays["x"].dtype)
+        last = np.full(case.states, np.nan, np.float32)
+        there = _OnDevice(self._driver, arrays, {"y": y, "last_state": last})
+        dual = duals.dual_structure(case, there.places, int)
+        launch = CudaLaunch(**wish)
+        there.workspace(workspace_bytes(self.library, "state_space_dual", dual, launch, 0), launch)
+        call(self.library, "state_space_dual_forward", dual, launch)
+        there.finish()
+        return y, last
+
+    def dual_gradients(
+        self, case: duals.DualCase, arrays: cases.Arrays, dy: np.ndarray, dlast: np.ndarray | None, **wish: int
+    ) -> cases.Arrays:
+        got = cases.gradient_arrays(arrays)
+        inputs = {**arrays, "dy": dy, **({} if dlast is None else {"dlast_state": dlast})}
+        there = _OnDevice(self._driver, inputs, got)
+        dual = duals.dual_structure(case, {n: there.places[n] for n in arrays}, int)
+        names = [n for n in there.places if n not in arrays]
+        grad = duals.dual_gradients_structure({n: there.places[n] for n in names}, int)
+        launch = CudaLaunch(**wish)
+        there.workspace(workspace_bytes(self.library, "state_space_dual", dual, launch, 1), launch)
+        call(self.library, "state_space_dual_backward", dual, grad, launch)
         there.finish()
         return got

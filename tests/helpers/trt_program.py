@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hcmen.base.op import CAUSAL_CONV1D, SELECTIVE_SCAN
+from hcmen.base.op import CAUSAL_CONV1D, SELECTIVE_SCAN, STATE_SPACE_DUAL
 from helpers import emulated
+from helpers.dual_cases import DualCase, dual_arrays
 from helpers.op_cases import Arrays, ConvCase, ScanCase, conv_arrays, conv_state_shape, scan_arrays
 from helpers.trt_wheels import include_folders
 
@@ -138,7 +139,7 @@ def has_gpu() -> bool:
 
 # --- cases ------------------------------------------------------------------------------------------------------------
 
-Case = ScanCase | ConvCase
+Case = ScanCase | ConvCase | DualCase
 
 
 def enqueue(
@@ -181,6 +182,8 @@ def _text(value: str) -> bytes:
 
 
 def _arrays(case: Case) -> Arrays:
+    if isinstance(case, DualCase):
+        return dual_arrays(case)
     return scan_arrays(case) if isinstance(case, ScanCase) else conv_arrays(case)
 
 
@@ -189,18 +192,24 @@ def _tensors(case: Case) -> tuple[list[tuple[str, str, tuple[int, ...]]], list[t
     inputs = [(name, str(x.dtype), x.shape) for name, x in _arrays(case).items()]
     outputs: list[tuple[str, str, tuple[int, ...]]] = [("y", case.dtype, inputs[0][2])]
     if case.stateful:
-        shape = (case.batch, case.channel, case.state) if isinstance(case, ScanCase) else conv_state_shape(case)
-        outputs.append(("last_state", "float32", shape))
+        shapes = {
+            ScanCase: lambda: (case.batch, case.channel, case.state),
+            ConvCase: lambda: conv_state_shape(case),
+            DualCase: lambda: case.states,
+        }
+        outputs.append(("last_state", "float32", shapes[type(case)]()))
     return inputs, outputs
 
 
 def _case(case: Case, largest: Case) -> bytes:
     """A case as trt_test_enqueue.cc reads it."""
-    op = SELECTIVE_SCAN if isinstance(case, ScanCase) else CAUSAL_CONV1D
+    ops = {ScanCase: SELECTIVE_SCAN, ConvCase: CAUSAL_CONV1D, DualCase: STATE_SPACE_DUAL}
+    op = ops[type(case)]
     parts = [_text(op.name), _number(len(case.attributes))]
     for name, value in case.attributes.items():
-        word = value if isinstance(value, str) else ""
-        parts += [_text(name), _text(word), _number(0 if word else int(value))]
+        word, real = value if isinstance(value, str) else "", isinstance(value, float)
+        number = int(np.float32(value).view(np.int32)) if real else 0 if word else int(value)
+        parts += [_text(name), _text(word), _number(real), _number(number)]
     inputs, outputs = _tensors(case)
     most = {name: shape for side in _tensors(largest) for name, _, shape in side}
     shared = {tensor.name for tensor in (*op.inputs, *op.outputs) if tensor.shared}

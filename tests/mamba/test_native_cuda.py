@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import emulated
+from helpers.dual_cases import DualCase, dual_arrays, grouped
 from torch import Tensor
 
 from hcmen.base import cuda_library
 from hcmen.base.errors import BackendError, InputError
+from hcmen.base.op import STATE_SPACE_DUAL
 from hcmen.mamba import native, native_cuda, scan
-from hcmen.mamba.scan import causal_conv1d_ref, selective_scan_ref
+from hcmen.mamba.scan import causal_conv1d_ref, selective_scan_ref, state_space_dual_ref
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,19 @@ class Conv(torch.autograd.Function):
         tensors = ctx.saved_tensors
         grads = native_cuda._conv_backward(dy, dlast, *tensors, *ctx.switches)
         return (*(None if x is None else g for g, x in zip(grads, tensors, strict=True)), None, None)
+
+
+class Dual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        native._dual_setup(ctx, inputs, None)
+        return native_cuda._dual_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Any, ...]:
+        tensors = ctx.saved_tensors
+        grads = native_cuda._dual_backward(dy, dlast, *tensors, *ctx.switches)
+        return (*(None if x is None else g for g, x in zip(grads, tensors, strict=True)), *(None for _ in ctx.switches))
 
 
 def scan_inputs(dtype: torch.dtype, gated: bool, stateful: bool) -> list[Tensor | None]:
@@ -135,9 +150,37 @@ def test_convolution_and_its_gradients(library, monkeypatch, dtype, width, silu,
         torch.testing.assert_close(x.grad.double(), e.grad, rtol=0, atol=bound)
 
 
+DUALS = [
+    DualCase(2, 11, 6, 3, 5, 3, "float32", wide=True, dt_max=0.05),
+    DualCase(1, 9, 2, 5, 17, 1, "float16", gated=False, stateful=False, reverse=True),
+]
+
+
+@pytest.mark.parametrize("case", DUALS, ids=str)
+def test_dual_and_its_gradients(library, monkeypatch, case):
+    monkeypatch.setattr(native_cuda, "load_cuda_library", lambda: library)
+    arrays = {name: torch.from_numpy(x) for name, x in grouped(dual_arrays(case)).items()}
+    names = [tensor.name for tensor in STATE_SPACE_DUAL.inputs]
+    inputs = {n: arrays[n].requires_grad_() if n in arrays else None for n in names}
+    exact = {n: x.detach().double().requires_grad_() for n, x in arrays.items()}
+    y, last = Dual.apply(*inputs.values(), *(case.flags[n] for n in STATE_SPACE_DUAL.switches))
+    want_y, want_last = state_space_dual_ref(**exact, **case.flags, return_last_state=True)
+    half = case.dtype == "float16"
+    torch.testing.assert_close(y.double(), want_y, rtol=1e-3 if half else 1e-5, atol=1e-4 if half else 1e-5)
+    torch.testing.assert_close(last.double(), want_last, rtol=1e-5, atol=1e-5)
+    (y.float().square().sum() + last.square().sum()).backward()
+    (want_y.square().sum() + want_last.square().sum()).backward()
+    for name, e in exact.items():
+        x = inputs[name]
+        assert x.grad.dtype == x.dtype
+        bound = (5e-3 if half else 1e-5) * float(e.grad.abs().max())
+        torch.testing.assert_close(x.grad.double(), e.grad, rtol=0, atol=bound)
+
+
 def test_the_ops_have_kernels_for_cuda_tensors():
-    for name in ("selective_scan", "selective_scan_backward", "causal_conv1d", "causal_conv1d_backward"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"hcmen::{name}", "CUDA")
+    for name in ("selective_scan", "causal_conv1d", "state_space_dual"):
+        for op in (name, f"{name}_backward"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"hcmen::{op}", "CUDA")
 
 
 def test_tensors_of_two_devices_are_refused(library, monkeypatch):

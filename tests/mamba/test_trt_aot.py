@@ -271,6 +271,7 @@ def test_defaults_subgraphs_and_other_nodes() -> None:
         (lambda node: node.output.append("more"), "has 7 inputs and 2 outputs"),
         (lambda node: node.input.__setitem__(3, ""), "none of them unnamed"),
         (lambda node: setattr(node, "op_type", "Other"), "hcmen::Other has no AOT kernel"),
+        (lambda node: setattr(node, "op_type", "StateSpaceDual"), "hcmen::StateSpaceDual has no AOT kernel"),
         (lambda node: set_attribute(node, "reverse", 2), "attribute 'reverse' is 2, expected 0 or 1"),
         (lambda node: set_attribute(node, "reverse", 1.0), "attribute 'reverse' is 1.0"),
         (lambda node: set_attribute(node, "gated", 1), "expected 8 and 1"),
