@@ -34,7 +34,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 4},
     "Bamba": ATTENTION | HEADS | {"attn_layer_indices": [1]},
     "Zamba2": ATTENTION
-    | {"mamba_d_state": 8, "n_mamba_heads": 8, "mamba_ngroups": 2, "chunk_size": 4, "num_mem_blocks": 1}
+    | {"mamba_d_state": 8, "n_mamba_heads": 8, "mamba_ngroups": 2, "num_mem_blocks": 1}
+    # One chunk: beyond it transformers 5.0 sums the states of chunks the wrong way, 6e-5 off its own float64.
+    | {"chunk_size": 16}
     | {"layers_block_type": ["mamba", "hybrid"], "use_mem_rope": True, "adapter_rank": 4},
     "GraniteMoeHybrid": ATTENTION
     | HEADS
