@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -69,16 +70,25 @@ def run(family: Family, options: argparse.Namespace, lock: Path) -> dict[str, An
         paths = [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
         quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         environment = {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        try:
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=options.limit, check=False
-            )
-        except subprocess.TimeoutExpired:
-            return {"state": "failed", "reason": f"it did not end within {options.limit} s"}
+        # A session of its own, so that a time limit ends what a family started as well.
+        with subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            try:
+                _, errors = process.communicate(timeout=options.limit)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                return {"state": "failed", "reason": f"it did not end within {options.limit} s"}
         if out.exists():
             return json.loads(out.read_bytes()) | {"wall_s": time.perf_counter() - started}
-        last = (done.stderr.strip().splitlines() or [""])[-1]
-        return {"state": "failed", "reason": f"its process ended with {done.returncode}: {last}"}
+        last = (errors.strip().splitlines() or [""])[-1]
+        return {"state": "failed", "reason": f"its process ended with {process.returncode}: {last}"}
 
 
 def line(row: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import hcmen.mamba
-from hcmen.base.errors import HcmenError
+from hcmen.base.errors import CheckFailed, HcmenError
 from hcmen.base.library import library_path
 from hcmen.mamba.scan import implementation
 from zoo import FAMILIES, Family, Missing
@@ -109,9 +109,28 @@ def operators(path: Path) -> dict[str, int]:
     return dict(found.most_common())
 
 
+def _ever_less(family: Family) -> list[tuple[dict[int, str], ...]]:
+    """What is asked for as open: all that the family wants, the batch alone, nothing."""
+    wanted = tuple(family.dynamic)
+    batch = tuple({axis: name for axis, name in axes.items() if name == "batch"} for axes in wanted)
+    found: list[tuple[dict[int, str], ...]] = []
+    for asked in (wanted, batch, tuple({} for _ in wanted)):
+        if asked not in found:
+            found.append(asked)
+    return found
+
+
 def exported(model: nn.Module, inputs: tuple[Tensor, ...], family: Family, path: Path) -> dict[str, Any]:
-    """The file and what `hcmen.mamba.export` reports of it."""
-    report = hcmen.mamba.export(model, inputs, path, dynamic=tuple(family.dynamic))
+    """The file and what `hcmen.mamba.export` reports of it; sizes that the model fixes are asked for no more."""
+    fixed: list[str] = []
+    for asked in _ever_less(family):
+        try:
+            report = hcmen.mamba.export(model, inputs, path, dynamic=asked)
+            break
+        except CheckFailed as error:
+            if "is fixed to" not in str(error) or not any(asked or ()):
+                raise
+            fixed.append(str(error))
     told = report.as_dict()
     worst = max(told["outputs"], key=lambda o: max(o["library"], o["functions"] or 0) / o["bound"])
     return {
@@ -120,6 +139,7 @@ def exported(model: nn.Module, inputs: tuple[Tensor, ...], family: Family, path:
         "nodes_traced": told["nodes_traced"],
         "nodes": told["nodes"],
         "operators": operators(path),
+        "fixed": fixed,
         "open_sizes": sorted({size["name"] for size in told["sizes"] if size["open"]}),
         "notes_on_sizes": sorted({f"{s['name']}: {s['note']}" for s in told["sizes"] if s["open"] and s["note"]}),
         "trials": told["trials"],

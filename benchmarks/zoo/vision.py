@@ -116,10 +116,10 @@ def vmamba_v0(repositories: Path) -> Example:
     "mambavision",
     None,
     "MambaVision, depths 1 1 4 2, d 32, 224 x 224",
-    PICTURE,
+    ({},),
     packages=("mambavision", *TIMM),
     absent=(*TORCHVISION, "tensorboardX", "cv2"),
-    note="the package 1.2.0 of the index",
+    note="the package 1.2.0 of the index; its window_reverse takes int() of a size, which fixes batch and picture",
 )
 def mambavision(_: Path) -> Example:
     from mambavision.models.mamba_vision import MambaVision
@@ -256,10 +256,14 @@ def mamba_yolo(repositories: Path) -> Example:
         "matplotlib",
         "mpl_toolkits",
     ),
-    note="from the groups of neighbours on: its farthest points and neighbours are CUDA's alone",
+    note="from groups of neighbours in order on: its farthest points are CUDA's alone, its order along curves takes "
+    "numbers of the data into Python",
 )
 def point_mamba(_: Path) -> Example:
+    from models import point_mamba_scan
     from models.point_mamba_scan import PointMambaScan
+
+    point_mamba_scan.serialization_func = lambda points, tokens, where, _: (points, None, None, tokens, where)
 
     config = types.SimpleNamespace(
         trans_dim=128,
