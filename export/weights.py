@@ -14,7 +14,7 @@ from hcmen.base.bundle import Bundle
 from hcmen.base.errors import CorruptFileError, InputError
 from hcmen.runtime.backends.graph import read_graph
 
-__all__ = ["embedded_model"]
+__all__ = ["embedded", "embedded_model"]
 
 # A protobuf message ends at 2 GiB; the rest is room for the graph.
 _MOST_BYTES = (1 << 31) - (1 << 24)
@@ -35,7 +35,20 @@ def embedded_model(bundle: Bundle, variant: str, weights: NDArray[np.uint8] | No
     where = str(bundle.path / record.graph.file)
     content = bundle.read(record.graph).tobytes()
     weights = bundle.read(bundle.manifest.weights) if weights is None else weights
-    graph = read_graph(content, bundle.manifest.weights.file, len(weights), where)
+    return embedded(content, weights, bundle.manifest.weights.file, where)
+
+
+def embedded(content: bytes, weights: NDArray[np.uint8], weights_file: str, where: str) -> ModelProto:
+    """The graph in `content`, of an .onnx file, with every weight in it.
+
+    Args:
+        weights: the content of its weights file. weights_file: what the graph calls that. where: for messages.
+
+    Raises:
+        InputError: the whole is too large for one message.
+        CorruptFileError: the file is damaged, or the graph reaches outside.
+    """
+    graph = read_graph(content, weights_file, len(weights), where)
     external = {t.name: t for t in graph.external}
     needed = sum(t.view(weights).nbytes for t in external.values())
     if needed > _MOST_BYTES:

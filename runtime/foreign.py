@@ -60,7 +60,7 @@ class ForeignGraph:
     def sha256(self) -> str:
         """Of the file, and of that of its weights behind it."""
         digest = hashlib.sha256(self.content)
-        digest.update(memoryview(self.weights))
+        digest.update(self.weights.data)
         return digest.hexdigest()
 
     def session(self, backend: OrtBackend) -> OrtSession:

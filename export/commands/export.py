@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
 
 from hcmen.base.console import Choice, Console, VariantChoice, command
+from hcmen.base.errors import InputError
 from hcmen.base.manifest import PRECISIONS
 from hcmen.base.modalities import variant_named
 from hcmen.base.shipped import BUNDLE, chosen_checkpoint
-from hcmen.base.tables import screen_width
+from hcmen.base.tables import aligned, screen_width
 from hcmen.base.typed import as_typed, from_here
 from hcmen.export.bundle import export_bundle
 from hcmen.export.report import table
@@ -25,10 +27,12 @@ __all__ = ["main"]
         "hcmen-export --variant audio_missing",
         "hcmen-export --checkpoint build/train --bundle build/bundle",
         "hcmen-export --precision int8 --data mosi.pkl",
+        "hcmen-export --onnx model.onnx --size time=256 --precision fp16 --out half.onnx",
     ),
     groups={
         "What is exported": ("checkpoint", "variants", "precision", "data"),
         "Where to": ("bundle", "force", "triton", "triton_root"),
+        "A foreign graph": ("onnx_file", "out", "sizes", "ranges", "calibrate", "tolerance"),
     },
 )
 @click.option(
@@ -69,9 +73,38 @@ __all__ = ["main"]
     "--triton-root", default="/models", show_default=True, help="The path under which the server sees that folder."
 )
 @click.option(
+    "--onnx",
+    "onnx_file",
+    metavar="FILE.onnx",
+    help="A file such as hcmen-export-mamba writes, whose weights become fp16 or int8; not a checkpoint's.",
+)
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE.onnx", help="Where the file made of --onnx goes.")
+@click.option(
+    "--size", "sizes", multiple=True, metavar="NAME=N", help="Of an open size of --onnx; repeatable. A batch is 1."
+)
+@click.option(
+    "--range",
+    "ranges",
+    multiple=True,
+    metavar="INPUT=A..B",
+    help="Of the random whole numbers of an input. Default: the rows of the table it looks up, or 0..1.",
+)
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    metavar="FILE.npz",
+    help="Arrays by input name: what int8 takes its ranges from, and what the file is judged on. Default: random ones.",
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0),
+    metavar="SHARE",
+    help="By how much of its largest number an output of --onnx may move.  [default: 2e-2 with fp16, any with int8]",
+)
+@click.option(
     "--force",
     is_flag=True,
-    help="Replace what is at --bundle or --triton, even if it is of another checkpoint or something else.",
+    help="Replace what is at --bundle, --triton or --out, even if it is of another checkpoint or something else.",
 )
 def main(
     console: Console,
@@ -82,6 +115,12 @@ def main(
     data: Path | None,
     triton: Path | None,
     triton_root: str,
+    onnx_file: str | None,
+    out: Path | None,
+    sizes: tuple[str, ...],
+    ranges: tuple[str, ...],
+    calibrate: Path | None,
+    tolerance: float | None,
     force: bool,
 ) -> None:
     """Exports a trained checkpoint: one ONNX graph per variant, shared weights, golden outputs, a manifest.
@@ -89,7 +128,16 @@ def main(
     Every graph is run and compared with the eager PyTorch model before the bundle is put in place; if one is further
     away than the bound allows, nothing is written and the exit code is 1. fp16 and int8 must also leave the mean
     absolute error on the validation split where it is, within 0.5 % and 1 % of itself.
+
+    A foreign graph, --onnx, has neither: it is told how far the outputs move, with the library and without.
     """
+    if onnx_file is not None:
+        bundles = {"--checkpoint": checkpoint, "--bundle": bundle, "--variant": variants or None}
+        _refuse({**bundles, "--data": data, "--triton": triton}, "is of bundles, and --onnx names a file: leave it out")
+        _reduce(console, onnx_file, out, precision, sizes, ranges, calibrate, tolerance, force)
+        return
+    foreign = {"--out": out, "--size": sizes or None, "--range": ranges or None}
+    _refuse({**foreign, "--calibrate": calibrate, "--tolerance": tolerance}, "is of a foreign graph: name it by --onnx")
     # Threads that spin while they wait make each other wait on shared cores; read once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     chosen = [variant_named(name) for name in dict.fromkeys(variants)] or None
@@ -112,6 +160,62 @@ def main(
         table(manifest, screen_width())
         + f"\n\nBundle: {bundle}\nNext:   {_next(checkpoint, bundle)}"
         + ("" if models is None else f"\nTriton: {triton}, {len(models)} models, to be mounted at {triton_root}"),
+    )
+
+
+def _refuse(given: Mapping[str, object], why: str) -> None:
+    for option, value in given.items():
+        if value is not None:
+            raise InputError(f"{option} {why}")
+
+
+def _reduce(
+    console: Console,
+    path: str,
+    out: Path | None,
+    precision: str,
+    sizes: Sequence[str],
+    ranges: Sequence[str],
+    calibrate: Path | None,
+    tolerance: float | None,
+    force: bool,
+) -> None:
+    """`--onnx`: the file in the precision, and how far its outputs moved."""
+    from hcmen.export.foreign_precision import reduce_file
+    from hcmen.runtime.foreign import parse_ranges, parse_sizes
+
+    if precision == "fp32":
+        raise InputError("--onnx without --precision", "fp16 or int8: the file is float32 as it is")
+    if out is None:
+        raise InputError("--onnx without --out", "where the new file goes")
+    if out.exists() and not force:
+        raise InputError(f"{out}: something is there already", "another --out, or --force")
+    if calibrate is not None and (sizes or ranges):
+        raise InputError("--calibrate brings its own inputs: leave out --size and --range")
+    numbers, spans = parse_sizes(sizes), parse_ranges(ranges)
+    found = reduce_file(path, out, precision, sizes=numbers, ranges=spans, calibrate=calibrate, tolerance=tolerance)
+    ways = list(next(iter(found.moved.values()), {}))
+    rows = [["output moves by", *ways]] + [
+        [name, *(f"{moved[way]:.1e}" for way in ways)] for name, moved in found.moved.items()
+    ]
+    inputs = "random inputs" if calibrate is None else str(calibrate)
+    size = f"{found.before} bytes before, {found.after} after ({found.after / found.before:.0%})"
+    layers = f"; {len(found.layers)} weights are multiplied as integers" if precision == "int8" else ""
+    told = [*aligned(rows), "", f"of its largest number, on {inputs}; {size}{layers}", f"File: {out}"]
+    if precision == "int8" and tolerance is None:
+        console.note("no bound was named: whether this is near enough is yours to judge (--tolerance)")
+    console.emit(
+        {
+            "onnx": path,
+            "out": str(out),
+            "precision": precision,
+            "inputs": inputs,
+            "bytes_before": found.before,
+            "bytes_after": found.after,
+            "outputs": found.moved,
+            "int8_weights": found.layers,
+        },
+        "\n".join(told),
     )
 
 
