@@ -12,7 +12,9 @@ one, in float32 and float64. Where they differ the module keeps its own.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -97,7 +99,7 @@ def rewrite_modules(
         reason = f"the model cannot be copied: {type(error).__name__}: {error}"
         return model, [Rewrite("channels-last mixers", type(model).__name__, 0, 0, 0, False, reason)]
     twin.eval()
-    experts = _batched_experts(twin, args, kwargs or {}, tolerance)
+    experts = _experts_apart(twin, args, kwargs or {}, tolerance)
     mixers = {name: module for name, module in twin.named_modules() if family(module)}
     calls = _record(twin, mixers, args, kwargs or {}) if mixers else {}
     found = [_rewrite_one(name, module, calls.get(name), tolerance) for name, module in mixers.items()]
@@ -229,7 +231,11 @@ def _compare(module: nn.Module, new: Callable[..., Any], call: _Call, tolerance:
     """The largest difference over two sizes, relative to the largest output, and the precisions it was found in."""
     own = module.forward
     steps = _arguments(own, call.args, call.kwargs)[0].shape[1]
-    calls = [call, _shorter(own, call, 1, max(1, steps // 2))]
+    calls = [call]
+    shorter = _shorter(own, call, 1, max(1, steps // 2))
+    with contextlib.suppress(Exception):  # some mixers take multiples of a length alone
+        _run(own, shorter)
+        calls.append(shorter)
     double = copy.deepcopy(module).double()
     try:
         exact = [_run(double.forward, _as_double(one)) for one in calls]
@@ -298,32 +304,51 @@ def _operations(forward: Callable[..., Any], call: _Call) -> int:
 # --- experts --------------------------------------------------------------------------------------------------------
 
 
-def _batched_experts(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], tolerance: float
-) -> list[Rewrite]:
-    """transformers' mixtures of experts by "batched_mm": its grouped product has no form in ONNX."""
-    rewrites: list[Rewrite] = []
-    for name, module in model.named_modules():
-        count = sum(hasattr(inner, "has_gate") and hasattr(inner, "is_transposed") for inner in module.modules())
-        can = getattr(module, "_can_set_experts_implementation", None)
-        if not count or not callable(can) or not can() or any(name.startswith(one.where) for one in rewrites):
-            continue
-        chosen = module.get_experts_implementation()
-        if set(chosen.values() if isinstance(chosen, dict) else [chosen]) == {"batched_mm"}:
-            continue
-        call, where = _Call(tuple(args), dict(kwargs)), name or type(module).__name__
-        own, before = _floats(model, call), _operations(model.forward, call)
-        module.set_experts_implementation("batched_mm")
-        new, after = _floats(model, call), _operations(model.forward, call)
-        worst = max((_distance(x, y) for x, y in zip(new, own, strict=True)), default=0.0)
-        kept = worst <= tolerance
-        if not kept:
-            module.set_experts_implementation(chosen)
-        reason = f"within {worst:.1e} of the model as it was" if kept else f"differs by {worst:.1e}"
-        rewrites.append(Rewrite("experts as batched_mm", where, count, before, after, kept, reason))
-        if not name:
-            break
-    return rewrites
+def _experts_apart(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], tolerance: float) -> list[Rewrite]:
+    """transformers' mixtures of experts, one expert after the other: its grouped product has no form in ONNX."""
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if all(hasattr(module, attribute) for attribute in ("has_gate", "is_transposed", "num_experts"))
+    }
+    if not found:
+        return []
+    call = _Call(tuple(args), dict(kwargs))
+    own, before = _floats(model, call), _operations(model.forward, call)
+    for module in found.values():
+        module.forward = functools.partial(_one_after_the_other, module)
+    new, after = _floats(model, call), _operations(model.forward, call)
+    worst = max((_distance(x, y) for x, y in zip(new, own, strict=True)), default=0.0)
+    kept = worst <= tolerance
+    if not kept:
+        for module in found.values():
+            del module.forward
+    reason = f"within {worst:.1e} of the model as it was" if kept else f"differs by {worst:.1e}"
+    where = next(iter(found)) + (f" and {len(found) - 1} more" if len(found) > 1 else "")
+    return [Rewrite("experts apart", where, len(found), before, after, kept, reason)]
+
+
+def _one_after_the_other(experts: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """x [token, channel], chosen and weights [token, k] -> [token, channel]: each expert on the tokens that chose it.
+
+    For 512 tokens of 128 channels, 2 of 4 experts, ONNX Runtime takes 2.7 ms for this and 99 ms for "batched_mm", which
+    copies an expert's weights for every token. One token takes both 0.5 ms.
+    """
+
+    def linear(x: Tensor, name: str, expert: int) -> Tensor:
+        weight = getattr(experts, name)[expert]
+        bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+        return nn.functional.linear(x, weight.t() if experts.is_transposed else weight, bias)
+
+    total = torch.zeros_like(x)
+    for expert in range(experts.num_experts):
+        token, rank = torch.where(chosen == expert)
+        y = linear(x[token], "gate_up_proj" if experts.has_gate else "up_proj", expert)
+        y = linear(experts._apply_gate(y) if experts.has_gate else experts.act_fn(y), "down_proj", expert)
+        if getattr(experts, "has_post_expert_norm", False):
+            y = experts.post_expert_norm(y)
+        total = total.index_add(0, token, (y * weights[token, rank, None]).to(total.dtype))
+    return total
 
 
 def _floats(model: nn.Module, call: _Call) -> list[Tensor]:
