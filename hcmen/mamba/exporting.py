@@ -352,7 +352,9 @@ def _sites(program: Any) -> dict[str, dict[str, int]]:
     """Operator -> module -> calls."""
     ops = {custom_op(op): op.name for op in OPERATORS.values()}
     found: dict[str, dict[str, int]] = {}
-    for node in program.graph.nodes:
+    # A region under torch.autocast is a graph of its own in the program.
+    graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+    for node in (node for graph in graphs for node in graph.nodes):
         if node.op == "call_function" and node.target in ops:
             stack = list((node.meta.get("nn_module_stack") or {"": ("", "")}).values())
             path = re.sub(r"^(L\['self'\]\.?)?(model\.?){0,2}", "", str(stack[-1][0]))

@@ -172,6 +172,26 @@ def test_a_place_that_is_taken_is_kept(tmp_path):
         hcmen.mamba.export(models.Mixer(), series(), tmp_path / "b" / "a.onnx")
 
 
+def test_a_scan_in_a_region_under_autocast_is_found(tmp_path):
+    """torch.export makes a graph of its own of such a region; medical models have them round each scan."""
+
+    class Guarded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mixer = models.Mixer()
+
+        def forward(self, x):
+            with torch.autocast("cpu", enabled=False):
+                return 2 * self.mixer(x)
+
+    report = hcmen.mamba.export(Guarded(), series(), tmp_path / "guarded.onnx")
+    assert report.verified
+    assert {op: sum(modules.values()) for op, modules in report.sites.items()} == {
+        "CausalConv1d": 1,
+        "SelectiveScan": 1,
+    }
+
+
 def test_random_numbers_are_found(tmp_path):
     with pytest.raises(CheckFailed, match="it draws random numbers"):
         hcmen.mamba.export(models.Noisy(), series(), tmp_path / "a.onnx")

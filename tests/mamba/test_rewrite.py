@@ -95,6 +95,56 @@ def test_only_the_first_steps_alike_is_left_out():
     assert "differs by" in one.reason
 
 
+@pytest.mark.parametrize(("multiple", "steps", "kept"), [(4, 12, True), (5, 100, False)])
+def test_a_mixer_that_takes_multiples_of_a_length_alone(multiple, steps, kept):
+    """Half of the example is no multiple, and of a long one neither is the part that is compared."""
+
+    class Sliced(ChannelsFirstMixer):
+        def forward(self, hidden_states, inference_params=None):
+            if hidden_states.shape[1] % multiple:
+                raise RuntimeError("slices of one length alone")
+            return super().forward(hidden_states)
+
+    _, (one,) = rewrite_modules(stir(Sliced()), (torch.randn(2, steps, 12),))
+    assert one.kept == kept
+    assert kept or one.reason == "its own forward fails on a part of the example: RuntimeError"
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_experts_one_after_the_other(gated, biased, transposed):
+    """Against a loop over tokens in float64; expert 3 is chosen by none."""
+    torch.manual_seed(0)
+    experts, hidden, inner, tokens = 5, 4, 6, 7
+    wide = 2 * inner if gated else inner
+    first, name = torch.randn(experts, wide, hidden).double(), "gate_up_proj" if gated else "up_proj"
+    second = torch.randn(experts, hidden, inner).double()
+    biases = torch.randn(experts, wide).double(), torch.randn(experts, hidden).double()
+
+    class Experts(nn.Module):
+        num_experts, has_gate, has_bias, is_transposed, act_fn = experts, gated, biased, transposed, nn.SiLU()
+
+        def _apply_gate(self, x):
+            gate, up = x.chunk(2, dim=-1)
+            return self.act_fn(gate) * up
+
+    module = Experts()
+    for own, weight, bias in ((name, first, biases[0]), ("down_proj", second, biases[1])):
+        setattr(module, own, weight.transpose(1, 2) if transposed else weight)
+        setattr(module, f"{own}_bias", bias)
+    x, weights = torch.randn(tokens, hidden).double(), torch.rand(tokens, 2).double()
+    chosen = torch.tensor([[0, 1], [1, 2], [4, 0], [2, 1], [4, 1], [0, 2], [1, 4]])
+    want = torch.zeros_like(x)
+    for token in range(tokens):
+        for rank in range(2):
+            e = chosen[token, rank]
+            y = first[e] @ x[token] + biased * biases[0][e]
+            y = F.silu(y[:inner]) * y[inner:] if gated else F.silu(y)
+            want[token] += weights[token, rank] * (second[e] @ y + biased * biases[1][e])
+    torch.testing.assert_close(rewrite._one_after_the_other(module, x, chosen, weights), want)
+
+
 def test_a_mixer_called_with_states_is_left_out_and_keeps_its_own_forward_for_such_calls():
     model, x = stir(ChannelsFirstMixer()), torch.randn(2, 9, 12)
     _, (one,) = rewrite_modules(model, (x,), {"inference_params": {"a": 1}})
