@@ -54,8 +54,14 @@ def keep_apart() -> None:
         os.sched_setaffinity(thread, {CORES[0]} if thread == own else set(CORES[1:]))
 
 
-def interleave(calls: Mapping[str, Call], rounds: int, before: Call = lambda: None, least: float = 1e-3) -> Rounds:
-    """Seconds of one call of each, round by round; brief calls are repeated for `least` seconds."""
+def interleave(
+    calls: Mapping[str, Call],
+    rounds: int,
+    before: Call = lambda: None,
+    least: float = 1e-3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Rounds:
+    """Seconds of one call of each by `clock`, round by round; brief calls are repeated for `least` seconds."""
     times: Rounds = {name: [] for name in calls}
     repeats = {}
     for name, call in calls.items():
@@ -67,10 +73,10 @@ def interleave(calls: Mapping[str, Call], rounds: int, before: Call = lambda: No
     for _ in range(rounds):
         for name, call in calls.items():
             before()
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeats[name]):
                 call()
-            times[name].append((time.perf_counter() - start) / repeats[name])
+            times[name].append((clock() - start) / repeats[name])
     return times
 
 

@@ -15,9 +15,12 @@ namespace HCMEN_ISA_NAMESPACE {
 // has one order, so results are the same bits however a sequence is cut into calls. (Chunks as matrix products would
 // save a third of the arithmetic, and that.)
 
-// Steps of one round, and the most step sizes of one.
+// Steps of one round.
 constexpr int kDualSteps = 16;
-constexpr int kDualSizes = 64;
+
+// States that go through time together, as bytes: many heads read whole rows of memory, and keep their states in the
+// second-level cache.
+constexpr int64_t kDualTogether = 1 << 20;
 
 // Vectors of states that a tile holds: those of one row at most, and of all its rows.
 constexpr int kDualVectors = 8;
@@ -35,28 +38,25 @@ HCMEN_INLINE int64_t vectors_of(int64_t count) { return (count + kLanes - 1) / k
 HCMEN_INLINE int lanes_at(int64_t i, int64_t count) { return count - i < kLanes ? (int)(count - i) : kLanes; }
 
 // Step sizes and decays of some heads and steps, [head][step].
-struct DualSizes {
-  float d[kDualSizes];
-  float decay[kDualSizes];
-};
-
 template <class T>
 HCMEN_APART void dual_sizes(const hcmen_dual& s, int64_t batch, int64_t head, int64_t heads, int64_t start,
-                            int64_t steps, DualSizes* to) {
+                            int64_t steps, float* sizes, float* decays) {
+  int64_t k = 0;
   for (int64_t i = 0; i < heads * steps; i += kLanes) {
     float raw[kLanes] = {}, bias[kLanes] = {}, rate[kLanes] = {};
     const int lanes = lanes_at(i, heads * steps);
     for (int j = 0; j < lanes; ++j) {
-      const int64_t at = head + (i + j) / steps, k = start + (i + j) % steps, t = s.reverse ? s.time - 1 - k : k;
-      raw[j] = one((const T*)s.dt + (batch * s.time + t) * s.head + at);
-      bias[j] = s.dt_bias[at];
-      rate[j] = s.A[at];
+      const int64_t t = s.reverse ? s.time - 1 - start - k : start + k;
+      raw[j] = one((const T*)s.dt + (batch * s.time + t) * s.head + head);
+      bias[j] = s.dt_bias[head];
+      rate[j] = s.A[head];
+      if (++k == steps) k = 0, ++head;
     }
     F d = load(raw) + load(bias);
     if (s.delta_softplus) d = softplus(d);
     d = lesser(splat(s.dt_max), greater(splat(s.dt_min), d));  // d second: a NaN stays
-    store(to->d + i, d, lanes);
-    store(to->decay + i, exp2_product<true>(d, load(rate) * kLog2e), lanes);
+    store(sizes + i, d, lanes);
+    store(decays + i, exp2_product<true>(d, load(rate) * kLog2e), lanes);
   }
 }
 
@@ -84,6 +84,7 @@ HCMEN_APART void dual_tile(int64_t steps, DualInputs in, DualRows states, F* sum
     for (int v = 0; v < vectors; ++v) {
       const int lanes = v == vectors - 1 ? states.last : kLanes;
       h[r][v] = states.from ? load(states.from + r * states.stride + v * kLanes, lanes) : F{};
+      if (states.from) prefetch(states.from + (rows + r) * states.stride + v * kLanes);
     }
   }
   for (int64_t k = 0; k < steps; ++k, in.B += in.projection, in.C += in.projection, in.dx += in.width, sums += kLanes) {
@@ -113,6 +114,29 @@ HCMEN_APART void dual_tile(int64_t steps, DualInputs in, DualRows states, F* sum
   }
 }
 
+// A single step of many rows, whose states pass through: B and C stay in registers instead.
+template <int vectors, bool more>
+HCMEN_APART void dual_step(int64_t rows, DualInputs in, DualRows states, F* sums) {
+  const F decay = splat(in.decay[0]);
+  F b[vectors], c[vectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < vectors; ++v) b[v] = load(in.B + v * kLanes), c[v] = load(in.C + v * kLanes);
+  for (int64_t r = 0; r < rows; ++r) {
+    const F dx = splat(in.dx[r]);
+    F sum = {};
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      const int lanes = v == vectors - 1 ? states.last : kLanes;
+      const F h = fma(dx, b[v], decay * (states.from ? load(states.from + v * kLanes, lanes) : F{}));
+      store(states.to + v * kLanes, h, lanes);
+      sum = v ? fma(h, c[v], sum) : more ? fma(h, c[v], sums[r]) : h * c[v];
+    }
+    sums[r] = sum;
+    states.to += states.stride;
+    if (states.from) states.from += states.stride;
+  }
+}
+
 // `rows` rows, at most kLanes, by `vectors` vectors.
 template <int vectors, bool more>
 HCMEN_INLINE void dual_tiles(int64_t rows, int64_t steps, DualInputs in, DualRows states, F* sums) {
@@ -121,6 +145,7 @@ HCMEN_INLINE void dual_tiles(int64_t rows, int64_t steps, DualInputs in, DualRow
     in.dx += count, sums += count, states.to += count * states.stride;
     if (states.from) states.from += count * states.stride;
   };
+  if (steps == 1) return dual_step<vectors, more>(rows, in, states, sums);
   for (; rows >= kRows; rows -= kRows, advance(kRows)) dual_tile<kRows, vectors, more>(steps, in, states, sums);
   for (; rows > 0; --rows, advance(1)) dual_tile<1, vectors, more>(steps, in, states, sums);
 }
@@ -180,42 +205,55 @@ static int dual_forward_of(const hcmen_dual& s, const DualPart& part) {
   const int64_t width = s.head * s.head_dim, per_head = s.head_dim * s.state, vectors = vectors_of(s.state);
   const int64_t steps_most = s.time < kDualSteps ? s.time : kDualSteps;
   const int64_t row_room = vectors_of(part.rows) * kLanes;
-  Scratch scratch(steps_most * kLanes, steps_most * (2 * vectors * kLanes + row_room) +
-                                           (s.last_state ? 0 : part.rows * s.state));
+  const int64_t most = kDualTogether / (part.rows * s.state * (int64_t)sizeof(float));
+  const int64_t heads_at_once = most < 1 ? 1 : most < part.heads ? most : part.heads;
+  const int64_t kept = s.last_state ? 0 : part.rows * s.state;  // states of a head that the caller does not want
+  Scratch scratch(steps_most * kLanes, steps_most * (2 * vectors * kLanes + row_room + 2 * heads_at_once) +
+                                           (steps_most < s.time ? heads_at_once : 1) * kept);
   if (!scratch.works()) return HCMEN_NO_MEMORY;
   F* const sums = scratch.vectors(steps_most * kLanes);
   float* const B_copy = scratch.floats(steps_most * vectors * kLanes);
   float* const C_copy = scratch.floats(steps_most * vectors * kLanes);
   float* const dx = scratch.floats(steps_most * row_room);
-  float* const own_states = scratch.floats(s.last_state ? 0 : part.rows * s.state);
-  DualSizes sizes;
-  const int64_t heads_at_once = s.time < kDualSteps ? kDualSizes / s.time : 1;
+  float* const sizes = scratch.floats(steps_most * heads_at_once);
+  float* const decays = scratch.floats(steps_most * heads_at_once);
+  float* const own_states = scratch.floats((steps_most < s.time ? heads_at_once : 1) * kept);
   for (int64_t first = part.head; first < part.head + part.heads; first += heads_at_once) {
     const int64_t left = part.head + part.heads - first, heads = left < heads_at_once ? left : heads_at_once;
     for (int64_t start = 0; start < s.time; start += kDualSteps) {
       const int64_t steps = s.time - start < kDualSteps ? s.time - start : kDualSteps;
-      dual_sizes<T>(s, part.batch, first, heads, start, steps, &sizes);
+      dual_sizes<T>(s, part.batch, first, heads, start, steps, sizes, decays);
+      DualProjection B = {}, C = {};
       for (int64_t head = first; head < first + heads; ++head) {
-        const float *const d = sizes.d + (head - first) * steps, *const decay = sizes.decay + (head - first) * steps;
+        const float *const d = sizes + (head - first) * steps, *const decay = decays + (head - first) * steps;
         const int64_t group = head / (s.head / s.group), offset = head * s.head_dim + part.row;
         const int64_t states = (part.batch * s.head + head) * per_head + part.row * s.state;
         const auto x = dual_series((const T*)s.x, s, part.batch, start, width, offset);
         const auto z = dual_series((const T*)s.z, s, part.batch, start, width, offset);
         const auto y = dual_series((T*)s.y, s, part.batch, start, width, offset);
-        // The next round, some lines at a time: steps lie too far apart for the hardware to see the pattern.
-        const int64_t jump = start + 2 * kDualSteps <= s.time ? kDualSteps : 0;
-        const auto project = [&](const void* array, float* copy) {
-          const auto rows = dual_series((const T*)array, s, part.batch, start, s.group * s.state, group * s.state);
-          return dual_project<T>(rows, steps, jump, s.state, copy);
+        if (head == first || head % (s.head / s.group) == 0) {
+          const int64_t jump = start + 2 * kDualSteps <= s.time ? kDualSteps : 0;
+          const auto project = [&](const void* array, float* copy) {
+            const auto rows = dual_series((const T*)array, s, part.batch, start, s.group * s.state, group * s.state);
+            return dual_project<T>(rows, steps, jump, s.state, copy);
+          };
+          B = project(s.B, B_copy), C = project(s.C, C_copy);
+        }
+        // The next head, or the first one's next round, some lines at a time: steps lie too far apart for the hardware
+        // to see the pattern.
+        const bool last = head + 1 == first + heads;
+        const int64_t next = last ? start + 2 * kDualSteps <= s.time ? kDualSteps : 0 : 0;
+        const int64_t beside = last ? (first - head) * s.head_dim : s.head_dim;
+        const auto ahead = [&](auto rows, int64_t k, int64_t p) {
+          prefetch(rows.first + (k + next) * rows.stride + beside + p);
         };
-        const DualProjection B = project(s.B, B_copy), C = project(s.C, C_copy);
-        const auto ahead = [&](auto rows, int64_t k, int64_t p) { prefetch(rows.first + (k + jump) * rows.stride + p); };
         for (int64_t k = 0; k < steps; ++k) {
           for (int64_t p = 0; p < part.rows; p += kLanes) {
             store(dx + k * row_room + p, splat(d[k]) * load(x.first + k * x.stride + p, lanes_at(p, part.rows)));
           }
         }
-        float* const to = s.last_state ? s.last_state + states : own_states;
+        float* const own = own_states + (steps_most < s.time ? (head - first) * kept : 0);
+        float* const to = s.last_state ? s.last_state + states : own;
         const float* const from = start ? to : s.initial_state ? s.initial_state + states : nullptr;
         for (int64_t p = 0; p < part.rows; p += kLanes) {
           const int lanes = lanes_at(p, part.rows);
@@ -238,10 +276,10 @@ static int dual_forward_of(const hcmen_dual& s, const DualPart& part) {
           }
           const F skip = s.wide_D ? load(s.D + offset + p, lanes) : splat(s.D[head]);
           for (int64_t k = 0; k < steps; ++k) {
-            F own[kLanes];
+            F row[kLanes];
 #pragma GCC unroll 16
-            for (int r = 0; r < kLanes; ++r) own[r] = sums[k * kLanes + r];
-            F out = fma(skip, load(x.first + k * x.stride + p, lanes), sums_of_lanes(own));
+            for (int r = 0; r < kLanes; ++r) row[r] = sums[k * kLanes + r];
+            F out = fma(skip, load(x.first + k * x.stride + p, lanes), sums_of_lanes(row));
             if (s.z) out *= silu(load(z.first + k * z.stride + p, lanes));
             store(y.first + k * y.stride + p, out, lanes);
             ahead(x, k, p);

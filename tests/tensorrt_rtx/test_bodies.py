@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from helpers.dual_cases import DualCase, dual_model_of
 from helpers.op_cases import ConvCase, ScanCase, model_of
 from helpers.rtx import RealBuilder, needs_rtx
 from onnx import inliner
@@ -26,6 +27,15 @@ SCANS = [
     for names in [("gated", "stateful", "reverse", "softplus")]
     for on, group in zip(itertools.product((False, True), repeat=4), itertools.cycle((1, 3, None)))
 ]
+DUALS = [
+    DualCase(head=6, state=7, group=group, dtype=dtype, gated=a, stateful=b, reverse=c, softplus=a != b, wide=b != c)
+    for (a, b, c), dtype, group in zip(
+        itertools.product((False, True), repeat=3),
+        itertools.cycle(("float32", "float16", "float16")),
+        itertools.cycle((1, 3, None)),
+        strict=False,
+    )
+]
 CONVS = [
     ConvCase(channel=6, dtype=dtype, silu=silu, reverse=reverse)
     for dtype, silu, reverse in itertools.product(("float32", "float16"), (False, True), (False, True))
@@ -38,9 +48,10 @@ def builder() -> RealBuilder:
 
 
 @pytest.mark.parametrize("body", SCAN_BODIES)
-@pytest.mark.parametrize("case", [*SCANS, *CONVS], ids=str)
-def test_a_body_is_built(builder: RealBuilder, case: ScanCase | ConvCase, body: str) -> None:
-    model = inliner.inline_local_functions(add_functions(model_of(case), body))
+@pytest.mark.parametrize("case", [*SCANS, *CONVS, *DUALS], ids=str)
+def test_a_body_is_built(builder: RealBuilder, case: ScanCase | ConvCase | DualCase, body: str) -> None:
+    made = dual_model_of(case) if isinstance(case, DualCase) else model_of(case)
+    model = inliner.inline_local_functions(add_functions(made, body))
     assert all(node.domain != DOMAIN for node in nodes_of(model))
     network, engine = builder.build(model, SIZES)
     inputs = {network.get_input(i).name: network.get_input(i).dtype.name for i in range(network.num_inputs)}
@@ -48,11 +59,12 @@ def test_a_body_is_built(builder: RealBuilder, case: ScanCase | ConvCase, body: 
     assert inputs["u" if isinstance(case, ScanCase) else "x"] == half
     outputs = [network.get_output(i) for i in range(network.num_outputs)]
     assert outputs[0].dtype.name == half
-    assert tuple(outputs[0].shape) == (-1, -1, case.channel)
-    if isinstance(case, ScanCase):
+    rows = (case.head, case.head_dim) if isinstance(case, DualCase) else (case.channel,)
+    assert tuple(outputs[0].shape) == (-1, -1, *rows)
+    if not isinstance(case, ConvCase):
         assert len(outputs) == 1 + case.stateful
         if case.stateful:
-            assert (tuple(outputs[1].shape), outputs[1].dtype.name) == ((-1, case.channel, case.state), "FLOAT")
+            assert (tuple(outputs[1].shape), outputs[1].dtype.name) == ((-1, *rows, case.state), "FLOAT")
     assert memoryview(engine).nbytes > 10_000
 
 
