@@ -23,7 +23,7 @@ import platform
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,10 @@ from hcmen.runtime.golden import SelfTest, golden_test_twice
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["Built", "Compiler"]
+__all__ = ["Built", "Compiler", "GraphCompiler"]
+
+Profile = Mapping[str, tuple[tuple[int, ...], ...]]
+"""Input -> its (least, best, largest) shape."""
 
 _HEARTBEAT_SECONDS = 30.0
 _OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|insufficient memory|cudaErrorMemoryAllocation|bad_alloc", re.I)
@@ -68,8 +71,8 @@ class Built:
     weights_bytes: int
 
 
-class Compiler:
-    """Builds the engines of one bundle.
+class GraphCompiler:
+    """Builds engines of graphs, whosever they are.
 
     cuda: the GPU that they are for, None for a portable flavour, which touches no library of CUDA's.
     capabilities: the compute capabilities that they are for, rising.
@@ -77,11 +80,10 @@ class Compiler:
     Raises:
         InputError: the flavour lacks what an option asks for, or no such target.
         BackendError: TensorRT, the GPU, onnx or the plugin is missing, or too old for the options.
-        InputError, CorruptFileError: the key that signs engines cannot be made or used.
     """
 
-    def __init__(self, bundle: Bundle, options: Options, console: Console | None = None, flavour: Flavour = TENSORRT):
-        self.bundle, self.options = bundle, options
+    def __init__(self, options: Options, console: Console | None = None, flavour: Flavour = TENSORRT):
+        self.options = options
         self.console = console or Console(verbosity=-1)
         self.flavour = flavour
         self._check_options()
@@ -99,9 +101,160 @@ class Compiler:
                 f"the GPU has sm {self.capabilities[0]}, hardware-compatible engines start at 80: "
                 "leave out --hardware-compatible"
             )
+        self._plugin_path: Path | None = None
+
+    def engine_of(self, model: ModelProto, profiles: Sequence[Profile], where: str) -> tuple[Any, str]:
+        """The serialised engine of `model`, weights inside, as TensorRT's host memory; and what runs its hcmen ops.
+
+        Raises:
+            InputError, BackendError: TensorRT refuses the graph or the build.
+        """
+        model, plugin = self._prepared(model, where)
+        self._take(plugin)
+        return self._build(model, plugin, profiles, where), plugin
+
+    def _check_options(self) -> None:
+        for option, why in self.flavour.lacks.items():
+            if getattr(self.options, option):
+                raise InputError(f"--{option.replace('_', '-')} with --backend {self.flavour.name}: {why}")
+        if self.options.targets and not self.flavour.portable:
+            raise InputError(
+                f"--target with --backend {self.flavour.name}, whose engines are for the GPU that is here: leave it out"
+            )
+
+    def _targets(self) -> tuple[int, ...]:
+        known = self.flavour.served(self._trt)
+        for target in self.options.targets:
+            if target not in known:
+                raise InputError(
+                    f"--target has {target}, and {self.flavour.title} {self.tensorrt.version} does not build for it",
+                    ", ".join(map(str, known)),
+                    f"leave {target} out, or compile on such a GPU with --backend {TENSORRT.name}",
+                )
+        return tuple(sorted(set(self.options.targets))) or known
+
+    def _prepared(self, model: ModelProto, where: str) -> tuple[ModelProto, str]:
+        """The model as the parser shall have it, and how its hcmen ops will run."""
+        from hcmen.mamba.functions import nodes_of, strip_functions
+
+        ops = any(node.domain == OP_DOMAIN for node in nodes_of(model))
+        if self.plugin == "function":
+            return _written_out(model, where), "function" if ops else "none"
+        if not ops:
+            return model, "none"
+        strip_functions(model)
+        if self.plugin == "aot":
+            from hcmen.mamba.trt_aot import prepare
+
+            prepare(model)
+        return model, self.plugin
+
+    def _take(self, plugin: str) -> None:
+        """Makes known to TensorRT what will run the hcmen ops."""
+        if plugin == "library":
+            self._load_plugins()
+        elif plugin == "aot":
+            from hcmen.mamba.trt_aot import register
+
+            register(*self.capabilities)
+
+    def _load_plugins(self) -> None:
+        if self._plugin_path is None:
+            path = self.flavour.plugin_library()
+            self.tensorrt.load_plugins(path)
+            self._plugin_path = path
+
+    # --- the build --------------------------------------------------------------------------------------------------
+
+    def _build(self, model: ModelProto, plugin: str, profiles: Sequence[Profile], where: str) -> Any:
+        """The serialised engine, as TensorRT's host memory."""
+        trt = self._trt
+        mark = self.tensorrt.logger.count
+        builder = trt.Builder(self.tensorrt.logger)
+        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = builder.create_network(flags)
+        parser = trt.OnnxParser(network, self.tensorrt.logger)
+        with deaf():  # it logs while it works, and drops what a signal raises there
+            parsed = parser.parse(model.SerializeToString())
+        if not parsed:
+            raise self._refused(where, "cannot take the graph", _parser_error(parser))
+        config = builder.create_builder_config()
+        # TF32 keeps 10 bits of a product's inputs: a float32 engine would miss its bound.
+        config.clear_flag(trt.BuilderFlag.TF32)
+        if self.options.workspace_bytes is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self.options.workspace_bytes)
+        if self.options.version_compatible:
+            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+            if plugin == "library":
+                config.plugins_to_serialize = [str(self._plugin_path)]
+        if self.options.hardware_compatible:
+            config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+        if self.flavour.portable:
+            set_targets(trt, config, self.capabilities)
+        for shapes in profiles:
+            profile = builder.create_optimization_profile()
+            for name, (low, best, high) in shapes.items():
+                profile.set_shape(name, low, best, high)
+            if config.add_optimization_profile(profile) < 0:
+                raise BackendError(f"{where}: {self.flavour.title} refused the profile {shapes}: {self._why(mark)}")
+        before = self._read_timing_cache(config)
+        with _heartbeat(self.console), deaf():
+            plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise self._refused(where, "could not build the engine", self._why(mark))
+        self._write_timing_cache(config, before)
+        return plan
+
+    def _refused(self, where: str, what: str, why: str) -> BackendError:
+        if _OUT_OF_MEMORY.search(why):
+            free, total = self.cuda.free_bytes() if self.cuda else (0, 0)
+            room = f"{free >> 20} of {total >> 20} MiB of the GPU are free; " if total else ""
+            return BackendError(
+                f"{where}: the build ran out of memory ({room}{why}): "
+                "close what else uses it, or lower --workspace or --max-batch"
+            )
+        return BackendError(f"{where}: {self.flavour.title} {self.tensorrt.version} {what}: {why}")
+
+    def _why(self, mark: int) -> str:
+        return self.tensorrt.errors(mark) or "it gave no reason (-v shows what it said)"
+
+    # --- timing cache -----------------------------------------------------------------------------------------------
+
+    def _read_timing_cache(self, config: Any) -> bytes:
+        """Gives the build the timings of the file, if there is one; returns its content."""
+        path = self.options.timing_cache
+        if path is None:
+            return b""
+        with refused(path, fix="name another file"):
+            content = read_small(path) if path.exists() else b""
+        cache = config.create_timing_cache(content)
+        if cache is None or not config.set_timing_cache(cache, False):
+            self.console.warn(f"{path}: not a timing cache of this GPU and TensorRT, a new one is begun")
+            cache = config.create_timing_cache(b"")
+            config.set_timing_cache(cache, False)
+        return content
+
+    def _write_timing_cache(self, config: Any, before: bytes) -> None:
+        path = self.options.timing_cache
+        if path is None:
+            return
+        content = bytes(memoryview(config.get_timing_cache().serialize()).cast("B"))
+        if content != before:
+            write_whole(path, content)
+
+
+class Compiler(GraphCompiler):
+    """Builds the engines of one bundle; see `GraphCompiler`, whose errors it raises.
+
+    Raises:
+        InputError, CorruptFileError: the key that signs engines cannot be made or used.
+    """
+
+    def __init__(self, bundle: Bundle, options: Options, console: Console | None = None, flavour: Flavour = TENSORRT):
+        super().__init__(options, console, flavour)
+        self.bundle = bundle
         self._key = made_key()  # what was built for an hour and cannot be signed would be lost
         self._weights: Any = None
-        self._plugin_path: Path | None = None
 
     def compile(self, variant: str) -> Built:
         """The engine of `variant`: built, held against the golden set and written; or as it stands, without `force`.
@@ -122,15 +275,8 @@ class Compiler:
         weights_bytes = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
         if standing is not None:
             return Built(standing, None, 0.0, fresh=False, weights_bytes=weights_bytes)
-        model, plugin = self._prepared(model, variant)
-        if plugin == "library":
-            self._load_plugins()
-        elif plugin == "aot":
-            from hcmen.mamba.trt_aot import register
-
-            register(*self.capabilities)
         started = time.perf_counter()
-        plan = self._build(model, plugin, record, where)
+        plan, plugin = self.engine_of(model, self._profiles(record), where)
         seconds = time.perf_counter() - started
         content = memoryview(plan).cast("B")
         embedded = plugin == "library" and self.options.version_compatible
@@ -183,26 +329,6 @@ class Compiler:
 
     # --- before the build -------------------------------------------------------------------------------------------
 
-    def _check_options(self) -> None:
-        for option, why in self.flavour.lacks.items():
-            if getattr(self.options, option):
-                raise InputError(f"--{option.replace('_', '-')} with --backend {self.flavour.name}: {why}")
-        if self.options.targets and not self.flavour.portable:
-            raise InputError(
-                f"--target with --backend {self.flavour.name}, whose engines are for the GPU that is here: leave it out"
-            )
-
-    def _targets(self) -> tuple[int, ...]:
-        known = self.flavour.served(self._trt)
-        for target in self.options.targets:
-            if target not in known:
-                raise InputError(
-                    f"--target has {target}, and {self.flavour.title} {self.tensorrt.version} does not build for it",
-                    ", ".join(map(str, known)),
-                    f"leave {target} out, or compile on such a GPU with --backend {TENSORRT.name}",
-                )
-        return tuple(sorted(set(self.options.targets))) or known
-
     def _standing(self, name: str) -> EngineRecord | None:
         """The engine of that name, if it is as listed, made from this export and in the way asked for."""
         for record in read_engines(self.bundle):
@@ -237,133 +363,8 @@ class Compiler:
         model = embedded_model(self.bundle, variant, self._weights)
         return to_float16(model) if self.options.precision == "fp16" else model
 
-    def _prepared(self, model: ModelProto, variant: str) -> tuple[ModelProto, str]:
-        """The model as the parser shall have it, and how its hcmen ops will run."""
-        from hcmen.mamba.functions import nodes_of, strip_functions
-
-        ops = any(node.domain == OP_DOMAIN for node in nodes_of(model))
-        if self.plugin == "function":
-            return self._written_out(model, variant), "function" if ops else "none"
-        if not ops:
-            return model, "none"
-        strip_functions(model)
-        if self.plugin == "aot":
-            from hcmen.mamba.trt_aot import prepare
-
-            prepare(model)
-        return model, self.plugin
-
-    def _written_out(self, model: ModelProto, variant: str) -> ModelProto:
-        """The model in standard operators alone.
-
-        No node may be left that a plugin could be taken for: a process may have the plugin library loaded, whatever
-        for, and TensorRT-RTX ends a process that parses a node of it.
-        """
-        from onnx import inliner
-
-        from hcmen.mamba.functions import add_functions, nodes_of
-
-        where = str(self.bundle.path / self.bundle.variant(variant).graph.file)
-        try:
-            model = inliner.inline_local_functions(add_functions(model, "blocks"))
-        except InputError as error:
-            raise error.but(where=where) from error
-        for node in nodes_of(model):
-            if node.op_type in PLUGIN_OPS or node.domain == OP_DOMAIN:
-                raise BackendError(
-                    f"node {shown(node.name)} is {shown(f'{node.domain}::{node.op_type}')}, which no function of the "
-                    "graph defines",
-                    fix="export the bundle again",
-                    where=where,
-                )
-        return model
-
-    def _load_plugins(self) -> None:
-        if self._plugin_path is None:
-            path = self.flavour.plugin_library()
-            self.tensorrt.load_plugins(path)
-            self._plugin_path = path
-
-    # --- the build --------------------------------------------------------------------------------------------------
-
-    def _build(self, model: ModelProto, plugin: str, record: VariantRecord, where: str) -> Any:
-        """The serialised engine, as TensorRT's host memory."""
-        trt = self._trt
-        mark = self.tensorrt.logger.count
-        builder = trt.Builder(self.tensorrt.logger)
-        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        network = builder.create_network(flags)
-        parser = trt.OnnxParser(network, self.tensorrt.logger)
-        with deaf():  # it logs while it works, and drops what a signal raises there
-            parsed = parser.parse(model.SerializeToString())
-        if not parsed:
-            raise self._refused(where, "cannot take the graph", _parser_error(parser))
-        config = builder.create_builder_config()
-        # TF32 keeps 10 bits of a product's inputs: a float32 engine would miss its bound.
-        config.clear_flag(trt.BuilderFlag.TF32)
-        if self.options.workspace_bytes is not None:
-            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self.options.workspace_bytes)
-        if self.options.version_compatible:
-            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-            if plugin == "library":
-                config.plugins_to_serialize = [str(self._plugin_path)]
-        if self.options.hardware_compatible:
-            config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-        if self.flavour.portable:
-            set_targets(trt, config, self.capabilities)
-        for shapes in self._profiles(record):
-            profile = builder.create_optimization_profile()
-            for name, (low, best, high) in shapes.items():
-                profile.set_shape(name, low, best, high)
-            if config.add_optimization_profile(profile) < 0:
-                raise BackendError(f"{where}: {self.flavour.title} refused the profile {shapes}: {self._why(mark)}")
-        before = self._read_timing_cache(config)
-        with _heartbeat(self.console), deaf():
-            plan = builder.build_serialized_network(network, config)
-        if plan is None:
-            raise self._refused(where, "could not build the engine", self._why(mark))
-        self._write_timing_cache(config, before)
-        return plan
-
-    def _profiles(self, record: VariantRecord) -> list[dict[str, tuple[tuple[int, ...], ...]]]:
+    def _profiles(self, record: VariantRecord) -> list[Profile]:
         return profile_shapes(self.bundle, record, self.options.max_batch, self.options.best_batch, self.profiles)
-
-    def _refused(self, where: str, what: str, why: str) -> BackendError:
-        if _OUT_OF_MEMORY.search(why):
-            free, total = self.cuda.free_bytes() if self.cuda else (0, 0)
-            room = f"{free >> 20} of {total >> 20} MiB of the GPU are free; " if total else ""
-            return BackendError(
-                f"{where}: the build ran out of memory ({room}{why}): "
-                "close what else uses it, or lower --workspace or --max-batch"
-            )
-        return BackendError(f"{where}: {self.flavour.title} {self.tensorrt.version} {what}: {why}")
-
-    def _why(self, mark: int) -> str:
-        return self.tensorrt.errors(mark) or "it gave no reason (-v shows what it said)"
-
-    # --- timing cache -----------------------------------------------------------------------------------------------
-
-    def _read_timing_cache(self, config: Any) -> bytes:
-        """Gives the build the timings of the file, if there is one; returns its content."""
-        path = self.options.timing_cache
-        if path is None:
-            return b""
-        with refused(path, fix="name another file"):
-            content = read_small(path) if path.exists() else b""
-        cache = config.create_timing_cache(content)
-        if cache is None or not config.set_timing_cache(cache, False):
-            self.console.warn(f"{path}: not a timing cache of this GPU and TensorRT, a new one is begun")
-            cache = config.create_timing_cache(b"")
-            config.set_timing_cache(cache, False)
-        return content
-
-    def _write_timing_cache(self, config: Any, before: bytes) -> None:
-        path = self.options.timing_cache
-        if path is None:
-            return
-        content = bytes(memoryview(config.get_timing_cache().serialize()).cast("B"))
-        if content != before:
-            write_whole(path, content)
 
     def _report(self, seconds: float, record: VariantRecord, weights_bytes: int) -> dict[str, Any]:
         """How it was built, for the .json beside the engine."""
@@ -388,6 +389,31 @@ def _require_onnx() -> None:
         raise BackendError(
             f"{error.name} is not installed, and hcmen-compile reads graphs with it: pip install 'onnx>=1.21'"
         ) from error
+
+
+def _written_out(model: ModelProto, where: str) -> ModelProto:
+    """The model in standard operators alone.
+
+    No node may be left that a plugin could be taken for: a process may have the plugin library loaded, whatever
+    for, and TensorRT-RTX ends a process that parses a node of it.
+    """
+    from onnx import inliner
+
+    from hcmen.mamba.functions import add_functions, nodes_of
+
+    try:
+        model = inliner.inline_local_functions(add_functions(model, "blocks"))
+    except InputError as error:
+        raise error.but(where=where) from error
+    for node in nodes_of(model):
+        if node.op_type in PLUGIN_OPS or node.domain == OP_DOMAIN:
+            raise BackendError(
+                f"node {shown(node.name)} is {shown(f'{node.domain}::{node.op_type}')}, which no function of the "
+                "graph defines",
+                fix="export the bundle again",
+                where=where,
+            )
+    return model
 
 
 def _parser_error(parser: Any) -> str:

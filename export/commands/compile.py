@@ -21,7 +21,9 @@ from hcmen.base.typed import as_typed, from_here
 
 if TYPE_CHECKING:
     from hcmen.base.bundle import Bundle
+    from hcmen.export.engine_options import Options
     from hcmen.export.tensorrt import Built, Compiler
+    from hcmen.runtime.backends.flavour import Flavour
 
 __all__ = ["main"]
 
@@ -38,6 +40,8 @@ class _Targets(click.ParamType):
         self.fail(f"{shown(value)}, expected compute capabilities, such as 86,89,120", param, ctx)
 
 
+_MOST_CLIPS = 32
+
 _EPILOG = (
     "An engine of TensorRT runs on the GPU model and the version that built it: run this on every device. One of "
     "TensorRT-RTX is built on any machine, without a GPU, and runs on every GPU of --target. "
@@ -48,7 +52,11 @@ _EPILOG = (
 @command(
     "hcmen-compile",
     epilog=_EPILOG,
-    examples=("hcmen-compile --precision fp16", "hcmen-compile --backend tensorrt-rtx --target 86,89,120"),
+    examples=(
+        "hcmen-compile --precision fp16",
+        "hcmen-compile --backend tensorrt-rtx --target 86,89,120",
+        "hcmen-compile --onnx model.onnx --size batch=1:4:8 --size time=16:64:512 --out model.engine",
+    ),
     groups={
         "What is compiled": ("named", "variants", "precision", "force"),
         "Engine": (
@@ -62,6 +70,7 @@ _EPILOG = (
             "hardware_compatible",
         ),
         "Building": ("workspace", "timing_cache"),
+        "A foreign graph": ("onnx_file", "out", "sizes"),
     },
 )
 @click.argument("bundle", required=False, type=click.Path(path_type=Path), metavar="")
@@ -108,7 +117,9 @@ _EPILOG = (
 @click.option(
     "--workspace", type=click.IntRange(min=1), metavar="MIB", help="Most scratch memory of a kernel. Default: no limit."
 )
-@click.option("--max-batch", type=click.IntRange(1, 4096), default=32, show_default=True, help="Most clips in one run.")
+@click.option(
+    "--max-batch", type=click.IntRange(1, 4096), default=_MOST_CLIPS, show_default=True, help="Most clips in one run."
+)
 @click.option(
     "--opt-batch", type=click.IntRange(1, 4096), help="Clips in one run to tune for. Default: a quarter of the most."
 )
@@ -121,6 +132,21 @@ _EPILOG = (
 @click.option("--hardware-compatible", is_flag=True, help="Let other GPUs from sm 80 on load it too; not on a Jetson.")
 @click.option(
     "--timing-cache", type=click.Path(path_type=Path, dir_okay=False), help="A file that makes the next build faster."
+)
+@click.option(
+    "--onnx",
+    "onnx_file",
+    metavar="FILE.onnx",
+    help="A file such as hcmen-export-mamba writes, in the place of a bundle. Its engine is not scored: nobody has "
+    "golden outputs of it.",
+)
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Where the engine of --onnx is put.")
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    metavar="NAME=LEAST:BEST:MOST",
+    help="Of an open size of --onnx; repeatable. NAME=N is one size alone.",
 )
 @click.option("--force", is_flag=True, help="Build again what is there already.")
 def main(
@@ -139,6 +165,9 @@ def main(
     version_compatible: bool,
     hardware_compatible: bool,
     timing_cache: Path | None,
+    onnx_file: str | None,
+    out: Path | None,
+    sizes: tuple[str, ...],
     force: bool,
 ) -> None:
     """Compiles the graphs of a bundle to TensorRT engines, for this GPU, or with tensorrt-rtx for those of --target.
@@ -166,6 +195,16 @@ def main(
         timing_cache=timing_cache,
         force=force,
     )
+    if onnx_file is not None:
+        for option, given in (("--bundle", named or bundle), ("--variant", variants), ("--profiles", profiles)):
+            if given:
+                raise InputError(f"{option} is of bundles, and --onnx names a file: leave it out")
+        if opt_batch is not None or max_batch != _MOST_CLIPS:
+            raise InputError("--max-batch and --opt-batch are of bundles: say --size batch=LEAST:BEST:MOST")
+        _compile_file(console, onnx_file, out, sizes, options, FLAVOUR_OF[backend])
+        return
+    if out is not None or sizes:
+        raise InputError(f"{'--size' if sizes else '--out'} is of a foreign graph: name it by --onnx, or leave it out")
     if bundle is not None and named is not None:
         raise InputError(f"{bundle} and --bundle {named} were given, expected one bundle: leave one out")
     bundle = chosen_bundle(named or bundle, console.note)
@@ -210,6 +249,41 @@ def main(
             ],
         },
         "\n".join([*_table(built), "", *_next(bundle, chosen, opened, compiler, precision)]),
+    )
+
+
+def _compile_file(
+    console: Console, path: str, out: Path | None, sizes: Sequence[str], options: Options, flavour: Flavour
+) -> None:
+    """`--onnx`: the engine of one file."""
+    from hcmen.export.foreign_engine import compile_file, parse_spans
+    from hcmen.export.tensorrt import GraphCompiler
+
+    if out is None:
+        raise InputError("--onnx without --out", "where the engine goes")
+    if out.exists() and not options.force:
+        raise InputError(f"{out}: something is there already", "another --out, or --force")
+    spans = parse_spans(sizes)
+    compiler = GraphCompiler(options, console, flavour)
+    made = compile_file(compiler, path, out, spans)
+    builder = f"{flavour.title} {compiler.tensorrt.version}"
+    sm = ", ".join(map(str, compiler.capabilities))
+    console.emit(
+        {
+            "onnx": path,
+            "engine": str(out),
+            "bytes": made.bytes,
+            "seconds": round(made.seconds, 3),
+            "precision": options.precision,
+            "backend": flavour.name,
+            "version": compiler.tensorrt.version,
+            "capabilities": list(compiler.capabilities),
+            "plugin": made.plugin,
+            "profile": {name: [list(shape) for shape in shapes] for name, shapes in made.profile.items()},
+            "parity": {"measured": False},
+        },
+        f"{out}: {made.bytes / 1024:.0f} KiB, {options.precision}, {builder}, sm {sm}, built in {made.seconds:.1f} s\n"
+        f"hcmen ops: {made.plugin}. Parity is not measured: compare the engine with {path} on inputs of your own.",
     )
 
 
