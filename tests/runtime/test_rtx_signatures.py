@@ -67,10 +67,10 @@ def calls(bindings, tmp_path_factory) -> list[dict[str, Any]]:
             load(bundle, backend="tensorrt-rtx").kernels("full")
         compiler = Compiler(read_bundle(bundle), Options(), flavour=TENSORRT_RTX)
         with pytest.raises(BackendError, match="node -1: Failed to parse"):
-            compiler._build(SimpleNamespace(SerializeToString=lambda: b"junk"), "none", None, "junk")
+            compiler._build(SimpleNamespace(SerializeToString=lambda: b"junk"), "none", [], "junk")
         model = SimpleNamespace(SerializeToString=(bundle / "full.onnx").read_bytes)
         with pytest.raises(BackendError, match="Plugin not found"):
-            compiler._build(model, "none", None, "junk")
+            compiler._build(model, "none", [], "junk")
         return list({json.dumps(call, sort_keys=True): call for call in trt.recorded}.values())
 
 

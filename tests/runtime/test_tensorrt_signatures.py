@@ -56,7 +56,7 @@ def calls(bindings, tmp_path_factory) -> list[dict[str, Any]]:
         assert compiled(bundle, "--variant", "audio_only").code == 3  # the parser's errors are asked for
         compiler = Compiler(read_bundle(bundle), Options())
         with pytest.raises(BackendError, match="node -1: Failed to parse"):  # also where they name no node
-            compiler._build(SimpleNamespace(SerializeToString=lambda: b"junk"), "none", None, "junk")
+            compiler._build(SimpleNamespace(SerializeToString=lambda: b"junk"), "none", [], "junk")
         return list({json.dumps(call, sort_keys=True): call for call in trt.recorded}.values())
 
 
