@@ -58,6 +58,7 @@ WRITTEN = {  # the pages with figures, and one figure of each
     "docs/results.md": r" \d\.\d\d? ms",
     "docs/real_data.md": r" \d\.\d{3} ",
     "docs/text.md": r"MAE \d\.\d{3}",
+    "docs/mamba.md": r" \d+\.\d times",
 }
 
 
