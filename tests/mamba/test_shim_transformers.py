@@ -16,7 +16,7 @@ from torch import Tensor
 
 import hcmen.mamba
 from hcmen.mamba.stand_ins import packages
-from hcmen.mamba.stand_ins.transformers import FUNCTIONS, OLD_NAMES, batched_experts
+from hcmen.mamba.stand_ins.transformers import FUNCTIONS, OLD_NAMES
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'hcmen[text]'")
 
@@ -163,15 +163,6 @@ def test_old_names_of_generation_are_there_within() -> None:
                 _ = module.nothing_like_it
     with pytest.raises(ImportError):
         exec("from transformers.generation import GreedySearchDecoderOnlyOutput")
-
-
-def test_experts_run_in_batches_within_the_block() -> None:
-    model = built("Jamba")
-    before = getattr(model.config, "_experts_implementation", None)
-    with batched_experts(model):
-        if hasattr(model, "get_experts_implementation"):
-            assert model.config._experts_implementation == "batched_mm"
-    assert getattr(model.config, "_experts_implementation", None) == before
 
 
 @pytest.mark.slow

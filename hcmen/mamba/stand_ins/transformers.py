@@ -8,8 +8,7 @@ mamba_ssm's kernels, taken on CUDA alone; it then runs in the place of the slow 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -21,7 +20,7 @@ from hcmen.mamba.stand_ins import causal_conv, selective_scan, ssd
 from hcmen.mamba.stand_ins.adapting import Replacing, adapted
 from hcmen.mamba.stand_ins.arguments import not_served
 
-__all__ = ["OLD_NAMES", "batched_experts", "serve"]
+__all__ = ["OLD_NAMES", "serve"]
 
 
 def _nothing(*arguments: Any, **named: Any) -> None:
@@ -162,21 +161,3 @@ def _serve_old_names(shim: Replacing, module: ModuleType) -> None:
 
     module.__class__ = type(base.__name__, (base,), {"__getattr__": attribute, "__module__": base.__module__})
     shim.on_exit(lambda: setattr(module, "__class__", base))
-
-
-@contextmanager
-def batched_experts(model: Any) -> Iterator[None]:
-    """Within the block a mixture of experts runs as batched products, "batched_mm", which have an ONNX form.
-
-    A model without experts, or a version of transformers without this choice, stays as it is.
-    """
-    known = hasattr(model, "get_experts_implementation")
-    if not known or not model._can_set_experts_implementation():
-        yield
-        return
-    before = model.get_experts_implementation()
-    model.set_experts_implementation("batched_mm")
-    try:
-        yield
-    finally:
-        model.set_experts_implementation(before)
