@@ -24,6 +24,7 @@ off loses one family. With --resume rows that are there stay.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import signal
@@ -43,12 +44,20 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 420
 
 
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def own_row(family: Family) -> dict[str, Any]:
     """What is known of a family before it runs."""
     return {
         "name": family.name,
         "source": family.source,
         "commit": family.commit,
+        "version": None if family.commit else _version(family.source),
         "folders": list(family.folders),
         "packages": list(family.packages),
         "stand_ins": list(family.absent),

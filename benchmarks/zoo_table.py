@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from real_tables import table
 
 __all__ = ["tables"]
 
+OPERATORS = ("SelectiveScan", "CausalConv1d", "StateSpaceDual")
 WAYS = ("eager_reference", "eager", "scan", "library")
 
 
@@ -42,7 +45,8 @@ def _figures(done: list[Any]) -> str:
     names = {"eager_reference": "eager, reference", "eager": "eager, hcmen", "scan": "ONNX Scan", "library": "library"}
     rows = []
     for row in done:
-        sites = [str(row["sites"].get(op, 0)) for op in ("SelectiveScan", "CausalConv1d", "StateSpaceDual")]
+        # Not `sites`, which counts calls whose result is not used, too.
+        sites = [str(row["operators"].get(f"hcmen.{op}", 0)) for op in OPERATORS]
         worst = max(row["errors"]["library"], row["errors"]["functions"] or 0)
         rows.append(
             [
@@ -62,6 +66,7 @@ def _figures(done: list[Any]) -> str:
 def _built(done: list[Any]) -> str:
     rows = []
     for row in done:
+        fixed = [_fixed(told) for told in row["fixed"]]
         left_out = f"stand-ins for {', '.join(row['stand_ins'])}" if row["stand_ins"] else ""
         rows.append(
             [
@@ -69,10 +74,17 @@ def _built(done: list[Any]) -> str:
                 row["what"],
                 f"{row['parameters'] / 1e6:.2f} M",
                 str(row["nodes_traced"]),
-                "; ".join(filter(None, (row["note"], left_out))),
+                "; ".join(filter(None, (row["note"], *fixed, left_out))),
             ]
         )
     return table(["model", "what was built", "parameters", "nodes as traced", ""], rows)
+
+
+def _fixed(told: str) -> str:
+    """Of what the export says about sizes that a model fixes: which, and by which line."""
+    sizes = re.findall(r"'(\w+)' \(axis \d+ of '\w+'\) is fixed to \d+(?: by (\S+?):(\d+))?", told)
+    places = {f"{Path(file).name}:{line}" for _, file, line in sizes if file}
+    return f"{' and '.join(name for name, *_ in sizes)} fixed by {', '.join(sorted(places)) or 'the model'}"
 
 
 def _link(row: Mapping[str, Any]) -> str:

@@ -163,6 +163,7 @@ def measure(family: Family, repositories: Path, seconds: float, lock: Path) -> d
         built = time.perf_counter()
         path = Path(folder) / "model.onnx"
         row |= exported(model, inputs, family, path)
+        row["fixed"] = [told.replace(f"{repositories}/", "") for told in row["fixed"]]
         row["bytes"] = path.stat().st_size
         checked = time.perf_counter()
         with lock.open("a") as file:

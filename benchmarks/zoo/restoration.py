@@ -108,7 +108,6 @@ def _unet(dimensions: int, stages: int) -> dict[str, Any]:
     folders=("U-Mamba/umamba/nnunetv2/nets", "mamba"),
     packages=("einops", "dynamic-network-architectures"),
     absent=NNUNET,
-    note="height and width in 8s",
 )
 def umamba_bot(_: Path) -> Example:
     _nnunet()

@@ -130,7 +130,11 @@ def test_the_table_tells_what_was_not_exported_and_why() -> None:
         "nodes": 7,
         "nodes_traced": 70,
         "open_sizes": ["batch"],
-        "sites": {"SelectiveScan": 2},
+        "sites": {"SelectiveScan": 4},
+        "operators": {"hcmen.SelectiveScan": 2, "MatMul": 5},
+        "fixed": [
+            "'height' (axis 2 of 'x') is fixed to 8 by A/b.py:57 (n); 'width' (axis 3 of 'x') is fixed to 8 by b.py:57"
+        ],
         "errors": {"name": "y", "library": 1e-7, "functions": 3e-7, "float64": 1e-7, "bound": 1e-5},
     }
     bad = {**common, "name": "C", "commit": None, "state": "failed", "reason": "no ONNX for it"}
@@ -143,4 +147,5 @@ def test_the_table_tells_what_was_not_exported_and_why() -> None:
         *("400", "40", "20", "2.5", "8.0"),
     ]
     assert "| C | no ONNX for it |" in text
+    assert "height and width fixed by b.py:57; stand-ins for x |" in text
     assert "1 of 2 families" in text
