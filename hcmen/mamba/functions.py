@@ -407,10 +407,17 @@ def _continued(body: Body, x: str, weight: str, bias: str, reverse: str, width: 
     series = body.op("Concat", "initial_state", directed(x), axis=1, name="series")
     last = body.op("Slice", series, time, body.ints(2**31 - 1), axis, name="last")
     if width is None:
+        # Without padding, ONNX Runtime's Conv sums in an order that depends on the length: outputs would depend, by a
+        # bit, on where a sequence is cut. What the padding adds comes before the outputs, or behind them if reverse.
         kernel = body.op("Unsqueeze", weight, axis, name="kernel")
         y = body.op("Conv", body.op("Transpose", series, perm=[0, 2, 1]), kernel, bias, name="convolved")
         body.bind("group", AttributeProto.INT)
+        body.bind("pads", AttributeProto.INTS)
+        ahead = body.op("Sub", body.ints(1), reverse, name="ahead")
+        start = body.op("Mul", ahead, body.sizes("initial_state", 1, 2), name="start")
+        end = body.op("Add", start, time, name="end")
         y = body.op("Transpose", y, perm=[0, 2, 1], name="channels_last")
+        y = body.op("Slice", y, start, end, axis, name="new")
     else:
         zero, (weight, lacking) = body.ints(0), _all_taps(body, weight, width)
         pads = body.op("Concat", zero, lacking, *[zero] * 4, axis=0, name="pads")
