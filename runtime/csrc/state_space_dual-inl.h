@@ -76,7 +76,8 @@ struct DualInputs {
 };
 
 template <int rows, int vectors, bool more>
-HCMEN_APART void dual_tile(int64_t steps, DualInputs in, DualRows states, F* sums) {
+HCMEN_APART void dual_tile(int64_t steps, const DualInputs& inputs, const DualRows& states, F* sums) {
+  DualInputs in = inputs;
   F h[rows][vectors];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
@@ -116,7 +117,8 @@ HCMEN_APART void dual_tile(int64_t steps, DualInputs in, DualRows states, F* sum
 
 // A single step of many rows, whose states pass through: B and C stay in registers instead.
 template <int vectors, bool more>
-HCMEN_APART void dual_step(int64_t rows, DualInputs in, DualRows states, F* sums) {
+HCMEN_APART void dual_step(int64_t rows, const DualInputs& in, const DualRows& all, F* sums) {
+  DualRows states = all;
   const F decay = splat(in.decay[0]);
   F b[vectors], c[vectors];
 #pragma GCC unroll 8
@@ -151,7 +153,8 @@ HCMEN_INLINE void dual_tiles(int64_t rows, int64_t steps, DualInputs in, DualRow
 }
 
 template <bool more>
-HCMEN_INLINE void dual_tiles_of(int vectors, int64_t rows, int64_t steps, DualInputs in, DualRows states, F* sums) {
+HCMEN_INLINE void dual_tiles_of(int vectors, int64_t rows, int64_t steps, const DualInputs& in, const DualRows& states,
+                                F* sums) {
   switch (vectors) {
     case 1: dual_tiles<1, more>(rows, steps, in, states, sums); break;
     case 2: dual_tiles<2, more>(rows, steps, in, states, sums); break;
