@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,9 @@ def test_a_workspace_for_the_largest_sizes_serves_smaller_ones(host: str, tmp_pa
         largest = ScanCase(16, 5001, 64, 16, None) if host == "plugin-gpu" else ScanCase(2, 1100, 3, 2, None)
         sizes = [(b, t) for b in (1, 2, largest.batch) for t in (300, 1024, largest.time)]
         cases += [(ScanCase(b, t, largest.channel, largest.state, None, reverse=True), largest) for b, t in sizes]
+    # The dual is cut from 65 steps on; here D has either of its ranks.
+    most = DualCase(3, 150, 2, 3, 5, 2)
+    cases += [(replace(most, batch=b, time=t, wide=b == 2), most) for b in (1, 2, 3) for t in (1, 65, 150)]
     for (case, _), got in zip(cases, trt_program.enqueue(*plugins(host), cases, tmp_path), strict=True):
         for name, g, w in zip(("y", "last_state"), got, truth(case)[1], strict=True):
             assert_near(f"{name} of {case}", g, w, 1e-6, least=1.0)
