@@ -31,11 +31,12 @@ import hcmen.runtime.backends.cuda
 import hcmen.runtime.backends.flavour
 import hcmen.runtime.backends.tensorrt_rtx
 from hcmen.base.library import library_path
+from hcmen.base.op import OPERATORS
 from hcmen.export.commands.compile import main as compile_main
 from helpers.command import Outcome, run
 from helpers.fake_cuda import FakeCuda
 
-OPS = ("SelectiveScan", "CausalConv1d")
+OPS = tuple(OPERATORS)
 MAGIC = b"fake plan\0"
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx_bindings"}
 VERSIONS = {"tensorrt": "10.3.0", "tensorrt-rtx": "1.7.1.116"}

@@ -26,8 +26,8 @@ def foreign_graph(path: Path, *, wrong: float = 1.0, plain: bool = False, scale:
     conv = onnx.load(CONV_MODEL)
     node = conv.graph.node[0]
     del node.input[:], node.output[:]
-    node.input.extend(["embedded", "weight", "bias"])
-    node.output.append("mixed")
+    node.input.extend(["embedded", "weight", "bias", "tail"])
+    node.output.extend(["mixed", "tail.next"])
     function = conv.functions[0]
     last = next(n for n in function.node if n.op_type == "CastLike")
     factor = helper.make_node("Constant", [], ["wrong"], value_float=wrong)
@@ -36,16 +36,19 @@ def foreign_graph(path: Path, *, wrong: float = 1.0, plain: bool = False, scale:
     for n in function.node:
         n.output[:] = [name + "_" if name == function.output[0] else name for name in n.output]
     function.node.extend(ends)
+    identities = [
+        helper.make_node("Identity", ["embedded"], ["mixed"], "mixed"),
+        helper.make_node("Identity", ["tail"], ["tail.next"], "state"),
+    ]
     nodes = [
         helper.make_node("Cast", ["ids"], ["whole"], "whole", to=TensorProto.INT64),
         helper.make_node("Gather", ["table", "whole"], ["embedded"], "embedded"),
-        helper.make_node("Identity", ["embedded"], ["mixed"], "mixed") if plain else node,
+        *(identities if plain else [node]),
         helper.make_node("Add", ["mixed", "series"], ["both"], "both"),
         helper.make_node("MatMul", ["both", "widen"], ["wide"], "wide"),
         helper.make_node("Relu", ["wide"], ["active"], "active"),
         helper.make_node("MatMul", ["active", "mix"], ["active2"], "mixing"),
         helper.make_node("MatMul", ["active2", "head"], ["logits"], "logits"),
-        helper.make_node("Identity", ["tail"], ["tail.next"], "state"),
     ]
     state = StateRecord("tail", "conv", (3, CHANNEL))
 

@@ -119,7 +119,7 @@ def test_a_library_that_may_not_be_trusted_fails(monkeypatch, tmp_path, unsafe):
 @pytest.mark.parametrize(
     ("error", "detail", "fix"),
     [
-        (0, "version 3, ", ""),
+        (0, "version 4, ", ""),
         (209, "the device is sm_86, the library has code for 75, 90, 120", "build the library for 86: docs/cuda.md"),
         (35, "the driver serves CUDA 12.2, the library was built with 13.0", "update the driver, or build the library"),
     ],
