@@ -8,6 +8,7 @@ whoever alters the one alters the other.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import hashlib
 import io
@@ -301,6 +302,46 @@ def _read_graph(folder: Path) -> object:
 def _run_graph(folder: Path) -> list[str]:
     _recorded(folder, "graph")
     return [*_run_bundle(folder), "--time-limit", "2"]
+
+
+def _saved_states(folder: Path) -> list[bytes]:
+    from helpers.foreign_graph import foreign_graph
+
+    from hcmen.runtime.mamba import Stepper
+
+    stepper = Stepper(foreign_graph(folder / "lm.onnx"))
+    made = []
+    for batch in (1, 3):
+        stepper.reset(batch)
+        stepper.save(folder / "states.npz")
+        made.append((folder / "states.npz").read_bytes())
+    return made
+
+
+@functools.cache
+def _stepper(path: Path) -> Any:
+    from hcmen.runtime.mamba import Stepper
+
+    return Stepper(path)
+
+
+def _load_states(folder: Path) -> object:
+    stepper = _stepper(folder / "lm.onnx").clone()
+    stepper.load(folder / "states.npz")
+    return stepper.state, stepper.batch
+
+
+def _records(_folder: Path) -> list[bytes]:
+    from hcmen.base.state_records import StateRecord, states_to_json
+
+    rows = [StateRecord("a", "conv", (3, 8)), StateRecord("b", "scan", (8, 4)), StateRecord("c", "dual", (2, 3, 4))]
+    return [states_to_json(rows).encode()]
+
+
+def _read_records(folder: Path) -> object:
+    from hcmen.base.state_records import states_from_json
+
+    return states_from_json((folder / "states.json").read_text("utf-8", "replace"), "lm.onnx")
 
 
 # --- data sets -------------------------------------------------------------------------------------------------------
@@ -640,6 +681,8 @@ FORMATS = {
         Format("kept golden test", _KEPT, _kept, _read_kept, mutate.json_file),
         Format("kept code", _CODE, _codes, _read_code, mutate.havoc),
         Format("graph", "bundle/text_only.onnx", _graphs, _read_graph, mutate.onnx, _run_graph),
+        Format("states of a sequence", "states.npz", _saved_states, _load_states, mutate.npz),
+        Format("records of states", "states.json", _records, _read_records, mutate.json_file),
         Format("pickle", "set.pkl", _pickles, lambda folder: _read_set(folder / "set.pkl"), mutate.pickled, _convert),
         *(
             Format(
