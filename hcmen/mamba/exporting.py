@@ -349,13 +349,17 @@ def _refuse_fixed(sizes: Sequence[Size]) -> None:
 
 
 def _sites(program: Any) -> dict[str, dict[str, int]]:
-    """Operator -> module -> calls."""
+    """Operator -> module -> calls whose results are used: a stand-in may call an operator once more for the gate."""
     ops = {custom_op(op): op.name for op in OPERATORS.values()}
     found: dict[str, dict[str, int]] = {}
     # A region under torch.autocast is a graph of its own in the program.
     graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+    used: set[torch.fx.Node] = set()
+    for node in (node for graph in graphs for node in reversed(graph.nodes)):
+        if node.op == "output" or not used.isdisjoint(node.users):
+            used.add(node)
     for node in (node for graph in graphs for node in graph.nodes):
-        if node.op == "call_function" and node.target in ops:
+        if node in used and node.target in ops:
             stack = list((node.meta.get("nn_module_stack") or {"": ("", "")}).values())
             path = re.sub(r"^(L\['self'\]\.?)?(model\.?){0,2}", "", str(stack[-1][0]))
             modules = found.setdefault(ops[node.target], {})

@@ -91,7 +91,7 @@ class Report:
             lines.append(f"  {op}: {sum(modules.values())} in {shown or 'the model'}")
         for row in self.rewrites:
             state = "rewritten" if row.get("kept", True) else "left as it was"
-            lines.append(f"  {row.get('name')}: {state}, {row.get('where')}: {row.get('reason')}")
+            lines.append(f"  {row.get('name')}: {state}, {row.get('where') or 'the model'}: {row.get('reason')}")
         lines += [f"  {line}" for line in self._size_lines()]
         if self.states:
             lines.append(f"  states: {len(self.states)}, from {self.states[0]} on")

@@ -192,6 +192,20 @@ def test_a_scan_in_a_region_under_autocast_is_found(tmp_path):
     }
 
 
+def test_calls_whose_results_are_not_used_are_not_counted(tmp_path):
+    """Another branch of a fork, or its second output: exporters leave them out of the file."""
+
+    class Discarding(models.Mixer):
+        def forward(self, x):
+            super().forward(x + 1)
+            return super().forward(x)
+
+    report = hcmen.mamba.export(Discarding(), series(), tmp_path / "a.onnx")
+    assert {op: sum(modules.values()) for op, modules in report.sites.items()} == {
+        node.op_type: 1 for node in onnx.load(tmp_path / "a.onnx").graph.node if node.domain == "hcmen"
+    }
+
+
 def test_random_numbers_are_found(tmp_path):
     with pytest.raises(CheckFailed, match="it draws random numbers"):
         hcmen.mamba.export(models.Noisy(), series(), tmp_path / "a.onnx")

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hcmen.base.errors import CheckFailed
-from hcmen.mamba import export, rewrite
+from hcmen.mamba import export, exporting, rewrite
 from hcmen.mamba.rewrite import rewrite_modules
 from hcmen.mamba.scan import state_space_dual_ref
 from tests.helpers.mamba_forks import ChannelsFirstMixer
@@ -299,13 +299,15 @@ def test_export_holds_the_file_to_the_model_as_it_came(tmp_path, monkeypatch):
     kinds = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
     assert kinds.count("SelectiveScan") == 2
     assert "Transpose" not in kinds
+    alone = export(stir(ChannelsFirstMixer()), x, tmp_path / "one.onnx")
+    assert "channels-last Mamba-1: rewritten, the model: within" in str(alone)
 
     def careless(model, args, kwargs):
         twin = copy.deepcopy(model)
         twin.layers[0].D.data += 1
         return twin, [rewrite.Rewrite("careless", "layers.0", 1, 1, 1, True, "nobody looked")]
 
-    monkeypatch.setattr(rewrite, "rewrite_modules", careless)
+    monkeypatch.setattr(exporting, "rewrite_modules", careless)
     with pytest.raises(CheckFailed):
         export(model, x, tmp_path / "other.onnx", dynamic={0: "batch", 1: "time"})
     assert not (tmp_path / "other.onnx").exists()
