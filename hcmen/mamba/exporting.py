@@ -32,7 +32,7 @@ from hcmen.mamba.graph import fold, tidy
 from hcmen.mamba.graph_rewrites import rewrite_graph
 from hcmen.mamba.lowering import custom_op
 from hcmen.mamba.report import Report
-from hcmen.mamba.rewrite import rewrite_modules
+from hcmen.mamba.rewrite import Rewrite, rewrite_modules
 from hcmen.mamba.stand_ins.hook import hidden
 from hcmen.mamba.states import StatefulModel, stateful
 from hcmen.mamba.tracing import Size, Traced, quiet, trace, where_it_was_fixed
@@ -265,11 +265,13 @@ class _Job:
         proto = self._exported(traced)
         self.report.nodes_traced = len(list(nodes_of(proto)))
         _rename(proto, traced.sizes, self.names)
-        if not _is_large(proto, self.file):
+        if _is_large(proto):
+            done = [Rewrite("rewrites of the graph", "", 0, 0, 0, False, "weights of over 2 GiB lie outside the file")]
+        else:
             feeds = {name: x.numpy() for name, x in zip(self.inputs, self.tensors, strict=True)}
-            kept = [row for row in self.report.rewrites if not row.get("graph")]
             proto, done = rewrite_graph(proto, feeds)
-            self.report.rewrites = kept + [{**asdict(row), "graph": True} for row in done]
+        kept = [row for row in self.report.rewrites if not row.get("graph")]
+        self.report.rewrites = kept + [{**asdict(row), "graph": True} for row in done]
         proto = tidy(proto, self.file.stem)
         if self.functions:
             add_functions(proto)
@@ -382,7 +384,7 @@ def _rename(proto: onnx.ModelProto, sizes: Sequence[Size], names: Mapping[Any, s
                     dim.dim_param = found
 
 
-def _is_large(proto: onnx.ModelProto, file: Path) -> bool:
+def _is_large(proto: onnx.ModelProto) -> bool:
     return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer)
 
 

@@ -266,6 +266,7 @@ def test_weights_beyond_the_limit_of_a_file_lie_beside_it(tmp_path, monkeypatch)
     assert report.verified
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.onnx", "a.onnx.data"]
     assert report.bytes > (tmp_path / "a.onnx.data").stat().st_size > 8 * 4096 * 4
+    assert "rewrites of the graph: left as it was, the model: weights of over 2 GiB lie outside" in str(report)
     (tmp_path / "a.onnx").unlink()
     with pytest.raises(InputError, match="something is there already"):
         hcmen.mamba.export(Wide(), series(), tmp_path / "a.onnx")
