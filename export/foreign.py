@@ -54,7 +54,7 @@ def from_factory(spec: str) -> nn.Module:
         raise
     except Exception as error:  # a module of somebody else runs when it is imported, and may raise anything
         why = f"{type(error).__name__}: {reason_of(error)}"
-        triton = "triton" in str(error).lower()
+        triton = isinstance(error, ImportError) and str(error.name).partition(".")[0] == "triton"
         fix = "triton's own kernels need CUDA: export the part of the repository that has none" if triton else None
         raise InputError(f"'{module_name}' cannot be imported: {why}", fix=fix, where=where) from error
     for name in path.split("."):

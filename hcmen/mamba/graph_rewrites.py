@@ -18,7 +18,7 @@ import onnx
 from onnxscript import ir
 from onnxscript.ir.passes.common import CommonSubexpressionEliminationPass
 
-from hcmen.base.errors import BackendError
+from hcmen.base.errors import BackendError, reason_of
 from hcmen.base.library import library_path
 from hcmen.base.op import DOMAIN, IR_VERSION
 from hcmen.mamba.functions import add_functions
@@ -45,7 +45,7 @@ def rewrite_graph(
     try:
         runs = [(sizes, _run(model, sizes)) for sizes in _sizes(model, feeds)]
     except Exception as error:  # ONNX Runtime raises classes of its own, and the graph is somebody else's
-        why = f"the graph does not run without rewrites: {type(error).__name__}: {str(error).splitlines()[0]}"
+        why = f"the graph does not run without rewrites: {type(error).__name__}: {reason_of(error)}"
         return model, [Rewrite("graph rewrites", "the graph", 0, len(model.graph.node), 0, False, why)]
     rewrites = []
     for name, rewrite in REWRITES.items():
@@ -87,7 +87,7 @@ def _judge(model: onnx.ModelProto, runs: list[tuple[Feeds, list[Array]]], tolera
         try:
             found = _run(model, feeds)
         except Exception as error:  # as above
-            return False, f"the graph no longer runs: {str(error).splitlines()[0]}"
+            return False, f"the graph no longer runs: {reason_of(error)}"
         worst = max(worst, *(_distance(x, y) for x, y in zip(found, expected, strict=True)))
         if not worst <= tolerance:
             return False, f"differs by {worst:.1e}, at most {tolerance:.1e} is accepted"

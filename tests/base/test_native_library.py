@@ -23,6 +23,7 @@ from hcmen.base.library import (
 )
 
 OK, BAD_ARGUMENT = 0, 1
+OPS = ("selective_scan", "causal_conv1d", "state_space_dual")
 BATCH, TIME, CHANNEL, STATE, GROUP, WIDTH = 2, 5, 6, 3, 2, 4
 
 
@@ -270,7 +271,7 @@ def test_only_the_interface_is_exported() -> None:
     command = [nm, "-D", "--defined-only", str(library_path())]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     names = {line.split()[-1].split("@")[0] for line in listing.splitlines()}
-    required = {f"hcmen_{op}_{way}" for op in ("selective_scan", "causal_conv1d") for way in ("forward", "backward")}
+    required = {f"hcmen_{op}_{way}" for op in OPS for way in ("forward", "backward")}
     required |= {"hcmen_ops_version", "hcmen_ops_isa", "hcmen_ops_problem", "hcmen_exp_loop", "hcmen_evaluate"}
     assert required <= names
     assert names <= required | {"RegisterCustomOps"}

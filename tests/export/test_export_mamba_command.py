@@ -101,7 +101,7 @@ def test_what_is_wrong_is_one_line_and_no_file(capsys, tmp_path, monkeypatch, wo
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (tmp_path / "with_triton.py").write_text("raise ImportError('triton has no attribute jit')\n")
+    (tmp_path / "with_triton.py").write_text("raise ImportError('no jit there', name='triton.language')\n")
     torch.save({"D": torch.ones(8)}, "other.pth")
     torch.save({**models.Mixer().state_dict(), "weight": torch.ones(9, 4)}, "wide.pth")
     torch.save([1], "list.pth")
