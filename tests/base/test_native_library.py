@@ -15,6 +15,8 @@ import pytest
 from hcmen.base.library import (
     ConvArguments,
     ConvGradients,
+    DualArguments,
+    DualGradients,
     ScanArguments,
     ScanGradients,
     library_isa,
@@ -23,8 +25,8 @@ from hcmen.base.library import (
 )
 
 OK, BAD_ARGUMENT = 0, 1
-OPS = ("selective_scan", "causal_conv1d", "state_space_dual")
-BATCH, TIME, CHANNEL, STATE, GROUP, WIDTH = 2, 5, 6, 3, 2, 4
+KINDS = {"scan": "selective_scan", "conv": "causal_conv1d", "dual": "state_space_dual"}
+BATCH, TIME, CHANNEL, STATE, GROUP, WIDTH, HEAD, ROWS = 2, 5, 6, 3, 2, 4, 4, 5
 
 
 class Call:
@@ -51,6 +53,25 @@ class Call:
                 "dA": (CHANNEL, STATE),
             }
             arguments, gradients, flags = ScanArguments, ScanGradients, {"dtype": 0, "delta_softplus": 1, "reverse": 0}
+        elif kind == "dual":
+            sizes = {"batch": BATCH, "time": TIME, "head": HEAD, "head_dim": ROWS, "state": STATE, "group": GROUP}
+            series, state = (BATCH, TIME, HEAD, ROWS), (BATCH, HEAD, ROWS, STATE)
+            shapes = {
+                **dict.fromkeys(("x", "z", "y"), series),
+                **dict.fromkeys(("B", "C"), projection),
+                **dict.fromkeys(("A", "D", "dt_bias"), (HEAD,)),
+                **dict.fromkeys(("initial_state", "last_state"), state),
+                "dt": (BATCH, TIME, HEAD),
+            }
+            grads = {
+                **dict.fromkeys(("dy", "dx", "dz"), series),
+                **dict.fromkeys(("dB", "dC"), projection),
+                **dict.fromkeys(("dA", "dD", "ddt_bias"), (HEAD,)),
+                **dict.fromkeys(("dlast_state", "dinitial_state"), state),
+                "ddt": (BATCH, TIME, HEAD),
+            }
+            arguments, gradients = DualArguments, DualGradients
+            flags = {"dtype": 0, "delta_softplus": 1, "reverse": 0, "wide_D": 0, "dt_min": 0.0, "dt_max": np.inf}
         else:
             sizes = {"batch": BATCH, "time": TIME, "channel": CHANNEL, "width": WIDTH}
             state = (BATCH, WIDTH - 1, CHANNEL)
@@ -62,7 +83,7 @@ class Call:
         self.arrays = {k: generator.standard_normal(s).astype(np.float32) for k, s in {**shapes, **grads}.items()}
         self.arguments = arguments(**sizes, **flags, **{name: self.arrays[name].ctypes.data for name in shapes})
         self.gradients = gradients(**{name: self.arrays[name].ctypes.data for name in grads})
-        self.name = "hcmen_selective_scan" if kind == "scan" else "hcmen_causal_conv1d"
+        self.name = f"hcmen_{KINDS[kind]}"
 
     def forward(self, threads: int = 1) -> int:
         return getattr(load_library(), f"{self.name}_forward")(ctypes.byref(self.arguments), threads)
@@ -72,7 +93,7 @@ class Call:
         return function(ctypes.byref(self.arguments), ctypes.byref(self.gradients), threads)
 
 
-@pytest.mark.parametrize("kind", ["scan", "conv"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_valid_arguments_are_accepted(kind: str) -> None:
     call = Call(kind)
     assert call.forward() == OK
@@ -86,6 +107,7 @@ def test_valid_arguments_are_accepted(kind: str) -> None:
     [
         *(("scan", f) for f in ("u", "delta", "A", "B", "C", "D", "delta_bias")),
         *(("conv", f) for f in ("x", "weight", "bias")),
+        *(("dual", f) for f in ("x", "dt", "A", "B", "C", "D", "dt_bias")),
     ],
 )
 def test_null_arrays_are_refused(kind: str, field: str) -> None:
@@ -100,6 +122,7 @@ def test_null_arrays_are_refused(kind: str, field: str) -> None:
     [
         *(("scan", f) for f in ("dy", "du", "ddelta", "dA", "dB", "dC", "dD", "ddelta_bias", "dz")),
         *(("conv", f) for f in ("dy", "dx", "dweight", "dbias")),
+        *(("dual", f) for f in ("dy", "dx", "ddt", "dA", "dB", "dC", "dD", "ddt_bias", "dz")),
     ],
 )
 def test_null_gradients_are_refused(kind: str, field: str) -> None:
@@ -132,8 +155,9 @@ def test_a_convolution_may_have_a_state_and_must_not_have_one_of_a_width_of_1() 
         assert call.forward() == (BAD_ARGUMENT if of == "arguments" else OK)
 
 
-def test_optional_arrays_may_be_null() -> None:
-    call = Call("scan")
+@pytest.mark.parametrize("kind", ["scan", "dual"])
+def test_optional_arrays_may_be_null(kind: str) -> None:
+    call = Call(kind)
     call.arguments.initial_state = call.arguments.last_state = None
     assert call.forward() == OK
     call.arguments.y = None
@@ -152,6 +176,7 @@ def test_optional_arrays_may_be_null() -> None:
     [
         *(("scan", f) for f in ("batch", "time", "channel", "state", "group")),
         *(("conv", f) for f in ("batch", "time", "channel", "width")),
+        *(("dual", f) for f in ("batch", "time", "head", "head_dim", "state", "group")),
     ],
 )
 @pytest.mark.parametrize("value", [0, -1, -(2**63), 2**62, 2**63 - 1])
@@ -169,9 +194,12 @@ def test_products_that_overflow_are_refused() -> None:
     call = Call("conv")
     call.arguments.time, call.arguments.channel = 2**40, 2**40
     assert call.forward() == BAD_ARGUMENT
+    call = Call("dual")
+    call.arguments.head = call.arguments.head_dim = call.arguments.state = 2**22
+    assert call.forward() == BAD_ARGUMENT
 
 
-@pytest.mark.parametrize("kind", ["scan", "conv"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_unknown_dtype_threads_and_structures_are_refused(kind: str) -> None:
     call = Call(kind)
     for dtype in (-1, 2, 7):
@@ -188,10 +216,18 @@ def test_unknown_dtype_threads_and_structures_are_refused(kind: str) -> None:
     assert getattr(library, f"{call.name}_backward")(None, None, 1) == BAD_ARGUMENT
 
 
-def test_groups_must_divide_the_channels() -> None:
-    call = Call("scan")
-    call.arguments.group = 4
+@pytest.mark.parametrize(("kind", "group"), [("scan", 4), ("dual", 3)])
+def test_groups_must_divide_the_channels_or_heads(kind: str, group: int) -> None:
+    call = Call(kind)
+    call.arguments.group = group
     assert call.forward() == BAD_ARGUMENT
+
+
+@pytest.mark.parametrize(("least", "most"), [(1.0, 0.5), (np.nan, 1.0), (0.0, np.nan)])
+def test_bounds_of_step_sizes_that_are_none_are_refused(least: float, most: float) -> None:
+    call = Call("dual")
+    call.arguments.dt_min, call.arguments.dt_max = least, most
+    assert call.forward() == call.backward() == BAD_ARGUMENT
 
 
 # --- elementary functions -------------------------------------------------------------------------------------------
@@ -271,7 +307,7 @@ def test_only_the_interface_is_exported() -> None:
     command = [nm, "-D", "--defined-only", str(library_path())]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     names = {line.split()[-1].split("@")[0] for line in listing.splitlines()}
-    required = {f"hcmen_{op}_{way}" for op in OPS for way in ("forward", "backward")}
+    required = {f"hcmen_{op}_{way}" for op in KINDS.values() for way in ("forward", "backward")}
     required |= {"hcmen_ops_version", "hcmen_ops_isa", "hcmen_ops_problem", "hcmen_exp_loop", "hcmen_evaluate"}
     assert required <= names
     assert names <= required | {"RegisterCustomOps"}
