@@ -20,6 +20,7 @@
 //
 // What lies past an end (of time, channels, states) is taken as zero: a step of size zero leaves every state and every
 // gradient as it was.
+#include "cuda_backward.h"
 #include "selective_scan_cuda.h"
 
 namespace hcmen {
@@ -43,46 +44,22 @@ enum { kU, kD, kInputRows, kS = kInputRows, kSlope, kGate, kSeriesRows };
 // Warps that a device shall have to do, where a sequence must be cut for it: three blocks on each of 132
 // multiprocessors. Fewer, and they run short; a few more, and most wait for the last.
 constexpr int64_t kEnoughWarps = 132 * 12;
-// How many times the states of a warp are kept at once, unless a single sequence needs more: 4 GiB.
-constexpr double kMostStarts = 1 << 21;
 
-struct BackwardPlan {
+struct BackwardPlan : BackwardCut {
   int warps;  // of a block, side by side over channels
   int64_t channel_blocks, state_blocks, columns;  // of a group; of a channel; warps that a sequence takes
-  int64_t tiles, chunk_tiles, chunks;
-  int64_t portion;  // sequences that are under way together
 };
 
 int plan_backward(const hcmen_scan& s, const hcmen_cuda_launch* wish, BackwardPlan* plan) {
   const int64_t group_channels = s.channel / s.group;
-  const int64_t wished = wish ? wish->steps_per_chunk : 0, at_once = wish ? wish->sequences_at_once : 0;
-  if (wished < -1 || at_once < 0 || group_channels > INT32_MAX - kMostWarps * kChannels) return HCMEN_BAD_ARGUMENT;
+  if (group_channels > INT32_MAX - kMostWarps * kChannels) return HCMEN_BAD_ARGUMENT;
   BackwardPlan p{};
   p.warps = kMostWarps;
   while (p.warps > 1 && p.warps / 2 * kChannels >= group_channels) p.warps /= 2;
   p.channel_blocks = ceil_div(group_channels, p.warps * kChannels);
   p.state_blocks = ceil_div(s.state, kStates);
   p.columns = s.group * p.channel_blocks * p.warps * p.state_blocks;
-  p.tiles = ceil_div(s.time, kTile);
-  const double warps = (double)s.batch * (double)p.columns, starts = (double)p.tiles * (double)p.columns;
-
-  p.chunk_tiles = p.tiles;
-  if (wished > 0) {
-    p.chunk_tiles = wished < s.time ? ceil_div(wished, kTile) : p.tiles;
-  } else if (wished == 0 && warps < (double)kEnoughWarps && p.tiles > 1) {
-    // At once if a few chunks do, else in two turns, which waste less of the last.
-    const int64_t have = (int64_t)warps;
-    p.chunk_tiles = ceil_div(p.tiles, (4 * have <= kEnoughWarps ? 1 : 2) * kEnoughWarps / have);
-  }
-  p.chunks = ceil_div(p.tiles, p.chunk_tiles);
-
-  // What a warp keeps is numbered in 32 bits, as blocks are; past these no device has the memory.
-  if (const int status = check_blocks(starts > warps * (double)p.chunks ? starts : warps * (double)p.chunks)) return status;
-  const double most = kMostStarts / starts;
-  p.portion = most < 1.0 ? 1 : most > (double)s.batch ? s.batch : (int64_t)most;
-  if (at_once > 0 && p.portion > at_once) p.portion = at_once;
-  // Portions of equal size.
-  p.portion = ceil_div(s.batch, ceil_div(s.batch, p.portion));
+  if (const int status = cut_backward(s.batch, s.time, p.columns, kTile, kEnoughWarps, wish, &p)) return status;
   *plan = p;
   return HCMEN_OK;
 }
@@ -267,25 +244,6 @@ __device__ __forceinline__ void advance_cells(const float* rows, const float* ro
 #pragma unroll
     for (int i = 0; i < kSide; ++i) h[j][i] = step::advance(h[j][i], d[j], rate[j][i], input, B[i]);
   }
-}
-
-// Of sums over the lanes of a quad of four values: the one whose number is the lane's slice.
-__device__ __forceinline__ float sum_of_quad(const float (&values)[kSide], int slice) {
-  const bool second = slice & 2, odd = slice & 1;
-  float low = second ? values[2] : values[0], high = second ? values[3] : values[1];
-  low += __shfl_xor_sync(kAllLanes, second ? values[0] : values[2], 2);
-  high += __shfl_xor_sync(kAllLanes, second ? values[1] : values[3], 2);
-  return (odd ? high : low) + __shfl_xor_sync(kAllLanes, odd ? low : high, 1);
-}
-
-// Of sums over quads of four values of each slice: the one whose number is quad / 2.
-__device__ __forceinline__ float sum_over_quads(const float (&values)[kSide], int quad) {
-  const bool second = quad & 4, odd = quad & 2;
-  float low = second ? values[2] : values[0], high = second ? values[3] : values[1];
-  low += __shfl_xor_sync(kAllLanes, second ? values[0] : values[2], 16);
-  high += __shfl_xor_sync(kAllLanes, second ? values[1] : values[3], 16);
-  const float sum = (odd ? high : low) + __shfl_xor_sync(kAllLanes, odd ? low : high, 8);
-  return sum + __shfl_xor_sync(kAllLanes, sum, 4);
 }
 
 // --- ends of chunks -------------------------------------------------------------------------------------------------
@@ -610,41 +568,16 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 3) scan_backward_kernel(co
 
 // --- sums -----------------------------------------------------------------------------------------------------------
 
-constexpr int kSumThreads = 128;
-constexpr int kMostSums = 5;
-
-// Sums of `count` arrays of `size` floats that lie `size` apart.
-struct PlainSum {
-  const float* parts;
-  int64_t count, size;
-  float* to;
-};
-
 struct SumsArguments {
-  PlainSum plain[kMostSums];
-  int plain_count;
+  PlainSums<5> plain;
   // Of parameters, over `rows`; 0: not yet.
   int64_t rows;
   BackwardArguments all;
 };
 
-__device__ __forceinline__ float sum_up(const float* from, int64_t count, int64_t apart) {
-  float sum = 0.0f;
-#pragma unroll 8
-  for (int64_t i = 0; i < count; ++i) sum += from[i * apart];
-  return sum;
-}
-
 __global__ void __launch_bounds__(kSumThreads) scan_backward_sums_kernel(const SumsArguments a) {
   int64_t index = (int64_t)blockIdx.x * kSumThreads + threadIdx.x;
-  for (int i = 0; i < a.plain_count; ++i) {
-    const PlainSum& one = a.plain[i];
-    if (index < one.size) {
-      one.to[index] = sum_up(one.parts + index, one.count, one.size);
-      return;
-    }
-    index -= one.size;
-  }
+  if (a.plain.take(index)) return;
   const int64_t row = (int64_t)a.all.columns * kParameters;
   if (index >= row || a.rows == 0) return;
   const int column = (int)(index / kParameters), number = (int)(index % kParameters);
@@ -736,8 +669,7 @@ hcmen_scan_grad portion_of(const hcmen_scan& s, const hcmen_scan_grad& g, int64_
 }
 
 int launch_sums(const SumsArguments& sums, void* stream) {
-  int64_t size = sums.rows ? sums.all.columns * kParameters : 0;
-  for (int i = 0; i < sums.plain_count; ++i) size += sums.plain[i].size;
+  const int64_t size = sums.plain.size() + (sums.rows ? sums.all.columns * kParameters : 0);
   if (size == 0) return HCMEN_OK;
   const int64_t blocks = ceil_div(size, kSumThreads);
   return launch(scan_backward_sums_kernel, blocks, kSumThreads, 0, stream, sums);
@@ -774,7 +706,7 @@ int backward(const hcmen_scan& s, const hcmen_scan_grad& g, const BackwardPlan& 
     const int64_t series = count * s.time * s.channel, projections = count * s.time * s.group * s.state;
     SumsArguments sums{};
     const auto add_up = [&](float* parts, int64_t parts_count, int64_t size, float* to) {
-      sums.plain[sums.plain_count++] = {parts, parts_count, size, to};
+      sums.plain.add({parts, parts_count, size, to});
       return parts;
     };
     a.parts_B = wanted.dB;

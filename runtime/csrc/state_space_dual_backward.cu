@@ -345,41 +345,16 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) dual_backward_kernel(con
 
 // --- sums -----------------------------------------------------------------------------------------------------------
 
-constexpr int kSumThreads = 128;
-constexpr int kMostSums = 3;
-
-// Sums of `count` arrays of `size` floats that lie `size` apart.
-struct PlainSum {
-  const float* parts;
-  int64_t count, size;
-  float* to;
-};
-
 struct SumsArguments {
-  PlainSum plain[kMostSums];
-  int plain_count;
+  PlainSums<3> plain;
   // Of parameters, over `rows` sequences and chunks; 0: not yet.
   int64_t rows;
   Arguments all;
 };
 
-__device__ __forceinline__ float sum_up(const float* from, int64_t count, int64_t apart) {
-  float sum = 0.0f;
-#pragma unroll 8
-  for (int64_t i = 0; i < count; ++i) sum += from[i * apart];
-  return sum;
-}
-
 __global__ void __launch_bounds__(kSumThreads) dual_backward_sums_kernel(const SumsArguments a) {
   int64_t index = (int64_t)blockIdx.x * kSumThreads + threadIdx.x;
-  for (int i = 0; i < a.plain_count; ++i) {
-    const PlainSum& one = a.plain[i];
-    if (index < one.size) {
-      one.to[index] = sum_up(one.parts + index, one.count, one.size);
-      return;
-    }
-    index -= one.size;
-  }
+  if (a.plain.take(index)) return;
   // Of each head A, dt_bias, and its rows of D.
   const hcmen_dual& s = a.all.s;
   const int64_t numbers = 2 + (s.wide_D ? s.head_dim : 1);
@@ -404,8 +379,7 @@ __global__ void __launch_bounds__(kSumThreads) dual_backward_sums_kernel(const S
 
 int launch_sums(const SumsArguments& sums, void* stream) {
   const hcmen_dual& s = sums.all.s;
-  int64_t size = sums.rows ? s.head * (2 + (s.wide_D ? s.head_dim : 1)) : 0;
-  for (int i = 0; i < sums.plain_count; ++i) size += sums.plain[i].size;
+  const int64_t size = sums.plain.size() + (sums.rows ? s.head * (2 + (s.wide_D ? s.head_dim : 1)) : 0);
   if (size == 0) return HCMEN_OK;
   return launch(dual_backward_sums_kernel, ceil_div(size, kSumThreads), kSumThreads, 0, stream, sums);
 }
@@ -439,7 +413,7 @@ int backward(const hcmen_dual& s, const hcmen_dual_grad& g, const DualBackwardPl
     SumsArguments sums{};
     const auto add_up = [&](int64_t at, int64_t parts_count, int64_t size, float* to) {
       if (parts_count == 1) return to;
-      sums.plain[sums.plain_count++] = {memory + at, parts_count, size, to};
+      sums.plain.add({memory + at, parts_count, size, to});
       return memory + at;
     };
     const int64_t projections = count * s.time * s.group * s.state;

@@ -273,25 +273,6 @@ __device__ __forceinline__ float advance_cells(const Tile& tile, int k, Cells& h
   return step[1];
 }
 
-// Of sums over the lanes of a quad of four values: the one whose number is the lane's slice.
-__device__ __forceinline__ float sum_of_quad(const float (&values)[kSide], int slice) {
-  const bool second = slice & 2, odd = slice & 1;
-  float low = second ? values[2] : values[0], high = second ? values[3] : values[1];
-  low += __shfl_xor_sync(kAllLanes, second ? values[0] : values[2], 2);
-  high += __shfl_xor_sync(kAllLanes, second ? values[1] : values[3], 2);
-  return (odd ? high : low) + __shfl_xor_sync(kAllLanes, odd ? low : high, 1);
-}
-
-// Of sums over quads of four values of each slice: the one whose number is quad / 2.
-__device__ __forceinline__ float sum_over_quads(const float (&values)[kSide], int quad) {
-  const bool second = quad & 4, odd = quad & 2;
-  float low = second ? values[2] : values[0], high = second ? values[3] : values[1];
-  low += __shfl_xor_sync(kAllLanes, second ? values[0] : values[2], 16);
-  high += __shfl_xor_sync(kAllLanes, second ? values[1] : values[3], 16);
-  const float sum = (odd ? high : low) + __shfl_xor_sync(kAllLanes, odd ? low : high, 8);
-  return sum + __shfl_xor_sync(kAllLanes, sum, 4);
-}
-
 __device__ __forceinline__ float sum_of_warp(float value) {
 #pragma unroll
   for (int apart = 16; apart > 0; apart /= 2) value += __shfl_xor_sync(kAllLanes, value, apart);

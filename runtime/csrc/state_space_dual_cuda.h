@@ -3,7 +3,7 @@
 #ifndef HCMEN_STATE_SPACE_DUAL_CUDA_H_
 #define HCMEN_STATE_SPACE_DUAL_CUDA_H_
 
-#include "cuda_launch.h"
+#include "cuda_backward.h"
 #include "scan_step.h"
 #include "selective_scan_cuda.h"
 #include "state_space_dual.h"
@@ -67,11 +67,9 @@ int64_t forward_floats(const hcmen_dual& s, const DualLayout& plan);
 constexpr int kDualWarpRows = 32, kDualWarpStates = 16;  // of a warp
 constexpr int kDualTile = 8;                             // steps of a tile, before which the states are kept
 
-struct DualBackwardPlan {
+struct DualBackwardPlan : BackwardCut {
   int row_warps, state_warps;   // of a block
   int64_t row_blocks, columns;  // of a head; warps that a sequence takes
-  int64_t tiles, chunk_tiles, chunks;
-  int64_t portion;  // sequences that are under way together
 };
 
 // `wish` may be null.

@@ -126,9 +126,8 @@ int64_t forward_floats(const hcmen_dual& s, const DualLayout& plan) {
 namespace {
 
 // Warps that a device shall have to do, where a sequence must be cut for it: two blocks of eight on each of 132
-// multiprocessors. How many times the states of a warp are kept at once, unless a single sequence needs more: 4 GiB.
+// multiprocessors.
 constexpr int64_t kEnoughBackwardWarps = 132 * 16;
-constexpr double kMostStarts = 1 << 21;
 
 // Warps of a block, where the states are not too many for it.
 constexpr int kWarps = 8;
@@ -137,34 +136,13 @@ constexpr int64_t kCells = kDualWarpRows * kDualWarpStates;  // of a warp
 }  // namespace
 
 int plan_backward(const hcmen_dual& s, const hcmen_cuda_launch* wish, DualBackwardPlan* plan) {
-  const int64_t wished = wish ? wish->steps_per_chunk : 0, at_once = wish ? wish->sequences_at_once : 0;
-  if (wished < -1 || at_once < 0) return HCMEN_BAD_ARGUMENT;
   DualBackwardPlan p{};
   p.state_warps = (int)ceil_div(s.state, kDualWarpStates);
   p.row_warps = 1;
   while (2 * p.row_warps * p.state_warps <= kWarps && p.row_warps * kDualWarpRows < s.head_dim) p.row_warps *= 2;
   p.row_blocks = ceil_div(s.head_dim, p.row_warps * kDualWarpRows);
   p.columns = s.head * p.row_blocks * p.row_warps * p.state_warps;
-  p.tiles = ceil_div(s.time, kDualTile);
-  const double warps = (double)s.batch * (double)p.columns, starts = (double)p.tiles * (double)p.columns;
-
-  p.chunk_tiles = p.tiles;
-  if (wished > 0) {
-    p.chunk_tiles = wished < s.time ? ceil_div(wished, kDualTile) : p.tiles;
-  } else if (wished == 0 && warps < (double)kEnoughBackwardWarps && p.tiles > 1) {
-    // At once if a few chunks do, else in two turns, which waste less of the last.
-    const int64_t have = (int64_t)warps;
-    p.chunk_tiles = ceil_div(p.tiles, (4 * have <= kEnoughBackwardWarps ? 1 : 2) * kEnoughBackwardWarps / have);
-  }
-  p.chunks = ceil_div(p.tiles, p.chunk_tiles);
-
-  // What a warp keeps is numbered in 32 bits, as blocks are; past these no device has the memory.
-  if (const int status = check_blocks(starts > warps * (double)p.chunks ? starts : warps * (double)p.chunks)) return status;
-  const double most = kMostStarts / starts;
-  p.portion = most < 1.0 ? 1 : most > (double)s.batch ? s.batch : (int64_t)most;
-  if (at_once > 0 && p.portion > at_once) p.portion = at_once;
-  // Portions of equal size.
-  p.portion = ceil_div(s.batch, ceil_div(s.batch, p.portion));
+  if (const int status = cut_backward(s.batch, s.time, p.columns, kDualTile, kEnoughBackwardWarps, wish, &p)) return status;
   *plan = p;
   return HCMEN_OK;
 }
