@@ -132,7 +132,8 @@ __device__ __forceinline__ float from_last_state(const ConvArguments& a, const R
   return a.g.dlast_state && number >= 0 ? a.g.dlast_state[state_offset(a.c, r, number)] : 0.0f;
 }
 
-template <int kWidth>
+// kStates: gradients of states come or go. Looking for them costs each round of the others a seventh of its instructions.
+template <int kWidth, bool kStates>
 __global__ void __launch_bounds__(kThreads) conv_backward_kernel(const ConvArguments a) {
   const hcmen_conv& c = a.c;
   const Run r = my_run(a);
@@ -173,10 +174,10 @@ __global__ void __launch_bounds__(kThreads) conv_backward_kernel(const ConvArgum
         dbias += slopes[kWidth - 1];
       }
       // The first run has the initial state too.
-      if ((j >= r.begin || r.begin == 0) && j < r.end) {
-        float* const to = input_gradient(a, r, j);
-        if (!to) continue;
-        float dx = from_last_state(a, r, j);
+      if ((j >= r.begin || (kStates && r.begin == 0)) && j < r.end) {
+        float* const to = kStates ? input_gradient(a, r, j) : a.g.dx + offset_of(c, r, j);
+        if (kStates && !to) continue;
+        float dx = kStates ? from_last_state(a, r, j) : 0.0f;
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) dx = fmaf(weight[k], slopes[kWidth - 1 - k], dx);
         *to = dx;
@@ -206,6 +207,7 @@ __global__ void __launch_bounds__(kThreads) conv_backward_any_kernel(const ConvA
   const int64_t first = r.begin == 0 && a.g.dinitial_state ? -(c.width - 1) : r.begin;
   for (int64_t i = first; i < r.end; ++i) {
     float dx = from_last_state(a, r, i);
+#pragma unroll 1
     for (int64_t k = 0; k < c.width && i + c.width - 1 - k >= 0; ++k) {
       const int64_t later = i + c.width - 1 - k;
       if (later < c.time) dx = fmaf(c.weight[r.channel * c.width + k], a.slopes[offset_of(c, r, later)], dx);
@@ -215,6 +217,7 @@ __global__ void __launch_bounds__(kThreads) conv_backward_any_kernel(const ConvA
   float* const part = a.parts + (r.batch * a.runs + r.number) * (c.width + 1) * c.channel + r.channel;
   for (int64_t k = 0; k < c.width; ++k) {
     float sum = 0.0f;
+#pragma unroll 2
     for (int64_t i = r.begin; i < r.end; ++i) {
       sum = fmaf(a.slopes[offset_of(c, r, i)], input_or_state_at<float>(c, r, i - (c.width - 1) + k), sum);
     }
@@ -274,14 +277,19 @@ int forward(const ConvArguments& a, void* stream) {
   }
 }
 
+template <int kWidth>
+auto backward_kernel(const ConvArguments& a) -> void (*)(ConvArguments) {
+  return a.g.dlast_state || a.g.dinitial_state ? conv_backward_kernel<kWidth, true> : conv_backward_kernel<kWidth, false>;
+}
+
 int backward(const ConvArguments& a, void* stream) {
   const hcmen_conv& c = a.c;
   const int64_t blocks = c.batch * a.runs * a.channel_blocks;
   int status = HCMEN_OK;
   switch (c.width) {
-    case 2: status = launch(conv_backward_kernel<2>, blocks, kThreads, 0, stream, a); break;
-    case 3: status = launch(conv_backward_kernel<3>, blocks, kThreads, 0, stream, a); break;
-    case 4: status = launch(conv_backward_kernel<4>, blocks, kThreads, 0, stream, a); break;
+    case 2: status = launch(backward_kernel<2>(a), blocks, kThreads, 0, stream, a); break;
+    case 3: status = launch(backward_kernel<3>(a), blocks, kThreads, 0, stream, a); break;
+    case 4: status = launch(backward_kernel<4>(a), blocks, kThreads, 0, stream, a); break;
     default:
       status = launch(conv_slopes_any_kernel, blocks, kThreads, 0, stream, a);
       if (status == HCMEN_OK) status = launch(conv_backward_any_kernel, blocks, kThreads, 0, stream, a);
@@ -297,8 +305,9 @@ int backward(const ConvArguments& a, void* stream) {
 int load_convolution_kernels() {
   return load_kernels(conv_forward_kernel<float, 2>, conv_forward_kernel<float, 3>, conv_forward_kernel<float, 4>,
                       conv_forward_any_kernel<float>, conv_forward_kernel<__half, 2>, conv_forward_kernel<__half, 3>,
-                      conv_forward_kernel<__half, 4>, conv_forward_any_kernel<__half>, conv_backward_kernel<2>,
-                      conv_backward_kernel<3>, conv_backward_kernel<4>, conv_slopes_any_kernel,
+                      conv_forward_kernel<__half, 4>, conv_forward_any_kernel<__half>, conv_backward_kernel<2, false>,
+                      conv_backward_kernel<3, false>, conv_backward_kernel<4, false>, conv_backward_kernel<2, true>,
+                      conv_backward_kernel<3, true>, conv_backward_kernel<4, true>, conv_slopes_any_kernel,
                       conv_backward_any_kernel);
 }
 

@@ -209,7 +209,7 @@ def test_kernels_stay_short(gpu: SimpleNamespace, built: tuple[Path, list[Any]])
             for t in ("float", "half")
             for width in (2, 3, 4)
         },
-        **{(f"conv_backward_kernel<{width}>", 72): {"round": (8, 780 + 45 * width, 16)} for width in (2, 3, 4)},
+        **{(f"conv_backward_kernel<{width}, false>", 72): {"round": (8, 780 + 45 * width, 16)} for width in (2, 3, 4)},
     }
     for (name, registers), loops in backward.items():
         assert ptxas[name].registers <= registers, name
@@ -220,7 +220,9 @@ def test_kernels_stay_short(gpu: SimpleNamespace, built: tuple[Path, list[Any]])
             assert 0.8 * instructions < found[part][1] <= instructions, (name, part)
     # Beyond that the instruction cache of a multiprocessor does not hold it beside what follows.
     assert counted["scan_backward_kernel"]["back"].bytes < 60_000
-    assert [k.name for k in kernels if k.name.startswith("conv_") and k.registers > 72] == []
+    # Four blocks of 128 threads to a multiprocessor, where gradients of states are asked for, else seven.
+    most = {k.name: 128 if k.name.endswith(", true>") else 72 for k in kernels if k.name.startswith("conv_")}
+    assert [k.name for k in kernels if k.registers > most.get(k.name, 255)] == []
 
 
 def test_a_dual_takes_one_decay_for_all_states(gpu: SimpleNamespace, built: tuple[Path, list[Any]]) -> None:

@@ -133,6 +133,9 @@ BUILD, RUNTIME = trt.TensorRTPhase.BUILD, trt.TensorRTPhase.RUNTIME
 def number(name, value):
     return trt.PluginField(name, np.array([value], np.int32), trt.PluginFieldType.INT32)
 
+def real(name, value):
+    return trt.PluginField(name, np.array([value], np.float32), trt.PluginFieldType.FLOAT32)
+
 def text(name, value):
     return trt.PluginField(name, np.frombuffer(value, np.int8), trt.PluginFieldType.CHAR)
 
@@ -151,13 +154,16 @@ def names(creator):
 all_fields = [number("delta_softplus", 1), number("reverse", 0), number("gated", 1), number("stateful", 1)]
 ours = sorted(c.name for c in registry.all_creators if c.plugin_namespace == "hcmen")
 print([
-    ours, names("SelectiveScan"), names("CausalConv1d"),
+    ours, names("SelectiveScan"), names("CausalConv1d"), names("StateSpaceDual"),
     create("SelectiveScan", BUILD), create("SelectiveScan", BUILD, *all_fields),
     create("SelectiveScan", RUNTIME, *all_fields), create("SelectiveScan", RUNTIME, *all_fields[1:]),
     create("SelectiveScan", BUILD, number("gated", 2)),
     create("CausalConv1d", BUILD, text("activation", b"silu\\0"), number("reverse", 1)),
     create("CausalConv1d", BUILD, number("stateful", 1)),
     create("CausalConv1d", BUILD, text("activation", b"gelu")),
+    create("StateSpaceDual", BUILD),
+    create("StateSpaceDual", BUILD, real("dt_min", 0.25), real("dt_max", 2.0), number("stateful", 1)),
+    create("StateSpaceDual", BUILD, real("dt_min", 3.0), real("dt_max", 2.0)),
 ])
 assert registry.get_creator("SelectiveScan", "1", "") is None
 registry.deregister_library(handle)
@@ -180,7 +186,7 @@ def libraries(request: pytest.FixtureRequest) -> list[Path]:
 def test_the_registry_of_tensorrt_makes_the_plugins(libraries: list[Path], lean: Path) -> None:
     """libnvinfer_lean's registry, whatever its version, takes a library built against any: neither calls the other's
     objects that are laid out differently."""
-    scan, conv = ("SelectiveScan", "1", "hcmen"), ("CausalConv1d", "1", "hcmen")
+    scan, conv, dual = ((name, "1", "hcmen") for name in ("SelectiveScan", "CausalConv1d", "StateSpaceDual"))
     for library in libraries:
         result = run([sys.executable, "-c", REGISTRY, str(library)], PYTHONPATH=str(lean))
         assert result.returncode == 0, result.stderr
@@ -189,9 +195,10 @@ def test_the_registry_of_tensorrt_makes_the_plugins(libraries: list[Path], lean:
         full = (*scan, 2, flags.format(1, 0, 1, 1))
         assert first == str(
             [
-                ["CausalConv1d", "SelectiveScan"],
+                ["CausalConv1d", "SelectiveScan", "StateSpaceDual"],
                 ["delta_softplus", "gated", "reverse", "stateful"],
                 ["activation", "reverse", "stateful"],
+                ["delta_softplus", "dt_max", "dt_min", "gated", "reverse", "stateful"],
                 (*scan, 1, flags.format(0, 0, 0, 0)),
                 full,
                 full,
@@ -199,6 +206,9 @@ def test_the_registry_of_tensorrt_makes_the_plugins(libraries: list[Path], lean:
                 "refused",
                 (*conv, 1, "activation=1,reverse=1,stateful=0"),
                 (*conv, 2, "activation=0,reverse=0,stateful=1"),
+                "refused",
+                (*dual, 1, f"{flags.format(0, 0, 0, 0)},dt_min=0,dt_max=inf"),
+                (*dual, 2, f"{flags.format(0, 0, 0, 1)},dt_min=0.25,dt_max=2"),
                 "refused",
             ]
         )
@@ -208,4 +218,6 @@ def test_the_registry_of_tensorrt_makes_the_plugins(libraries: list[Path], lean:
             "error: SelectiveScan: the engine holds no field 'delta_softplus': build it again with this library",
             "error: SelectiveScan: attribute 'gated' is 2, expected 0 or 1",
             'error: CausalConv1d: attribute \'activation\' is "gelu", expected "none" or "silu"',
+            "error: StateSpaceDual: attributes 'dt_min' and 'dt_max' are 3 and 2, "
+            "expected dt_min to be no more than dt_max",
         ]
