@@ -41,6 +41,10 @@ DUALS: list[tuple[DualCase, dict[str, int]]] = [
 ]
 
 
+CONVS = [(1, False), (2, True), (2, False), (3, True), (4, True), (4, False), (7, True)]
+"""Widths, and whether there are states, each in two dtypes."""
+
+
 def main(result: str | None = None) -> None:
     kernels = DeviceKernels()
     done: list[str] = []
@@ -74,9 +78,9 @@ def main(result: str | None = None) -> None:
             for name, x in kernels.dual_gradients(dual, arrays, dy, None, **chunk).items():
                 assert np.isfinite(x).all(), name
         ended(dual)
-    for width in (1, 2, 3, 4, 7):
+    for width, stateful in CONVS:
         for dtype in ("float32", "float16"):
-            conv = ConvCase(2, 30, 130, width, dtype, reverse=width == 3, stateful=width > 1)
+            conv = ConvCase(2, 30, 130, width, dtype, reverse=width == 3, stateful=stateful)
             inputs = conv_arrays(conv)
             assert all(np.isfinite(x).all() for x in kernels.conv(conv, inputs))
             if dtype == "float32":

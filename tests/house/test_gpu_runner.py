@@ -387,8 +387,8 @@ def test_what_the_sanitizers_watch_tells_every_case(gpu_modules, tmp_path, monke
     monkeypatch.setattr(sanitize, "DeviceKernels", lambda: emulated.Kernels(emulated.kernels_library()))
     sanitize.main(str(tmp_path / "memcheck.json"))
     found = json.loads((tmp_path / "memcheck.json").read_text(encoding="utf-8"))
-    assert found["done"] == len(sanitize.SCANS) + 10
-    assert found["last"] == "2x30x130 w7 float16 silu"
+    assert found["done"] == len(sanitize.SCANS) + len(sanitize.DUALS) + 2 * len(sanitize.CONVS)
+    assert found["last"] == "2x30x130 w7 float16 silu stateful"
 
 
 def test_cases_of_several_workers_are_counted(tmp_path):
