@@ -14,7 +14,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -270,8 +270,8 @@ class _Job:
         else:
             feeds = {name: x.numpy() for name, x in zip(self.inputs, self.tensors, strict=True)}
             proto, done = rewrite_graph(proto, feeds)
-        kept = [row for row in self.report.rewrites if not row.get("graph")]
-        self.report.rewrites = kept + [{**asdict(row), "graph": True} for row in done]
+        kept = [row for row in self.report.rewrites if not row["graph"]]
+        self.report.rewrites = kept + [asdict(replace(row, graph=True)) for row in done]
         proto = tidy(proto, self.file.stem)
         if self.functions:
             add_functions(proto)

@@ -90,8 +90,10 @@ class Report:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             lines.append(f"  {op}: {sum(modules.values())} in {shown or 'the model'}")
         for row in self.rewrites:
-            state = "rewritten" if row.get("kept", True) else "left as it was"
-            lines.append(f"  {row.get('name')}: {state}, {row.get('where') or 'the model'}: {row.get('reason')}")
+            state = "rewritten" if row["kept"] else "left as it was"
+            gain = f", {row['nodes_before']} to {row['nodes_after']} {'nodes' if row['graph'] else 'operations'}"
+            where = (row["where"] or "the model") + (gain if row["kept"] else "")
+            lines.append(f"  {row['name']}: {state}, {where}: {row['reason']}")
         lines += [f"  {line}" for line in self._size_lines()]
         if self.states:
             lines.append(f"  states: {len(self.states)}, from {self.states[0]} on")

@@ -43,9 +43,10 @@ class Rewrite:
         name: what it is, such as "channels-last Mamba-1".
         where: the modules or nodes it concerns.
         count: how many of them.
-        nodes_before, nodes_after: of modules, the PyTorch operations of a call of each; of a graph, its nodes.
+        nodes_before, nodes_after: of modules, the PyTorch operations of their calls; of a graph, its nodes.
         kept: whether the result has it.
         reason: why it is kept or left out, with the largest difference that was found.
+        graph: it is of the graph, not of modules.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Rewrite:
     nodes_after: int
     kept: bool
     reason: str
+    graph: bool = False
 
 
 @dataclass(frozen=True)
