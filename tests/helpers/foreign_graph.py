@@ -12,8 +12,10 @@ from hcmen.base.state_records import STATES_KEY, StateRecord, states_to_json
 WORDS, CHANNEL, WIDE = 7, 8, 64
 
 
-def foreign_graph(path: Path, *, wrong: float = 1.0, plain: bool = False, scale: float = 1.0) -> Path:
-    """Writes tokens -> table -> CausalConv1d + series -> a wide layer -> logits [batch, time, WORDS]; and a state.
+def foreign_graph(
+    path: Path, *, wrong: float = 1.0, plain: bool = False, scale: float = 1.0, words: int = WORDS
+) -> Path:
+    """Writes tokens -> table -> CausalConv1d + series -> a wide layer -> logits [batch, time, words]; and a state.
 
     Args:
         wrong: what the function multiplies its result by, which the kernel does not. plain: without our operator.
@@ -67,13 +69,13 @@ def foreign_graph(path: Path, *, wrong: float = 1.0, plain: bool = False, scale:
             value("tail", TensorProto.FLOAT, "batch", 3, CHANNEL),
         ],
         [
-            value("logits", TensorProto.FLOAT, "batch", "time", WORDS),
+            value("logits", TensorProto.FLOAT, "batch", "time", words),
             value("tail.next", TensorProto.FLOAT, "batch", 3, CHANNEL),
         ],
         [
-            weight("table", WORDS, CHANNEL, times=scale),
+            weight("table", words, CHANNEL, times=scale),
             *(weight("weight", CHANNEL, 4), weight("bias", CHANNEL), weight("widen", CHANNEL, WIDE)),
-            *(weight("mix", WIDE, WIDE, times=WIDE**-0.5), weight("head", WIDE, WORDS)),
+            *(weight("mix", WIDE, WIDE, times=WIDE**-0.5), weight("head", WIDE, words)),
         ],
     )
     model = helper.make_model(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.foreign_graph import foreign_graph
 from helpers.mmsa_files import File, make, written
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,6 +185,9 @@ def checkout(demo: Path, tmp_path: Path) -> Path:
     for i in range(4):
         np.savez(tmp_path / "chunks" / f"{i}.npz", audio=np.zeros((20, 5), "f4"), vision=np.zeros((15, 20), "f4"))
     (tmp_path / "chunks" / "end").touch()
+    for name in ("model.onnx", "reduced.onnx"):
+        foreign_graph(tmp_path / name, words=1000)
+    np.savez(tmp_path / "inputs.npz", ids=np.arange(18, dtype=np.int32).reshape(2, 9), series=np.zeros((2, 9, 8), "f4"))
     (tmp_path / "movieReviewSnippets_GroundTruth.txt").write_text('1\t2.5\tGood.\n2\t-3.1\t"Bad", he said.\n')
     return tmp_path
 
