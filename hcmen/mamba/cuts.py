@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hcmen.base.errors import CheckFailed
 from hcmen.mamba.nests import leaves
+from hcmen.mamba.report import accepted
 
 __all__ = ["Cut", "check_cuts", "cuts_of", "fed", "in_pieces", "largest_error", "off_by_cutting", "told"]
 
@@ -144,7 +145,7 @@ def check_cuts(
             return
         own = _from_float64(made, [*inputs, *states], whole)
         for (name, error, cut), far in zip(worst, own, strict=True):
-            bound = max(tolerance, 3 * far)
+            bound = accepted(tolerance, far)
             if not error <= bound:
                 first = _first_difference(made, inputs, states, cut, tolerance)
                 raise CheckFailed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -9,7 +10,15 @@ from typing import Any
 from hcmen.base.state_records import NEXT
 from hcmen.mamba.tracing import Size
 
-__all__ = ["OutputError", "Report", "Trial"]
+__all__ = ["OutputError", "Report", "Trial", "accepted"]
+
+
+def accepted(tolerance: float, own: float | None) -> float:
+    """How far an output may be off: `tolerance`, or three times eager float32's own distance from float64.
+
+    A distance that is infinite excuses nothing: float32 overflows there, or picks another whole number.
+    """
+    return max(tolerance, 3 * own) if own is not None and math.isfinite(own) else tolerance
 
 
 @dataclass(frozen=True)
@@ -17,7 +26,8 @@ class OutputError:
     """How far an output is from eager PyTorch, as a part of its largest value, in the worst of all runs.
 
     library, functions: ONNX Runtime with the kernels of the library, and without; None for a file that needs it.
-    float64: eager float32 from the model in float64; None where that cannot run. bound: the most that was accepted.
+    float64: eager float32 from the model in float64; None where that cannot run or is infinite. bound: the most that
+    was accepted.
     """
 
     name: str

@@ -7,6 +7,7 @@ float64) of the largest value of each output. What eager PyTorch refuses at some
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from hcmen.base.errors import BackendError, CheckFailed, reason_of
 from hcmen.base.library import library_path
 from hcmen.mamba.calls import is_memory
 from hcmen.mamba.cuts import in_pieces, off_by_cutting, told
-from hcmen.mamba.report import OutputError, Trial
+from hcmen.mamba.report import OutputError, Trial, accepted
 from hcmen.mamba.states import StatefulModel
 from hcmen.mamba.tracing import Size, quiet
 
@@ -387,7 +388,7 @@ class _Check:
                 continue
             off[kind] = [distance(g, w) for g, w in zip(got, want, strict=True)]
         for i, name in enumerate(self.names):
-            bound = max(self.tolerance, 3 * (own[i] or 0.0))
+            bound = accepted(self.tolerance, own[i])
             found = {kind: errors[i] for kind, errors in off.items()}
             for kind, far in found.items():
                 if not far <= bound and problem is None:
@@ -401,6 +402,7 @@ class _Check:
     def _note(self, new: OutputError) -> None:
         old = self._worst.get(new.name, new)
         exact = None if new.float64 is None or old.float64 is None else max(new.float64, old.float64)
+        exact = None if exact is None or math.isinf(exact) else exact
         self._worst[new.name] = OutputError(
             new.name,
             max(new.library, old.library),

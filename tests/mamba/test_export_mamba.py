@@ -234,6 +234,21 @@ def test_a_wrong_file_is_found_and_removed(tmp_path, monkeypatch):
     assert report.verified
 
 
+def test_what_overflows_in_float32_is_held_to_it_all_the_same(tmp_path, monkeypatch):
+    """Such an output is infinitely far from float64's; that is no reason to accept any."""
+
+    class Overflowing(models.Mixer):
+        def forward(self, x):
+            return 1e30 * (1 + super().forward(x).abs()) * 1e30
+
+    assert hcmen.mamba.export(Overflowing(), series(), tmp_path / "a.onnx").verified
+    own = verification._Hosts.file
+    monkeypatch.setattr(verification._Hosts, "file", lambda *given: [torch.zeros_like(x) for x in own(*given)])
+    with pytest.raises(CheckFailed, match=r"output 'output' is off by inf of its largest value"):
+        hcmen.mamba.export(Overflowing(), series(), tmp_path / "b.onnx")
+    assert not (tmp_path / "b.onnx").exists()
+
+
 def test_no_memory_in_the_check_is_one_line_and_no_file(tmp_path, monkeypatch):
     own = verification._Hosts.eager
     runs = []
