@@ -423,11 +423,37 @@ def engines(data: dict[str, Any]) -> str:
     )
 
 
+def dual(data: dict[str, Any]) -> str:
+    """Mamba-2's operator beside what else runs it in ONNX Runtime."""
+    rows = []
+    for size in data["sizes"]:
+        peer = min(size[name]["least_ms"] for name in size if name.startswith("linear attention"))
+        steps = "a step, with states" if size["time"] == 1 else f"{size['time']} steps"
+        rows.append(
+            [
+                f"{size['head']} heads of {size['head_dim']}, {size['state']} states, {size['group']} groups, {steps}",
+                *(f"{ms:.3g}" for ms in (size["kernel"]["least_ms"], peer, size["function, scan"]["least_ms"])),
+                f"{size['faster_than_linear_attention']['by_least']:.1f}",
+                f"{size['faster_than_linear_attention']['by_median_of_pairs']:.1f}",
+                f"{size['faster_than_scan_by_least']:.1f}",
+            ]
+        )
+    header = ["size", "ours", "`LinearAttention`", "`Scan`", "times `LinearAttention`", "by pairs", "times `Scan`"]
+    return (
+        f"`StateSpaceDual` beside `com.microsoft::LinearAttention` of ONNX Runtime {data['onnxruntime']}, which runs the "
+        f"same recurrence, and beside our function's `Scan`. One thread of an {data['cpu']} ({data['instruction_set']}), "
+        "float32, in turns: the least of many rounds in milliseconds of processor time, and the median of the ratios of "
+        f"pairs.\n\n{table(header, rows)}"
+    )
+
+
 def results() -> str:
     """The page docs/results.md."""
     scans, cold = result("scan_cpu"), result("cold_start")
     parts = {
         "The selective scan on a CPU": [scan(scans), kernels(scans, [result("scan_cpu_xeon")], result("ulp"))],
+        "The state space dual on a CPU": [dual(result("state_space_dual"))],
+        "Other people's Mamba models": ["A table by model is in [mamba.md](mamba.md#models)."],
         "The selective scan on a GPU": [cuda(result("scan_cuda"), result("gpu"))],
         "The exported graphs": [graphs(result("graph")), cold_start(cold), reduced(result("precision"))],
         "Memory and streams": [long_life(result("soak"), result("stream"))],
@@ -462,8 +488,12 @@ def results() -> str:
     return "\n\n".join([head, *(f"## {title}\n\n" + "\n\n".join(own) for title, own in parts.items())]) + "\n"
 
 
+def short(processor: str) -> str:
+    return processor.replace("(R)", "").removesuffix(" Processor")
+
+
 def summary() -> str:
-    """Six sentences for the README, each with its machine."""
+    """Seven sentences for the README, each with its machine."""
     scans, graph, cold, cuda_scans = result("scan_cpu"), result("graph"), result("cold_start"), result("scan_cuda")
     case = next(c for c in scans["cases"] if (c["channels"], c["steps"], c["states"]) == (512, 500, 16))
     took = {r["method"]: r["median_ms"] for r in case["runs"] if r["threads"] == 1}
@@ -471,7 +501,7 @@ def summary() -> str:
     start = {r["process"]: r for r in cold["rows"]}
     ours, eager = start["hcmen-run"], start["eager PyTorch"]
     ratios = gains(cuda_scans, "forward", "float32")
-    matrix = result("ort_matrix")
+    matrix, zoo = result("ort_matrix"), result("mamba_zoo")
     versions = [r["onnxruntime"] for r in matrix["runtimes"]]
     trained = result("demo_training")
     test = trained["test"]["full"]
@@ -485,8 +515,10 @@ def summary() -> str:
         f"{eager['seconds_median']:.1f} s and {eager['peak_resident_mib_median']:.0f} MiB.",
         f"The float32 CUDA scan is {min(ratios):.1f} to {max(ratios):.1f} times as fast as mamba_ssm's kernel on an "
         f"{cuda_scans['device']['name']}, over {len(ratios)} sizes.",
+        f"Graphs of {zoo['summary']['done']} public Mamba families run {zoo['summary']['median_times_scan']:.1f} times as "
+        f"fast with our kernels as by `Scan` on an {short(zoo['machine']['cpu'])}, in the median.",
         f"One library and one file per case ran in ONNX Runtime {versions[0]} to {versions[-1]} on an "
-        f"{matrix['machine']['processor'].replace('(R)', '').removesuffix(' Processor')}, {len(versions)} versions in "
+        f"{short(matrix['machine']['processor'])}, {len(versions)} versions in "
         "all.",
         f"The demo's model, trained on an {trained['machine']['cpu']}, has a mean absolute error of "
         f"{test['hcmen']['mae']:.2f} on its synthetic test set, linear regression {test['linear']['mae']:.2f}.",
@@ -520,6 +552,7 @@ def words_demo() -> str:
 PARTS = {
     "README.md": {"score": score, "figures": summary},
     "docs/text.md": {"demo": words_demo},
+    "docs/op.md": {"dual": lambda: dual(result("state_space_dual"))},
     "docs/mamba.md": {"models": lambda: zoo_table.tables(result("mamba_zoo"))},
     "docs/real_data.md": {
         "texts": lambda: real_tables.tables(result("real_texts")["sets"]),
