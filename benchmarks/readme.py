@@ -429,9 +429,10 @@ def dual(data: dict[str, Any]) -> str:
     for size in data["sizes"]:
         peer = min(size[name]["least_ms"] for name in size if name.startswith("linear attention"))
         steps = "a step, with states" if size["time"] == 1 else f"{size['time']} steps"
+        groups = "1 group" if size["group"] == 1 else f"{size['group']} groups"
         rows.append(
             [
-                f"{size['head']} heads of {size['head_dim']}, {size['state']} states, {size['group']} groups, {steps}",
+                f"{size['head']} heads of {size['head_dim']}, {size['state']} states, {groups}, {steps}",
                 *(f"{ms:.3g}" for ms in (size["kernel"]["least_ms"], peer, size["function, scan"]["least_ms"])),
                 f"{size['faster_than_linear_attention']['by_least']:.1f}",
                 f"{size['faster_than_linear_attention']['by_median_of_pairs']:.1f}",
@@ -440,10 +441,10 @@ def dual(data: dict[str, Any]) -> str:
         )
     header = ["size", "ours", "`LinearAttention`", "`Scan`", "times `LinearAttention`", "by pairs", "times `Scan`"]
     return (
-        f"`StateSpaceDual` beside `com.microsoft::LinearAttention` of ONNX Runtime {data['onnxruntime']}, which runs the "
-        f"same recurrence, and beside our function's `Scan`. One thread of an {data['cpu']} ({data['instruction_set']}), "
-        "float32, in turns: the least of many rounds in milliseconds of processor time, and the median of the ratios of "
-        f"pairs.\n\n{table(header, rows)}"
+        f"`StateSpaceDual` beside `com.microsoft::LinearAttention` of ONNX Runtime {data['onnxruntime']}, which runs "
+        f"the same recurrence, and beside our function's `Scan`. One thread of an {data['cpu']} "
+        f"({data['instruction_set']}), float32, in turns: the least of many rounds in milliseconds of processor time, "
+        f"and the median of the ratios of pairs.\n\n{table(header, rows)}"
     )
 
 
@@ -515,8 +516,8 @@ def summary() -> str:
         f"{eager['seconds_median']:.1f} s and {eager['peak_resident_mib_median']:.0f} MiB.",
         f"The float32 CUDA scan is {min(ratios):.1f} to {max(ratios):.1f} times as fast as mamba_ssm's kernel on an "
         f"{cuda_scans['device']['name']}, over {len(ratios)} sizes.",
-        f"Graphs of {zoo['summary']['done']} public Mamba families run {zoo['summary']['median_times_scan']:.1f} times as "
-        f"fast with our kernels as by `Scan` on an {short(zoo['machine']['cpu'])}, in the median.",
+        f"Graphs of {zoo['summary']['done']} public Mamba families run {zoo['summary']['median_times_scan']:.1f} times "
+        f"as fast with our kernels as by `Scan` on an {short(zoo['machine']['cpu'])}, in the median.",
         f"One library and one file per case ran in ONNX Runtime {versions[0]} to {versions[-1]} on an "
         f"{short(matrix['machine']['processor'])}, {len(versions)} versions in "
         "all.",

@@ -56,7 +56,13 @@ class Size:
         return self.time == 1
 
 
-SIZES = [Size(24, 64, 128, 1, 512), Size(24, 64, 64, 8, 512), Size(4, 64, 128, 1, 512), Size(24, 64, 128, 1, 1)]
+SIZES = [
+    Size(24, 64, 128, 1, 512),
+    Size(24, 64, 64, 8, 512),
+    Size(8, 64, 64, 8, 512),
+    Size(4, 64, 128, 1, 512),
+    Size(24, 64, 128, 1, 1),
+]
 
 
 def inputs_of(size: Size) -> dict[str, np.ndarray]:

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <thread>
 
 #include "checks.h"
 #include "kernel_table.h"
@@ -38,30 +39,39 @@ double work_of(const hcmen_dual& s) {
 
 // How heads, and where they are few the rows of their states, are dealt out to tasks.
 struct Plan {
-  int64_t heads, tasks_per_batch;  // heads of a task
-  int64_t rows, parts;             // rows of a task; parts of a head, 1 unless heads is 1
+  int64_t shares;       // of the heads of a batch element, one a task
+  int64_t rows, parts;  // rows of a task; parts of a head, 1 unless a share is one head
   int64_t tasks;
 
   DualPart at(const hcmen_dual& s, int64_t index) const {
-    const int64_t within = index % tasks_per_batch, head = within / parts * heads, row = within % parts * rows;
-    return {index / tasks_per_batch, head, std::min(heads, s.head - head), row, std::min(rows, s.head_dim - row)};
+    const int64_t within = index % (shares * parts), share = within / parts, row = within % parts * rows;
+    const int64_t head = share * s.head / shares, end = (share + 1) * s.head / shares;
+    return {index / (shares * parts), head, end - head, row, std::min(rows, s.head_dim - row)};
   }
 };
 
+// Tasks that keep all threads busy, of which ONNX Runtime does not tell the number.
+int64_t enough_tasks() {
+  static const int64_t enough = std::max<int64_t>(8, std::thread::hardware_concurrency());
+  return enough;
+}
+
 Plan plan_forward(const hcmen_dual& s) {
-  constexpr int64_t kEnoughTasks = 8, kLeastRows = 16;
+  constexpr int64_t kFewTasks = 8, kLeastRows = 16;
   const double worth = std::max(1.0, work_of(s) / kLeastWork);
   const int64_t all = s.batch * s.head;
-  Plan plan = {1, 0, s.head_dim, 1, 0};
-  if (worth < (double)all) {
-    plan.heads = std::min(s.head, (all + (int64_t)worth - 1) / (int64_t)worth);
-  } else if (all < kEnoughTasks) {
-    const int64_t wanted = std::min((kEnoughTasks + all - 1) / all, (int64_t)worth);
+  Plan plan = {s.head, s.head_dim, 1, 0};
+  // Heads side by side read longer runs of memory: three of 24 at a time take 6 to 14 % less than one.
+  const int64_t most = all < 2 * enough_tasks() ? all : enough_tasks();
+  if (worth < (double)most || most < all) {
+    const int64_t wanted = std::min((int64_t)worth, most);
+    plan.shares = std::min(s.head, (wanted + s.batch - 1) / s.batch);
+  } else if (all < kFewTasks) {
+    const int64_t wanted = std::min((kFewTasks + all - 1) / all, (int64_t)worth);
     plan.rows = std::max(kLeastRows, (s.head_dim + wanted - 1) / wanted + kLeastRows - 1) / kLeastRows * kLeastRows;
     plan.parts = (s.head_dim + plan.rows - 1) / plan.rows;
   }
-  plan.tasks_per_batch = (s.head + plan.heads - 1) / plan.heads * plan.parts;
-  plan.tasks = s.batch * plan.tasks_per_batch;
+  plan.tasks = s.batch * plan.shares * plan.parts;
   return plan;
 }
 
