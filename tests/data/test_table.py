@@ -419,6 +419,16 @@ def test_unknown_columns_are_told(tmp_path: Path) -> None:
     assert "column 'grup' is ignored: did you mean 'group'?" in outcome.lines
 
 
+def test_of_many_unknown_columns_some_are_told(tmp_path: Path) -> None:
+    many = {f"x{i}": float for i in range(30)}
+    outcome = convert(written(tmp_path, rows(split=split_of, **many, grup=lambda i: "a", **{"audio.0": float})))
+    assert outcome.code == 0, outcome.err
+    ignored = [line for line in outcome.lines if "ignored" in line]
+    assert len(ignored) == 21
+    assert ignored[0] == "column 'grup' is ignored: did you mean 'group'?"
+    assert ignored[-1] == "and 11 more columns are ignored"
+
+
 def test_the_digest_and_force_serve_tables_too(tmp_path: Path) -> None:
     source = written(tmp_path, vectors())
     digest = hashlib.sha256(source.read_bytes()).hexdigest()

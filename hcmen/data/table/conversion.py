@@ -30,6 +30,7 @@ from hcmen.data.table.work import Chunks, work_folder
 __all__ = ["BadRows", "TableOptions", "convert_table"]
 
 _MOST_KEPT = 1000
+_MOST_COLUMNS_TOLD = 20
 """Bad rows that dataset.json lists, which has to stay small."""
 _PIECE_BYTES = 1 << 22
 _MOST_CONTEXT = 100
@@ -137,8 +138,12 @@ class _Conversion:
 
     def _converted(self, rows: Rows, words: Words | None, folder: Path, origin: dict[str, Any]) -> dict[str, Any]:
         where, options = str(self.source), self.options
-        for name, hint in rows.unknown.items():
+        # Those that may be meant for others come first.
+        told = sorted(rows.unknown.items(), key=lambda one: not one[1])[:_MOST_COLUMNS_TOLD]
+        for name, hint in told:
             self.notes.append(f"column '{name[:100]}' is ignored" + (f": {hint}" if hint else ""))
+        if len(rows.unknown) > _MOST_COLUMNS_TOLD:
+            self.notes.append(f"and {len(rows.unknown) - _MOST_COLUMNS_TOLD} more columns are ignored")
         text, clip = (any(getattr(row, name) is not None for row in rows.good) for name in ("text", "clip"))
         self._check_options(rows, words, text, clip)
         chunks, base = Chunks(folder, self.source.parent, rows.good, words), self.source.parent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ __all__ = ["BadRow", "Row", "Rows", "read_rows"]
 MOST_CHARACTERS = 1 << 18
 """Of a text; as many as words for a model may have (media/words.py)."""
 _MOST_NAME = 1000
+_MOST_COMPARED = 1000
+"""Names of columns that are compared with the known ones for a hint; a million of them would take 20 seconds."""
 _MOST_PATH = 4096
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?", re.ASCII)
 _NO_NUMBER = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
@@ -103,11 +106,9 @@ def read_rows(table: TableFile, folder: Path, label_range: tuple[float, float] |
             shape = (len(rows.good), width)
             rows.vectors[m] = np.asarray(np.memmap(folder / f"{m}.vectors", np.dtype("<f4"), "r", shape=shape))
     _complete(rows)
-    rows.unknown = {
-        name: did_you_mean(name, [c for c in COLUMNS if c not in table.columns])
-        for name in table.columns
-        if name and name not in COLUMNS and not FEATURE.fullmatch(name)
-    }
+    absent = [c for c in COLUMNS if c not in table.columns]
+    unknown = [name for name in table.columns if name and name not in COLUMNS and not FEATURE.fullmatch(name)]
+    rows.unknown = {name: did_you_mean(name, absent) if i < _MOST_COMPARED else "" for i, name in enumerate(unknown)}
     return rows
 
 
@@ -115,10 +116,11 @@ def _check_columns(table: TableFile) -> None:
     missing = [name for name in ("id", "label") if name not in table.columns]
     if not missing:
         return
-    hints = [hint for name in table.columns if (hint := did_you_mean(name, missing)) and name]
+    compared = filter(None, itertools.islice(table.columns, _MOST_COMPARED))
+    hint = next(filter(None, (did_you_mean(name, missing) for name in compared)), None)
     found = ", ".join(shown(name[:40]) for name in list(table.columns)[:8]) or "nothing"
     what = f"has no column {' and no column '.join(map(repr, missing))}, its names are {found}"
-    fix = f"{hints[0]} name the columns so" if hints else "put a first row with the names of the columns on top"
+    fix = f"{hint} name the columns so" if hint else "put a first row with the names of the columns on top"
     raise InputError(what, fix=fix, where=str(table.path))
 
 
