@@ -63,12 +63,12 @@ Plan plan_forward(const hcmen_dual& s) {
   Plan plan = {s.head, s.head_dim, 1, 0};
   // Heads side by side read longer runs of memory: three of 24 at a time take 6 to 14 % less than one.
   const int64_t most = all < 2 * enough_tasks() ? all : enough_tasks();
-  if (worth < (double)most || most < all) {
-    const int64_t wanted = std::min((int64_t)worth, most);
+  const int64_t wanted = std::min((int64_t)worth, most);
+  if (wanted < all) {
     plan.shares = std::min(s.head, (wanted + s.batch - 1) / s.batch);
   } else if (all < kFewTasks) {
-    const int64_t wanted = std::min((kFewTasks + all - 1) / all, (int64_t)worth);
-    plan.rows = std::max(kLeastRows, (s.head_dim + wanted - 1) / wanted + kLeastRows - 1) / kLeastRows * kLeastRows;
+    const int64_t parts = std::min((kFewTasks + all - 1) / all, (int64_t)worth);
+    plan.rows = std::max(kLeastRows, (s.head_dim + parts - 1) / parts + kLeastRows - 1) / kLeastRows * kLeastRows;
     plan.parts = (s.head_dim + plan.rows - 1) / plan.rows;
   }
   plan.tasks = s.batch * plan.shares * plan.parts;
