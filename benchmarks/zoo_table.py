@@ -45,13 +45,12 @@ def _figures(done: list[Any]) -> str:
     names = {"eager_reference": "eager, reference", "eager": "eager, hcmen", "scan": "ONNX Scan", "library": "library"}
     rows = []
     for row in done:
-        # Not `sites`, which counts calls whose result is not used, too.
-        sites = [str(row["operators"].get(f"hcmen.{op}", 0)) for op in OPERATORS]
+        held = [str(row["operators"].get(f"hcmen.{op}", 0)) for op in OPERATORS]
         worst = max(row["errors"]["library"], row["errors"]["functions"] or 0)
         rows.append(
             [
                 _link(row),
-                " / ".join(sites),
+                " / ".join(held),
                 str(row["nodes"]),
                 ", ".join(row["open_sizes"]) or "none",
                 f"{worst:.1e}",

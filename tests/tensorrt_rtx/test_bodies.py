@@ -6,6 +6,7 @@ Numbers are not compared: an engine runs on a GPU alone. tests/mamba/ holds the 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 from helpers.dual_cases import DualCase, dual_model_of
@@ -47,11 +48,15 @@ def builder() -> RealBuilder:
     return RealBuilder()
 
 
+def one_node(case: ScanCase | ConvCase | DualCase) -> Any:
+    """A model of the node, without its function."""
+    return dual_model_of(case) if isinstance(case, DualCase) else model_of(case)
+
+
 @pytest.mark.parametrize("body", SCAN_BODIES)
 @pytest.mark.parametrize("case", [*SCANS, *CONVS, *DUALS], ids=str)
 def test_a_body_is_built(builder: RealBuilder, case: ScanCase | ConvCase | DualCase, body: str) -> None:
-    made = dual_model_of(case) if isinstance(case, DualCase) else model_of(case)
-    model = inliner.inline_local_functions(add_functions(made, body))
+    model = inliner.inline_local_functions(add_functions(one_node(case), body))
     assert all(node.domain != DOMAIN for node in nodes_of(model))
     network, engine = builder.build(model, SIZES)
     inputs = {network.get_input(i).name: network.get_input(i).dtype.name for i in range(network.num_inputs)}
@@ -71,6 +76,5 @@ def test_a_body_is_built(builder: RealBuilder, case: ScanCase | ConvCase | DualC
 
 def test_a_node_whose_function_was_taken_out_is_not_parsed(builder: RealBuilder) -> None:
     for case in (ScanCase(), ConvCase(), DualCase()):
-        made = dual_model_of(case, functions=False) if isinstance(case, DualCase) else model_of(case, functions=False)
-        _, _, errors = builder.parsed(made)
+        _, _, errors = builder.parsed(one_node(case))
         assert any("Plugin not found" in error for error in errors)
