@@ -427,5 +427,7 @@ def _continued(body: Body, x: str, weight: str, bias: str, reverse: str, width: 
             seen = body.op("Slice", filled, start, body.op("Add", start, time, name="end"), axis, name="seen")
             tap = body.op("Gather", weight, body.integer(k), axis=1, name="tap")
             y = body.op("Add", y, body.op("Mul", seen, tap, name="part"), name="sum")
-    body.rename(last, "last_state")
+    # A compiler does not see that the steps of `series` cancel out: it would hold the state's axis 1 for an open one.
+    shape = body.op("Shape", "initial_state", name="last_shape")
+    body.rename(body.op("Reshape", last, shape, name="last_steps"), "last_state")
     return directed(y)
