@@ -6,7 +6,6 @@ axes merged into one. graph_moves.py takes such moves through other nodes.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -144,11 +143,36 @@ def blocks_of(before: Sequence[Size], after: Sequence[Size]) -> list[Block] | No
 def _product_of(sizes: Sequence[Size]) -> tuple[int, Counter[str]]:
     """A product of sizes as a number and the names that it is multiplied with."""
     number, names = 1, Counter[str]()
-    for size in sizes:
-        factors = str(size).split("*") if re.fullmatch(r"\w+(\*\w+)*", str(size)) else [str(size)]
-        for factor in factors:
-            if factor.isdigit():
-                number *= int(factor)
-            else:
-                names[factor] += 1
+    for factor in (factor for size in sizes for factor in _factors(str(size))):
+        if factor.isdigit():
+            number *= int(factor)
+        else:
+            names[factor] += 1
     return number, names
+
+
+def _factors(size: str) -> list[str]:
+    """What a size is a product of: `((height - 1)//4 + 1)*width` is two factors, `height*2 + 1` is one."""
+    depth, last, factors, sums = 0, 0, [], False
+    for at, sign in enumerate(size):
+        depth += (sign == "(") - (sign == ")")
+        sums |= depth == 0 and sign in "+-/%"
+        if depth == 0 and sign == "*":
+            factors.append(size[last:at])
+            last = at + 1
+    factors = [part.strip() for part in [*factors, size[last:]]]
+    if sums or not all(factors):  # also of a power: a**2 has an empty factor
+        return [size]
+    if len(factors) > 1:
+        return [one for part in factors for one in _factors(part)]
+    return _factors(size.strip()[1:-1]) if _is_wrapped(size.strip()) else [size.strip()]
+
+
+def _is_wrapped(size: str) -> bool:
+    """Whether its first bracket is closed by its last sign."""
+    depth = 0
+    for at, sign in enumerate(size):
+        depth += (sign == "(") - (sign == ")")
+        if depth == 0:
+            return at == len(size) - 1 and at > 1
+    return False

@@ -68,16 +68,21 @@ class Editor:
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self._count = 0
+        self._constants: dict[Any, ir.Value] = {}
         self._names = {value.name for node in graph for value in node.outputs} | set(graph.initializers)
         self._names |= {node.name for node in graph} | {value.name for value in graph.inputs}
 
     def constant(self, content: Any, dtype: type | np.dtype[Any] | None = None) -> ir.Value:
-        """A new constant of the graph."""
+        """A constant of the graph; equal ones are one, so that what reads them can be found to be the same."""
         array = np.asarray(content, dtype)
+        key = array.dtype, array.shape, array.tobytes() if array.size <= 16 else self._count
+        if key in self._constants:
+            return self._constants[key]
         name = self._name("constant")
         tensor = ir.tensor(array, name=name)
         value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
+        self._constants[key] = value
         return value
 
     def node(

@@ -19,15 +19,15 @@ from hcmen.base.op import DOMAIN, OPERATORS, SELECTIVE_SCAN
 from hcmen.mamba.graph_axes import Flip, Merge, Move, Permute, blocks_of, flip_axis, moved
 from hcmen.mamba.graph_edit import Editor, Size, attribute, constant, is_node, shape_of
 
-__all__ = ["cancel_moves"]
+__all__ = ["BINARY", "UNARY", "again", "cancel_moves", "resized"]
 
-_UNARY = frozenset(
+UNARY = frozenset(
     (
         *("Abs", "Cast", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu"),
         *("Log", "Neg", "Reciprocal", "Relu", "Sigmoid", "Softplus", "Sqrt", "Tanh"),
     )
 )
-_BINARY = frozenset(("Add", "Sub", "Mul", "Div", "Pow"))
+BINARY = frozenset(("Add", "Sub", "Mul", "Div", "Pow"))
 _REDUCE = frozenset(("ReduceMean", "ReduceSum", "ReduceMax"))
 
 
@@ -56,7 +56,7 @@ def _sink(node: ir.Node, editor: Editor) -> bool:
         return True
     if kind in ("MatMul", "Gemm"):
         return _product(node, editor)
-    if kind in _BINARY:
+    if kind in BINARY:
         return _binary(node, editor)
     if kind == "Concat":
         return _concat(node, editor)
@@ -64,12 +64,14 @@ def _sink(node: ir.Node, editor: Editor) -> bool:
     if found is None:
         return False
     source, move = found
-    if kind in _UNARY:
+    if kind in UNARY:
         return _same(node, editor, source, move)
     if kind == "Slice":
         return _slice(node, editor, source, move)
     if kind in ("Split", "Softmax", "LogSoftmax", "LayerNormalization"):
         return _along(node, editor, source, move)
+    if kind == "Conv" and isinstance(move, Flip):
+        return _pointwise(node, editor, source, move)
     if kind in _REDUCE or kind in ("Gather", "Squeeze", "Unsqueeze"):
         return _rank(node, editor, source, move)
     return False
@@ -86,12 +88,17 @@ def _settle(node: ir.Node, editor: Editor, values: Sequence[ir.Value], move: Mov
     return True
 
 
-def _again(
-    node: ir.Node, editor: Editor, inputs: Sequence[ir.Value | None], shapes: Sequence[Any], **changed: Any
+def again(
+    node: ir.Node,
+    editor: Editor,
+    inputs: Sequence[ir.Value | None],
+    shapes: Sequence[Any],
+    before: ir.Node | None = None,
+    **changed: Any,
 ) -> Sequence[ir.Value]:
-    """A copy of the node with other inputs and attributes."""
+    """A copy of the node with other inputs and attributes; before: where it stands, if not beside the node."""
     attributes = {name: found.value for name, found in node.attributes.items()} | changed
-    made = editor.node(node, node.op_type, inputs, attributes, shapes=shapes, domain=node.domain)
+    made = editor.node(before or node, node.op_type, inputs, attributes, shapes=shapes, domain=node.domain)
     for new, old in zip(made, node.outputs, strict=True):
         new.type = old.type
     return made
@@ -101,7 +108,7 @@ def _again(
 
 
 def _same(node: ir.Node, editor: Editor, source: ir.Value, move: Move) -> bool:
-    made = _again(node, editor, [source, *node.inputs[1:]], [shape_of(source)])
+    made = again(node, editor, [source, *node.inputs[1:]], [shape_of(source)])
     return _settle(node, editor, made, move)
 
 
@@ -114,7 +121,7 @@ def _binary(node: ir.Node, editor: Editor) -> bool:
         same = move.count if isinstance(move, Merge) else 0
         if len(left) != len(right) or left[:same] != right[:same]:
             return False
-        return _settle(node, editor, _again(node, editor, [x, y], [_broadcast(left, right)]), move)
+        return _settle(node, editor, again(node, editor, [x, y], [_broadcast(left, right)]), move)
     for i in (0, 1):
         one, other = found[i], node.inputs[1 - i]
         if one is None:
@@ -124,7 +131,7 @@ def _binary(node: ir.Node, editor: Editor) -> bool:
         if operand is not None:
             pair = [source, operand] if i == 0 else [operand, source]
             sizes = _broadcast(shape_of(source) or [], shape_of(operand) or [])
-            return _settle(node, editor, _again(node, editor, pair, [sizes]), move)
+            return _settle(node, editor, again(node, editor, pair, [sizes]), move)
     return False
 
 
@@ -163,7 +170,7 @@ def _concat(node: ir.Node, editor: Editor) -> bool:
     shape = list(shape_of(sources[0]) or [])
     total = [(shape_of(x) or [])[axis] for x in sources]
     shape[axis] = sum(total) if all(isinstance(size, int) for size in total) else "+".join(map(str, total))  # type: ignore[arg-type]
-    return _settle(node, editor, _again(node, editor, sources, [shape], axis=axis), move)
+    return _settle(node, editor, again(node, editor, sources, [shape], axis=axis), move)
 
 
 # --- nodes that work along axes -------------------------------------------------------------------------------------
@@ -182,7 +189,7 @@ def _along(node: ir.Node, editor: Editor, source: ir.Value, move: Move) -> bool:
     shapes = [[*inner[:axis], *size, *inner[axis + 1 :]] if size else None for size in sizes]
     if None in shapes:
         return False
-    return _settle(node, editor, _again(node, editor, [source, *node.inputs[1:]], shapes, axis=axis), move)
+    return _settle(node, editor, again(node, editor, [source, *node.inputs[1:]], shapes, axis=axis), move)
 
 
 def _slice(node: ir.Node, editor: Editor, source: ir.Value, move: Move) -> bool:
@@ -203,11 +210,22 @@ def _slice(node: ir.Node, editor: Editor, source: ir.Value, move: Move) -> bool:
     for axis, outer in zip(within, axes, strict=True):
         sizes[axis] = shape[int(outer) % len(shape)]  # type: ignore[index]
     inputs = [source, *node.inputs[1:3], editor.constant(within, np.int64), *node.inputs[4:]]
-    return _settle(node, editor, _again(node, editor, inputs, [sizes]), move)
+    return _settle(node, editor, again(node, editor, inputs, [sizes]), move)
+
+
+def _pointwise(node: ir.Node, editor: Editor, source: ir.Value, move: Flip) -> bool:
+    """A convolution of one tap does not see in which order the places come."""
+    taps, shape = shape_of(node.inputs[1]), shape_of(node.outputs[0])
+    plain = not any(attribute(node, "pads", ())) and set(attribute(node, "strides", (1,))) == {1}
+    if move.flipped < 2 or taps is None or set(taps[2:]) != {1} or shape is None or not plain:
+        return False
+    return _settle(node, editor, again(node, editor, [source, *node.inputs[1:]], [shape]), move)
 
 
 def _rank(node: ir.Node, editor: Editor, source: ir.Value, move: Move) -> bool:
     """Nodes that take axes away, keep one of size 1 or add one: below them a transpose has another rank."""
+    if isinstance(move, Flip):
+        return _flip_past(node, editor, source, move)
     if not isinstance(move, Permute):
         return False
     rank, inner, kind = len(move.perm), shape_of(source) or [], node.op_type
@@ -216,7 +234,7 @@ def _rank(node: ir.Node, editor: Editor, source: ir.Value, move: Move) -> bool:
         if index is None or index.ndim:
             return False
         axis = move.perm[attribute(node, "axis", 0) % rank]
-        made = _again(node, editor, [source, node.inputs[1]], [_without(inner, [axis])], axis=axis)
+        made = again(node, editor, [source, node.inputs[1]], [_without(inner, [axis])], axis=axis)
         return _settle(node, editor, made, _permute_without(move, [axis]))
     array = constant(node.inputs[1]) if len(node.inputs) > 1 else None
     axes = attribute(node, "axes", None) if array is None else array.reshape(-1).tolist()
@@ -229,16 +247,35 @@ def _rank(node: ir.Node, editor: Editor, source: ir.Value, move: Move) -> bool:
         place = move.perm[at] if at < rank else rank
         perm = [axis + (axis >= place) for axis in move.perm]
         perm.insert(at, place)
-        made = _again(node, editor, [source, editor.constant([place], np.int64)], [[*inner[:place], 1, *inner[place:]]])
+        made = again(node, editor, [source, editor.constant([place], np.int64)], [[*inner[:place], 1, *inner[place:]]])
         return _settle(node, editor, made, Permute(tuple(perm)))
     within = [move.perm[int(axis) % rank] for axis in axes]
     kept = kind != "Squeeze" and attribute(node, "keepdims", 1)
     shape = [1 if i in within else size for i, size in enumerate(inner)] if kept else _without(inner, within)
     if array is None:
-        made = _again(node, editor, [source], [shape], axes=within)
+        made = again(node, editor, [source], [shape], axes=within)
     else:
-        made = _again(node, editor, [source, editor.constant(within, np.int64)], [shape])
+        made = again(node, editor, [source, editor.constant(within, np.int64)], [shape])
     return _settle(node, editor, made, move if kept else _permute_without(move, within))
+
+
+def _flip_past(node: ir.Node, editor: Editor, source: ir.Value, move: Flip) -> bool:
+    """A flip goes below a Gather of one index of another axis, and below an Unsqueeze."""
+    shape, inner = shape_of(node.outputs[0]), shape_of(source) or []
+    array = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    if shape is None or array is None:
+        return False
+    if node.op_type == "Gather" and not array.ndim:
+        axis = attribute(node, "axis", 0) % len(inner)
+        if axis == move.flipped:
+            return False
+        below = move.flipped - (axis < move.flipped)
+    elif node.op_type == "Unsqueeze":
+        new = {int(axis) % len(shape) for axis in array.reshape(-1)}
+        below = [axis for axis in range(len(shape)) if axis not in new][move.flipped]
+    else:
+        return False
+    return _settle(node, editor, again(node, editor, [source, node.inputs[1]], [shape]), Flip(below))
 
 
 def _without(items: Sequence[Size], gone: Sequence[int]) -> list[Size]:
@@ -277,20 +314,20 @@ def _product(node: ir.Node, editor: Editor) -> bool:
         rank = len(shape_of(left) or [])
         if rank < 2 or move.axis(rank - 1) != len(inner) - 1:
             return False
-        return _settle(node, editor, _again(node, editor, [source, right], [[*inner[:-1], weight.shape[1]]]), move)
+        return _settle(node, editor, again(node, editor, [source, right], [[*inner[:-1], weight.shape[1]]]), move)
     weight, found = constant(left), moved(right)
-    if weight is None or weight.ndim != 2 or found is None:
+    if weight is None or weight.ndim < 2 or found is None:
         return False
     source, move = found
     inner = shape_of(source) or []
     rank = len(shape_of(right) or [])
-    if isinstance(move, Permute) and move.perm[-2] == rank - 1:
+    if isinstance(move, Permute) and move.perm[-2] == rank - 1 and weight.ndim == 2:
         matrix = editor.constant(np.ascontiguousarray(weight.T))
         made = editor.node(node, "MatMul", [source, matrix], shapes=[[*inner[:-1], weight.shape[0]]])
         return _settle(node, editor, made, move)
-    if isinstance(move, Flip) and move.flipped != rank - 2:
-        shape = [*inner[:-2], weight.shape[0], inner[-1]]
-        return _settle(node, editor, _again(node, editor, [left, source], [shape]), move)
+    if isinstance(move, Flip) and move.flipped != rank - 2 and (weight.ndim == 2 or move.flipped == rank - 1):
+        shape = [*inner[:-2], weight.shape[-2], inner[-1]]
+        return _settle(node, editor, again(node, editor, [left, source], [shape]), move)
     return False
 
 
@@ -319,7 +356,7 @@ def _reshape(node: ir.Node, editor: Editor) -> bool:
         return False
     above = is_node(value, "Reshape")
     if above is not None:
-        editor.replace(node.outputs[0], _again(node, editor, [above.inputs[0], target], [after])[0])
+        editor.replace(node.outputs[0], again(node, editor, [above.inputs[0], target], [after])[0])
         return True
     found = moved(value)
     blocks = None if found is None else blocks_of(before, after)
@@ -330,7 +367,7 @@ def _reshape(node: ir.Node, editor: Editor) -> bool:
         block = next((b for b in blocks if move.flipped in b[0]), ([], []))
         if len(block[0]) != 1 or len(block[1]) != 1:
             return False
-        return _settle(node, editor, _again(node, editor, [source, target], [after]), Flip(block[1][0]))
+        return _settle(node, editor, again(node, editor, [source, target], [after]), Flip(block[1][0]))
     if not isinstance(move, Permute):
         return False
     places = []
@@ -341,8 +378,23 @@ def _reshape(node: ir.Node, editor: Editor) -> bool:
         places.append(axes[0])
     order = [axis for _, block in sorted(zip(places, blocks, strict=True)) for axis in block[1]]
     new = _reordered(node, target, order, editor)
-    made = _again(node, editor, [source, new], [[after[axis] for axis in order]])
+    made = again(node, editor, [source, new], [[after[axis] for axis in order]])
     return _settle(node, editor, made, Permute(tuple(order.index(axis) for axis in range(len(order)))))
+
+
+def resized(node: ir.Node, axis: int, size: int, before: ir.Node, editor: Editor) -> ir.Value | None:
+    """The target of a Reshape with another size of one axis; None where it is no list of sizes."""
+    target = node.inputs[1]
+    sizes = constant(target)
+    if sizes is not None:
+        changed = sizes.copy()
+        changed[axis] = size
+        return None if 0 in sizes else editor.constant(changed)
+    pieces, rank = is_node(target, "Concat"), len(shape_of(node.outputs[0]) or [])
+    if pieces is None or len(pieces.inputs) != rank or any(shape_of(x) != [1] for x in pieces.inputs):
+        return None
+    inputs = [editor.constant([size], np.int64) if i == axis else x for i, x in enumerate(pieces.inputs)]
+    return editor.node(before, "Concat", inputs, {"axis": 0}, shapes=[[rank]], like=target)[0]
 
 
 def _reordered(node: ir.Node, target: ir.Value, order: Sequence[int], editor: Editor) -> ir.Value:
@@ -385,7 +437,7 @@ def _operator(node: ir.Node, editor: Editor) -> bool:
             changed[name] = [1 - int(way) for way in attributes[name]]
     if "pads" in attributes:
         changed["pads"] = list(reversed(attributes["pads"]))
-    made = _again(node, editor, inputs, [shape_of(x) for x in node.outputs], **changed)
+    made = again(node, editor, inputs, [shape_of(x) for x in node.outputs], **changed)
     for tensor, old, new in zip(operator.outputs_with(attributes), node.outputs, made, strict=True):
         timed = "time" in tensor.sizes
         editor.replace(old, editor.flip(node, new, tensor.sizes.index("time")) if timed else new)
@@ -438,7 +490,7 @@ def _raise_above_splits(graph: ir.Graph, editor: Editor) -> None:
         axis = perm.index(attribute(node, "axis", 0) % len(perm))
         moved = editor.transpose(node, source, perm)
         shapes = [None if (s := shape_of(x)) is None else [s[i] for i in perm] for x in node.outputs]
-        made = _again(node, editor, [moved, *node.inputs[1:]], shapes, axis=axis)
+        made = again(node, editor, [moved, *node.inputs[1:]], shapes, axis=axis)
         for output, new in zip(node.outputs, made, strict=True):
             for use in list(output.uses()):
                 editor.replace(use.node.outputs[0], new)

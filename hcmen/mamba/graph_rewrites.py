@@ -3,6 +3,8 @@
     weights folded                 what depends on weights alone is computed now: -exp(A_log), transposed weights
     slices written as Concat       `xs[:, 0] = ...` into an empty tensor is ScatterElements or ScatterND once exported
     Einsum as MatMul               where an equation is a product of matrices, of many at once too
+    GELU in ONNX Runtime's order   which has a kernel for it, if its factors come in this order
+    directions apart               a scan over flipped sequences beside others becomes two: graph_directions.py
     moves cancelled                transposes, flips and merged axes: graph_moves.py
 
 The sizes that are open stay open. A rewrite sees which sizes are equal by the names that torch.onnx.export gives them,
@@ -23,6 +25,7 @@ from hcmen.base.library import library_path
 from hcmen.base.op import DOMAIN, IR_VERSION
 from hcmen.mamba.functions import add_functions
 from hcmen.mamba.graph import fold
+from hcmen.mamba.graph_directions import count_flips, part_directions
 from hcmen.mamba.graph_edit import Array, Editor, Size, attribute, constant, is_node, shape_of, sweep
 from hcmen.mamba.graph_moves import cancel_moves
 from hcmen.mamba.rewrite import TOLERANCE, Rewrite
@@ -52,7 +55,8 @@ def rewrite_graph(
         before = _counts(model)
         try:
             changed = ir.from_proto(model)
-            rewrite(changed)
+            flips = count_flips(changed.graph)
+            reordered = rewrite(changed) or 0
             sweep(changed)
             proto = ir.to_proto(changed)
         except Exception as error:  # a graph of somebody else may hold what no rule here has thought of
@@ -62,13 +66,16 @@ def rewrite_graph(
             continue
         after = _counts(proto)
         gone = {kind: before[kind] - after.get(kind, 0) for kind in before if before[kind] > after.get(kind, 0)}
-        if not gone:
+        if not gone and not reordered:
             continue
         totals = sum(before.values()), sum(after.values())
-        where = ", ".join(f"{count} {kind}" for kind, count in sorted(gone.items()))
-        count = sum(gone.values())
+        where = ", ".join(f"{count} {kind}" for kind, count in sorted(gone.items())) or f"{reordered} in another order"
+        count = sum(gone.values()) or reordered
         kept, reason = _judge(proto, runs, tolerance)
-        if kept and (
+        if rewrite is _part_directions:
+            if kept and count_flips(changed.graph) >= flips:
+                kept, reason = False, f"no flip is gone ({reason})"
+        elif kept and (
             totals[1] > totals[0]
             or (rewrite is _cancel_moves and after.get("Transpose", 0) > before.get("Transpose", 0))
         ):
@@ -393,15 +400,45 @@ def _moves(plan: tuple[Operand, Operand, list[int]] | None) -> int:
 # --- the others -----------------------------------------------------------------------------------------------------
 
 
+def _reorder_gelu(model: ir.Model) -> int:
+    """x * (0.5 * (1 + erf(x / sqrt 2))) as (x * (1 + erf(x / sqrt 2))) * 0.5, which is the same number.
+
+    ONNX Runtime has a kernel for the whole, and finds it in this order alone: 5 % of a backbone with 17 of them.
+    """
+    editor, count = Editor(model.graph), 0
+    for node in list(model.graph):
+        for x, scaled in (node.inputs, reversed(node.inputs)) if is_node(node.outputs[0], "Mul") else ():
+            half = is_node(scaled, "Mul")
+            for factor, cdf in (half.inputs, reversed(half.inputs)) if half is not None else ():
+                add, number = is_node(cdf, "Add"), constant(factor)
+                erf = None if add is None else is_node(add.inputs[0], "Erf") or is_node(add.inputs[1], "Erf")
+                within = None if erf is None else is_node(erf.inputs[0], "Div")
+                if number is None or number.size != 1 or number != 0.5 or within is None or x is not within.inputs[0]:
+                    continue
+                inner = editor.node(node, "Mul", [x, cdf], shapes=[shape_of(node.outputs[0])])
+                outer = editor.node(node, "Mul", [inner[0], factor], shapes=[shape_of(node.outputs[0])])
+                editor.replace(node.outputs[0], outer[0])
+                count += 1
+    return count
+
+
+def _part_directions(model: ir.Model) -> None:
+    if part_directions(model.graph):
+        _cancel_moves(model)
+
+
 def _cancel_moves(model: ir.Model) -> None:
     cancel_moves(model.graph)
     CommonSubexpressionEliminationPass()(model)
 
 
-REWRITES: Mapping[str, Callable[[ir.Model], None]] = {
+REWRITES: Mapping[str, Callable[[ir.Model], int | None]] = {
     "weights folded": fold,
     "slices written as Concat": _slices_as_concat,
     "Einsum as MatMul": _einsum_as_matmul,
+    "GELU in ONNX Runtime's order": _reorder_gelu,
+    "directions apart": _part_directions,
     "moves cancelled": _cancel_moves,
 }
-"""name -> what rewrites a model in place, in the order in which they are tried."""
+"""name -> what rewrites a model in place, in the order in which they are tried; it may return how many nodes it put in
+another order."""

@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -16,10 +17,11 @@ from onnxscript import ir
 from hcmen.base.op import OPERATORS
 from hcmen.mamba import graph_rewrites, one_node
 from hcmen.mamba.graph_axes import blocks_of
+from hcmen.mamba.graph_directions import count_flips
 from hcmen.mamba.graph_edit import Editor, sweep
 from hcmen.mamba.graph_moves import cancel_moves
 from hcmen.mamba.graph_rewrites import rewrite_graph
-from tests.helpers.mamba_forks import ChannelsFirstMixer, CrossScan
+from tests.helpers.mamba_forks import ChannelsFirstMixer, CrossScan, scan_channels_first
 
 Dim = torch.export.Dim
 
@@ -77,8 +79,82 @@ def test_a_scan_of_pictures(copies, products):
     assert all(one.kept for one in report), report
     left = kinds(rewritten)
     assert not {"ScatterElements", "ScatterND", "Einsum", "Expand", "Range", "ConstantOfShape"} & set(left)
-    assert sum(left.values()) < sum(kinds(model).values())
+    assert copies == "stack" or sum(left.values()) < sum(kinds(model).values())
+    assert "Slice" not in left
+    assert ways_of(rewritten) == [0, 1]
     agree(module, rewritten, *(torch.randn(b, 6, h, w) for b, h, w in ((2, 4, 5), (1, 3, 2), (2, 7, 7))))
+
+
+class Directions(torch.nn.Module):
+    """A scan of x [b, 3, t] in as many groups as there are ways, 1 for a flipped one; y is flipped back and summed up.
+
+    read: how the groups of y are taken: one by one, from the end, as a range, or all together and not flipped back.
+    """
+
+    def __init__(self, ways, read="one by one", gated=False):
+        super().__init__()
+        self.ways, self.read, self.gated, k = ways, read, gated, len(ways)
+        self.delta, self.B, self.C = (torch.nn.Parameter(torch.randn(k, rows, 3)) for rows in (3, 2, 2))
+        self.A, self.D, self.bias = (torch.nn.Parameter(torch.randn(3 * k, *more)) for more in ((2,), (), ()))
+
+    def forward(self, x):
+        k, (b, d, t) = len(self.ways), x.shape
+        xs = torch.stack([((i + 1) * x).flip([-1]) if way else (i + 1) * x for i, way in enumerate(self.ways)], dim=1)
+        z = xs.tanh().reshape(b, k * d, t) if self.gated else None
+        u, delta = (v.reshape(b, k * d, t) for v in (xs, self.delta @ xs))
+        pair = (self.B @ xs, (self.C @ xs).tanh() + 1)
+        y = scan_channels_first(u, delta, -self.A.exp(), *pair, self.D, z, self.bias, True).view(b, k, d, t)
+        if self.read == "all":
+            return (y * torch.arange(1.0, k + 1)[:, None, None]).sum(1)
+        if self.read == "range":
+            return y[:, : k // 2].sum(1) - y[:, k // 2 :].flip([-1]).mean(1)
+        ones = [y[:, i - k if self.read == "from the end" else i] for i in range(k)]
+        return sum(
+            (i + 2) * (one.flip([-1]) if way else one) for i, (way, one) in enumerate(zip(self.ways, ones, strict=True))
+        )
+
+
+def ways_of(model):
+    return sorted(one.i for node in model.graph.node for one in node.attribute if one.name == "reverse")
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("read", ["one by one", "from the end"])
+@pytest.mark.parametrize("ways", ["01", "10", "0011", "0101", "1001", "001", "011", "10110"])
+def test_directions_side_by_side_become_scans_of_their_own(ways, read, gated):
+    torch.manual_seed(0)
+    module = Directions([int(way) for way in ways], read, gated)
+    model = export(module, torch.randn(2, 3, 7), {0: "batch", 2: "time"})
+    rewritten, report = rewrite_graph(model, {"x": np.random.default_rng(0).normal(size=(2, 3, 7)).astype(np.float32)})
+    assert [one.kept for one in report if one.name == "directions apart"] == [True]
+    assert ways_of(model) == [0]
+    assert ways_of(rewritten) == [0, 1]
+    assert count_flips(ir.from_proto(rewritten).graph) == 0
+    assert kinds(model)["Slice"] >= 2
+    assert "Slice" not in kinds(rewritten)
+    agree(module, rewritten, *(torch.randn(b, 3, t) for b, t in ((2, 7), (1, 1), (3, 20))))
+
+
+def test_groups_that_are_read_as_a_range_come_from_the_scan_that_made_them():
+    torch.manual_seed(0)
+    module = Directions([0, 0, 1, 1], "range")
+    model = export(module, torch.randn(2, 3, 7), {0: "batch", 2: "time"})
+    rewritten, _ = rewrite_graph(model, {"x": np.ones((2, 3, 7), np.float32)})
+    assert ways_of(rewritten) == [0, 1]
+    assert "Slice" not in kinds(rewritten)
+    agree(module, rewritten, torch.randn(2, 3, 7), torch.randn(1, 3, 4))
+
+
+@pytest.mark.parametrize(("ways", "read"), [("01", "all"), ("000", "one by one"), ("11", "one by one")])
+def test_directions_stay_together_where_no_flip_would_be_gone(ways, read):
+    torch.manual_seed(0)
+    module = Directions([int(way) for way in ways], read)
+    model = export(module, torch.randn(2, 3, 7), {0: "batch", 2: "time"})
+    rewritten, report = rewrite_graph(model, {"x": np.ones((2, 3, 7), np.float32)})
+    assert not [one for one in report if one.kept and one.name == "directions apart"]
+    assert len(ways_of(rewritten)) == 1
+    assert count_flips(ir.from_proto(rewritten).graph) <= count_flips(ir.from_proto(model).graph)
+    agree(module, rewritten, torch.randn(2, 3, 7), torch.randn(1, 3, 4))
 
 
 def test_slices_that_leave_a_gap_or_are_written_twice_and_read_between():
@@ -297,6 +373,26 @@ def test_groups_of_axes_that_a_reshape_keeps():
     assert blocks_of(["b", "t"], ["b", 1, "t"]) == [([0], [0]), ([1], [1, 2])]
     assert blocks_of(["b", 6], ["6*b"]) == [([0, 1], [0])]
     assert blocks_of(["a", 6], ["c", 6]) is None
+
+
+@pytest.mark.parametrize("form", ["torch", "half first", "another half", "another x"])
+def test_gelu_comes_in_the_order_that_onnx_runtime_has_a_kernel_for(form, tmp_path):
+    class Net(torch.nn.Module):
+        def forward(self, x):
+            if form == "torch":
+                return torch.nn.functional.gelu(x)
+            cdf = 1 + torch.erf(x / 2**0.5)
+            return (x + 1 if form == "another x" else x) * ((0.25 if form == "another half" else 0.5) * cdf)
+
+    model = export(Net(), torch.randn(2, 7), {0: "batch"})
+    rewritten, report = rewrite_graph(model, {"x": np.linspace(-5, 5, 14, dtype=np.float32).reshape(2, 7)})
+    found = form in ("torch", "half first")
+    assert [(one.name, one.kept) for one in report] == [("GELU in ONNX Runtime's order", True)] * found
+    agree(Net(), rewritten, torch.randn(2, 7), 40 * torch.randn(5, 7))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "run.onnx"), 3
+    onnxruntime.InferenceSession(rewritten.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    assert kinds(onnx.load(tmp_path / "run.onnx"))["Gelu"] == found
 
 
 def silu():
