@@ -48,9 +48,10 @@ def _part(node: ir.Node, editor: Editor) -> bool:
     shape = shape_of(b)
     if attributes.get("stateful", 0) or shape is None or len(shape) != 4 or not isinstance(shape[2], int):
         return False
-    ways = _ways(u, 2, shape[2], 1)
-    if ways is None or len(set(ways)) != 2:
+    ways, channel = _ways(u, 2, shape[2], 1), (shape_of(u) or ["?"])[-1]
+    if ways is None or len(set(ways)) != 2 or not isinstance(channel, int):
         return False
+    woven = sum(1 for _ in groupby(ways)) > 2  # the groups of a direction do not lie side by side
     outputs: dict[int, ir.Value] = {}
     for way in (False, True):
         groups = tuple(i for i, flipped in enumerate(ways) if flipped == way)
@@ -63,15 +64,12 @@ def _part(node: ir.Node, editor: Editor) -> bool:
                 return False
             inputs[places[tensor.name]] = picked
         made = again(node, editor, inputs, [shape_of(inputs[places["u"]])])[0]
-        pieces: Sequence[ir.Value] = [made]
-        if sum(1 for _ in groupby(ways)) > 2:  # the groups of a direction do not lie side by side
-            each = [*(shape_of(made) or [])[:2], (shape_of(u) or [])[2] // len(ways)]  # type: ignore[operator]
-            pieces = editor.node(
-                node, "Split", [made], {"axis": 2, "num_outputs": len(groups)}, shapes=[each] * len(groups)
-            )
+        outputs[groups[0]] = made
+        if woven and len(groups) > 1:
+            each = [*(shape_of(made) or [])[:2], channel // len(ways)]
+            many = {"axis": 2, "num_outputs": len(groups)}
+            pieces = editor.node(node, "Split", [made], many, shapes=[each] * len(groups))
             outputs |= dict(zip(groups, pieces, strict=True))
-        else:
-            outputs[groups[0]] = made
     whole = [outputs[i] for i in sorted(outputs)]
     editor.replace(node.outputs[0], editor.node(node, "Concat", whole, {"axis": 2}, shapes=[shape_of(u)])[0])
     editor.graph.remove(node, safe=True)
