@@ -15,7 +15,7 @@ from onnxscript import ir
 
 from hcmen.mamba.graph_edit import Array, Editor, Size, attribute, constant, is_node, shape_of
 
-__all__ = ["Flip", "Merge", "Move", "Permute", "blocks_of", "flip_axis", "moved"]
+__all__ = ["Flip", "Merge", "Move", "Permute", "blocks_of", "flip_axis", "moved", "perm_of"]
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,7 @@ def moved(value: ir.Value | None) -> tuple[ir.Value, Move] | None:
         return None
     if (node := is_node(value, "Transpose")) is not None:
         source = node.inputs[0]
-        perm = attribute(node, "perm", tuple(reversed(range(len(shape)))))
-        return None if source is None or shape_of(source) is None else (source, Permute(tuple(perm)))
+        return None if source is None or shape_of(source) is None else (source, Permute(perm_of(node, len(shape))))
     if (axis := flip_axis(value)) is not None:
         source = value.producer().inputs[0]  # type: ignore[union-attr]
         return None if source is None or shape_of(source) is None else (source, Flip(axis))
@@ -97,6 +96,11 @@ def moved(value: ir.Value | None) -> tuple[ir.Value, Move] | None:
         if all(isinstance(size, int) for size in shape[1:]):
             return source, Merge(count, shape[0])
     return None
+
+
+def perm_of(node: ir.Node, rank: int) -> tuple[int, ...]:
+    """The order in which a Transpose puts the axes of a value of this rank."""
+    return tuple(attribute(node, "perm", range(rank)[::-1]))
 
 
 def flip_axis(value: ir.Value) -> int | None:
