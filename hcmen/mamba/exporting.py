@@ -30,7 +30,7 @@ from hcmen.mamba.dynamic import AUTO, Spec, name_sizes, wanted
 from hcmen.mamba.functions import add_functions, nodes_of
 from hcmen.mamba.graph import fold, tidy
 from hcmen.mamba.graph_rewrites import rewrite_graph
-from hcmen.mamba.lowering import custom_op
+from hcmen.mamba.lowering import STANDARD, custom_op
 from hcmen.mamba.report import Report
 from hcmen.mamba.rewrite import Rewrite, rewrite_modules
 from hcmen.mamba.stand_ins.hook import hidden
@@ -294,6 +294,7 @@ class _Job:
                     input_names=list(self.inputs),
                     output_names=list(self.outputs),
                     opset_version=OPSET,
+                    custom_translation_table=STANDARD,
                     dynamo=True,
                     optimize=True,
                     verbose=False,

@@ -2,6 +2,7 @@
 
 torch.onnx.export replaces operators that ONNX does not know by their decompositions. The ones registered here become
 nodes, in a model exported at once and in a program of torch.export alike, also in one that was loaded from a file.
+`STANDARD` holds what standard ONNX says and PyTorch's exporter lacks.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from onnxscript import opset18
 from torch import Tensor
 from torch._decomp import decomposition_table, meta_table
 
@@ -30,7 +32,7 @@ from hcmen.base.op import (
 # It makes the custom ops.
 from hcmen.mamba import native  # noqa: F401
 
-__all__ = ["custom_op"]
+__all__ = ["STANDARD", "custom_op"]
 
 _Sizes = Mapping[str, Any]
 
@@ -125,3 +127,16 @@ def _register(op: Operator) -> None:
 
 for _operator in OPERATORS.values():
     _register(_operator)
+
+
+def _stable_sort(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+    """A sort as TopK of all: of equal values it puts the lower index first, as a stable sort does, either way."""
+    op: Any = opset18
+    size = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
+    return op.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
+
+
+STANDARD: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.sort.stable: _stable_sort}
+"""PyTorch's operator -> what makes its standard nodes, for torch.onnx.export's `custom_translation_table`.
+
+`sort(stable=False)` is the same overload of PyTorch. Its order among equals is no one's promise: verification tells."""

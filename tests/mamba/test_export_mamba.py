@@ -301,6 +301,31 @@ def test_an_operator_that_onnx_lacks_is_named(tmp_path):
     assert no_file(tmp_path)
 
 
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("keys", [torch.int64, torch.float32])
+def test_a_stable_sort_keeps_the_order_of_equals(tmp_path, descending, keys):
+    """Sequences are scanned in the order of a few classes, each of many members, and put back."""
+
+    class Ordered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mixer = models.Mixer()
+
+        def forward(self, x):
+            key = (x[..., 0] > 0).to(keys) + (x[..., 1] > 0).to(keys)
+            order = torch.argsort(key, dim=1, descending=descending, stable=True)
+            back = torch.sort(order, dim=-1, stable=True).indices
+            y = self.mixer(torch.gather(x, 1, order[..., None].expand_as(x)))
+            return torch.gather(y, 1, back[..., None].expand_as(y)), order
+
+    hcmen.mamba.export(Ordered(), series(130), tmp_path / "a.onnx")
+    assert shapes(tmp_path / "a.onnx")["x"] == ["batch", "time", 8]
+    other = torch.randn(3, 301, 8, generator=torch.Generator().manual_seed(1))
+    classes = ((other[..., 0] > 0).int() + (other[..., 1] > 0).int()).numpy()
+    expected = np.argsort(-classes if descending else classes, axis=1, kind="stable")
+    np.testing.assert_array_equal(ran(tmp_path / "a.onnx", {"x": other.numpy()}, True)[1], expected)
+
+
 def test_a_file_is_for_other_programs_too(tmp_path):
     """Without its functions it needs the library; what removes them finds them."""
     hcmen.mamba.export(models.Mixer(), series(), tmp_path / "a.onnx", verify=False)
