@@ -395,6 +395,33 @@ def test_gelu_comes_in_the_order_that_onnx_runtime_has_a_kernel_for(form, tmp_pa
     assert kinds(onnx.load(tmp_path / "run.onnx"))["Gelu"] == found
 
 
+@pytest.mark.parametrize("form", ["norm", "norm first", "root read twice", "no root"])
+def test_an_rms_norm_is_one_that_onnx_runtime_has_a_kernel_for(form, tmp_path):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(7))
+
+        def forward(self, x):
+            mean = x.pow(2).mean(-1, keepdim=True) + 1e-5
+            if form == "no root":
+                return self.weight * (x * mean.reciprocal())
+            scale = mean.rsqrt()
+            y = self.weight * (scale * x if form == "norm first" else x * scale)
+            return y + torch.tanh(scale) if form == "root read twice" else y
+
+    net = Net()
+    model = export(net, torch.randn(2, 7), {0: "batch"})
+    rewritten, report = rewrite_graph(model, {"x": np.linspace(-5, 5, 14, dtype=np.float32).reshape(2, 7)})
+    found = form.startswith("norm")
+    assert [(one.name, one.kept) for one in report] == [("RMS norm by a division", True)] * found
+    agree(net, rewritten, torch.randn(2, 7), 40 * torch.randn(5, 7), torch.zeros(1, 7))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "run.onnx"), 3
+    onnxruntime.InferenceSession(rewritten.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    assert kinds(onnx.load(tmp_path / "run.onnx"))["SimplifiedLayerNormalization"] == found
+
+
 def silu():
     """x * sigmoid(x) for x [batch, 3]."""
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in "xy"]
