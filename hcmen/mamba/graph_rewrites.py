@@ -5,6 +5,7 @@
     Einsum as MatMul               where an equation is a product of matrices, of many at once too
     GELU in ONNX Runtime's order   which has a kernel for it, if its factors come in this order
     RMS norm by a division         as ONNX Runtime's kernel for it is found, and not by a reciprocal root
+    PRelu as Relu and Min          four nodes that run several times as fast
     directions apart               a scan over flipped sequences beside others becomes two: graph_directions.py
     moves cancelled                transposes, flips and merged axes: graph_moves.py
 
@@ -57,7 +58,7 @@ def rewrite_graph(
         try:
             changed = ir.from_proto(model)
             flips = count_flips(changed.graph)
-            reordered = rewrite(changed) or 0
+            reformed = rewrite(changed) or 0
             sweep(changed)
             proto = ir.to_proto(changed)
         except Exception as error:  # a graph of somebody else may hold what no rule here has thought of
@@ -67,17 +68,17 @@ def rewrite_graph(
             continue
         after = _counts(proto)
         gone = {kind: before[kind] - after.get(kind, 0) for kind in before if before[kind] > after.get(kind, 0)}
-        if not gone and not reordered:
+        if not gone and not reformed:
             continue
         totals = sum(before.values()), sum(after.values())
-        where = ", ".join(f"{count} {kind}" for kind, count in sorted(gone.items())) or f"{reordered} in another order"
-        count = sum(gone.values()) or reordered
+        where = ", ".join(f"{count} {kind}" for kind, count in sorted(gone.items())) or f"{reformed} in another order"
+        count = sum(gone.values()) or reformed
         kept, reason = _judge(proto, runs, tolerance)
         if rewrite is _part_directions:
             if kept and count_flips(changed.graph) >= flips:
                 kept, reason = False, f"no flip is gone ({reason})"
         elif kept and (
-            totals[1] > totals[0]
+            (totals[1] > totals[0] and not reformed)
             or (rewrite is _cancel_moves and after.get("Transpose", 0) > before.get("Transpose", 0))
         ):
             kept, reason = False, f"it makes more nodes than it takes away ({reason})"
@@ -423,6 +424,26 @@ def _reorder_gelu(model: ir.Model) -> int:
     return count
 
 
+def _spell_prelu(model: ir.Model) -> int:
+    """PRelu(x, slope) as relu(x) + slope * min(x, 0), which is the same number.
+
+    ONNX Runtime 1.31 takes 10 ns a number for its PRelu: 21 % of SEMamba, in 16 nodes.
+    """
+    editor, count = Editor(model.graph), 0
+    for node in list(model.graph):
+        if is_node(node.outputs[0], "PRelu"):
+            (x, slope), shapes = node.inputs, [shape_of(node.outputs[0])]
+            assert x is not None
+            assert x.dtype is not None
+            zero = editor.constant(0, x.dtype.numpy())
+            (over,) = editor.node(node, "Relu", [x], shapes=shapes)
+            (under,) = editor.node(node, "Min", [x, zero], shapes=shapes)
+            (scaled,) = editor.node(node, "Mul", [slope, under], like=x, shapes=shapes)
+            editor.replace(node.outputs[0], editor.node(node, "Add", [over, scaled], shapes=shapes)[0])
+            count += 1
+    return count
+
+
 def _divide_by_roots(model: ir.Model) -> None:
     """x * (1 / sqrt(v)), as `torch.rsqrt` has it, as x / sqrt(v).
 
@@ -454,8 +475,10 @@ REWRITES: Mapping[str, Callable[[ir.Model], int | None]] = {
     "Einsum as MatMul": _einsum_as_matmul,
     "GELU in ONNX Runtime's order": _reorder_gelu,
     "RMS norm by a division": _divide_by_roots,
+    "PRelu as Relu and Min": _spell_prelu,
     "directions apart": _part_directions,
     "moves cancelled": _cancel_moves,
 }
-"""name -> what rewrites a model in place, in the order in which they are tried; it may return how many nodes it put in
-another order."""
+"""name -> what rewrites a model in place, in the order in which they are tried.
+
+One that returns how many forms it put in place of others is kept for them, whatever the number of nodes."""

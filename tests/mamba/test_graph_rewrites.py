@@ -422,6 +422,28 @@ def test_an_rms_norm_is_one_that_onnx_runtime_has_a_kernel_for(form, tmp_path):
     assert kinds(onnx.load(tmp_path / "run.onnx"))["SimplifiedLayerNormalization"] == found
 
 
+@pytest.mark.parametrize("slopes", [[0.25], [0.0, -1.5, 1.0, 3.0]], ids=["shared", "one a channel"])
+def test_prelu_is_spelled_out_and_gives_the_same_bits(slopes):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.prelu = torch.nn.PReLU(len(slopes))
+            self.prelu.weight = torch.nn.Parameter(torch.tensor(slopes))
+
+        def forward(self, x):
+            return self.prelu(x)
+
+    model = export(Net(), torch.randn(2, 4, 3), {0: "batch"})
+    x = np.linspace(-5, 5, 24, dtype=np.float32).reshape(2, 4, 3)
+    rewritten, report = rewrite_graph(model, {"x": x})
+    assert [(one.name, one.kept) for one in report] == [("PRelu as Relu and Min", True)]
+    assert kinds(rewritten) == {"Relu": 1, "Min": 1, "Mul": 1, "Add": 1}
+    extremes = np.array([0.0, -0.0, 1e38, -1e38, 1e-40, -1e-40, np.nan, np.inf, -np.inf, 1, 2, 3], np.float32)
+    for given in (x, np.roll(extremes, 3).reshape(1, 4, 3)):
+        expected, found = graph_rewrites._run(model, {"x": given}) + graph_rewrites._run(rewritten, {"x": given})
+        np.testing.assert_array_equal(found, expected)
+
+
 def silu():
     """x * sigmoid(x) for x [batch, 3]."""
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in "xy"]
