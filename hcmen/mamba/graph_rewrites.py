@@ -402,6 +402,12 @@ def _moves(plan: tuple[Operand, Operand, list[int]] | None) -> int:
 # --- the others -----------------------------------------------------------------------------------------------------
 
 
+def _factors(product: ir.Value | None) -> list[tuple[ir.Value | None, ...]]:
+    """The two inputs of the Mul that makes a value, in either order; nothing where no Mul makes it."""
+    node = is_node(product, "Mul")
+    return [] if node is None else [tuple(node.inputs), tuple(reversed(node.inputs))]
+
+
 def _reorder_gelu(model: ir.Model) -> int:
     """x * (0.5 * (1 + erf(x / sqrt 2))) as (x * (1 + erf(x / sqrt 2))) * 0.5, which is the same number.
 
@@ -409,9 +415,8 @@ def _reorder_gelu(model: ir.Model) -> int:
     """
     editor, count = Editor(model.graph), 0
     for node in list(model.graph):
-        for x, scaled in (node.inputs, reversed(node.inputs)) if is_node(node.outputs[0], "Mul") else ():
-            half = is_node(scaled, "Mul")
-            for factor, cdf in (half.inputs, reversed(half.inputs)) if half is not None else ():
+        for x, scaled in _factors(node.outputs[0]):
+            for factor, cdf in _factors(scaled):
                 add, number = is_node(cdf, "Add"), constant(factor)
                 erf = None if add is None else is_node(add.inputs[0], "Erf") or is_node(add.inputs[1], "Erf")
                 within = None if erf is None else is_node(erf.inputs[0], "Div")
@@ -422,6 +427,21 @@ def _reorder_gelu(model: ir.Model) -> int:
                 editor.replace(node.outputs[0], outer[0])
                 count += 1
     return count
+
+
+def _divide_by_roots(model: ir.Model) -> None:
+    """x * (1 / sqrt(v)), as `torch.rsqrt` has it, as x / sqrt(v).
+
+    ONNX Runtime has a kernel for a whole RMS norm, and finds it in this form alone: 5 to 9 % of language models.
+    """
+    editor = Editor(model.graph)
+    for node in list(model.graph):
+        for x, factor in _factors(node.outputs[0]):
+            inverse = is_node(factor, "Reciprocal")
+            if inverse is not None and is_node(inverse.inputs[0], "Sqrt") and len(inverse.outputs[0].uses()) == 1:
+                made = editor.node(node, "Div", [x, inverse.inputs[0]], shapes=[shape_of(node.outputs[0])])
+                editor.replace(node.outputs[0], made[0])
+                break
 
 
 def _spell_prelu(model: ir.Model) -> int:
@@ -442,21 +462,6 @@ def _spell_prelu(model: ir.Model) -> int:
             editor.replace(node.outputs[0], editor.node(node, "Add", [over, scaled], shapes=shapes)[0])
             count += 1
     return count
-
-
-def _divide_by_roots(model: ir.Model) -> None:
-    """x * (1 / sqrt(v)), as `torch.rsqrt` has it, as x / sqrt(v).
-
-    ONNX Runtime has a kernel for a whole RMS norm, and finds it in this form alone: 5 to 9 % of language models.
-    """
-    editor = Editor(model.graph)
-    for node in list(model.graph):
-        for x, factor in (node.inputs, reversed(node.inputs)) if is_node(node.outputs[0], "Mul") else ():
-            inverse = is_node(factor, "Reciprocal")
-            if inverse is not None and is_node(inverse.inputs[0], "Sqrt") and len(inverse.outputs[0].uses()) == 1:
-                made = editor.node(node, "Div", [x, inverse.inputs[0]], shapes=[shape_of(node.outputs[0])])
-                editor.replace(node.outputs[0], made[0])
-                break
 
 
 def _part_directions(model: ir.Model) -> None:

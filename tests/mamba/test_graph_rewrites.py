@@ -375,6 +375,14 @@ def test_groups_of_axes_that_a_reshape_keeps():
     assert blocks_of(["a", 6], ["c", 6]) is None
 
 
+def optimized(model, file):
+    """The graph that ONNX Runtime makes of it and runs."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(file), 3
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnx.load(file)
+
+
 @pytest.mark.parametrize("form", ["torch", "half first", "another half", "another x"])
 def test_gelu_comes_in_the_order_that_onnx_runtime_has_a_kernel_for(form, tmp_path):
     class Net(torch.nn.Module):
@@ -389,10 +397,7 @@ def test_gelu_comes_in_the_order_that_onnx_runtime_has_a_kernel_for(form, tmp_pa
     found = form in ("torch", "half first")
     assert [(one.name, one.kept) for one in report] == [("GELU in ONNX Runtime's order", True)] * found
     agree(Net(), rewritten, torch.randn(2, 7), 40 * torch.randn(5, 7))
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "run.onnx"), 3
-    onnxruntime.InferenceSession(rewritten.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    assert kinds(onnx.load(tmp_path / "run.onnx"))["Gelu"] == found
+    assert kinds(optimized(rewritten, tmp_path / "run.onnx"))["Gelu"] == found
 
 
 @pytest.mark.parametrize("form", ["norm", "norm first", "root read twice", "no root"])
@@ -416,10 +421,7 @@ def test_an_rms_norm_is_one_that_onnx_runtime_has_a_kernel_for(form, tmp_path):
     found = form.startswith("norm")
     assert [(one.name, one.kept) for one in report] == [("RMS norm by a division", True)] * found
     agree(net, rewritten, torch.randn(2, 7), 40 * torch.randn(5, 7), torch.zeros(1, 7))
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "run.onnx"), 3
-    onnxruntime.InferenceSession(rewritten.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    assert kinds(onnx.load(tmp_path / "run.onnx"))["SimplifiedLayerNormalization"] == found
+    assert kinds(optimized(rewritten, tmp_path / "run.onnx"))["SimplifiedLayerNormalization"] == found
 
 
 @pytest.mark.parametrize("slopes", [[0.25], [0.0, -1.5, 1.0, 3.0]], ids=["shared", "one a channel"])
