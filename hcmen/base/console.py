@@ -44,7 +44,7 @@ import click
 
 import hcmen
 from hcmen.base.errors import EXIT_INTERRUPTED, HcmenError, did_you_mean, several_names, shortened
-from hcmen.base.interrupts import end_by_signal
+from hcmen.base.interrupts import end_by_signal, told
 from hcmen.base.modalities import VARIANTS, variant_meant
 
 __all__ = [
@@ -131,6 +131,10 @@ def _describe_os_error(error: OSError) -> str:
     name = f"{os.fsdecode(path) if isinstance(path, (str, bytes)) else path}: " if path is not None else ""
     hint = _OS_HINTS.get(error.errno or 0)
     return one_line(f"{name}{reason}{f', {hint}' if hint else ''}")
+
+
+class _Interrupted(KeyboardInterrupt):
+    """Ctrl-C, as an exception."""
 
 
 class _Terminated(BaseException):
@@ -364,7 +368,7 @@ class Command(click.Command):
             # A file name need not be text in the terminal's encoding; that must not become an error of its own.
             with contextlib.suppress(AttributeError, ValueError, OSError):
                 stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-        with end_by_signal({signal.SIGINT: _interrupt, signal.SIGTERM: _terminate}), warnings.catch_warnings():
+        with end_by_signal({signal.SIGINT: _Interrupted, signal.SIGTERM: _Terminated}), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             if "stdout" in closed:
                 _echo_marked("warning:", "yellow", "stdout is closed, what would be printed there is lost")
@@ -406,6 +410,7 @@ def _asked_for_details(args: Sequence[str] | None) -> bool:
 
 def _report(error: BaseException, *, verbose: bool) -> int:
     """Says what happened, on stderr; the exit code."""
+    told()
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 0
     if isinstance(error, BrokenPipeError):
@@ -441,14 +446,6 @@ def _sigterm_ends(code: int) -> None:
         os._exit(code)
 
     signal.signal(signal.SIGTERM, end)
-
-
-def _interrupt() -> None:
-    raise KeyboardInterrupt
-
-
-def _terminate() -> None:
-    raise _Terminated
 
 
 def command(

@@ -3,22 +3,30 @@
 Python answers a signal in its main thread, between two steps of its own. While that thread is inside ONNX Runtime it is
 deaf. The interpreter's C code writes the signal's number to a pipe at once, though, which another thread reads: it
 tells what is running to stop, waits a little, and then ends the process with the signal's exit code.
+
+What is raised in the main thread may also be dropped on its way up: CPython's compiler does so where it folds
+constants, and some libraries that call Python back. The thread sees that by a weak reference, and signals once more.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Protocol
 
-__all__ = ["Stoppable", "deaf", "end_by_signal", "stoppable", "uninterrupted"]
+__all__ = ["Stoppable", "deaf", "end_by_signal", "stoppable", "told", "uninterrupted"]
 
 _PATIENCE_SECONDS = 1.0
 """How long a signal may go unanswered."""
+
+_LOOK_SECONDS = 0.05
+"""How often the thread looks whether what was raised has been dropped."""
 
 
 class Stoppable(Protocol):
@@ -29,6 +37,8 @@ class Stoppable(Protocol):
 
 _running: set[Any] = set()
 _answered = threading.Event()
+_raised: weakref.ref[BaseException] | None = None  # by the last signal; None once it has been told of
+_dropped: list[weakref.ref[BaseException]] = []  # it, if nothing holds it any more
 _pipe: int | None = None  # where signals are written while a command is watched
 
 
@@ -72,7 +82,12 @@ def uninterrupted() -> Iterator[None]:
         yield
         return
     late: list[int] = []
-    before = {s: signal.signal(s, lambda number, _: late.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def put_off(number: int, frame: FrameType | None) -> None:
+        _answered.set()  # or the block would be cut short after the thread's patience
+        late.append(number)
+
+    before = {s: signal.signal(s, put_off) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
@@ -83,11 +98,13 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def end_by_signal(ends: dict[int, Callable[[], object]]) -> Iterator[None]:
+def end_by_signal(ends: dict[int, type[BaseException]]) -> Iterator[None]:
     """Watches a command: each signal raises in the main thread, or ends the process where that does not answer.
 
+    What is raised and dropped is raised again, until the block ends or `told` is called.
+
     Args:
-        ends: signal -> what raises. What it is called for twice: by Python in the main thread, else never.
+        ends: signal -> the class of what is raised, one that takes weak references, as no built-in exception does.
     """
     global _pipe
     if threading.current_thread() is not threading.main_thread() or _pipe is not None:
@@ -109,29 +126,56 @@ def end_by_signal(ends: dict[int, Callable[[], object]]) -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(woken)
         _pipe = None
+        told()
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         os.close(writing)  # ends the thread, which closes the other end
 
 
-def _answering(end: Callable[[], object]) -> Callable[[int, FrameType | None], None]:
+def told() -> None:
+    """Has nothing raised again: the command has said why it ends."""
+    global _raised
+    _raised = None
+    _dropped.clear()
+
+
+def _answering(end: type[BaseException]) -> Callable[[int, FrameType | None], None]:
     def answer(number: int, frame: FrameType | None) -> None:
+        global _raised
+        error = end()
+        _raised = weakref.ref(error, _dropped.append)  # a function of C: no signal is answered within it
         _answered.set()
-        end()
+        try:
+            raise error
+        finally:
+            del error  # its traceback holds this frame, which would hold it in turn
 
     return answer
 
 
 def _watch(pipe: int, numbers: frozenset[int]) -> None:
-    with os.fdopen(pipe, "rb", buffering=0) as signals:
-        while came := signals.read(1):
-            if came[0] not in numbers:
-                continue
-            for run in list(_running):
-                run.terminate = True
-            if not _answered.wait(_PATIENCE_SECONDS):
-                _end(came[0])
-            _answered.clear()
+    number = 0
+    main = threading.main_thread().ident
+    assert main is not None  # it runs
+    while True:
+        ready, _, _ = select.select([pipe], [], [], None if _raised is None else _LOOK_SECONDS)
+        if not ready:
+            if _dropped:
+                _dropped.clear()
+                signal.pthread_kill(main, number)  # sent elsewhere it would not end a call that waits
+            continue
+        came = os.read(pipe, 1)
+        if not came:
+            break
+        if came[0] not in numbers:
+            continue
+        number = came[0]
+        for run in list(_running):
+            run.terminate = True
+        if not _answered.wait(_PATIENCE_SECONDS):
+            _end(number)
+        _answered.clear()
+    os.close(pipe)
 
 
 def _end(number: int) -> None:
@@ -160,6 +204,7 @@ def _in_child() -> None:
         _pipe = None
         signal.set_wakeup_fd(-1)
     _running.clear()
+    told()
 
 
 if hasattr(os, "register_at_fork"):

@@ -23,7 +23,7 @@ TRAIN = TrainConfig(epochs=3, batch_size=10, learning_rate=1e-3)
 
 # A process that runs the command on the micro model, with one thing about it changed.
 PROGRAM = f"""
-import os, signal, sys
+import os, signal, sys, time
 import hcmen.training.command
 from hcmen.base.inputs import FeatureConfig
 from hcmen.models.hcmen.config import ModelConfig

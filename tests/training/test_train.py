@@ -158,6 +158,7 @@ save = checkpoint.save_state
 def save_state(folder, tensors, state):
     if len(state["history"]) == 2:
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1.5)  # as a slow disk does; a process that does not answer is ended after 1 s
     save(folder, tensors, state)
 checkpoint.save_state = save_state
 """,
