@@ -119,7 +119,8 @@ def end_by_signal(ends: dict[int, type[BaseException]]) -> Iterator[None]:
     _answered.clear()
     _pipe = writing
     woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    thread = threading.Thread(target=_watch, args=(reading, frozenset(before)), name="signals", daemon=True)
+    watched = (reading, frozenset(before), threading.get_ident())
+    thread = threading.Thread(target=_watch, args=watched, name="signals", daemon=True)
     thread.start()
     try:
         yield
@@ -153,29 +154,27 @@ def _answering(end: type[BaseException]) -> Callable[[int, FrameType | None], No
     return answer
 
 
-def _watch(pipe: int, numbers: frozenset[int]) -> None:
+def _watch(pipe: int, numbers: frozenset[int], main: int) -> None:
     number = 0
-    main = threading.main_thread().ident
-    assert main is not None  # it runs
-    while True:
-        ready, _, _ = select.select([pipe], [], [], None if _raised is None else _LOOK_SECONDS)
-        if not ready:
-            if _dropped:
-                _dropped.clear()
-                signal.pthread_kill(main, number)  # sent elsewhere it would not end a call that waits
-            continue
-        came = os.read(pipe, 1)
-        if not came:
-            break
-        if came[0] not in numbers:
-            continue
-        number = came[0]
-        for run in list(_running):
-            run.terminate = True
-        if not _answered.wait(_PATIENCE_SECONDS):
-            _end(number)
-        _answered.clear()
-    os.close(pipe)
+    with os.fdopen(pipe, "rb", buffering=0) as signals:
+        while True:
+            ready, _, _ = select.select([signals], [], [], None if _raised is None else _LOOK_SECONDS)
+            if not ready:
+                if _dropped:
+                    _dropped.clear()
+                    signal.pthread_kill(main, number)  # sent elsewhere it would not end a call that waits
+                continue
+            came = signals.read(1)
+            if not came:
+                return
+            if came[0] not in numbers:
+                continue
+            number = came[0]
+            for run in list(_running):
+                run.terminate = True
+            if not _answered.wait(_PATIENCE_SECONDS):
+                _end(number)
+            _answered.clear()
 
 
 def _end(number: int) -> None:
